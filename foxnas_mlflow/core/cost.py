@@ -131,7 +131,8 @@ def layer_terms(layer: Layer) -> tuple[float, ...]:
 def cost_terms(layers: Iterable[Layer]) -> FloatArray:
     """Sum `layer_terms` over layers: an array of shape (len(COST_TERMS),)."""
     rows = [layer_terms(layer) for layer in layers]
-    return np.sum(np.asarray(rows, dtype=np.float64).reshape(-1, len(COST_TERMS)), axis=0)
+    total: FloatArray = np.asarray(rows, dtype=np.float64).reshape(-1, len(COST_TERMS)).sum(axis=0)
+    return total
 
 
 def _macs(layer: Layer) -> int:

@@ -342,7 +342,8 @@ class SearchSpace:
         values["stages"] = tuple(_from_mapping(StageSpec, stage, "a stage") for stage in stages)
         if "tail" in values:
             values["tail"] = _from_mapping(Tail, values["tail"], "the tail")
-        return _from_mapping(cls, values, "a space")
+        space: SearchSpace = _from_mapping(cls, values, "a space")
+        return space
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> SearchSpace:

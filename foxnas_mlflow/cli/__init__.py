@@ -1,0 +1,1 @@
+"""Layer 3: one subcommand an MLproject entry point."""

@@ -1,0 +1,1 @@
+"""One module a subcommand: `SUMMARY`, `PARAMETERS` and `run`, light to import."""

@@ -1,0 +1,74 @@
+"""The command ``foxnas``: a subcommand for every MLproject entry point.
+
+Exit status: 0 done, 2 bad input or a failure that the message explains, 130 or 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from foxnas_mlflow._version import __version__
+from foxnas_mlflow.cli.parameters import resolve
+from foxnas_mlflow.core.errors import FoxNasError
+
+COMMANDS: tuple[str, ...] = ("search", "fit")
+"""Subcommands in the order of their use; each is a module of `foxnas_mlflow.cli.commands`."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="foxnas",
+        description="Hardware-aware neural architecture search with MLflow: find, prove, explain, measure, promote.",
+    )
+    parser.add_argument("--version", action="version", version=f"foxnas-mlflow {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"foxnas_mlflow.cli.commands.{name.replace('-', '_')}")
+        subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
+        for parameter in module.PARAMETERS:
+            parameter.add_to(subparser)
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.set_defaults(module=module)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        values = resolve(arguments.module.PARAMETERS, arguments)
+        arguments.module.run(argparse.Namespace(**values))
+    except KeyboardInterrupt:
+        print("foxnas: interrupted; finished work is kept, run the same command to continue", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`foxnas ... | head`): not an error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if arguments.debug:
+            raise
+        message = _one_line(error)
+        if message is None:
+            raise
+        print(f"foxnas: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _one_line(error: Exception) -> str | None:
+    """The line to print for an error that a user can mend, or None for a defect of ours."""
+    if isinstance(error, FoxNasError):
+        return str(error)
+    # MLflow's errors (no such run, an unreachable server) carry the user's mistake in their first line.
+    if any(cls.__name__ == "MlflowException" for cls in type(error).__mro__):
+        return str(error).strip().splitlines()[0]
+    if isinstance(error, OSError):
+        place = f" ({error.filename})" if error.filename else ""
+        return f"the operating system refused: {error.strerror or error}{place}; check space, rights and the path."
+    return None

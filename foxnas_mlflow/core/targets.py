@@ -1,0 +1,110 @@
+"""Targets: the boards that a search aims at.
+
+A target names the runtime and its settings, the search space that suits the hardware, and where
+its reference predictors come from. Built-in ones are data; a user's own is the same as YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foxnas_mlflow.core.errors import UnknownTargetError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A board, its runtime, and how latency on it is defined.
+
+    Attributes:
+        name: Name used in tags and registered models: letters, digits, ``-`` and ``_``.
+        description: One line for people.
+        space: Search space: a built-in name or the path of a YAML file.
+        runtime: What executes the network: ``litert``, ``edgetpu`` or ``torch``.
+        threads: Threads of the runtime.
+        batch: Images an inference.
+        device: Default connection for measurements (``local``, ``ssh://user@host``), or empty.
+        predictors: Predictors to use when none are given: ``reference`` (packaged), a path, or empty.
+        latency_note: What the target's predicted milliseconds are, shown wherever they appear.
+    """
+
+    name: str
+    description: str = ""
+    space: str = "cpu"
+    runtime: str = "litert"
+    threads: int = 1
+    batch: int = 1
+    device: str = ""
+    predictors: str = ""
+    latency_note: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
+            raise UnknownTargetError("a target's name has only letters, digits, '-' and '_'", received=repr(self.name))
+        if self.runtime not in ("litert", "edgetpu", "torch"):
+            raise UnknownTargetError("a target's runtime is litert, edgetpu or torch", received=repr(self.runtime))
+        for name in ("threads", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UnknownTargetError(f"a target's {name} must be a positive integer", received=repr(value))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Target:
+        """Read a mapping; unknown keys are refused.
+
+        Raises:
+            UnknownTargetError: If keys are unknown or a value breaks a rule.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(data, Mapping) or "name" not in data:
+            raise UnknownTargetError("a target file is a mapping with at least the key 'name'", received=data)
+        unknown = sorted(str(key) for key in data if key not in known)
+        if unknown:
+            raise UnknownTargetError(f"a target has only the keys {known}", received=f"also {unknown}")
+        return cls(**data)
+
+
+BUILTIN_TARGETS: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "rpi4",
+            "Raspberry Pi 4 (Cortex-A72), int8 TFLite, batch 1",
+            predictors="reference",
+            latency_note=(
+                "milliseconds of the authors' setup of 2021 (TFLite int8 on a Raspberry Pi 4); "
+                "today's LiteRT with XNNPACK is several times faster: calibrate from about ten probes on your board"
+            ),
+        ),
+        Target("edgetpu", "Coral Edge TPU, int8 TFLite, batch 1", space="tpu", runtime="edgetpu"),
+        Target("cpu", "this host's CPU, int8 LiteRT, batch 1", device="local"),
+        Target("gpu", "PyTorch fp32, batch 64 (the paper's table 3)", space="tpu", runtime="torch", batch=64),
+    )
+}
+
+
+def get_target(name_or_path: str) -> Target:
+    """A built-in target by name, or a user's from a YAML file.
+
+    Raises:
+        UnknownTargetError: If it is neither.
+    """
+    if name_or_path in BUILTIN_TARGETS:
+        return BUILTIN_TARGETS[name_or_path]
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UnknownTargetError(
+            f"target must be one of {sorted(BUILTIN_TARGETS)} or the path of a YAML file", received=name_or_path
+        )
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnknownTargetError("a target file must be readable", received=name_or_path) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UnknownTargetError("a target file must be YAML", received=name_or_path) from error
+    return Target.from_dict(data)

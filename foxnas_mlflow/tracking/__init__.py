@@ -1,0 +1,1 @@
+"""Layer 2: runs, registry and promotion in MLflow."""

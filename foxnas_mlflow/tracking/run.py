@@ -1,0 +1,155 @@
+"""One MLflow run around one entry point.
+
+`mlflow run` creates the run and hands it over in MLFLOW_RUN_ID; a plain `foxnas COMMAND` makes
+its own. Either way the run ends in the state that its work ended in: FINISHED, FAILED after an
+error, KILLED after SIGTERM or Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+from foxnas_mlflow._version import __version__
+
+_MAX_PARAM_CHARACTERS = 6000
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; a BaseException so that no handler of errors swallows it."""
+
+
+class EntryRun:
+    """A running MLflow run; every method is one round trip to the tracking server.
+
+    Attributes:
+        run_id: Id of the run.
+        experiment_id: Id of its experiment.
+        directory: A temporary directory for files to log, removed when the run ends.
+    """
+
+    def __init__(self, run_id: str, experiment_id: str, directory: Path) -> None:
+        self.run_id = run_id
+        self.experiment_id = experiment_id
+        self.directory = directory
+        self._client = MlflowClient()
+
+    def log_metrics(
+        self, metrics: Mapping[str, float], *, step: int | None = None, model_id: str | None = None
+    ) -> None:
+        """Log metrics; with `model_id` they also belong to that logged model."""
+        mlflow.log_metrics(dict(metrics), step=step, run_id=self.run_id, model_id=model_id)
+
+    def log_series(self, key: str, values: Mapping[int, float]) -> None:
+        """Log many steps of one metric in batches."""
+        import time
+
+        now = int(time.time() * 1000)
+        rows = [Metric(key, float(value), now, step) for step, value in values.items()]
+        for start in range(0, len(rows), 1000):
+            self._client.log_batch(self.run_id, metrics=rows[start : start + 1000])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log resolved values under ``cfg.``: MLflow itself logs what was typed, unresolved."""
+        rows = [Param(f"cfg.{key}", str(value)[:_MAX_PARAM_CHARACTERS]) for key, value in params.items()]
+        self._client.log_batch(self.run_id, params=rows)
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags of the run."""
+        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    def log_artifact(self, path: str | Path, artifact_dir: str | None = None) -> None:
+        """Log one file."""
+        self._client.log_artifact(self.run_id, str(path), artifact_dir)
+
+    def log_artifacts(self, directory: str | Path, artifact_dir: str | None = None) -> None:
+        """Log a directory of files."""
+        self._client.log_artifacts(self.run_id, str(directory), artifact_dir)
+
+    def log_json(self, value: Any, name: str) -> None:
+        """Log a JSON artifact at the path `name`."""
+        self.log_text(json.dumps(value, indent=2), name)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Log a text artifact at the path `name`."""
+        self._client.log_text(self.run_id, text, name)
+
+
+@contextlib.contextmanager
+def entry_run(
+    *,
+    stage: str,
+    params: Mapping[str, Any],
+    target: str | None = None,
+    space: str | None = None,
+    latency_source: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[EntryRun]:
+    """Start or adopt the MLflow run of an entry point.
+
+    Args:
+        stage: Name of the entry point, tag ``foxnas.stage``.
+        params: Resolved parameters, logged as ``cfg.{name}``.
+        target: Tag ``foxnas.target``.
+        space: Tag ``foxnas.space``.
+        latency_source: Tag ``foxnas.latency_source``: ``measured`` or ``cost_model``.
+        tags: Further tags.
+
+    Yields:
+        The run. An exception ends it as FAILED, SIGTERM and Ctrl-C as KILLED.
+    """
+    values = {
+        "foxnas.stage": stage,
+        "foxnas.version": __version__,
+        **({} if target is None else {"foxnas.target": target}),
+        **({} if space is None else {"foxnas.space": space}),
+        **({} if latency_source is None else {"foxnas.latency_source": latency_source}),
+        **(tags or {}),
+    }
+    # A run inside a run (the pipeline's steps) is nested; `nested` is harmless for an outermost one.
+    active = mlflow.start_run(nested=mlflow.active_run() is not None)
+    status = "FINISHED"
+    try:
+        with _sigterm_raises(), tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
+            run = EntryRun(active.info.run_id, active.info.experiment_id, Path(directory))
+            run.set_tags(values)
+            run.log_params(params)
+            yield run
+    except (Terminated, KeyboardInterrupt) as error:
+        status = "KILLED"
+        if isinstance(error, Terminated):
+            raise SystemExit(143) from None
+        raise
+    except BaseException:
+        status = "FAILED"
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Turn SIGTERM into `Terminated` in the main thread while the block runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
