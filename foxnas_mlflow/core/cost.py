@@ -17,18 +17,22 @@ from foxnas_mlflow.core.network import Layer, Network, Unit
 
 FloatArray = NDArray[np.float64]
 
-COST_TERMS: tuple[str, ...] = ("pw", "dw", "dw_in", "act", "se", "res")
+COST_TERMS: tuple[str, ...] = ("pw", "dw", "dw_in", "act", "se", "se_fc", "res")
 """Names of the cost terms, in the order of `layer_terms`.
 
-| term    | counts                                                              |
-|---------|---------------------------------------------------------------------|
-| `pw`    | multiply-accumulates of dense convolutions and the classifier       |
-| `dw`    | multiply-accumulates of depthwise convolutions                      |
-| `dw_in` | elements read by depthwise convolutions                             |
-| `act`   | elements written by expansions and depthwise convolutions           |
-| `se`    | elements gated by squeeze-excite                                    |
-| `res`   | elements of residual adds                                           |
+| term    | counts                                                                           |
+|---------|----------------------------------------------------------------------------------|
+| `pw`    | multiply-accumulates of dense convolutions and of the classifier                 |
+| `dw`    | multiply-accumulates of depthwise convolutions, taps on padding left out (the    |
+|         | kernels skip them), channels rounded up to the 16 lanes of an int8 vector        |
+| `dw_in` | elements read by depthwise convolutions                                          |
+| `act`   | elements written by convolutions and depthwise convolutions                      |
+| `se`    | elements gated by squeeze-excite                                                 |
+| `se_fc` | multiply-accumulates of the two layers inside squeeze-excite gates               |
+| `res`   | elements of residual adds                                                        |
 """
+
+_INT8_LANES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +116,21 @@ def layer_cost(layer: Layer, *, held: int = 0) -> LayerCost:
 
 def layer_terms(layer: Layer) -> tuple[float, ...]:
     """One layer's contribution to each of `COST_TERMS`."""
-    out_elements = float(layer.out_size**2 * layer.out_channels)
     macs = float(_macs(layer))
-    if layer.op == "conv":
-        is_expansion = layer.name.endswith(".expand")
-        return (macs, 0.0, 0.0, out_elements if is_expansion else 0.0, 0.0, 0.0)
-    if layer.op == "linear":
-        return (macs, 0.0, 0.0, 0.0, 0.0, 0.0)
-    if layer.op == "depthwise":
-        return (0.0, macs, float(layer.in_size**2 * layer.in_channels), out_elements, 0.0, 0.0)
-    if layer.op == "se":
-        return (0.0, 0.0, 0.0, 0.0, out_elements, 0.0)
-    if layer.op == "add":
-        return (0.0, 0.0, 0.0, 0.0, 0.0, out_elements)
-    return (0.0,) * len(COST_TERMS)
+    in_elements = float(layer.in_size**2 * layer.in_channels)
+    out_elements = float(layer.out_size**2 * layer.out_channels)
+    terms = dict.fromkeys(COST_TERMS, 0.0)
+    if layer.op in ("conv", "linear"):
+        terms["pw"], terms["act"] = macs, out_elements
+    elif layer.op == "depthwise":
+        lanes = -(-layer.out_channels // _INT8_LANES) * _INT8_LANES
+        terms["dw"] = float(_taps(layer) ** 2 * lanes)
+        terms["dw_in"], terms["act"] = in_elements, out_elements
+    elif layer.op == "se":
+        terms["se"], terms["se_fc"] = out_elements, macs
+    elif layer.op == "add":
+        terms["res"] = out_elements
+    return tuple(terms.values())
 
 
 def cost_terms(layers: Iterable[Layer]) -> FloatArray:
@@ -146,6 +151,13 @@ def _macs(layer: Layer) -> int:
     if layer.op == "se":
         return 2 * layer.in_channels * layer.squeeze
     return 0
+
+
+def _taps(layer: Layer) -> int:
+    """Kernel taps along one dimension that fall on the image, summed over the output positions."""
+    total_padding = max((layer.out_size - 1) * layer.stride + layer.kernel - layer.in_size, 0)
+    starts = [i * layer.stride - total_padding // 2 for i in range(layer.out_size)]
+    return sum(min(start + layer.kernel, layer.in_size) - max(start, 0) for start in starts)
 
 
 def _parameters(layer: Layer) -> tuple[int, int]:

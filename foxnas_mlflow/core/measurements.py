@@ -1,0 +1,208 @@
+"""Tables of measured subnets: the rows of ``measurements.csv``.
+
+A row never mixes a measurement with an estimate: `latency_source` says which its latency is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import FoxNasError, InvalidMeasurementsError
+from foxnas_mlflow.core.space import CPU_SPACE
+
+COLUMNS: tuple[str, ...] = (
+    "architecture",
+    "image_size",
+    "accuracy",
+    "latency_ms",
+    "latency_source",
+    "device",
+    "runtime",
+    "n_runs",
+)
+"""Columns of ``measurements.csv``."""
+
+LATENCY_SOURCES = ("measured", "cost_model", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What is known of one subnet.
+
+    Attributes:
+        architecture: The subnet.
+        accuracy: Top-1 in percent, or None when it was not evaluated.
+        latency_ms: Latency in milliseconds, or None when it is not known.
+        latency_source: ``measured``, ``cost_model``, or empty without a latency.
+        device: Where it was measured.
+        runtime: Runtime and version.
+        n_runs: Timed runs behind the latency.
+    """
+
+    architecture: Architecture
+    accuracy: float | None = None
+    latency_ms: float | None = None
+    latency_source: str = ""
+    device: str = ""
+    runtime: str = ""
+    n_runs: int = 0
+
+    def __post_init__(self) -> None:
+        if self.accuracy is not None and not 0 <= self.accuracy <= 100:
+            raise InvalidMeasurementsError("an accuracy must be between 0 and 100 percent", received=self.accuracy)
+        if self.latency_ms is not None and not (math.isfinite(self.latency_ms) and self.latency_ms > 0):
+            raise InvalidMeasurementsError("a latency must be a positive number of ms", received=self.latency_ms)
+        if self.latency_source not in LATENCY_SOURCES:
+            raise InvalidMeasurementsError(
+                f"latency_source must be one of {list(LATENCY_SOURCES)}", received=self.latency_source
+            )
+
+
+def read_measurements(path: str | Path) -> list[Measurement]:
+    """Read ``measurements.csv``, or the FOX-NAS authors' table of the CPU space at 256 px.
+
+    Raises:
+        InvalidMeasurementsError: If the file cannot be read or is neither table; the message
+            names the row.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, dtype={"architecture": str, "device": str, "runtime": str, "latency_source": str})
+    except OSError as error:
+        raise InvalidMeasurementsError("a measurements file must be readable", received=str(path)) from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InvalidMeasurementsError("a measurements file must be CSV", received=str(path)) from error
+    if frame.empty:
+        raise InvalidMeasurementsError("a measurements file must have rows", received=str(path))
+    if "architecture" in frame.columns:
+        unknown = [str(c) for c in frame.columns if c not in COLUMNS]
+        if unknown:
+            raise InvalidMeasurementsError(f"measurements have only the columns {list(COLUMNS)}", received=unknown)
+        parse = _contract_row
+    elif {"acc", "latency", "tot_24", "avg_e_24"} <= set(frame.columns):
+        parse = _authors_row
+    else:
+        raise InvalidMeasurementsError(
+            f"measurements must have the columns {list(COLUMNS)}, or those of the authors' table",
+            received=[str(c) for c in frame.columns[:8]],
+        )
+    rows = []
+    for number, row in enumerate(frame.to_dict("records"), start=2):
+        try:
+            rows.append(parse(row))
+        except (FoxNasError, KeyError, TypeError, ValueError) as error:
+            raise InvalidMeasurementsError(
+                f"line {number} of {Path(path).name} is not a measurement", received=str(error).rstrip(".")
+            ) from error
+    return rows
+
+
+def write_measurements(rows: Sequence[Measurement], path: str | Path) -> None:
+    """Write ``measurements.csv`` in one step: readers see the old file or the new one."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary.write_text(_csv_text(rows, header=True), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def append_measurement(row: Measurement, path: str | Path) -> None:
+    """Append one row and force it to disk, so that a kill loses no finished measurement."""
+    path = Path(path)
+    new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_csv_text([row], header=new))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def measurements_digest(rows: Iterable[Measurement]) -> str:
+    """SHA-256 of the rows' content, independent of the file they came from."""
+    text = "\n".join(sorted(f"{r.architecture.to_json()} {r.accuracy} {r.latency_ms} {r.latency_source}" for r in rows))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _csv_text(rows: Sequence[Measurement], *, header: bool) -> str:
+    import csv
+    import io
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    if header:
+        writer.writerow(COLUMNS)
+    for row in rows:
+        values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+        values["architecture"] = row.architecture.to_json()
+        values["image_size"] = row.architecture.image_size
+        writer.writerow(["" if values[c] is None else values[c] for c in COLUMNS])
+    return out.getvalue()
+
+
+def _number(value: Any) -> float | None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _contract_row(row: dict[str, Any]) -> Measurement:
+    architecture = Architecture.from_json(row["architecture"])
+    size = _number(row.get("image_size"))
+    if size is not None and int(size) != architecture.image_size:
+        raise InvalidMeasurementsError(
+            f"image_size must be the architecture's, {architecture.image_size} px", received=size
+        )
+    return Measurement(
+        architecture,
+        accuracy=_number(row.get("accuracy")),
+        latency_ms=_number(row.get("latency_ms")),
+        latency_source=_text(row.get("latency_source")),
+        device=_text(row.get("device")),
+        runtime=_text(row.get("runtime")),
+        n_runs=int(_number(row.get("n_runs")) or 0),
+    )
+
+
+_AUTHORS_PREFIX = ("mbcv", "se", "mbcv", "se", "se")
+_AUTHORS_IMAGE_SIZE = 256
+
+
+def _authors_row(row: dict[str, Any]) -> Measurement:
+    """A row of the authors' table: counts of blocks per stage.
+
+    Their suffix ``_I`` marks identity blocks; the columns without it count the first block. The
+    order of identity blocks is not recorded; they are listed by expansion ratio and kernel size.
+    """
+    space = CPU_SPACE
+    stages = []
+    for spec, prefix in zip(space.stages, _AUTHORS_PREFIX, strict=True):
+        first: list[tuple[int, int]] = []
+        rest: list[tuple[int, int]] = []
+        for block in space.kinds:
+            name = f"{prefix}_e{block.expansion}_k{block.kernel}_{spec.width}"
+            first += [(block.expansion, block.kernel)] * int(row[name])
+            rest += [(block.expansion, block.kernel)] * int(row[f"{name}_I"])
+        if len(first) != 1 or 1 + len(rest) != int(row[f"tot_{spec.width}"]):
+            raise InvalidMeasurementsError(
+                f"stage {spec.width} must have one first block and tot_{spec.width} blocks in all",
+                received=f"{len(first)} and {len(rest)}",
+            )
+        stages.append(first + rest)
+    return Measurement(
+        space.architecture(_AUTHORS_IMAGE_SIZE, stages),
+        accuracy=float(row["acc"]),
+        latency_ms=float(row["latency"]),
+        latency_source="measured",
+        device="Raspberry Pi 4",
+        runtime="TFLite int8 (2021)",
+    )

@@ -1,0 +1,422 @@
+"""Fitting predictors from measured subnets with statsmodels (paper section 3.3).
+
+statsmodels and its dependants are imported inside functions: predicting never needs them.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from foxnas_mlflow._version import __version__
+from foxnas_mlflow.core.errors import (
+    FitError,
+    InvalidMeasurementsError,
+    RankDeficientError,
+    TooFewSamplesError,
+    import_or_raise,
+)
+from foxnas_mlflow.core.measurements import Measurement, measurements_digest
+from foxnas_mlflow.core.predictors._formulas import FloatArray, Formula, get_formula
+from foxnas_mlflow.core.predictors._linear import LinearPredictor, PredictorSet
+from foxnas_mlflow.core.space import SearchSpace
+
+SPARE_ROWS = 5
+"""Rows beyond the number of coefficients that a fit needs: with fewer, s is noise."""
+
+CV_FOLDS, CV_REPEATS = 10, 5
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """One fitted formula with everything that judges it.
+
+    Attributes:
+        predictor: The fitted predictor.
+        summary: statsmodels' summary table as text, with diagnostics below it.
+        table: One row a coefficient: column, coefficient, standard error, t, p, interval, VIF.
+        metrics: r2, r2_adjusted, cv_r2, cv_rmse, cv_mape, kendall_tau, cv_coverage, n_samples.
+        observed: Observed values (n,), in percent or ms.
+        fitted: Fitted values (n,), in percent or ms.
+        residuals: Standardised residuals (n,) on the linear scale.
+        leverage: Diagonal of the hat matrix (n,).
+        cv_predicted: Out-of-fold predictions (n,), mean over repeats.
+    """
+
+    predictor: LinearPredictor
+    summary: str
+    table: list[dict[str, Any]]
+    metrics: dict[str, float]
+    observed: FloatArray
+    fitted: FloatArray
+    residuals: FloatArray
+    leverage: FloatArray
+    cv_predicted: FloatArray
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Fitted predictors of a target.
+
+    Attributes:
+        predictors: What `search` uses.
+        reports: The chosen formula's report by quantity.
+        paper: Equation 2's report by quantity, for comparison, where the rows allow it.
+        refused: Why equation 2 could not be fitted, by quantity.
+    """
+
+    predictors: PredictorSet
+    reports: dict[str, FitReport]
+    paper: dict[str, FitReport] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def fit_predictors(
+    measurements: Sequence[Measurement],
+    space: SearchSpace,
+    *,
+    target: str = "custom",
+    formula: str = "calibrated",
+    ceiling: float | None = None,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+) -> FitResult:
+    """Fit accuracy and latency predictors, and equation 2 beside them.
+
+    Args:
+        measurements: Measured subnets; rows without a quantity are left out of its fit.
+        space: Their search space.
+        target: Name of the target.
+        formula: ``calibrated``, ``paper``, or ``auto``: the better one by cross-validated error.
+        ceiling: Ceiling of the accuracy in percent; found by likelihood when None.
+        seed: Seed of the cross-validation folds.
+        provenance: What to record of the rows' origin.
+
+    Raises:
+        InvalidMeasurementsError: If values are missing, not finite, or duplicates disagree.
+        TooFewSamplesError: If there are fewer rows than coefficients plus five.
+        RankDeficientError: If the rows cannot tell columns apart.
+        FitError: If a quantity does not vary.
+    """
+    chosen: dict[str, list[FitReport]] = {}
+    result = FitResult(PredictorSet(target, space, (), ()), {})
+    for quantity in ("accuracy", "latency_ms"):
+        rows = [m for m in measurements if getattr(m, quantity) is not None]
+        check_rows(rows, quantity)
+        origin = dict(provenance or {}) | {
+            "digest": measurements_digest(rows),
+            "n_rows": len(rows),
+            "latency_sources": sorted({m.latency_source for m in rows if m.latency_source}),
+            "devices": sorted({m.device for m in rows if m.device}),
+            "fitted_with": f"foxnas-mlflow {__version__}",
+            "fitted_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        }
+        reports: dict[str, list[FitReport]] = {}
+        errors: dict[str, FitError] = {}
+        for name in ("calibrated", "paper"):
+            recipe = get_formula(name, quantity)
+            try:
+                reports[name] = [
+                    fit_formula(recipe, group, space, ceiling=ceiling, seed=seed, provenance=origin)
+                    for group in _groups(recipe, rows)
+                ]
+            except FitError as error:
+                errors[name] = error
+        name = formula
+        if formula == "auto":
+            name = min(reports, key=lambda n: reports[n][0].metrics["cv_rmse"], default="calibrated")
+        if name in errors:
+            raise errors[name]
+        get_formula(name, quantity)
+        chosen[quantity] = reports[name]
+        result.reports[quantity] = reports[name][0]
+        if "paper" in reports:
+            result.paper[quantity] = reports["paper"][0]
+        elif "paper" in errors:
+            result.refused[quantity] = str(errors["paper"])
+    predictors = PredictorSet(
+        target,
+        space,
+        tuple(r.predictor for r in chosen["accuracy"]),
+        tuple(r.predictor for r in chosen["latency_ms"]),
+    )
+    return FitResult(predictors, result.reports, result.paper, result.refused)
+
+
+def fit_formula(
+    formula: Formula,
+    rows: Sequence[Measurement],
+    space: SearchSpace,
+    *,
+    ceiling: float | None = None,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+) -> FitReport:
+    """Fit one formula to one quantity.
+
+    Raises:
+        TooFewSamplesError, RankDeficientError, FitError: As `fit_predictors`.
+    """
+    sm = import_or_raise("statsmodels.api", extra="fit", feature="fitting predictors")
+    x, y, sizes, columns = design_of(formula, rows, space)
+    p = x.shape[1]
+    if len(y) < p + SPARE_ROWS:
+        raise TooFewSamplesError(
+            f"the {formula.name} formula of {formula.quantity} needs at least {p + SPARE_ROWS} rows "
+            f"({p} coefficients and {SPARE_ROWS} more)",
+            received=f"{len(y)} rows",
+            remedy="measure more subnets, or use the calibrated formula",
+        )
+    if np.ptp(y) == 0:
+        raise FitError(f"{formula.quantity} must vary over the rows", received=f"{y[0]:g} in all {len(y)}")
+    require_full_rank(x, columns)
+    top = _ceiling(formula, x, y, ceiling)
+    linear = y if top is None else -np.log(top - y)
+    weights = 1.0 / y**2 if formula.relative else np.ones_like(y)
+    model = sm.WLS(linear, _frame(x, columns), weights=weights)
+    fit = model.fit()
+    influence = x * np.sqrt(weights)[:, None]
+    leverage = np.einsum("ij,ji->i", influence, np.linalg.pinv(influence))
+    fitted = np.asarray(x @ np.asarray(fit.params))
+    residuals = np.asarray(fit.wresid) / (np.sqrt(fit.scale) * np.sqrt(np.maximum(1 - leverage, 1e-12)))
+    back = fitted if top is None else top - np.exp(-fitted)
+    cv = cross_validate(formula, x, y, ceiling=top, seed=seed)
+    metrics = {
+        "r2": _r2(y, back),
+        "r2_adjusted": 1 - (1 - _r2(y, back)) * (len(y) - 1) / (len(y) - p),
+        "n_samples": float(len(y)),
+        **cv.metrics,
+    }
+    predictor = LinearPredictor(
+        formula=formula.name,
+        quantity=formula.quantity,
+        space=space,
+        image_sizes=space.image_sizes if formula.any_size else sizes,
+        fitted_sizes=sizes,
+        columns=columns,
+        coefficients=np.asarray(fit.params, dtype=np.float64),
+        covariance=np.asarray(fit.cov_params(), dtype=np.float64),
+        sigma=float(np.sqrt(fit.scale)),
+        dof=int(fit.df_resid),
+        ceiling=top,
+        metrics=metrics,
+        provenance=dict(provenance or {}),
+    )
+    return FitReport(
+        predictor=predictor,
+        summary=_summary_text(fit, residuals, x, columns, formula),
+        table=_coefficient_table(fit, x, columns),
+        metrics=metrics,
+        observed=y,
+        fitted=back,
+        residuals=residuals,
+        leverage=leverage,
+        cv_predicted=cv.predicted,
+    )
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """Repeated k-fold cross-validation.
+
+    Attributes:
+        metrics: cv_r2, cv_rmse, cv_mape (percent), kendall_tau, cv_coverage (fraction of rows
+            inside their 95 % prediction interval).
+        predicted: Mean out-of-fold prediction of each row, shape (n,).
+    """
+
+    metrics: dict[str, float]
+    predicted: FloatArray
+
+
+def cross_validate(
+    formula: Formula,
+    x: FloatArray,
+    y: FloatArray,
+    *,
+    ceiling: float | None,
+    seed: int = 0,
+    folds: int = CV_FOLDS,
+    repeats: int = CV_REPEATS,
+) -> CrossValidation:
+    """Cross-validate a formula on its design matrix; folds are drawn over rows.
+
+    The ceiling is kept as given: it is one number of the whole table, and refitting it in every
+    fold changes the errors in the fourth digit.
+    """
+    from scipy.special import stdtrit
+    from scipy.stats import kendalltau
+
+    n, p = x.shape
+    folds = min(folds, n)
+    linear = y if ceiling is None else -np.log(ceiling - y)
+    root_weights = 1.0 / y if formula.relative else np.ones_like(y)
+    predicted, covered, taus = np.zeros((repeats, n)), np.zeros((repeats, n)), []
+    for repeat in range(repeats):
+        order = np.random.default_rng([seed, repeat]).permutation(n)
+        for fold in range(folds):
+            test = order[fold::folds]
+            train = np.setdiff1d(order, test, assume_unique=True)
+            xw = x[train] * root_weights[train, None]
+            beta, _, rank, _ = np.linalg.lstsq(xw, linear[train] * root_weights[train], rcond=None)
+            dof = len(train) - rank
+            z = x[test] @ beta
+            predicted[repeat, test] = z if ceiling is None else ceiling - np.exp(-z)
+            if dof < 1:
+                continue
+            s2 = float(np.sum((linear[train] * root_weights[train] - xw @ beta) ** 2)) / dof
+            scale = np.abs(z) if formula.relative else np.ones_like(z)
+            projected = np.linalg.lstsq(xw.T, x[test].T, rcond=None)[0]
+            sd = np.sqrt(s2 * ((projected**2).sum(axis=0) + scale**2))
+            covered[repeat, test] = np.abs(linear[test] - z) <= stdtrit(dof, 0.975) * sd
+        taus.append(float(kendalltau(predicted[repeat], y).statistic))
+    errors = predicted - y
+    metrics = {
+        "cv_r2": 1 - float(np.mean(np.mean(errors**2, axis=1))) / float(np.var(y)),
+        "cv_rmse": float(np.sqrt(np.mean(errors**2))),
+        "cv_mape": float(np.mean(np.abs(errors) / np.abs(y))) * 100,
+        "kendall_tau": float(np.mean(taus)),
+        "cv_coverage": float(covered.mean()),
+    }
+    return CrossValidation(metrics, predicted.mean(axis=0))
+
+
+def design_of(
+    formula: Formula, rows: Sequence[Measurement], space: SearchSpace
+) -> tuple[FloatArray, FloatArray, tuple[int, ...], tuple[str, ...]]:
+    """Design matrix (n, p), observed values (n,), image sizes, and column names of rows."""
+    architectures = [m.architecture for m in rows]
+    y = np.array([getattr(m, formula.quantity) for m in rows], dtype=np.float64)
+    sizes = tuple(sorted({a.image_size for a in architectures}))
+    return formula.design(space, architectures), y, sizes, formula.columns(space)
+
+
+def check_rows(rows: Sequence[Measurement], quantity: Literal["accuracy", "latency_ms"] | str) -> None:
+    """Refuse rows from which a quantity cannot be learned.
+
+    Raises:
+        InvalidMeasurementsError: If there are none, or duplicated architectures disagree.
+    """
+    if not rows:
+        raise InvalidMeasurementsError(f"measurements must have rows with {quantity}", received="none")
+    seen: dict[Any, float] = {}
+    for row in rows:
+        value = getattr(row, quantity)
+        first = seen.setdefault(row.architecture, value)
+        # Repeated measurements scatter; a tenth of the value or a point of accuracy is a mistake.
+        tolerance = 1.0 if quantity == "accuracy" else 0.1 * first
+        if abs(value - first) > tolerance:
+            raise InvalidMeasurementsError(
+                f"rows of the same architecture must agree on {quantity}",
+                received=f"{first:g} and {value:g} for {row.architecture}",
+                remedy="remove the wrong row",
+            )
+
+
+def require_full_rank(x: FloatArray, columns: Sequence[str]) -> None:
+    """Refuse a design whose columns are linearly dependent, naming those that add nothing.
+
+    Raises:
+        RankDeficientError: With the names of the dependent columns.
+    """
+    from scipy.linalg import qr
+
+    scaled = x / np.maximum(np.sqrt((x**2).mean(axis=0)), 1e-300)
+    _, r, order = qr(scaled, mode="economic", pivoting=True)
+    diagonal = np.abs(np.diag(r))
+    rank = int(np.sum(diagonal > diagonal[0] * 1e-10))
+    if rank < x.shape[1]:
+        names = sorted(columns[i] for i in order[rank:])
+        raise RankDeficientError(
+            "the measured subnets must vary every column of the formula independently",
+            received=f"no independent variation in {names}",
+            remedy="measure subnets that vary in these, or use a formula without them",
+        )
+
+
+def _groups(formula: Formula, rows: Sequence[Measurement]) -> list[list[Measurement]]:
+    """Formulas that hold for one image size are fitted once a size (the paper's 7 predictors)."""
+    if formula.any_size:
+        return [list(rows)]
+    sizes = sorted({m.architecture.image_size for m in rows})
+    return [[m for m in rows if m.architecture.image_size == size] for size in sizes]
+
+
+def _ceiling(formula: Formula, x: FloatArray, y: FloatArray, given: float | None) -> float | None:
+    """The given ceiling, or the most likely one on a grid between the best row and 100 %.
+
+    The log likelihood of y under z = -log(c - y) normal has the Jacobian sum(z).
+    """
+    if formula.link == "identity":
+        return None
+    best = float(y.max())
+    if given is not None:
+        if given <= best:
+            raise FitError(f"ceiling must be above the best measured accuracy, {best:g} %", received=given)
+        return given
+    room = 100.5 - best
+    candidates = best + room * np.geomspace(0.02, 1.0, 40)
+    scores = []
+    for c in candidates:
+        z = -np.log(c - y)
+        residual = z - x @ np.linalg.lstsq(x, z, rcond=None)[0]
+        scores.append(-0.5 * len(y) * np.log(np.mean(residual**2)) + z.sum())
+    return round(float(candidates[int(np.argmax(scores))]), 2)
+
+
+def _r2(y: FloatArray, fitted: FloatArray) -> float:
+    return 1 - float(np.sum((y - fitted) ** 2)) / float(np.sum((y - y.mean()) ** 2))
+
+
+def _frame(x: FloatArray, columns: Sequence[str]) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame(x, columns=list(columns))
+
+
+def _vif(x: FloatArray) -> FloatArray:
+    """Variance inflation of each column: the diagonal of the inverse correlation matrix."""
+    varying = x[:, :-1]
+    inverse = np.linalg.pinv(np.corrcoef(varying, rowvar=False).reshape(varying.shape[1], -1))
+    return np.append(np.diag(inverse), np.nan)
+
+
+def _coefficient_table(fit: Any, x: FloatArray, columns: Sequence[str]) -> list[dict[str, Any]]:
+    interval = np.asarray(fit.conf_int(0.05))
+    vif = _vif(x)
+    return [
+        {
+            "column": name,
+            "coefficient": float(fit.params.iloc[i]),
+            "std_error": float(fit.bse.iloc[i]),
+            "t": float(fit.tvalues.iloc[i]),
+            "p": float(fit.pvalues.iloc[i]),
+            "lower_95": float(interval[i, 0]),
+            "upper_95": float(interval[i, 1]),
+            "vif": float(vif[i]),
+        }
+        for i, name in enumerate(columns)
+    ]
+
+
+def _summary_text(fit: Any, residuals: FloatArray, x: FloatArray, columns: Sequence[str], formula: Formula) -> str:
+    import warnings
+
+    with warnings.catch_warnings():
+        # The kurtosis test of the summary warns on small samples; its figure is still printed.
+        warnings.simplefilter("ignore", UserWarning)
+        text = str(fit.summary(title=f"{formula.name} formula, {formula.quantity} (linear scale)"))
+    worst = sorted(zip(_vif(x)[:-1], columns, strict=False), reverse=True)[:5]
+    scale = {"identity": formula.quantity, "ceiling": "z = -log(ceiling - accuracy)"}[formula.link]
+    lines = [
+        text,
+        f"Linear scale: {scale}; weights: {'1 / value^2 (relative errors)' if formula.relative else 'equal'}.",
+        "Largest variance inflation factors: " + ", ".join(f"{name} {v:.1f}" for v, name in worst) + ".",
+        f"Largest standardised residual: {np.abs(residuals).max():.2f}.",
+        "Collinear columns make single coefficients unreadable: see effects.png for the effect of real edits.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,254 @@
+"""Formulas: which columns describe an architecture to a linear model.
+
+Every formula is a sum over stages, ``x(a) = constant(image_size) + sum_j stage_j(blocks of j)``:
+a column depends on one stage's own blocks or adds up the same quantity over all stages. That is
+what makes the exact search possible (docs/METHOD.md).
+
+| symbol (paper eq. 2) | column                  | meaning                                        |
+|----------------------|-------------------------|------------------------------------------------|
+| D_j                  | ``D_{w}``               | depth of the stage of width w                  |
+| E_j^avg, K_j^avg     | ``E_avg_{w}``, ``K_avg_{w}`` | means over the identity blocks            |
+| E_{j,j+1}, K_{j,j+1} | ``E_first_{w}``, ``K_first_{w}`` | the stage's first block               |
+| E_j^total            | ``E_total_{w}``         | sum of expansion ratios over identity blocks   |
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.cost import COST_TERMS, cost_terms
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.network import stage_unit, stem_units, tail_units
+from foxnas_mlflow.core.options import KindArray, encode
+from foxnas_mlflow.core.space import SearchSpace
+
+FloatArray = NDArray[np.float64]
+Quantity = Literal["accuracy", "latency_ms"]
+
+
+class Formula(ABC):
+    """A recipe of columns.
+
+    Attributes:
+        name: ``paper`` or ``calibrated``.
+        quantity: What it predicts.
+        link: ``identity``, or ``ceiling``: the linear scale is z = -log(ceiling - y).
+        relative: Whether errors are proportional to the value, so that rows are weighted 1 / y^2.
+        any_size: Whether one fit holds for image sizes that it has not seen.
+    """
+
+    name: str
+    quantity: Quantity
+    link: Literal["identity", "ceiling"] = "identity"
+    relative: bool = False
+    any_size: bool = False
+
+    @abstractmethod
+    def columns(self, space: SearchSpace) -> tuple[str, ...]:
+        """Names of the p columns; the constant is the last."""
+
+    @abstractmethod
+    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
+        """One stage's contribution.
+
+        Args:
+            space: The search space.
+            stage: Index of the stage from 0.
+            kinds: Blocks of n options, shape (n, max_depth), -1 where there is none.
+            image_size: Image size in pixels.
+
+        Returns:
+            The q columns that the stage adds to, and the values, shape (n, q).
+        """
+
+    def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
+        """The contribution of everything outside the stages, shape (p,)."""
+        values = np.zeros(len(self.columns(space)))
+        values[-1] = 1.0
+        return values
+
+    def design(self, space: SearchSpace, architectures: Sequence[Architecture]) -> FloatArray:
+        """The design matrix of architectures, shape (n, p)."""
+        kinds = encode(space, architectures)
+        sizes = np.array([a.image_size for a in architectures])
+        x = np.zeros((len(architectures), len(self.columns(space))))
+        for size in np.unique(sizes):
+            rows = np.flatnonzero(sizes == size)
+            x[rows] += self.constant(space, int(size))
+            for j in range(space.n_stages):
+                columns, values = self.stage(space, j, kinds[rows, j], int(size))
+                x[np.ix_(rows, columns)] += values
+        return x
+
+
+def _blocks(space: SearchSpace, kinds: KindArray) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
+    """Expansion, kernel and presence of blocks, each of the shape of `kinds`."""
+    present = kinds >= 0
+    table = np.array([(block.expansion, block.kernel) for block in space.kinds], dtype=np.float64)
+    values = table[np.where(present, kinds, 0)]
+    return values[..., 0], values[..., 1], present
+
+
+class _Paper(Formula):
+    """Equation 2 of the paper: depth, averages, first block, totals and interactions, per stage."""
+
+    name = "paper"
+    per_stage: tuple[str, ...]
+
+    def columns(self, space: SearchSpace) -> tuple[str, ...]:
+        return (*(f"{term}_{s.width}" for s in space.stages for term in self.per_stage), "const")
+
+    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
+        e, k, present = _blocks(space, kinds)
+        rest = present[:, 1:]
+        n_rest = np.maximum(rest.sum(axis=1), 1)
+        depth = present.sum(axis=1).astype(np.float64)
+        e_total = (e[:, 1:] * rest).sum(axis=1)
+        e_avg, k_avg = e_total / n_rest, (k[:, 1:] * rest).sum(axis=1) / n_rest
+        values = {
+            "D": depth,
+            "E_avg": e_avg,
+            "K_avg": k_avg,
+            "E_first": e[:, 0],
+            "K_first": k[:, 0],
+            "E_total": e_total,
+            "E_total:D": e_total * depth,
+            "E_avg:D": e_avg * depth,
+            "K_avg:D": k_avg * depth,
+        }
+        q = len(self.per_stage)
+        return list(range(stage * q, (stage + 1) * q)), np.stack([values[t] for t in self.per_stage], axis=1)
+
+
+class PaperAccuracy(_Paper):
+    """Equation 2 for accuracy: 8 terms a stage and a constant (41 coefficients for m = 5)."""
+
+    quantity: Quantity = "accuracy"
+    per_stage = ("D", "E_avg", "K_avg", "E_first", "K_first", "E_total", "E_total:D", "K_avg:D")
+
+
+class PaperLatency(_Paper):
+    """Equation 2 for latency as the authors published it: E_avg * D in place of the two totals.
+
+    E_total = E_avg * (D - 1), so E_total and E_total * D of equation 2 add nothing linear beside
+    E_avg and E_avg * D except curvature, which latency lacks (36 coefficients for m = 5).
+    """
+
+    quantity: Quantity = "latency_ms"
+    per_stage = ("D", "E_avg", "K_avg", "E_first", "K_first", "E_avg:D", "K_avg:D")
+
+
+class CalibratedLatency(Formula):
+    """A cost model: milliseconds = sum over `COST_TERMS` of a price times an amount, and a constant.
+
+    Deviation from the paper: physical amounts of the whole network in place of 35 architecture
+    parameters, fitted by least squares on relative errors. It predicts any network made of the
+    same layers at any image size. Amounts are in millions, so prices read as ms per million.
+    """
+
+    name = "calibrated"
+    quantity: Quantity = "latency_ms"
+    relative = True
+    any_size = True
+
+    def columns(self, space: SearchSpace) -> tuple[str, ...]:
+        return (*COST_TERMS, "const")
+
+    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
+        table = _block_terms(space, stage, image_size)
+        present = kinds >= 0
+        safe = np.where(present, kinds, 0)
+        values = table[0, safe[:, 0]] * present[:, :1]
+        for i in range(1, kinds.shape[1]):
+            values += table[1, safe[:, i]] * present[:, i : i + 1]
+        return list(range(len(COST_TERMS))), values
+
+    def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
+        fixed = [unit for units in (stem_units, tail_units) for unit in units(space, image_size)]
+        return np.append(cost_terms(layer for unit in fixed for layer in unit.layers) / 1e6, 1.0)
+
+
+class CalibratedAccuracy(Formula):
+    """A capacity model with saturation: linear in logarithms, under a ceiling.
+
+    Deviation from the paper: z = -log(ceiling - accuracy) is linear in, for each stage, the depth,
+    the sum of log e over identity blocks, log e of the first block and the log of the identity
+    blocks' total expansion; and, the same in every stage, in the number of stages at full depth,
+    the sum of log k over identity blocks and over first blocks. 24 coefficients in the CPU space.
+    """
+
+    name = "calibrated"
+    quantity: Quantity = "accuracy"
+    link = "ceiling"
+
+    def _terms(self, space: SearchSpace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Terms with one coefficient a stage, and terms with one for all; none that cannot vary."""
+        own = ("D",) if len(space.depths) > 1 else ()
+        own += ("sum_log_E", "log_E_first", "log_E_total") if len(space.expansions) > 1 else ()
+        shared = ("full_depth",) if len(space.depths) > 2 else ()
+        shared += ("sum_log_K", "log_K_first") if len(space.kernels) > 1 else ()
+        return own, shared
+
+    def columns(self, space: SearchSpace) -> tuple[str, ...]:
+        own, shared = self._terms(space)
+        return (*(f"{term}_{s.width}" for s in space.stages for term in own), *shared, "const")
+
+    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
+        e, k, present = _blocks(space, kinds)
+        rest = present[:, 1:]
+        depth = present.sum(axis=1)
+        log_e, log_k = np.log(e), np.log(k)
+        values = {
+            "D": depth.astype(np.float64),
+            "sum_log_E": (log_e[:, 1:] * rest).sum(axis=1),
+            "log_E_first": log_e[:, 0],
+            "log_E_total": np.log(np.maximum((e[:, 1:] * rest).sum(axis=1), 1.0)),
+            "full_depth": np.where(depth == space.max_depth, 1.0, 0.0),
+            "sum_log_K": (log_k[:, 1:] * rest).sum(axis=1),
+            "log_K_first": log_k[:, 0],
+        }
+        own, shared = self._terms(space)
+        q, start = len(own), space.n_stages * len(own)
+        indices = [*range(stage * q, (stage + 1) * q), *range(start, start + len(shared))]
+        return indices, np.stack([values[term] for term in (*own, *shared)], axis=1)
+
+
+FORMULAS: Mapping[tuple[str, str], Formula] = {
+    (formula.name, formula.quantity): formula
+    for formula in (PaperAccuracy(), PaperLatency(), CalibratedAccuracy(), CalibratedLatency())
+}
+
+
+def get_formula(name: str, quantity: str) -> Formula:
+    """A formula by name and quantity.
+
+    Raises:
+        InvalidInputError: If there is none.
+    """
+    try:
+        return FORMULAS[name, quantity]
+    except KeyError:
+        names = sorted({n for n, _ in FORMULAS})
+        raise InvalidInputError(f"formula must be one of {names}", received=name) from None
+
+
+@functools.lru_cache(maxsize=256)
+def _block_terms(space: SearchSpace, stage: int, image_size: int) -> FloatArray:
+    """Cost terms in millions of every block kind of a stage: shape (2, n_kinds, n_terms).
+
+    Row 0 is the stage's first block, row 1 an identity block.
+    """
+    sizes = space.stage_input_sizes(image_size)
+    return np.array(
+        [
+            [cost_terms(stage_unit(space, stage, position, block, sizes).layers) for block in space.kinds]
+            for position in (0, 1)
+        ]
+    ) / 1e6

@@ -1,0 +1,368 @@
+"""Fitted predictors: coefficients with their covariance, as JSON, without statsmodels.
+
+| symbol | name in code   | shape  | meaning                                                        |
+|--------|----------------|--------|----------------------------------------------------------------|
+| x      | design row     | (p,)   | `Formula.design`                                               |
+| beta   | ``coefficients`` | (p,) | estimated coefficients                                         |
+| C      | ``covariance`` | (p, p) | their covariance                                               |
+| s      | ``sigma``      | scalar | residual standard deviation on the linear scale, or its        |
+|        |                |        | fraction of the value when errors are relative                 |
+| tau    | ``transfer_sigma`` | scalar | the same for what the fit's residuals cannot show: error   |
+|        |                |        | of carrying it to image sizes that were not fitted             |
+
+On the linear scale a new observation has the variance ``x'Cx + (s^2 + tau^2) * scale^2`` with
+scale = 1, or the predicted value when errors are relative, and Student's t with ``dof``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, OutOfDomainError
+from foxnas_mlflow.core.predictors._formulas import FloatArray, Formula, get_formula
+from foxnas_mlflow.core.space import SearchSpace
+
+PREDICTORS_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted values with a two-sided interval, each of shape (n,).
+
+    Attributes:
+        value: Point prediction, in percent or milliseconds.
+        lower, upper: Ends of the interval.
+    """
+
+    value: FloatArray
+    lower: FloatArray
+    upper: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class LinearPredictor:
+    """One fitted formula.
+
+    Attributes:
+        formula: Name of the formula.
+        quantity: ``accuracy`` (percent) or ``latency_ms``.
+        space: The space it was fitted in.
+        image_sizes: Image sizes (px) that it may be asked for.
+        fitted_sizes: Image sizes (px) of the rows it was fitted from.
+        columns: Names of the p columns.
+        coefficients: Shape (p,).
+        covariance: Shape (p, p), or None when only coefficients were published: then there are
+            no intervals.
+        sigma: Residual standard deviation on the linear scale (a fraction if the formula's
+            errors are relative).
+        transfer_sigma: Further standard deviation at image sizes outside `fitted_sizes`.
+        dof: Degrees of freedom of the residuals.
+        ceiling: Ceiling of the accuracy in percent, for formulas with that link.
+        metrics: Figures of the fit and its cross-validation.
+        provenance: Where the rows came from, with their digest.
+    """
+
+    formula: str
+    quantity: Literal["accuracy", "latency_ms"]
+    space: SearchSpace
+    image_sizes: tuple[int, ...]
+    fitted_sizes: tuple[int, ...]
+    columns: tuple[str, ...]
+    coefficients: FloatArray
+    covariance: FloatArray | None
+    sigma: float
+    dof: int
+    ceiling: float | None = None
+    transfer_sigma: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        expected = self.recipe.columns(self.space)
+        if tuple(self.columns) != expected or self.coefficients.shape != (len(expected),):
+            raise InvalidFormatError(
+                f"the {self.formula} predictor of {self.quantity} has the columns {list(expected)}",
+                received=list(self.columns),
+            )
+        if self.covariance is not None and self.covariance.shape != (len(expected),) * 2:
+            raise InvalidFormatError("a covariance must be square in the columns", received=self.covariance.shape)
+
+    @property
+    def recipe(self) -> Formula:
+        """The formula itself."""
+        return get_formula(self.formula, self.quantity)
+
+    # -- predicting ----------------------------------------------------------------------------
+
+    def design(self, architectures: Sequence[Architecture]) -> FloatArray:
+        """Design matrix (n, p) of architectures that the predictor covers.
+
+        Raises:
+            OutOfDomainError: If an image size is outside `image_sizes`.
+        """
+        for architecture in architectures:
+            if architecture.image_size not in self.image_sizes:
+                raise OutOfDomainError(
+                    f"this predictor of {self.quantity} covers the image sizes {list(self.image_sizes)} px",
+                    received=architecture.image_size,
+                    remedy="fit predictors from measurements at that size",
+                )
+        return self.recipe.design(self.space, architectures)
+
+    def predict(self, architectures: Sequence[Architecture]) -> FloatArray:
+        """Point predictions, shape (n,)."""
+        return self.from_linear(self.design(architectures) @ self.coefficients)
+
+    def interval(
+        self,
+        architectures: Sequence[Architecture],
+        *,
+        confidence: float = 0.95,
+        kind: Literal["prediction", "confidence"] = "prediction",
+    ) -> Prediction:
+        """Predictions with two-sided intervals.
+
+        Args:
+            architectures: The n subnets.
+            confidence: Probability that the interval holds, in (0, 1).
+            kind: ``prediction`` for a new observation, ``confidence`` for its expectation.
+        """
+        check_confidence(confidence)
+        x = self.design(architectures)
+        linear = x @ self.coefficients
+        sd = self._sd(x, linear, self._extra_sigma([a.image_size for a in architectures]), kind=kind)
+        half = self.t_quantile((1 + confidence) / 2) * sd
+        return Prediction(
+            self.from_linear(linear), self.from_linear(linear - half), self.from_linear(linear + half)
+        )
+
+    def upper_bound(self, architectures: Sequence[Architecture], confidence: float) -> FloatArray:
+        """One-sided upper prediction bound, shape (n,); at confidence 0.5 the prediction itself."""
+        check_confidence(confidence)
+        x = self.design(architectures)
+        linear = x @ self.coefficients
+        sd = self._sd(x, linear, self._extra_sigma([a.image_size for a in architectures]))
+        return self.from_linear(linear + self.t_quantile(confidence) * sd)
+
+    def t_quantile(self, probability: float) -> float:
+        """Quantile of Student's t with the fit's degrees of freedom."""
+        from scipy.special import stdtrit
+
+        return 0.0 if probability == 0.5 else float(stdtrit(self.dof, probability))
+
+    def from_linear(self, linear: FloatArray) -> FloatArray:
+        """Map the linear scale to percent or milliseconds; monotone increasing."""
+        return linear if self.ceiling is None else self.ceiling - np.exp(-linear)
+
+    def to_linear(self, value: FloatArray) -> FloatArray:
+        """Inverse of `from_linear`."""
+        return value if self.ceiling is None else -np.log(self.ceiling - value)
+
+    def _extra_sigma(self, image_sizes: Sequence[int]) -> FloatArray:
+        fitted = np.isin(np.asarray(image_sizes), self.fitted_sizes)
+        return np.where(fitted, 0.0, self.transfer_sigma)
+
+    def _sd(
+        self, x: FloatArray, linear: FloatArray, extra: FloatArray, *, kind: str = "prediction"
+    ) -> FloatArray:
+        if self.covariance is None:
+            raise OutOfDomainError(
+                "a predictor known by its coefficients alone has no intervals",
+                remedy="use confidence 0.5, or fit the predictor from measurements",
+            )
+        scale = np.abs(linear) if self.recipe.relative else np.ones_like(linear)
+        variance = np.einsum("ij,jk,ik->i", x, self.covariance, x) + (extra * scale) ** 2
+        if kind == "prediction":
+            variance = variance + (self.sigma * scale) ** 2
+        return np.sqrt(variance)
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON object; the space is stored once, by the `PredictorSet`."""
+        return {
+            "formula": self.formula,
+            "quantity": self.quantity,
+            "unit": "percent" if self.quantity == "accuracy" else "ms",
+            "image_sizes": list(self.image_sizes),
+            "fitted_sizes": list(self.fitted_sizes),
+            "ceiling": self.ceiling,
+            "sigma": self.sigma,
+            "transfer_sigma": self.transfer_sigma,
+            "dof": self.dof,
+            "columns": list(self.columns),
+            "coefficients": self.coefficients.tolist(),
+            "covariance": None if self.covariance is None else self.covariance.tolist(),
+            "metrics": dict(self.metrics),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], space: SearchSpace) -> LinearPredictor:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            InvalidFormatError: If keys are missing or unknown, or shapes disagree.
+        """
+        keys = {
+            "formula", "quantity", "unit", "image_sizes", "fitted_sizes", "ceiling", "sigma", "transfer_sigma",
+            "dof", "columns", "coefficients", "covariance", "metrics", "provenance",
+        }  # fmt: skip
+        check_keys("a predictor", data, keys)
+        values = {key: data[key] for key in keys - {"unit"}}
+        try:
+            values["coefficients"] = np.asarray(data["coefficients"], dtype=np.float64)
+            if data["covariance"] is not None:
+                values["covariance"] = np.asarray(data["covariance"], dtype=np.float64)
+            for key in ("image_sizes", "fitted_sizes", "columns"):
+                values[key] = tuple(data[key])
+            if not np.isfinite(values["coefficients"]).all() or not math.isfinite(float(data["sigma"])):
+                raise ValueError("not finite")
+        except (TypeError, ValueError) as error:
+            raise InvalidFormatError("a predictor's numbers must be finite numbers", received=str(error)) from error
+        return cls(space=space, **values)
+
+
+@dataclass(frozen=True, eq=False)
+class PredictorSet:
+    """The predictors of a target: accuracy and latency, each for one or more image sizes.
+
+    Attributes:
+        target: Name of the target.
+        space: The search space.
+        accuracy: Predictors of accuracy; no two cover the same image size.
+        latency: Predictors of latency; no two cover the same image size.
+        notes: Sentences that must be shown wherever the predictions are.
+    """
+
+    target: str
+    space: SearchSpace
+    accuracy: tuple[LinearPredictor, ...]
+    latency: tuple[LinearPredictor, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """Image sizes (px) for which both accuracy and latency can be predicted."""
+        covered = [{s for p in group for s in p.image_sizes} for group in (self.accuracy, self.latency)]
+        return tuple(sorted(covered[0] & covered[1]))
+
+    def of(self, quantity: str, image_size: int) -> LinearPredictor:
+        """The predictor of a quantity at an image size.
+
+        Raises:
+            OutOfDomainError: If none covers it.
+        """
+        group = self.accuracy if quantity == "accuracy" else self.latency
+        for predictor in group:
+            if image_size in predictor.image_sizes:
+                return predictor
+        covered = sorted({s for p in group for s in p.image_sizes})
+        raise OutOfDomainError(
+            f"the predictors of target {self.target!r} know {quantity} at the image sizes {covered} px only",
+            received=f"{image_size} px",
+            remedy="choose one of those sizes, or bring predictors fitted at that size with predictors=",
+        )
+
+    def predict_table(self, architectures: Sequence[Architecture], confidence: float = 0.95) -> dict[str, list[float]]:
+        """Columns accuracy, latency_ms and their interval ends, one row an architecture."""
+        names = [f"{q}{end}" for q in ("accuracy", "latency_ms") for end in ("", "_lower", "_upper")]
+        table: dict[str, list[float]] = {name: [math.nan] * len(architectures) for name in names}
+        for quantity in ("accuracy", "latency_ms"):
+            for size in sorted({a.image_size for a in architectures}):
+                rows = [i for i, a in enumerate(architectures) if a.image_size == size]
+                subset = [architectures[i] for i in rows]
+                predictor = self.of(quantity, size)
+                if predictor.covariance is None:
+                    columns = {"": predictor.predict(subset)}
+                else:
+                    p = predictor.interval(subset, confidence=confidence)
+                    columns = {"": p.value, "_lower": p.lower, "_upper": p.upper}
+                for end, values in columns.items():
+                    for i, value in zip(rows, values, strict=True):
+                        table[quantity + end][i] = float(value)
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """The versioned JSON object."""
+        return {
+            "format": PREDICTORS_FORMAT,
+            "target": self.target,
+            "space": self.space.to_dict(),
+            "accuracy": [p.to_dict() for p in self.accuracy],
+            "latency": [p.to_dict() for p in self.latency],
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PredictorSet:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            InvalidFormatError: If the format is unknown or newer, or keys are wrong.
+        """
+        check_keys("predictors", data, {"format", "target", "space", "accuracy", "latency", "notes"})
+        if data["format"] != PREDICTORS_FORMAT:
+            raise InvalidFormatError(
+                f"predictors must have format {PREDICTORS_FORMAT}",
+                received=data["format"],
+                remedy="read them with the release of foxnas-mlflow that wrote them, or a later one",
+            )
+        space = SearchSpace.from_dict(data["space"])
+        return cls(
+            target=data["target"],
+            space=space,
+            accuracy=tuple(LinearPredictor.from_dict(p, space) for p in data["accuracy"]),
+            latency=tuple(LinearPredictor.from_dict(p, space) for p in data["latency"]),
+            notes=tuple(data["notes"]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON in one step."""
+        temporary = Path(f"{path}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def load_predictors(path: str | Path) -> PredictorSet:
+    """Read predictors from a JSON file, or from a directory that holds ``predictors.json``.
+
+    Raises:
+        InvalidFormatError: If the file cannot be read or is not predictors of a known format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "predictors.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidFormatError("a predictors file must be readable", received=str(path)) from error
+    except ValueError as error:
+        raise InvalidFormatError("a predictors file must be JSON", received=str(path)) from error
+    return PredictorSet.from_dict(data)
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuse a confidence outside (0, 1)."""
+    if not 0 < confidence < 1:
+        raise InvalidInputError("confidence must lie between 0 and 1, both excluded", received=confidence)
+
+
+def check_keys(what: str, data: object, keys: set[str]) -> None:
+    """Refuse missing and unknown keys."""
+    if not isinstance(data, Mapping):
+        raise InvalidFormatError(f"{what} must be a JSON object", received=data)
+    if set(data) != keys:
+        raise InvalidFormatError(
+            f"{what} must have exactly the keys {sorted(keys)}",
+            received=f"missing {sorted(keys - set(data))}, unknown {sorted(set(data) - keys)}",
+        )
