@@ -1,0 +1,126 @@
+"""Simulated annealing, the paper's Algorithm 1, over many chains at once.
+
+| symbol (Algorithm 1) | name in code      | meaning                                                  |
+|----------------------|-------------------|----------------------------------------------------------|
+| T                    | ``temperature``   | number of parameters changed in a move, falls to 1       |
+| k                    | ``boltzmann``     | accuracy points that one unit of temperature forgives    |
+| n                    | ``period``        | steps between two decreases of the temperature           |
+| C                    | ``step``          | counter of moves                                         |
+| weight               | ``weights``       | probability of choosing each parameter for a change      |
+
+Deviations. The printed rule accepts a worse network when r > exp(-delta / kT), which is false for
+every delta < 0; the Metropolis rule it means, r < exp(delta / kT), is used. The sampler's endless
+``while lat >= L`` becomes a bounded number of tries a move, each counted as an evaluation; a move
+without a feasible try leaves the chain where it is. A new best network counts even when its chain
+leaves it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from foxnas_mlflow.core.searchers._base import Genes, GeneSpace, Recorder, Searcher
+from foxnas_mlflow.core.searchers._objective import FloatArray
+
+
+@dataclass(frozen=True)
+class SimulatedAnnealing(Searcher):
+    """Algorithm 1.
+
+    Attributes:
+        guided: Whether the first set of weights comes from the predictors; False keeps the
+            weights even throughout, for comparison (figure 8).
+        n_chains: Chains run side by side.
+        tries: Tries of a move until one meets the constraint.
+        max_temperature: First temperature, in changed parameters.
+        boltzmann: Accuracy points forgiven per unit of temperature.
+    """
+
+    guided: bool = True
+    n_chains: int = 32
+    tries: int = 2
+    max_temperature: int = 6
+    boltzmann: float = 0.004
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``annealing``, or ``annealing-unguided``."""
+        return "annealing" if self.guided else "annealing-unguided"
+
+    def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
+        n_chains = max(1, min(self.n_chains, recorder.budget // 8))
+        genes, accuracy = recorder.feasible_start(rng, n_chains)
+        even = np.zeros(space.n_genes)
+        even[space.variable] = 1.0
+        guided = guided_weights(space, recorder, rng) if self.guided else even
+        n_steps = max(1, recorder.left // (n_chains * self.tries))
+        period = max(1, n_steps // self.max_temperature)
+        chains = np.arange(n_chains)
+        step = 0
+        while recorder.left >= n_chains * self.tries:
+            temperature = max(self.max_temperature - step // period, 1)
+            # The paper changes to the even weights at C == 2n.
+            weights = guided if step < 2 * period else even
+            proposals = np.concatenate([_move(space, genes, temperature, weights, rng) for _ in range(self.tries)])
+            values, _ = recorder.evaluate(proposals)
+            values = values.reshape(self.tries, n_chains)
+            first = np.argmax(~np.isneginf(values), axis=0)
+            value = values[first, chains]
+            with np.errstate(over="ignore"):
+                accept = rng.random(n_chains) < np.exp((value - accuracy) / (self.boltzmann * temperature))
+            accept &= ~np.isneginf(value)
+            chosen = proposals.reshape(self.tries, n_chains, -1)[first, chains]
+            genes = np.where(accept[:, None], chosen, genes)
+            accuracy = np.where(accept, value, accuracy)
+            step += 1
+
+
+def guided_weights(space: GeneSpace, recorder: Recorder, rng: np.random.Generator, n: int = 64) -> FloatArray:
+    """The first set of weights: how much each parameter moves the predicted accuracy.
+
+    Each parameter of n random networks takes another value, and the weight is the mean squared
+    change of the predicted accuracy: large for a few parameters, small for most. The n + n_genes * n
+    evaluations are predictions of the regression and are counted against the budget.
+
+    Returns:
+        Weights (n_genes,), zero for parameters that cannot vary; even ones when the budget is too
+        small for the estimate.
+    """
+    weights = np.zeros(space.n_genes)
+    weights[space.variable] = 1.0
+    n = min(n, recorder.left // (4 * (len(space.variable) + 1)))
+    if n < 4:
+        return weights
+    base = space.sample(rng, n)
+    changed = np.repeat(base[None], len(space.variable), axis=0)
+    for row, gene in enumerate(space.variable):
+        changed[row, :, gene] = _other(changed[row, :, gene], int(space.choices[gene]), rng)
+    accuracy, _ = space.evaluate(np.concatenate([base, changed.reshape(-1, space.n_genes)]))
+    recorder.evaluations += len(accuracy)
+    effect = np.mean((accuracy[n:].reshape(-1, n) - accuracy[:n]) ** 2, axis=1)
+    # A parameter without effect keeps a small chance: it may free latency for others.
+    weights[space.variable] = effect / max(effect.max(), 1e-300) + 0.02
+    return weights
+
+
+def _move(
+    space: GeneSpace, genes: Genes, temperature: int, weights: FloatArray, rng: np.random.Generator
+) -> Genes:
+    """Change `temperature` parameters of every individual, drawn without replacement by weight."""
+    n = len(genes)
+    temperature = min(temperature, len(space.variable))
+    # The largest keys log(u) / w are a weighted draw without replacement (Efraimidis and Spirakis).
+    keys = np.log(rng.random((n, len(space.variable)))) / weights[space.variable]
+    columns = space.variable[np.argpartition(keys, -temperature, axis=1)[:, -temperature:]]
+    rows = np.arange(n)[:, None]
+    moved = genes.copy()
+    moved[rows, columns] = _other(moved[rows, columns], space.choices[columns], rng)
+    return moved
+
+
+def _other(values: Genes, choices: Genes | int, rng: np.random.Generator) -> Genes:
+    """Another candidate than the present one, uniform."""
+    shift = 1 + (rng.random(values.shape) * (np.asarray(choices) - 1)).astype(np.int16)
+    return ((values + shift) % choices).astype(np.int16)

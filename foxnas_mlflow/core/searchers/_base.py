@@ -1,0 +1,218 @@
+"""What all heuristic searchers share: populations, budgets, traces.
+
+A population is an array of genes. For each stage: the depth, then for each of `max_depth` blocks
+an expansion ratio and a kernel size; the image size comes last. Genes of blocks beyond the depth
+sleep and keep their value.
+
+| name      | shape                      | meaning                                            |
+|-----------|----------------------------|----------------------------------------------------|
+| ``genes`` | (n, n_genes)               | index of the chosen candidate of every parameter   |
+| ``choices`` | (n_genes,)               | number of candidates of every parameter            |
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import InfeasibleConstraintError, InvalidInputError
+from foxnas_mlflow.core.options import KindArray, decode
+from foxnas_mlflow.core.searchers._exact import smallest_latency
+from foxnas_mlflow.core.searchers._objective import FloatArray, Objective
+
+Genes = NDArray[np.int16]
+
+
+@dataclass(frozen=True)
+class TracePoint:
+    """A new best architecture.
+
+    Attributes:
+        evaluation: Evaluations spent when it was found, from 1.
+        best_accuracy: Its predicted accuracy in percent.
+        latency_ms: Its upper latency bound in ms.
+        chain: The chain (annealing) or member (evolution) that found it.
+    """
+
+    evaluation: int
+    best_accuracy: float
+    latency_ms: float
+    chain: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a heuristic searcher found.
+
+    Attributes:
+        algorithm: Name of the searcher.
+        architecture: The best architecture that meets the constraint.
+        accuracy: Its predicted accuracy in percent.
+        latency_upper_ms: Its upper latency bound in ms.
+        evaluations: Evaluations spent.
+        seconds: Wall time.
+        trace: Improvements in order.
+        seed: Seed of the search.
+    """
+
+    algorithm: str
+    architecture: Architecture
+    accuracy: float
+    latency_upper_ms: float
+    evaluations: int
+    seconds: float
+    trace: tuple[TracePoint, ...]
+    seed: int
+
+
+class GeneSpace:
+    """The genes of a space and the image sizes searched."""
+
+    def __init__(self, objective: Objective) -> None:
+        space = objective.space
+        self.objective = objective
+        self.n_stages, self.max_depth = space.n_stages, space.max_depth
+        per_stage = [len(space.depths)] + [len(space.expansions), len(space.kernels)] * space.max_depth
+        self.choices = np.array(per_stage * space.n_stages + [len(objective.sizes)], dtype=np.int16)
+        self.variable = np.flatnonzero(self.choices > 1)
+        self._depths = np.array(space.depths, dtype=np.int16)
+        self._n_kernels = len(space.kernels)
+
+    @property
+    def n_genes(self) -> int:
+        """Number of parameters, sleeping ones included."""
+        return len(self.choices)
+
+    def sample(self, rng: np.random.Generator, n: int) -> Genes:
+        """Draw n individuals, every parameter uniform."""
+        return (rng.random((n, self.n_genes)) * self.choices).astype(np.int16)
+
+    def kinds(self, genes: Genes) -> KindArray:
+        """Blocks of individuals: shape (n, n_stages, max_depth), -1 beyond the depth."""
+        stages = genes[:, :-1].reshape(len(genes), self.n_stages, -1)
+        depth = self._depths[stages[:, :, 0]]
+        kinds = stages[:, :, 1::2] * self._n_kernels + stages[:, :, 2::2]
+        return np.where(np.arange(self.max_depth) < depth[:, :, None], kinds, -1).astype(np.int16)
+
+    def evaluate(self, genes: Genes) -> tuple[FloatArray, FloatArray]:
+        """Accuracy in percent and upper latency bound in ms of individuals, each (n,)."""
+        return self.objective.evaluate(genes[:, -1].astype(np.int64), self.kinds(genes))
+
+    def architecture(self, genes: Genes) -> Architecture:
+        """The architecture of one individual, shape (n_genes,)."""
+        size = self.objective.image_sizes[int(genes[-1])]
+        return decode(self.objective.space, size, self.kinds(genes[None])[0])
+
+    def cheapest(self) -> Genes:
+        """The individual with the first candidate everywhere: the smallest network."""
+        return np.zeros(self.n_genes, dtype=np.int16)
+
+
+@dataclass
+class Recorder:
+    """Counts evaluations against a budget and keeps the best feasible individual."""
+
+    space: GeneSpace
+    limit: float
+    budget: int
+    evaluations: int = 0
+    best: Genes | None = None
+    best_accuracy: float = -np.inf
+    best_latency: float = np.inf
+    trace: list[TracePoint] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        """Evaluations left."""
+        return self.budget - self.evaluations
+
+    def evaluate(self, genes: Genes) -> tuple[FloatArray, FloatArray]:
+        """Evaluate individuals; accuracy is -inf where the constraint is not met."""
+        accuracy, upper = self.space.evaluate(genes)
+        feasible = np.where(upper <= self.limit, accuracy, -np.inf)
+        if feasible.max() > self.best_accuracy:
+            # Walk the batch in order, so that the trace says which evaluation improved.
+            running = np.maximum.accumulate(np.maximum(feasible, self.best_accuracy))
+            previous = np.concatenate([[self.best_accuracy], running[:-1]])
+            for i in np.flatnonzero(running > previous):
+                self.trace.append(
+                    TracePoint(self.evaluations + int(i) + 1, float(feasible[i]), float(upper[i]), int(i))
+                )
+            i = int(np.argmax(feasible))
+            self.best, self.best_accuracy, self.best_latency = genes[i].copy(), float(feasible[i]), float(upper[i])
+        self.evaluations += len(genes)
+        return feasible, upper
+
+    def feasible_start(self, rng: np.random.Generator, n: int) -> tuple[Genes, FloatArray]:
+        """n feasible individuals: random ones, and shrunk towards the smallest where needed.
+
+        Raises:
+            InfeasibleConstraintError: If not even the smallest network meets the constraint.
+        """
+        genes = self.space.sample(rng, n)
+        accuracy, _ = self.evaluate(genes)
+        cheapest = self.space.cheapest()
+        for _ in range(64):
+            bad = np.flatnonzero(np.isneginf(accuracy))
+            if not len(bad) or self.left < len(bad):
+                break
+            shrink = rng.random((len(bad), self.space.n_genes)) < 0.25
+            genes[bad] = np.where(shrink, cheapest, genes[bad])
+            accuracy[bad] = self.evaluate(genes[bad])[0]
+        bad = np.isneginf(accuracy)
+        if bad.any():
+            genes[bad] = cheapest
+            accuracy[bad] = self.evaluate(cheapest[None])[0][0]
+            if np.isneginf(accuracy).any():
+                raise InfeasibleConstraintError(self.limit, smallest_latency(self.space.objective))
+        return genes, accuracy
+
+
+class Searcher(ABC):
+    """A heuristic searcher: run it with a budget and a seed.
+
+    Attributes:
+        name: Name in traces, tables and tags.
+    """
+
+    name: str
+
+    @abstractmethod
+    def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
+        """Spend the recorder's budget; the recorder keeps the best."""
+
+    def search(self, objective: Objective, latency_ms: float, *, evaluations: int, seed: int = 0) -> SearchResult:
+        """Search under a constraint.
+
+        Args:
+            objective: What to maximise, and the bound that is constrained.
+            latency_ms: The upper latency bound of the result is at most this.
+            evaluations: Budget, a positive number of evaluations.
+            seed: Seed of all randomness: the same seed finds the same network.
+
+        Raises:
+            InfeasibleConstraintError: If no architecture was found that meets the constraint.
+        """
+        if evaluations < 1:
+            raise InvalidInputError("evaluations must be a positive integer", received=evaluations)
+        start = time.perf_counter()
+        space = GeneSpace(objective)
+        recorder = Recorder(space, latency_ms, evaluations)
+        self.run(space, recorder, np.random.default_rng(seed))
+        if recorder.best is None:
+            raise InfeasibleConstraintError(latency_ms, smallest_latency(objective))
+        return SearchResult(
+            algorithm=self.name,
+            architecture=space.architecture(recorder.best),
+            accuracy=recorder.best_accuracy,
+            latency_upper_ms=recorder.best_latency,
+            evaluations=recorder.evaluations,
+            seconds=time.perf_counter() - start,
+            trace=tuple(recorder.trace),
+            seed=seed,
+        )

@@ -1,0 +1,167 @@
+"""What every searcher evaluates: accuracy, and the latency bound that the constraint is on.
+
+| symbol | name in code   | shape | meaning                                                       |
+|--------|----------------|-------|---------------------------------------------------------------|
+| x(a)   | rows of a table | (p,) | design row of the latency predictor; its last entry is 1      |
+| beta   | ``beta``       | (p,)  | its coefficients                                              |
+| C'     | ``spread``     | (p, p)| covariance with the residual variance folded in               |
+| t      | ``t``          | scalar| one-sided quantile of Student's t at the confidence           |
+| U(a)   | ``upper``      | scalar| beta'x + t * sqrt(x'C'x), the upper prediction bound in ms    |
+
+Folding: a constant residual variance k^2 is ``k^2 e e'`` with e the constant's unit vector, a
+relative one ``k^2 beta beta'``. Either way U is a linear form plus t times a norm of x, so it is
+convex and homogeneous in x: its tangent at any x0 underestimates it everywhere. The exact search
+stands on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError
+from foxnas_mlflow.core.options import IndexArray, KindArray, decode, stage_options
+from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet
+
+FloatArray = NDArray[np.float64]
+
+
+class SizeObjective:
+    """The objective at one image size, as tables over the stage options.
+
+    Attributes:
+        image_size: Image size in pixels.
+        accuracy_base, accuracy_stages: The accuracy's linear scale is the base plus one entry of
+            each stage's table, shape (m,).
+        latency: The latency predictor.
+    """
+
+    def __init__(self, predictors: PredictorSet, image_size: int, confidence: float) -> None:
+        space = predictors.space
+        kinds = stage_options(space).kinds
+        self.image_size = image_size
+        self.accuracy = predictors.of("accuracy", image_size)
+        self.latency = predictors.of("latency_ms", image_size)
+        self.accuracy_base, self.accuracy_stages = _contributions(self.accuracy, kinds, image_size)
+        recipe = self.latency.recipe
+        self.x_base = recipe.constant(space, image_size)
+        self.x_stages = [recipe.stage(space, j, kinds, image_size) for j in range(space.n_stages)]
+        self.beta = self.latency.coefficients
+        self.t = self.latency.t_quantile(confidence)
+        self.spread = _spread(self.latency, image_size) if self.t > 0 else None
+
+    def latency_tables(self, weights: FloatArray) -> tuple[float, list[FloatArray]]:
+        """Base and stage tables of any linear form of the latency's design row."""
+        return float(self.x_base @ weights), [values @ weights[columns] for columns, values in self.x_stages]
+
+    def design(self, index: IndexArray) -> FloatArray:
+        """Latency design rows (n, p) of subnets given as option indices (n, n_stages)."""
+        x = np.tile(self.x_base, (len(index), 1))
+        for j, (columns, values) in enumerate(self.x_stages):
+            x[:, columns] += values[index[:, j]]
+        return x
+
+    def upper(self, x: FloatArray) -> FloatArray:
+        """Upper latency bound in ms of design rows (n, p)."""
+        mean: FloatArray = x @ self.beta
+        if self.spread is None:
+            return mean
+        return mean + self.t * np.sqrt(np.einsum("ij,jk,ik->i", x, self.spread, x))
+
+    def tangent(self, x0: FloatArray) -> FloatArray:
+        """Weights g (p,) with ``g'x <= U(x)`` for every x and equality at x0."""
+        if self.spread is None:
+            return self.beta
+        return self.beta + self.t * (self.spread @ x0) / np.sqrt(x0 @ self.spread @ x0)
+
+    def evaluate(self, index: IndexArray) -> tuple[FloatArray, FloatArray]:
+        """Accuracy in percent and upper latency bound in ms of option indices (n, n_stages)."""
+        z = self.accuracy_base + sum(table[index[:, j]] for j, table in enumerate(self.accuracy_stages))
+        return self.accuracy.from_linear(np.asarray(z)), self.upper(self.design(index))
+
+
+class Objective:
+    """The objective over several image sizes.
+
+    Args:
+        predictors: Predictors of the target.
+        confidence: Probability with which the constraint is to hold, in [0.5, 1).
+        image_sizes: Image sizes to search (px); all that the predictors know when None.
+
+    Raises:
+        InvalidInputError: If the confidence is outside [0.5, 1).
+        OutOfDomainError: If an image size has no predictors.
+    """
+
+    def __init__(
+        self, predictors: PredictorSet, *, confidence: float = 0.95, image_sizes: Sequence[int] | None = None
+    ) -> None:
+        if not 0.5 <= confidence < 1:
+            raise InvalidInputError(
+                "confidence must be at least 0.5 (the point prediction) and below 1", received=confidence
+            )
+        sizes = predictors.image_sizes if not image_sizes else tuple(sorted(set(image_sizes)))
+        if not sizes:
+            raise OutOfDomainError("predictors must know accuracy and latency at a common image size")
+        self.predictors = predictors
+        self.space = predictors.space
+        self.confidence = confidence
+        self.sizes = tuple(SizeObjective(predictors, size, confidence) for size in sizes)
+        self.options = stage_options(self.space)
+
+    @property
+    def image_sizes(self) -> tuple[int, ...]:
+        """The image sizes searched, in pixels."""
+        return tuple(size.image_size for size in self.sizes)
+
+    def evaluate(self, size_index: IndexArray, kinds: KindArray) -> tuple[FloatArray, FloatArray]:
+        """Evaluate a population.
+
+        Args:
+            size_index: Index into `sizes`, shape (n,).
+            kinds: Blocks, shape (n, n_stages, max_depth), -1 where there is none.
+
+        Returns:
+            Accuracy in percent and upper latency bound in ms, each of shape (n,).
+        """
+        index = self.options.lookup(kinds)
+        if len(self.sizes) == 1:
+            return self.sizes[0].evaluate(index)
+        accuracy, upper = np.empty(len(index)), np.empty(len(index))
+        for i, size in enumerate(self.sizes):
+            rows = np.flatnonzero(size_index == i)
+            if len(rows):
+                accuracy[rows], upper[rows] = size.evaluate(index[rows])
+        return accuracy, upper
+
+    def architecture(self, size_index: int, index: IndexArray) -> Architecture:
+        """The architecture of one row of option indices, shape (n_stages,)."""
+        return decode(self.space, self.sizes[size_index].image_size, self.options.kinds[index])
+
+
+def _contributions(
+    predictor: LinearPredictor, kinds: KindArray, image_size: int
+) -> tuple[float, list[FloatArray]]:
+    recipe, beta = predictor.recipe, predictor.coefficients
+    tables = []
+    for j in range(predictor.space.n_stages):
+        columns, values = recipe.stage(predictor.space, j, kinds, image_size)
+        tables.append(values @ beta[columns])
+    return float(recipe.constant(predictor.space, image_size) @ beta), tables
+
+
+def _spread(predictor: LinearPredictor, image_size: int) -> FloatArray:
+    if predictor.covariance is None:
+        raise OutOfDomainError(
+            "a predictor known by its coefficients alone has no intervals",
+            received="confidence above 0.5",
+            remedy="use confidence 0.5, or fit the predictor from measurements",
+        )
+    transfer = 0.0 if image_size in predictor.fitted_sizes else predictor.transfer_sigma
+    variance = predictor.sigma**2 + transfer**2
+    direction = predictor.coefficients if predictor.recipe.relative else np.eye(len(predictor.coefficients))[-1]
+    spread: FloatArray = predictor.covariance + variance * np.outer(direction, direction)
+    return spread

@@ -1,0 +1,18 @@
+"""Random search: the baseline that every searcher must beat."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from foxnas_mlflow.core.searchers._base import GeneSpace, Recorder, Searcher
+
+
+class RandomSearch(Searcher):
+    """Draws networks uniformly and keeps the best that meets the constraint."""
+
+    name = "random"
+
+    def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
+        recorder.feasible_start(rng, min(32, recorder.budget))
+        while recorder.left > 0:
+            recorder.evaluate(space.sample(rng, min(1024, recorder.left)))
