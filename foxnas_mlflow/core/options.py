@@ -14,8 +14,6 @@ a stage in the CPU space, where the ordered count is 22,608.
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +27,7 @@ from foxnas_mlflow.core.space import SearchSpace
 KindArray = NDArray[np.int16]
 IndexArray = NDArray[np.int64]
 
-_MAX_OPTIONS = 2_000_000
+_MAX_CODES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -38,16 +36,16 @@ class StageOptions:
 
     Attributes:
         kinds: Blocks of each option, shape (m, max_depth), -1 where there is none.
-        codes: A number for each option, ascending, that `lookup` finds rows by.
-        n_kinds: Number of block kinds of the space.
+        rows: Row of `kinds` for every code of blocks in any order, -1 where there is no option.
+        weights: Weights (max_depth,) that make a code of blocks.
     """
 
     kinds: KindArray
-    codes: IndexArray
-    n_kinds: int
+    rows: IndexArray
+    weights: IndexArray
 
     def lookup(self, kinds: KindArray) -> IndexArray:
-        """Rows of the table for blocks in any order of the identity blocks.
+        """Rows of the table for blocks whose identity blocks may come in any order.
 
         Args:
             kinds: Shape (..., max_depth), -1 where there is no block.
@@ -55,10 +53,7 @@ class StageOptions:
         Returns:
             Row indices, shape (...,).
         """
-        ordered = kinds.copy()
-        # Descending puts the -1 of absent blocks last.
-        ordered[..., 1:] = -np.sort(-ordered[..., 1:], axis=-1)
-        return np.searchsorted(self.codes, _codes(ordered, self.n_kinds)).astype(np.int64)
+        return self.rows[(kinds + 1) @ self.weights]
 
 
 @functools.lru_cache(maxsize=16)
@@ -68,28 +63,24 @@ def stage_options(space: SearchSpace) -> StageOptions:
     Raises:
         InvalidSpaceError: If a stage has too many options to enumerate.
     """
-    n_kinds, longest = len(space.kinds), space.max_depth
-    count = sum(n_kinds * math.comb(n_kinds + depth - 2, depth - 1) for depth in space.depths)
-    if count > _MAX_OPTIONS:
+    base, longest = len(space.kinds) + 1, space.max_depth
+    if base**longest > _MAX_CODES:
         raise InvalidSpaceError(
-            f"a stage may have at most {_MAX_OPTIONS:,} options for the exact search",
-            received=f"{count:,}",
-            remedy="use fewer kernel sizes, expansion ratios or depths",
+            f"(block kinds + 1) ^ depth may be at most {_MAX_CODES:,} for the exact search",
+            received=f"{base} ^ {longest}",
+            remedy="use fewer kernel sizes, expansion ratios or a smaller depth",
         )
-    rows = []
-    for depth in space.depths:
-        # Descending multisets, in the order that `lookup` sorts to.
-        rest = np.array(
-            list(itertools.combinations_with_replacement(range(n_kinds - 1, -1, -1), depth - 1)), dtype=np.int16
-        ).reshape(-1, depth - 1)
-        block = np.full((n_kinds * len(rest), longest), -1, dtype=np.int16)
-        block[:, 0] = np.repeat(np.arange(n_kinds, dtype=np.int16), len(rest))
-        block[:, 1:depth] = np.tile(rest, (n_kinds, 1))
-        rows.append(block)
-    kinds = np.concatenate(rows)
-    codes = _codes(kinds, n_kinds)
-    order = np.argsort(codes)
-    return StageOptions(kinds[order], codes[order], n_kinds)
+    weights = base ** np.arange(longest, dtype=np.int64)
+    codes = np.arange(base**longest, dtype=np.int64)
+    # Digit 0 is an absent block. Identity blocks in descending order name their multiset.
+    digits = (codes[:, None] // weights) % base
+    digits[:, 1:] = -np.sort(-digits[:, 1:], axis=1)
+    canonical = digits @ weights
+    depth = (digits > 0).sum(axis=1)
+    options = np.flatnonzero((canonical == codes) & (digits[:, 0] > 0) & np.isin(depth, space.depths))
+    rows = np.full(len(codes), -1, dtype=np.int64)
+    rows[options] = np.arange(len(options))
+    return StageOptions((digits[options] - 1).astype(np.int16), rows[canonical], weights)
 
 
 def encode(space: SearchSpace, architectures: Sequence[Architecture]) -> KindArray:
@@ -108,9 +99,3 @@ def decode(space: SearchSpace, image_size: int, kinds: KindArray) -> Architectur
     table = space.kinds
     blocks = [[(table[k].expansion, table[k].kernel) for k in stage if k >= 0] for stage in kinds]
     return space.architecture(image_size, blocks)
-
-
-def _codes(kinds: KindArray, n_kinds: int) -> IndexArray:
-    weights = (n_kinds + 1) ** np.arange(kinds.shape[-1], dtype=np.int64)
-    codes: IndexArray = (kinds.astype(np.int64) + 1) @ weights
-    return codes

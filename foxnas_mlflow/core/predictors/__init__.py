@@ -16,6 +16,7 @@ from foxnas_mlflow.core.predictors._linear import (
     check_confidence,
     load_predictors,
 )
+from foxnas_mlflow.core.predictors._reference import authors_predictor, build_reference, reference_predictors
 
 __all__ = [
     "FORMULAS",
@@ -26,10 +27,13 @@ __all__ = [
     "LinearPredictor",
     "Prediction",
     "PredictorSet",
+    "authors_predictor",
+    "build_reference",
     "check_confidence",
     "cross_validate",
     "fit_formula",
     "fit_predictors",
     "get_formula",
     "load_predictors",
+    "reference_predictors",
 ]

@@ -251,7 +251,7 @@ def cross_validate(
     from scipy.special import stdtrit
     from scipy.stats import kendalltau
 
-    n, p = x.shape
+    n, _p = x.shape
     folds = min(folds, n)
     linear = y if ceiling is None else -np.log(ceiling - y)
     root_weights = 1.0 / y if formula.relative else np.ones_like(y)

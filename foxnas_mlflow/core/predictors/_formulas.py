@@ -246,9 +246,12 @@ def _block_terms(space: SearchSpace, stage: int, image_size: int) -> FloatArray:
     Row 0 is the stage's first block, row 1 an identity block.
     """
     sizes = space.stage_input_sizes(image_size)
-    return np.array(
-        [
-            [cost_terms(stage_unit(space, stage, position, block, sizes).layers) for block in space.kinds]
-            for position in (0, 1)
-        ]
-    ) / 1e6
+    return (
+        np.array(
+            [
+                [cost_terms(stage_unit(space, stage, position, block, sizes).layers) for block in space.kinds]
+                for position in (0, 1)
+            ]
+        )
+        / 1e6
+    )

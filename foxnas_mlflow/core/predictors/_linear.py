@@ -141,9 +141,7 @@ class LinearPredictor:
         linear = x @ self.coefficients
         sd = self._sd(x, linear, self._extra_sigma([a.image_size for a in architectures]), kind=kind)
         half = self.t_quantile((1 + confidence) / 2) * sd
-        return Prediction(
-            self.from_linear(linear), self.from_linear(linear - half), self.from_linear(linear + half)
-        )
+        return Prediction(self.from_linear(linear), self.from_linear(linear - half), self.from_linear(linear + half))
 
     def upper_bound(self, architectures: Sequence[Architecture], confidence: float) -> FloatArray:
         """One-sided upper prediction bound, shape (n,); at confidence 0.5 the prediction itself."""
@@ -171,9 +169,7 @@ class LinearPredictor:
         fitted = np.isin(np.asarray(image_sizes), self.fitted_sizes)
         return np.where(fitted, 0.0, self.transfer_sigma)
 
-    def _sd(
-        self, x: FloatArray, linear: FloatArray, extra: FloatArray, *, kind: str = "prediction"
-    ) -> FloatArray:
+    def _sd(self, x: FloatArray, linear: FloatArray, extra: FloatArray, *, kind: str = "prediction") -> FloatArray:
         if self.covariance is None:
             raise OutOfDomainError(
                 "a predictor known by its coefficients alone has no intervals",

@@ -10,9 +10,10 @@
 
 Deviations. The printed rule accepts a worse network when r > exp(-delta / kT), which is false for
 every delta < 0; the Metropolis rule it means, r < exp(delta / kT), is used. The sampler's endless
-``while lat >= L`` becomes a bounded number of tries a move, each counted as an evaluation; a move
-without a feasible try leaves the chain where it is. A new best network counts even when its chain
-leaves it again.
+``while lat >= L`` becomes a fixed number of tries a move, each counted as an evaluation; the best try
+that meets the constraint is the proposal, and a move without one leaves the chain where it is. T is
+the most parameters that a try changes: each try draws 1 to T. A new best network counts even when
+its chain leaves it again.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ class SimulatedAnnealing(Searcher):
             weights even throughout, for comparison (figure 8).
         n_chains: Chains run side by side.
         tries: Tries of a move until one meets the constraint.
-        max_temperature: First temperature, in changed parameters.
+        max_temperature, min_temperature: First and last temperature, in changed parameters.
         boltzmann: Accuracy points forgiven per unit of temperature.
     """
 
     guided: bool = True
     n_chains: int = 32
     tries: int = 2
-    max_temperature: int = 6
+    max_temperature: int = 5
+    min_temperature: int = 2
     boltzmann: float = 0.004
 
     @property
@@ -56,22 +58,22 @@ class SimulatedAnnealing(Searcher):
         even[space.variable] = 1.0
         guided = guided_weights(space, recorder, rng) if self.guided else even
         n_steps = max(1, recorder.left // (n_chains * self.tries))
-        period = max(1, n_steps // self.max_temperature)
+        period = max(1, n_steps // (self.max_temperature - self.min_temperature + 1))
         chains = np.arange(n_chains)
         step = 0
         while recorder.left >= n_chains * self.tries:
-            temperature = max(self.max_temperature - step // period, 1)
+            temperature = max(self.max_temperature - step // period, self.min_temperature)
             # The paper changes to the even weights at C == 2n.
             weights = guided if step < 2 * period else even
-            proposals = np.concatenate([_move(space, genes, temperature, weights, rng) for _ in range(self.tries)])
+            proposals = _move(space, np.tile(genes, (self.tries, 1)), temperature, weights, rng)
             values, _ = recorder.evaluate(proposals)
             values = values.reshape(self.tries, n_chains)
-            first = np.argmax(~np.isneginf(values), axis=0)
-            value = values[first, chains]
+            best = np.argmax(values, axis=0)
+            value = values[best, chains]
             with np.errstate(over="ignore"):
                 accept = rng.random(n_chains) < np.exp((value - accuracy) / (self.boltzmann * temperature))
             accept &= ~np.isneginf(value)
-            chosen = proposals.reshape(self.tries, n_chains, -1)[first, chains]
+            chosen = proposals.reshape(self.tries, n_chains, -1)[best, chains]
             genes = np.where(accept[:, None], chosen, genes)
             accuracy = np.where(accept, value, accuracy)
             step += 1
@@ -105,15 +107,13 @@ def guided_weights(space: GeneSpace, recorder: Recorder, rng: np.random.Generato
     return weights
 
 
-def _move(
-    space: GeneSpace, genes: Genes, temperature: int, weights: FloatArray, rng: np.random.Generator
-) -> Genes:
-    """Change `temperature` parameters of every individual, drawn without replacement by weight."""
+def _move(space: GeneSpace, genes: Genes, temperature: int, weights: FloatArray, rng: np.random.Generator) -> Genes:
+    """Change 1 to `temperature` parameters of every individual, each drawn by weight."""
     n = len(genes)
-    temperature = min(temperature, len(space.variable))
-    # The largest keys log(u) / w are a weighted draw without replacement (Efraimidis and Spirakis).
-    keys = np.log(rng.random((n, len(space.variable)))) / weights[space.variable]
-    columns = space.variable[np.argpartition(keys, -temperature, axis=1)[:, -temperature:]]
+    cumulative = np.cumsum(weights)
+    columns = np.searchsorted(cumulative, rng.random((n, temperature)) * cumulative[-1], side="right")
+    # A parameter drawn twice is changed once more: the move is then one parameter smaller.
+    columns = np.where(np.arange(temperature) < rng.integers(1, temperature + 1, size=(n, 1)), columns, columns[:, :1])
     rows = np.arange(n)[:, None]
     moved = genes.copy()
     moved[rows, columns] = _other(moved[rows, columns], space.choices[columns], rng)

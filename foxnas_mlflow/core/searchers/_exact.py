@@ -148,7 +148,7 @@ def _size_optimum(objective: Objective, i: int, limit: float) -> Optimum | None:
     weights = size.beta
     best_z, best_index, bound = -np.inf, None, np.inf
     for tangents in range(1, _MAX_TANGENTS + 1):
-        latency, z, index = _size_front(size, weights, limit=limit)
+        _latency, z, index = _size_front(size, weights, limit=limit)
         if not len(z):
             # The weights underestimate every bound: nothing can meet the constraint.
             return None if best_index is None else _optimum(objective, i, best_index, bound, tangents)
@@ -206,10 +206,7 @@ def _merge(a: _Part, b: _Part, room: float) -> _Part:
     """Pareto set of all sums of two Pareto sets."""
     latency = (a[0][:, None] + b[0][None, :]).ravel()
     z = (a[1][:, None] + b[1][None, :]).ravel()
-    if room < np.inf:
-        inside = np.flatnonzero(latency <= room)
-    else:
-        inside = np.arange(len(latency))
+    inside = np.flatnonzero(latency <= room) if room < np.inf else np.arange(len(latency))
     if not len(inside):
         return latency[:0], z[:0], np.empty((0, a[2].shape[1] + b[2].shape[1]), dtype=np.int64)
     keep = inside[_pareto(latency[inside], z[inside])]

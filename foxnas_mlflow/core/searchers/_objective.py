@@ -69,7 +69,7 @@ class SizeObjective:
         mean: FloatArray = x @ self.beta
         if self.spread is None:
             return mean
-        return mean + self.t * np.sqrt(np.einsum("ij,jk,ik->i", x, self.spread, x))
+        return mean + self.t * np.sqrt(((x @ self.spread) * x).sum(axis=1))
 
     def tangent(self, x0: FloatArray) -> FloatArray:
         """Weights g (p,) with ``g'x <= U(x)`` for every x and equality at x0."""
@@ -142,9 +142,7 @@ class Objective:
         return decode(self.space, self.sizes[size_index].image_size, self.options.kinds[index])
 
 
-def _contributions(
-    predictor: LinearPredictor, kinds: KindArray, image_size: int
-) -> tuple[float, list[FloatArray]]:
+def _contributions(predictor: LinearPredictor, kinds: KindArray, image_size: int) -> tuple[float, list[FloatArray]]:
     recipe, beta = predictor.recipe, predictor.coefficients
     tables = []
     for j in range(predictor.space.n_stages):
