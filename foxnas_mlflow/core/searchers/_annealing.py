@@ -2,17 +2,17 @@
 
 | symbol (Algorithm 1) | name in code      | meaning                                                  |
 |----------------------|-------------------|----------------------------------------------------------|
-| T                    | ``temperature``   | number of parameters changed in a move, falls to 1       |
+| T                    | ``temperature``   | most parameters that a move changes, rounded up          |
 | k                    | ``boltzmann``     | accuracy points that one unit of temperature forgives    |
-| n                    | ``period``        | steps between two decreases of the temperature           |
 | C                    | ``step``          | counter of moves                                         |
 | weight               | ``weights``       | probability of choosing each parameter for a change      |
 
 Deviations. The printed rule accepts a worse network when r > exp(-delta / kT), which is false for
 every delta < 0; the Metropolis rule it means, r < exp(delta / kT), is used. The sampler's endless
 ``while lat >= L`` becomes a fixed number of tries a move, each counted as an evaluation; the best try
-that meets the constraint is the proposal, and a move without one leaves the chain where it is. T is
-the most parameters that a try changes: each try draws 1 to T. A new best network counts even when
+that meets the constraint is the proposal, and a move without one leaves the chain where it is. T
+falls continuously instead of by one every n moves, and is the most parameters that a try changes:
+each try draws 1 to T. A new best network counts even when
 its chain leaves it again.
 """
 
@@ -34,17 +34,19 @@ class SimulatedAnnealing(Searcher):
         guided: Whether the first set of weights comes from the predictors; False keeps the
             weights even throughout, for comparison (figure 8).
         n_chains: Chains run side by side.
-        tries: Tries of a move until one meets the constraint.
-        max_temperature, min_temperature: First and last temperature, in changed parameters.
+        tries: Tries of a move, of which the best that meets the constraint is proposed.
+        max_temperature: First temperature; it falls to 0 with the square of what is left.
+        min_changes: Most parameters changed by a try once T is below: three are needed to pay for
+            one more block with two savings.
         boltzmann: Accuracy points forgiven per unit of temperature.
     """
 
     guided: bool = True
     n_chains: int = 32
-    tries: int = 2
-    max_temperature: int = 5
-    min_temperature: int = 2
-    boltzmann: float = 0.004
+    tries: int = 8
+    max_temperature: float = 5.0
+    min_changes: int = 3
+    boltzmann: float = 0.01
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -58,14 +60,14 @@ class SimulatedAnnealing(Searcher):
         even[space.variable] = 1.0
         guided = guided_weights(space, recorder, rng) if self.guided else even
         n_steps = max(1, recorder.left // (n_chains * self.tries))
-        period = max(1, n_steps // (self.max_temperature - self.min_temperature + 1))
         chains = np.arange(n_chains)
-        step = 0
-        while recorder.left >= n_chains * self.tries:
-            temperature = max(self.max_temperature - step // period, self.min_temperature)
-            # The paper changes to the even weights at C == 2n.
-            weights = guided if step < 2 * period else even
-            proposals = _move(space, np.tile(genes, (self.tries, 1)), temperature, weights, rng)
+        for step in range(n_steps):
+            genes = space.settle(genes)
+            temperature = self.max_temperature * (1 - step / n_steps) ** 2
+            # The paper changes to the even weights at C == 2n, after two decreases of T.
+            weights = guided if temperature > self.max_temperature - 2 else even
+            n_changes = max(int(np.ceil(temperature)), self.min_changes)
+            proposals = _move(space, np.tile(genes, (self.tries, 1)), n_changes, weights, rng)
             values, _ = recorder.evaluate(proposals)
             values = values.reshape(self.tries, n_chains)
             best = np.argmax(values, axis=0)
@@ -76,7 +78,6 @@ class SimulatedAnnealing(Searcher):
             chosen = proposals.reshape(self.tries, n_chains, -1)[best, chains]
             genes = np.where(accept[:, None], chosen, genes)
             accuracy = np.where(accept, value, accuracy)
-            step += 1
 
 
 def guided_weights(space: GeneSpace, recorder: Recorder, rng: np.random.Generator, n: int = 64) -> FloatArray:
@@ -108,15 +109,16 @@ def guided_weights(space: GeneSpace, recorder: Recorder, rng: np.random.Generato
 
 
 def _move(space: GeneSpace, genes: Genes, temperature: int, weights: FloatArray, rng: np.random.Generator) -> Genes:
-    """Change 1 to `temperature` parameters of every individual, each drawn by weight."""
+    """Change 1 to `temperature` parameters of every individual, drawn by weight among active ones."""
     n = len(genes)
-    cumulative = np.cumsum(weights)
-    columns = np.searchsorted(cumulative, rng.random((n, temperature)) * cumulative[-1], side="right")
-    # A parameter drawn twice is changed once more: the move is then one parameter smaller.
+    cumulative = np.cumsum(weights * space.active(genes), axis=1)
+    drawn = rng.random((n, temperature, 1)) * cumulative[:, None, -1:]
+    columns = (cumulative[:, None, :] <= drawn).sum(axis=2)
+    # A parameter drawn twice is changed once: the move is then one parameter smaller.
     columns = np.where(np.arange(temperature) < rng.integers(1, temperature + 1, size=(n, 1)), columns, columns[:, :1])
     rows = np.arange(n)[:, None]
     moved = genes.copy()
-    moved[rows, columns] = _other(moved[rows, columns], space.choices[columns], rng)
+    moved[rows, columns] = _other(genes[rows, columns], space.choices[columns], rng)
     return moved
 
 

@@ -2,7 +2,7 @@
 
 A population is an array of genes. For each stage: the depth, then for each of `max_depth` blocks
 an expansion ratio and a kernel size; the image size comes last. Genes of blocks beyond the depth
-sleep and keep their value.
+sleep: they have no effect.
 
 | name      | shape                      | meaning                                            |
 |-----------|----------------------------|----------------------------------------------------|
@@ -91,6 +91,24 @@ class GeneSpace:
     def sample(self, rng: np.random.Generator, n: int) -> Genes:
         """Draw n individuals, every parameter uniform."""
         return (rng.random((n, self.n_genes)) * self.choices).astype(np.int16)
+
+    def active(self, genes: Genes) -> NDArray[np.bool_]:
+        """Whether each parameter of individuals has an effect: shape (n, n_genes)."""
+        stages = genes[:, :-1].reshape(len(genes), self.n_stages, -1)
+        depth = self._depths[stages[:, :, :1]]
+        block = np.concatenate([[0], np.repeat(np.arange(self.max_depth), 2)])
+        return np.hstack([(block < depth).reshape(len(genes), -1), np.ones((len(genes), 1), dtype=bool)])
+
+    def settle(self, genes: Genes) -> Genes:
+        """Let sleeping blocks copy the stage's last block, which is what a deeper stage starts from."""
+        settled = genes.copy()
+        stages = settled[:, :-1].reshape(len(genes), self.n_stages, -1)
+        depth = self._depths[stages[:, :, 0]]
+        for i in range(1, self.max_depth):
+            asleep = (i >= depth)[:, :, None]
+            block = stages[:, :, 1 + 2 * i : 3 + 2 * i]
+            block[:] = np.where(asleep, stages[:, :, 2 * i - 1 : 2 * i + 1], block)
+        return settled
 
     def kinds(self, genes: Genes) -> KindArray:
         """Blocks of individuals: shape (n, n_stages, max_depth), -1 beyond the depth."""

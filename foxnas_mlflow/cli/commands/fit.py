@@ -1,0 +1,46 @@
+"""``foxnas fit``: fit and register the predictors of a target from measurements."""
+
+from __future__ import annotations
+
+import argparse
+
+from foxnas_mlflow.cli.parameters import Parameter
+
+SUMMARY = "Fit accuracy and latency predictors from measured networks, judge them, and register them."
+
+PARAMETERS = (
+    Parameter("measurements", "", "Path of measurements.csv, or of the FOX-NAS authors' table."),
+    Parameter("formula", "calibrated", "Formula to use.", choices=("calibrated", "paper", "auto")),
+    Parameter("name", "foxnas", "Prefix of the registered model."),
+    Parameter("target", "rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML."),
+    Parameter("space", "", "Search space of the rows: cpu, tpu or the path of a YAML; empty: the target's."),
+    Parameter("ceiling", 0.0, "Ceiling of the accuracy in percent; 0: the most likely one.", float),
+    Parameter("seed", 0, "Seed of the cross-validation.", int),
+)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fit, log and register."""
+    from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.core.measurements import read_measurements
+    from foxnas_mlflow.core.predictors import fit_predictors
+    from foxnas_mlflow.core.space import get_space
+    from foxnas_mlflow.core.targets import get_target
+
+    if not args.measurements:
+        raise InvalidInputError("measurements must be the path of a CSV file", remedy="give --measurements")
+    target = get_target(args.target)
+    rows = read_measurements(args.measurements)
+    fit = fit_predictors(
+        rows,
+        get_space(args.space or target.space),
+        target=target.name,
+        formula=args.formula,
+        ceiling=args.ceiling or None,
+        seed=args.seed,
+        provenance={"source": args.measurements},
+    )
+
+    from foxnas_mlflow.tracking.fit import log_fit
+
+    log_fit(fit, rows, target=target, params=vars(args), name=args.name)

@@ -1,0 +1,72 @@
+"""Logging fitted predictors: metrics of both formulas, tables, plots, and the registered model."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from foxnas_mlflow.core.measurements import Measurement, write_measurements
+from foxnas_mlflow.core.predictors import FitResult
+from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.flavor import log_model
+from foxnas_mlflow.tracking.registry import tag_version
+from foxnas_mlflow.tracking.run import entry_run
+
+_LABELS = {"accuracy": "accuracy", "latency_ms": "latency"}
+
+
+def log_fit(
+    fit: FitResult, rows: Sequence[Measurement], *, target: Target, params: Mapping[str, Any], name: str
+) -> str:
+    """Log a fit to an MLflow run and register its predictors; returns the run's id."""
+    sources = sorted({m.latency_source for m in rows if m.latency_source})
+    with entry_run(
+        stage="fit",
+        params=params,
+        target=target.name,
+        space=fit.predictors.space.name,
+        latency_source=sources[0] if len(sources) == 1 else None,
+    ) as run:
+        write_measurements(rows, run.directory / "measurements.csv")
+        metrics: dict[str, float] = {}
+        for quantity, report in fit.reports.items():
+            label = _LABELS[quantity]
+            paper = fit.paper.get(quantity)
+            metrics |= {f"predictor/{label}/{key}": value for key, value in report.metrics.items()}
+            if paper is not None:
+                metrics |= {f"predictor/{label}/{key}_paper": value for key, value in paper.metrics.items()}
+            directory = run.directory / "predictor" / label
+            directory.mkdir(parents=True)
+            if importlib.util.find_spec("foxnas_mlflow.report"):
+                from foxnas_mlflow.report import write_predictor_files
+
+                write_predictor_files(report, paper, directory)
+            else:
+                (directory / "summary.txt").write_text(report.summary, encoding="utf-8")
+        run.log_artifacts(run.directory)
+        registered = f"{name}-predictors-{target.name}"
+        info = log_model(
+            kind="predictors", name="predictors", predictors=fit.predictors, registered_model_name=registered
+        )
+        run.log_metrics(metrics, model_id=info.model_id)
+        tag_version(registered, info.registered_model_version, {"source": str(params.get("measurements", ""))})
+        print(_summary(fit, registered, info.registered_model_version, run.run_id))
+        return run.run_id
+
+
+def _summary(fit: FitResult, registered: str, version: Any, run_id: str) -> str:
+    lines = [f"{'':<22}{'formula':<12}{'n':>5}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
+    for quantity, report in fit.reports.items():
+        for which in (report, fit.paper.get(quantity)):
+            if which is None or (which is not report and which.predictor.formula == report.predictor.formula):
+                continue
+            m = which.metrics
+            lines.append(
+                f"{quantity:<22}{which.predictor.formula:<12}{m['n_samples']:>5.0f}{m['r2_adjusted']:>10.4f}"
+                f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
+            )
+    lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
+    lines.append(f"Registered {registered} version {version}; run {run_id}.")
+    lines.append(f"Next: foxnas search --predictors models:/{registered}/{version} --latency-ms 60")
+    return "\n".join(lines)
