@@ -1,0 +1,158 @@
+"""A search as MLflow sees it: tags, metrics, artifacts, registered models, run states."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.predictors import reference_predictors
+from foxnas_mlflow.core.space import CPU_SPACE
+
+pytestmark = pytest.mark.server
+
+
+def test_search_logs_what_the_contract_names(tracking: str, tmp_path: Path) -> None:
+    import mlflow
+
+    assert main(["search", "--latency-ms", "60", "--evaluations", "20000"]) == 0
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    tags = run.data.tags
+    assert tags["foxnas.stage"] == "search"
+    assert tags["foxnas.target"] == "rpi4"
+    assert tags["foxnas.space"] == "cpu"
+    assert tags["foxnas.latency_source"] == "cost_model"
+    assert tags["foxnas.predictors"] == "reference"
+    assert "2021" in tags["foxnas.latency_note"]
+    assert run.data.params["cfg.latency_ms"] == "60.0"
+    metrics = run.data.metrics
+    assert metrics["search/predicted_latency_upper_ms"] <= 60
+    assert metrics["search/predicted_latency_ms"] < metrics["search/predicted_latency_upper_ms"]
+    np.testing.assert_allclose(metrics["search/exact_accuracy"], metrics["search/predicted_accuracy"])
+    for key in ("optimality_gap", "seconds", "evaluations", "front_size", "front_seconds"):
+        assert f"search/{key}" in metrics
+    directory = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, dst_path=str(tmp_path / "a")))
+    architecture = Architecture.from_json((directory / "architecture.json").read_text())
+    with (directory / "front.csv").open() as file:
+        front = list(csv.DictReader(file))
+    assert len(front) == metrics["search/front_size"]
+    some = front[:: len(front) // 7]
+    predictors = reference_predictors("rpi4")
+    got = predictors.predict_table([Architecture.from_json(r["architecture"]) for r in some])
+    np.testing.assert_allclose(got["latency_ms"], [float(r["latency_ms"]) for r in some])
+    np.testing.assert_allclose(got["accuracy"], [float(r["accuracy"]) for r in some])
+    with (directory / "trace.csv").open() as file:
+        trace = list(csv.DictReader(file))
+    assert list(trace[0]) == ["evaluation", "best_accuracy", "latency_ms", "chain"]
+    certificate = json.loads((directory / "certificate.json").read_text())
+    assert certificate["proof_gap"] == 0
+
+    version = client.get_model_version("foxnas-subnet-rpi4", "1")
+    assert version.tags["weights"] == "none"
+    model = mlflow.pyfunc.load_model("models:/foxnas-predictors-rpi4/1")
+    table = model.predict(pd.DataFrame({"architecture": [architecture.to_json()]}), params={"confidence": 0.9})
+    np.testing.assert_allclose(table["accuracy"][0], metrics["search/predicted_accuracy"])
+    assert table["latency_ms_lower"][0] < table["latency_ms"][0] < table["latency_ms_upper"][0]
+
+
+def test_a_changed_model_file_is_refused(tracking: str, tmp_path: Path) -> None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    from foxnas_mlflow.flavor import load_model, save_model
+
+    path = tmp_path / "model"
+    save_model(path, kind="predictors", predictors=reference_predictors("rpi4"))
+    frame = pd.DataFrame({"architecture": [CPU_SPACE.smallest(192).to_json()]})
+    before = mlflow.pyfunc.load_model(str(path)).predict(frame)
+    np.testing.assert_allclose(
+        before["latency_ms"], load_model(str(path)).predict_table([CPU_SPACE.smallest(192)])["latency_ms"]
+    )
+    file = path / "data" / "predictors.json"
+    file.write_text(file.read_text().replace("rpi4", "rpi5", 1))
+    with pytest.raises(MlflowException, match=r"predictors\.json changed"):
+        mlflow.pyfunc.load_model(str(path))
+
+
+def test_fit_registers_predictors_that_search_uses(tracking: str, shared_data: Path, tmp_path: Path) -> None:
+    import mlflow
+
+    assert main(["fit", "--measurements", str(shared_data / "foxnas_rpi4_cpu256.csv"), "--ceiling", "78"]) == 0
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"])
+    metrics = run.data.metrics
+    assert round(metrics["predictor/accuracy/r2_adjusted_paper"], 4) == 0.9391
+    assert metrics["predictor/latency/cv_mape"] < metrics["predictor/latency/cv_mape_paper"]
+    names = {f.path for f in client.list_artifacts(run.info.run_id, "predictor/accuracy")}
+    assert "predictor/accuracy/summary.txt" in names
+    uri = "models:/foxnas-predictors-rpi4/1"
+    assert main(["search", "--predictors", uri, "--latency-ms", "90", "--evaluations", "5000"]) == 0
+    latest = client.search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
+    assert latest.data.tags["foxnas.predictors"] == uri
+
+
+def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    result = subprocess.run(
+        [sys.executable, "-m", "foxnas_mlflow", "search", "--evaluations", "1000"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("foxnas: ")
+
+
+def test_sigterm_ends_the_run_as_killed(tracking: str, tmp_path: Path) -> None:
+    import mlflow
+
+    code = (
+        "import time\nfrom foxnas_mlflow.tracking.run import entry_run\n"
+        "with entry_run(stage='search', params={}):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "ready"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    process.stdout.close()
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert run.info.status == "KILLED"
+
+
+def test_an_error_ends_the_run_as_failed(tracking: str) -> None:
+    import mlflow
+
+    from foxnas_mlflow.tracking.run import entry_run
+
+    with pytest.raises(RuntimeError, match="no"), entry_run(stage="fit", params={"a": 1}):
+        raise RuntimeError("no")
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert run.info.status == "FAILED"
+
+
+def test_mlflow_run_from_a_project(tracking: str, root: Path) -> None:
+    import mlflow
+
+    start = time.time()
+    submitted = mlflow.projects.run(
+        str(root), entry_point="search", parameters={"latency_ms": "70", "evaluations": "5000"}, env_manager="local"
+    )
+    run = mlflow.get_run(submitted.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["search/predicted_latency_upper_ms"] <= 70
+    assert run.info.start_time / 1000 >= start - 5
