@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
     arguments = build_parser().parse_args(argv)
+    # MLflow's default of 7 retries hides an unreachable server for several minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     try:
         values = resolve(arguments.module.PARAMETERS, arguments)
         arguments.module.run(argparse.Namespace(**values))

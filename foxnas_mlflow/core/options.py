@@ -53,7 +53,8 @@ class StageOptions:
         Returns:
             Row indices, shape (...,).
         """
-        return self.rows[(kinds + 1) @ self.weights]
+        rows: IndexArray = self.rows[(kinds + 1) @ self.weights]
+        return rows
 
 
 @functools.lru_cache(maxsize=16)

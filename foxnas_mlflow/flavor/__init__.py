@@ -44,7 +44,9 @@ def get_default_pip_requirements() -> list[str]:
 
 def get_default_conda_env() -> dict[str, Any]:
     """The conda environment of `get_default_pip_requirements`."""
-    env: dict[str, Any] = _mlflow_conda_env(additional_pip_deps=get_default_pip_requirements())
+    env: dict[str, Any] = _mlflow_conda_env(  # type: ignore[no-untyped-call]
+        additional_pip_deps=get_default_pip_requirements()
+    )
     return env
 
 
@@ -91,7 +93,7 @@ def save_model(
     (data / "foxnas.json").write_text(json.dumps(conf, indent=1), encoding="utf-8")
 
     package = Path(__file__).resolve().parents[1]
-    code = _validate_and_copy_code_paths([str(package)], str(path))
+    code = _validate_and_copy_code_paths([str(package)], str(path))  # type: ignore[no-untyped-call]
     mlflow_model = mlflow_model or Model()
     mlflow_model.signature = _signature(kind)
     mlflow.pyfunc.add_to_model(
@@ -107,7 +109,8 @@ def save_model(
     mlflow_model.save(str(path / MLMODEL_FILE_NAME))
     (path / "conda.yaml").write_text(yaml.safe_dump(get_default_conda_env()), encoding="utf-8")
     (path / "requirements.txt").write_text("\n".join(get_default_pip_requirements()) + "\n", encoding="utf-8")
-    _PythonEnv.current().to_yaml(str(path / "python_env.yaml"))
+    python_env = _PythonEnv.current()  # type: ignore[no-untyped-call]
+    python_env.to_yaml(str(path / "python_env.yaml"))
 
 
 def log_model(
@@ -185,7 +188,7 @@ class _SubnetModel:
     def __init__(self, data: Path) -> None:
         self._details = json.loads((data / "details.json").read_text(encoding="utf-8"))
 
-    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         row = {key: value for key, value in self._details.items() if np.isscalar(value)}
         return pd.DataFrame([row] * len(model_input))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from foxnas_mlflow.core.measurements import Measurement, write_measurements
 from foxnas_mlflow.core.predictors import FitResult
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import log_model
+from foxnas_mlflow.report import write_predictor_files
 from foxnas_mlflow.tracking.registry import tag_version
 from foxnas_mlflow.tracking.run import entry_run
 
@@ -38,12 +38,7 @@ def log_fit(
                 metrics |= {f"predictor/{label}/{key}_paper": value for key, value in paper.metrics.items()}
             directory = run.directory / "predictor" / label
             directory.mkdir(parents=True)
-            if importlib.util.find_spec("foxnas_mlflow.report"):
-                from foxnas_mlflow.report import write_predictor_files
-
-                write_predictor_files(report, paper, directory)
-            else:
-                (directory / "summary.txt").write_text(report.summary, encoding="utf-8")
+            write_predictor_files(report, paper, directory)
         run.log_artifacts(run.directory)
         registered = f"{name}-predictors-{target.name}"
         info = log_model(

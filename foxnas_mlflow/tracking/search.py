@@ -53,7 +53,7 @@ def log_search(
         (files / "certificate.json").write_text(json.dumps(outcome.certificate(), indent=2), encoding="utf-8")
         write_front(outcome.front, files / "front.csv")
         write_trace(outcome.result, files / "trace.csv")
-        if importlib.util.find_spec("plotly") is not None and importlib.util.find_spec("foxnas_mlflow.report"):
+        if importlib.util.find_spec("plotly") is not None:
             from foxnas_mlflow.report import write_search_report
 
             write_search_report(

@@ -1,5 +1,6 @@
 """Predictors of accuracy and latency: linear models that a person can read."""
 
+from foxnas_mlflow.core.predictors._effects import Effect, marginal_effects
 from foxnas_mlflow.core.predictors._fit import (
     CrossValidation,
     FitReport,
@@ -21,6 +22,7 @@ from foxnas_mlflow.core.predictors._reference import authors_predictor, build_re
 __all__ = [
     "FORMULAS",
     "CrossValidation",
+    "Effect",
     "FitReport",
     "FitResult",
     "Formula",
@@ -35,5 +37,6 @@ __all__ = [
     "fit_predictors",
     "get_formula",
     "load_predictors",
+    "marginal_effects",
     "reference_predictors",
 ]

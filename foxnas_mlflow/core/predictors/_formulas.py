@@ -84,7 +84,7 @@ class Formula(ABC):
             x[rows] += self.constant(space, int(size))
             for j in range(space.n_stages):
                 columns, values = self.stage(space, j, kinds[rows, j], int(size))
-                x[np.ix_(rows, columns)] += values
+                x[np.ix_(rows, np.array(columns))] += values
         return x
 
 
@@ -190,9 +190,9 @@ class CalibratedAccuracy(Formula):
 
     def _terms(self, space: SearchSpace) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Terms with one coefficient a stage, and terms with one for all; none that cannot vary."""
-        own = ("D",) if len(space.depths) > 1 else ()
+        own: tuple[str, ...] = ("D",) if len(space.depths) > 1 else ()
         own += ("sum_log_E", "log_E_first", "log_E_total") if len(space.expansions) > 1 else ()
-        shared = ("full_depth",) if len(space.depths) > 2 else ()
+        shared: tuple[str, ...] = ("full_depth",) if len(space.depths) > 2 else ()
         shared += ("sum_log_K", "log_K_first") if len(space.kernels) > 1 else ()
         return own, shared
 

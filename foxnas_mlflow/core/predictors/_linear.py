@@ -179,7 +179,8 @@ class LinearPredictor:
         variance = np.einsum("ij,jk,ik->i", x, self.covariance, x) + (extra * scale) ** 2
         if kind == "prediction":
             variance = variance + (self.sigma * scale) ** 2
-        return np.sqrt(variance)
+        sd: FloatArray = np.sqrt(variance)
+        return sd
 
     # -- files ---------------------------------------------------------------------------------
 

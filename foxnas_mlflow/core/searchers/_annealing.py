@@ -55,6 +55,7 @@ class SimulatedAnnealing(Searcher):
 
     def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
         n_chains = max(1, min(self.n_chains, recorder.budget // 8))
+        recorder.n_chains = n_chains
         genes, accuracy = recorder.feasible_start(rng, n_chains)
         even = np.zeros(space.n_genes)
         even[space.variable] = 1.0
@@ -125,4 +126,5 @@ def _move(space: GeneSpace, genes: Genes, temperature: int, weights: FloatArray,
 def _other(values: Genes, choices: Genes | int, rng: np.random.Generator) -> Genes:
     """Another candidate than the present one, uniform."""
     shift = 1 + (rng.random(values.shape) * (np.asarray(choices) - 1)).astype(np.int16)
-    return ((values + shift) % choices).astype(np.int16)
+    changed: Genes = ((values + shift) % choices).astype(np.int16)
+    return changed

@@ -36,7 +36,7 @@ class TracePoint:
         evaluation: Evaluations spent when it was found, from 1.
         best_accuracy: Its predicted accuracy in percent.
         latency_ms: Its upper latency bound in ms.
-        chain: The chain (annealing) or member (evolution) that found it.
+        chain: The annealing chain that found it; 0 for searchers without chains.
     """
 
     evaluation: int
@@ -133,11 +133,15 @@ class GeneSpace:
 
 @dataclass
 class Recorder:
-    """Counts evaluations against a budget and keeps the best feasible individual."""
+    """Counts evaluations against a budget and keeps the best feasible individual.
+
+    `n_chains` is the number of chains whose individuals take turns in a batch.
+    """
 
     space: GeneSpace
     limit: float
     budget: int
+    n_chains: int = 1
     evaluations: int = 0
     best: Genes | None = None
     best_accuracy: float = -np.inf
@@ -157,12 +161,13 @@ class Recorder:
             # Walk the batch in order, so that the trace says which evaluation improved.
             running = np.maximum.accumulate(np.maximum(feasible, self.best_accuracy))
             previous = np.concatenate([[self.best_accuracy], running[:-1]])
-            for i in np.flatnonzero(running > previous):
+            for i in map(int, np.flatnonzero(running > previous)):
                 self.trace.append(
-                    TracePoint(self.evaluations + int(i) + 1, float(feasible[i]), float(upper[i]), int(i))
+                    TracePoint(self.evaluations + i + 1, float(feasible[i]), float(upper[i]), i % self.n_chains)
                 )
-            i = int(np.argmax(feasible))
-            self.best, self.best_accuracy, self.best_latency = genes[i].copy(), float(feasible[i]), float(upper[i])
+            top = int(np.argmax(feasible))
+            self.best = genes[top].copy()
+            self.best_accuracy, self.best_latency = float(feasible[top]), float(upper[top])
         self.evaluations += len(genes)
         return feasible, upper
 
@@ -182,10 +187,10 @@ class Recorder:
             shrink = rng.random((len(bad), self.space.n_genes)) < 0.25
             genes[bad] = np.where(shrink, cheapest, genes[bad])
             accuracy[bad] = self.evaluate(genes[bad])[0]
-        bad = np.isneginf(accuracy)
-        if bad.any():
-            genes[bad] = cheapest
-            accuracy[bad] = self.evaluate(cheapest[None])[0][0]
+        stuck = np.isneginf(accuracy)
+        if stuck.any():
+            genes[stuck] = cheapest
+            accuracy[stuck] = self.evaluate(cheapest[None])[0][0]
             if np.isneginf(accuracy).any():
                 raise InfeasibleConstraintError(self.limit, smallest_latency(self.space.objective))
         return genes, accuracy

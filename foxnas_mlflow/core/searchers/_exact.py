@@ -195,8 +195,8 @@ def _size_front(
         room = limit - base - sum(least[j + 1 :])
         merged = _merge(merged, fronts[j], room)
     latency, z, index = merged
-    keep = latency + base <= limit
-    return latency[keep] + base, z[keep] + size.accuracy_base, index[keep]
+    inside = latency + base <= limit
+    return latency[inside] + base, z[inside] + size.accuracy_base, index[inside]
 
 
 _Part = tuple[FloatArray, FloatArray, IndexArray]
@@ -236,4 +236,5 @@ def _pareto(latency: FloatArray, value: FloatArray) -> IndexArray:
     value = value[order]
     running = np.maximum.accumulate(value)
     first = np.concatenate([[True], value[1:] > running[:-1]])
-    return candidates[order[first]]
+    kept: IndexArray = candidates[order[first]]
+    return kept

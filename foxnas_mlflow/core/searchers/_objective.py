@@ -66,10 +66,10 @@ class SizeObjective:
 
     def upper(self, x: FloatArray) -> FloatArray:
         """Upper latency bound in ms of design rows (n, p)."""
-        mean: FloatArray = x @ self.beta
-        if self.spread is None:
-            return mean
-        return mean + self.t * np.sqrt(((x @ self.spread) * x).sum(axis=1))
+        bound: FloatArray = x @ self.beta
+        if self.spread is not None:
+            bound = bound + self.t * np.sqrt(((x @ self.spread) * x).sum(axis=1))
+        return bound
 
     def tangent(self, x0: FloatArray) -> FloatArray:
         """Weights g (p,) with ``g'x <= U(x)`` for every x and equality at x0."""

@@ -1,0 +1,6 @@
+"""Pages and plots: what a person would rather see than read. No MLflow in here."""
+
+from foxnas_mlflow.report._plots import write_predictor_files
+from foxnas_mlflow.report._search import write_search_report
+
+__all__ = ["write_predictor_files", "write_search_report"]

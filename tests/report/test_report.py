@@ -1,0 +1,50 @@
+"""The search report and the predictor files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.core.predictors import marginal_effects, reference_predictors
+from foxnas_mlflow.core.searchers import SEARCHERS, search
+from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.core.targets import get_target
+from foxnas_mlflow.report import write_search_report
+from foxnas_mlflow.report._search import latency_shares
+
+
+@pytest.mark.parametrize("size", [192, 256])
+def test_shares_of_latency_sum_to_the_prediction(size: int, rng: np.random.Generator) -> None:
+    latency = reference_predictors("rpi4").of("latency_ms", size)
+    architecture = CPU_SPACE.sample(rng, image_size=size)
+    np.testing.assert_allclose(sum(latency_shares(latency, architecture).values()), latency.predict([architecture])[0])
+
+
+def test_effects_are_differences_of_predictions() -> None:
+    predictor = reference_predictors("rpi4").of("latency_ms", 256)
+    effects = {e.label: e for e in marginal_effects(predictor)}
+    assert len(effects) == 15
+    base = [[(4, 5)] * 3] * 5
+    deeper = [*base[:2], [(4, 5)] * 4, *base[3:]]
+    expected = np.diff(predictor.predict([CPU_SPACE.architecture(256, b) for b in (base, deeper)]))[0]
+    np.testing.assert_allclose(effects["stage 80: depth 3 -> 4"].delta, expected)
+    assert all(e.margin > 0 for e in effects.values())
+
+
+def test_the_page_is_self_contained_and_says_what_was_found(tmp_path: Path) -> None:
+    outcome = search(reference_predictors("rpi4"), 60.0, evaluations=5000)
+    comparisons = [s.search(outcome.objective, 60.0, evaluations=2000) for s in SEARCHERS.values()]
+    path = tmp_path / "report.html"
+    request = {"latency_ms": 60.0, "confidence": 0.95, "name": "<script>alert(1)</script>"}
+    write_search_report(path, outcome=outcome, comparisons=comparisons, request=request, target=get_target("rpi4"))
+    page = path.read_text()
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)\s*=", page)
+    assert "<script>alert" not in page
+    assert f"{outcome.accuracy:.2f} %" in page
+    assert "2021" in page
+    assert "not a measurement" in page
+    for searcher in SEARCHERS:
+        assert f'"{searcher}"' in page
