@@ -224,7 +224,7 @@ def _plot(name: str, figure: Mapping[str, Any], height: int = 420) -> str:
     return (
         f'<div id="{name}" style="height:{height}px"></div>'
         f"<script>(function(){{var f={data};"
-        f'Plotly.newPlot("{name}",f.data,f.layout,{{responsive:true,displaylogo:false}});}})();</script>'
+        f'Plotly.newPlot("{name}",f.data,f.layout,{{responsive:true,displayModeBar:false}});}})();</script>'
     )
 
 
@@ -343,8 +343,8 @@ table {{ border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0; }}
 th, td {{ text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid #eef0f3; white-space: nowrap; }}
 td:not(:first-child) {{ font-variant-numeric: tabular-nums; }}
 .stages {{ display: flex; flex-wrap: wrap; gap: 0.8rem 2rem; }} .stage {{ max-width: 100%; }}
-svg {{ max-width: 100%; height: auto; }} rect {{ fill: #dbe8f6; stroke: #1f5fa8; }}
-svg text {{ font: 12px system-ui, sans-serif; text-anchor: middle; fill: #1d2430; }}
+.stage svg {{ max-width: 100%; height: auto; }} .stage rect {{ fill: #dbe8f6; stroke: #1f5fa8; }}
+.stage text {{ font: 12px system-ui, sans-serif; text-anchor: middle; fill: #1d2430; }}
 li, p {{ overflow-wrap: anywhere; }}
 </style><script>{plotly}</script></head>
 <body><main><h1>{title}</h1><p class="lead">{sentence}</p>{body}

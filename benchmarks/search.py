@@ -1,0 +1,69 @@
+"""Searchers side by side on the reference predictors: gap to the exact optimum, evaluations, time.
+
+    python benchmarks/search.py [--pairs 200] [--budget 800000] [--plot gaps.png]
+
+Each (seed, constraint) pair is one search. Constraints are spread over the reachable latencies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+
+from foxnas_mlflow.core.predictors import reference_predictors
+from foxnas_mlflow.core.searchers import SEARCHERS, Objective, exact_optimum, front_of, smallest_latency
+
+TOLERANCE = 0.01
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--pairs", type=int, default=200)
+parser.add_argument("--budget", type=int, default=800_000)
+parser.add_argument("--plot", default="")
+args = parser.parse_args()
+
+predictors = reference_predictors("rpi4")
+for sizes in ([256], [192, 256]):
+    seconds = []
+    for _ in range(7):
+        objective = Objective(predictors, confidence=0.5, image_sizes=sizes)
+        start = time.perf_counter()
+        front = front_of(objective)
+        seconds.append(time.perf_counter() - start)
+    print(f"exact front at {sizes} px: {len(front)} networks, median {1000 * np.median(seconds):.1f} ms")
+
+objective = Objective(predictors, confidence=0.95)
+low = smallest_latency(objective)
+limits = np.linspace(1.1 * low, 6 * low, args.pairs)
+optima = [exact_optimum(objective, float(limit)).accuracy for limit in limits]
+print(f"constraints {limits[0]:.1f} to {limits[-1]:.1f} ms, {args.pairs} pairs, budget {args.budget:,}")
+print(f"{'searcher':<20}{'gap <= 0.01':>12}{'largest gap':>13}{'median evals':>14}{'median s':>10}")
+gaps = {}
+for name, searcher in SEARCHERS.items():
+    gap, evaluations, seconds = [], [], []
+    for seed, (limit, optimum) in enumerate(zip(limits, optima, strict=True)):
+        result = searcher.search(objective, float(limit), evaluations=args.budget, seed=seed)
+        gap.append(optimum - result.accuracy)
+        seconds.append(result.seconds)
+        hits = [p.evaluation for p in result.trace if p.best_accuracy >= optimum - TOLERANCE]
+        evaluations.append(hits[0] if hits else np.inf)
+    gaps[name] = gap
+    print(
+        f"{name:<20}{np.mean(np.array(gap) <= TOLERANCE):>12.1%}{max(gap):>13.4f}"
+        f"{np.median(evaluations):>14,.0f}{np.median(seconds):>10.2f}",
+        flush=True,
+    )
+if args.plot:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, gap in gaps.items():
+        axis.semilogy(limits, np.maximum(gap, 1e-4), ".", label=name)
+    axis.axhline(TOLERANCE, color="grey", linewidth=1)
+    axis.set(xlabel="latency constraint (ms)", ylabel="gap to the exact optimum (points)")
+    axis.legend(frameon=False)
+    figure.savefig(args.plot)
