@@ -81,12 +81,12 @@ class SimulatedAnnealing(Searcher):
             accuracy = np.where(accept, value, accuracy)
 
 
-def guided_weights(space: GeneSpace, recorder: Recorder, rng: np.random.Generator, n: int = 64) -> FloatArray:
-    """The first set of weights: how much each parameter moves the predicted accuracy.
+def guided_weights(space: GeneSpace, recorder: Recorder, rng: np.random.Generator, n: int = 16) -> FloatArray:
+    """The first set of weights: accuracy that each parameter moves for each ms that it moves.
 
-    Each parameter of n random networks takes another value, and the weight is the mean squared
-    change of the predicted accuracy: large for a few parameters, small for most. The n + n_genes * n
-    evaluations are predictions of the regression and are counted against the budget.
+    Each parameter of n random networks takes another value; its weight is the mean absolute change
+    of the predicted accuracy over that of the latency bound. The (n_genes + 1) * n evaluations
+    are counted against the budget.
 
     Returns:
         Weights (n_genes,), zero for parameters that cannot vary; even ones when the budget is too
@@ -94,18 +94,18 @@ def guided_weights(space: GeneSpace, recorder: Recorder, rng: np.random.Generato
     """
     weights = np.zeros(space.n_genes)
     weights[space.variable] = 1.0
-    n = min(n, recorder.left // (4 * (len(space.variable) + 1)))
-    if n < 4:
+    if n * (len(space.variable) + 1) > recorder.left // 4:
         return weights
     base = space.sample(rng, n)
     changed = np.repeat(base[None], len(space.variable), axis=0)
     for row, gene in enumerate(space.variable):
         changed[row, :, gene] = _other(changed[row, :, gene], int(space.choices[gene]), rng)
-    accuracy, _ = space.evaluate(np.concatenate([base, changed.reshape(-1, space.n_genes)]))
+    accuracy, upper = space.evaluate(np.concatenate([base, changed.reshape(-1, space.n_genes)]))
     recorder.evaluations += len(accuracy)
-    effect = np.mean((accuracy[n:].reshape(-1, n) - accuracy[:n]) ** 2, axis=1)
+    moved = [np.mean(np.abs(y[n:].reshape(-1, n) - y[:n]), axis=1) for y in (accuracy, upper)]
+    effect = moved[0] / np.maximum(moved[1], 1e-9)
     # A parameter without effect keeps a small chance: it may free latency for others.
-    weights[space.variable] = effect / max(effect.max(), 1e-300) + 0.02
+    weights[space.variable] = effect / max(effect.max(), 1e-300) + 0.05
     return weights
 
 
