@@ -67,9 +67,12 @@ def _one_line(error: Exception) -> str | None:
     """The line to print for an error that a user can mend, or None for a defect of ours."""
     if isinstance(error, FoxNasError):
         return str(error)
-    # MLflow's errors (no such run, an unreachable server) carry the user's mistake in their first line.
-    if any(cls.__name__ == "MlflowException" for cls in type(error).__mro__):
-        return str(error).strip().splitlines()[0]
+    # MLflow's errors (no such run, an unreachable server, a store that cannot be opened) carry the
+    # user's mistake in their first line; the classes are named, because importing them is heavy.
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"MlflowException", "SQLAlchemyError"}:
+        first = str(error).strip().splitlines()[0].rstrip(".")
+        return f"the tracking store refused: {first}; check MLFLOW_TRACKING_URI, the server and the rights."
     if isinstance(error, OSError):
         place = f" ({error.filename})" if error.filename else ""
         return f"the operating system refused: {error.strerror or error}{place}; check space, rights and the path."

@@ -104,8 +104,9 @@ def test_fit_registers_predictors_that_search_uses(tracking: str, shared_data: P
     assert latest.data.tags["foxnas.predictors"] == uri
 
 
-def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    environment = os.environ | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/cannot/be/opened.db"])
+def test_an_unreachable_store_is_one_line(uri: str) -> None:
+    environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
     result = subprocess.run(
         [sys.executable, "-m", "foxnas_mlflow", "search", "--evaluations", "1000"],
         capture_output=True,
@@ -114,7 +115,8 @@ def test_an_unreachable_server_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_
         timeout=120,
     )
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("foxnas: ")
+    assert result.stderr.strip().splitlines()[-1].startswith("foxnas: the tracking store refused")
+    assert "Traceback" not in result.stderr
 
 
 def test_sigterm_ends_the_run_as_killed(tracking: str, tmp_path: Path) -> None:

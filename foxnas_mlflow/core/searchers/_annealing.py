@@ -42,8 +42,8 @@ class SimulatedAnnealing(Searcher):
     """
 
     guided: bool = True
-    n_chains: int = 32
-    tries: int = 8
+    n_chains: int = 16
+    tries: int = 16
     max_temperature: float = 5.0
     min_changes: int = 3
     boltzmann: float = 0.01
