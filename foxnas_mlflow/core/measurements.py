@@ -114,8 +114,14 @@ def write_measurements(rows: Sequence[Measurement], path: str | Path) -> None:
 
 
 def append_measurement(row: Measurement, path: str | Path) -> None:
-    """Append one row and force it to disk, so that a kill loses no finished measurement."""
+    """Append one row and force it to disk, so that a kill loses no finished measurement.
+
+    A last row that a kill tore in the middle was never finished: it is dropped first, so that it
+    does not swallow this one.
+    """
     path = Path(path)
+    if path.exists():
+        _mend_last_line(path)
     new = not path.exists() or path.stat().st_size == 0
     with path.open("a", encoding="utf-8") as file:
         file.write(_csv_text([row], header=new))
@@ -143,6 +149,24 @@ def _csv_text(rows: Sequence[Measurement], *, header: bool) -> str:
         values["image_size"] = row.architecture.image_size
         writer.writerow(["" if values[c] is None else values[c] for c in COLUMNS])
     return out.getvalue()
+
+
+def _mend_last_line(path: Path) -> None:
+    """End a last line that lacks its newline, or drop it when it is not a whole row."""
+    import csv
+
+    with path.open("rb+") as file:
+        content = file.read()
+        start = content.rfind(b"\n") + 1
+        tail = content[start:]
+        if not tail:
+            return
+        # Rows written by an editor may lack the newline: a row with all its cells is kept.
+        cells = next(csv.reader([tail.decode("utf-8", errors="replace")]))
+        if len(cells) == len(COLUMNS):
+            file.write(b"\n")
+        else:
+            file.truncate(start)
 
 
 def _number(value: Any) -> float | None:
