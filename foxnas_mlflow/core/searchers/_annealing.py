@@ -60,7 +60,8 @@ class SimulatedAnnealing(Searcher):
         even = np.zeros(space.n_genes)
         even[space.variable] = 1.0
         guided = guided_weights(space, recorder, rng) if self.guided else even
-        n_steps = max(1, recorder.left // (n_chains * self.tries))
+        tries = min(self.tries, recorder.left // n_chains)
+        n_steps = recorder.left // (n_chains * tries) if tries else 0
         chains = np.arange(n_chains)
         for step in range(n_steps):
             genes = space.settle(genes)
@@ -68,15 +69,15 @@ class SimulatedAnnealing(Searcher):
             # The paper changes to the even weights at C == 2n, after two decreases of T.
             weights = guided if temperature > self.max_temperature - 2 else even
             n_changes = max(int(np.ceil(temperature)), self.min_changes)
-            proposals = _move(space, np.tile(genes, (self.tries, 1)), n_changes, weights, rng)
+            proposals = _move(space, np.tile(genes, (tries, 1)), n_changes, weights, rng)
             values, _ = recorder.evaluate(proposals)
-            values = values.reshape(self.tries, n_chains)
+            values = values.reshape(tries, n_chains)
             best = np.argmax(values, axis=0)
             value = values[best, chains]
             with np.errstate(over="ignore"):
                 accept = rng.random(n_chains) < np.exp((value - accuracy) / (self.boltzmann * temperature))
             accept &= ~np.isneginf(value)
-            chosen = proposals.reshape(self.tries, n_chains, -1)[best, chains]
+            chosen = proposals.reshape(tries, n_chains, -1)[best, chains]
             genes = np.where(accept[:, None], chosen, genes)
             accuracy = np.where(accept, value, accuracy)
 
