@@ -41,9 +41,7 @@ def log_fit(
             write_predictor_files(report, paper, directory)
         run.log_artifacts(run.directory)
         registered = f"{name}-predictors-{target.name}"
-        info = log_model(
-            kind="predictors", name="predictors", predictors=fit.predictors, registered_model_name=registered
-        )
+        info = log_model(fit.predictors, name="predictors", registered_model_name=registered)
         run.log_metrics(metrics, model_id=info.model_id)
         tag_version(registered, info.registered_model_version, {"source": str(params.get("measurements", ""))})
         print(_summary(fit, registered, info.registered_model_version, run.run_id))

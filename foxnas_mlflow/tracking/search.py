@@ -14,7 +14,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Front, SearchOutcome, SearchResult
 from foxnas_mlflow.core.targets import Target
-from foxnas_mlflow.flavor import log_model
+from foxnas_mlflow.flavor import SubnetModel, log_model
 from foxnas_mlflow.tracking.registry import tag_version
 from foxnas_mlflow.tracking.run import entry_run
 
@@ -77,17 +77,13 @@ def log_search(
             "certificate": outcome.certificate(),
         }
         fitted = log_model(
-            kind="predictors",
+            predictors,
             name="predictors",
-            predictors=predictors,
             registered_model_name=f"{name}-predictors-{target.name}",
         )
         subnet = log_model(
-            kind="subnet",
+            SubnetModel(outcome.architecture, space, details),
             name="subnet",
-            architecture=outcome.architecture,
-            space=space,
-            details=details,
             registered_model_name=f"{name}-subnet-{target.name}",
         )
         run.log_metrics(

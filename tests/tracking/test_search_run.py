@@ -75,7 +75,7 @@ def test_a_changed_model_file_is_refused(tracking: str, tmp_path: Path) -> None:
     from foxnas_mlflow.flavor import load_model, save_model
 
     path = tmp_path / "model"
-    save_model(path, kind="predictors", predictors=reference_predictors("rpi4"))
+    save_model(reference_predictors("rpi4"), path)
     frame = pd.DataFrame({"architecture": [CPU_SPACE.smallest(192).to_json()]})
     before = mlflow.pyfunc.load_model(str(path)).predict(frame)
     np.testing.assert_allclose(
