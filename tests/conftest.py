@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from foxnas_mlflow.flavor import TfliteModel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,3 +53,13 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         mlflow.end_run()
     mlflow.set_tracking_uri(None)
     mlflow.set_registry_uri(None)
+
+
+@pytest.fixture(scope="session")
+def colour_model(tmp_path_factory: pytest.TempPathFactory) -> TfliteModel:
+    """A tiny int8 classifier of colours, converted once a session."""
+    from tests.colour_model import build_colour_model
+
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("converting the test network needs tensorflow")
+    return build_colour_model(tmp_path_factory.mktemp("colour") / "colour.tflite")

@@ -7,6 +7,7 @@ each call an interpreter of its own. Nothing here imports MLflow, torch or tenso
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import os
@@ -63,6 +64,8 @@ def open_interpreter(path: Path, *, threads: int = 1, delegate: str = "") -> Any
     delegates = []
     if delegate:
         try:
+            # Tried first: the runtime's own object complains on standard error when it cannot load.
+            ctypes.CDLL(delegate)
             delegates = [runtime.load_delegate(delegate)]
         except (ValueError, OSError) as error:
             raise MissingDependencyError(

@@ -186,7 +186,7 @@ def save_model(
         foxnas_version=__version__,
         sha256=manifest.files[main_file(kind)],
         weights=weights,
-        **({"quantization": manifest.metadata["quantization"], "runtime": config} if config else {}),
+        **({"quantization": manifest.metadata["quantization"], "runtime": dict(config)} if config else {}),
         **_copy_extra_files(extra_files, path),
     )
     if size := get_total_file_size(path):

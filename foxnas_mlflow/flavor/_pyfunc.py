@@ -176,7 +176,7 @@ class TflitePyfunc:
         """One image as uint8, or float in 0..1, of the network's input shape."""
         if isinstance(image, str):
             try:
-                image = base64.b64decode(image, validate=True)
+                image = base64.b64decode("".join(image.split()), validate=True)
             except (binascii.Error, ValueError):
                 raise InvalidInputError("an image given as text must be base64", received=image[:40]) from None
         if isinstance(image, bytes | bytearray | memoryview):
