@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from foxnas_mlflow.core.predictors import reference_predictors
-from foxnas_mlflow.core.searchers import SEARCHERS, Objective, exact_optimum, front_of, smallest_latency
+from foxnas_mlflow.core.searchers import SEARCHERS, Objective, exact_optimum, fastest, front_of
 
 TOLERANCE = 0.01
 
@@ -34,7 +34,7 @@ for sizes in ([256], [192, 256]):
     print(f"exact front at {sizes} px: {len(front)} networks, median {1000 * np.median(seconds):.1f} ms")
 
 objective = Objective(predictors, confidence=0.95)
-low = smallest_latency(objective)
+low = fastest(objective).latency_upper_ms
 limits = np.linspace(1.1 * low, 6 * low, args.pairs)
 optima = [exact_optimum(objective, float(limit)).accuracy for limit in limits]
 print(f"constraints {limits[0]:.1f} to {limits[-1]:.1f} ms, {args.pairs} pairs, budget {args.budget:,}")

@@ -3,7 +3,7 @@
 from foxnas_mlflow.core.searchers._annealing import SimulatedAnnealing
 from foxnas_mlflow.core.searchers._base import Searcher, SearchResult, TracePoint
 from foxnas_mlflow.core.searchers._evolution import Evolution
-from foxnas_mlflow.core.searchers._exact import Front, Optimum, exact_front, exact_optimum, front_of, smallest_latency
+from foxnas_mlflow.core.searchers._exact import Front, Optimum, exact_front, exact_optimum, fastest, front_of
 from foxnas_mlflow.core.searchers._objective import Objective
 from foxnas_mlflow.core.searchers._random import RandomSearch
 from foxnas_mlflow.core.searchers._search import (
@@ -31,9 +31,9 @@ __all__ = [
     "TracePoint",
     "exact_front",
     "exact_optimum",
+    "fastest",
     "front_of",
     "get_searcher",
     "rank_edits",
     "search",
-    "smallest_latency",
 ]

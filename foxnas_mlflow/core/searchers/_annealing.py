@@ -12,8 +12,9 @@ every delta < 0; the Metropolis rule it means, r < exp(delta / kT), is used. The
 ``while lat >= L`` becomes a fixed number of tries a move, each counted as an evaluation; the best try
 that meets the constraint is the proposal, and a move without one leaves the chain where it is. T
 falls continuously instead of by one every n moves, and is the most parameters that a try changes:
-each try draws 1 to T. A new best network counts even when
-its chain leaves it again.
+each try draws 1 to T. At regular moments the weakest quarter of the chains goes on from the networks
+of the strongest quarter ("go with the winners"): a chain stuck in a bad valley is not worth its share
+of the budget. A new best network counts even when its chain leaves it again.
 """
 
 from __future__ import annotations
@@ -39,14 +40,17 @@ class SimulatedAnnealing(Searcher):
         min_changes: Most parameters changed by a try once T is below: three are needed to pay for
             one more block with two savings.
         boltzmann: Accuracy points forgiven per unit of temperature.
+        rounds: Rounds of the search, between which the weakest quarter of the chains moves to the
+            strongest quarter's networks.
     """
 
     guided: bool = True
-    n_chains: int = 16
+    n_chains: int = 32
     tries: int = 16
     max_temperature: float = 5.0
     min_changes: int = 3
     boltzmann: float = 0.01
+    rounds: int = 32
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -62,9 +66,14 @@ class SimulatedAnnealing(Searcher):
         guided = guided_weights(space, recorder, rng) if self.guided else even
         tries = min(self.tries, recorder.left // n_chains)
         n_steps = recorder.left // (n_chains * tries) if tries else 0
-        chains = np.arange(n_chains)
+        chains, quarter = np.arange(n_chains), n_chains // 4
+        round_steps = max(1, n_steps // self.rounds)
         for step in range(n_steps):
             genes = space.settle(genes)
+            if step % round_steps == 0:
+                order = np.argsort(-accuracy, kind="stable")
+                weak, strong = order[n_chains - quarter :], order[:quarter]
+                genes[weak], accuracy[weak] = genes[strong], accuracy[strong]
             temperature = self.max_temperature * (1 - step / n_steps) ** 2
             # The paper changes to the even weights at C == 2n, after two decreases of T.
             weights = guided if temperature > self.max_temperature - 2 else even

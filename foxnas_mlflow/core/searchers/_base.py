@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InfeasibleConstraintError, InvalidInputError
 from foxnas_mlflow.core.options import KindArray, decode
-from foxnas_mlflow.core.searchers._exact import smallest_latency
+from foxnas_mlflow.core.searchers._exact import Fastest, fastest
 from foxnas_mlflow.core.searchers._objective import FloatArray, Objective
 
 Genes = NDArray[np.int16]
@@ -126,9 +126,13 @@ class GeneSpace:
         size = self.objective.image_sizes[int(genes[-1])]
         return decode(self.objective.space, size, self.kinds(genes[None])[0])
 
-    def cheapest(self) -> Genes:
-        """The individual with the first candidate everywhere: the smallest network."""
-        return np.zeros(self.n_genes, dtype=np.int16)
+    def genes(self, found: Fastest) -> Genes:
+        """The individual of stage options; its sleeping parameters are 0."""
+        kinds = self.objective.options.kinds[found.index].astype(np.int16)
+        stages = np.zeros((self.n_stages, 1 + 2 * self.max_depth), dtype=np.int16)
+        stages[:, 0] = np.searchsorted(self._depths, (kinds >= 0).sum(axis=1))
+        stages[:, 1::2], stages[:, 2::2] = np.divmod(np.maximum(kinds, 0), self._n_kernels)
+        return np.append(stages.ravel(), found.size).astype(np.int16)
 
 
 @dataclass
@@ -172,27 +176,28 @@ class Recorder:
         return feasible, upper
 
     def feasible_start(self, rng: np.random.Generator, n: int) -> tuple[Genes, FloatArray]:
-        """n feasible individuals: random ones, and shrunk towards the smallest where needed.
+        """n feasible individuals: random ones, moved towards the fastest network where needed.
 
         Raises:
-            InfeasibleConstraintError: If not even the smallest network meets the constraint.
+            InfeasibleConstraintError: If not even the fastest network meets the constraint.
         """
+        quickest = fastest(self.space.objective)
+        if quickest.latency_upper_ms > self.limit:
+            raise InfeasibleConstraintError(self.limit, quickest.latency_upper_ms)
+        refuge = self.space.genes(quickest)
         genes = self.space.sample(rng, n)
+        # The first is the fastest network: a budget of one evaluation finds something.
+        genes[0] = refuge
         accuracy, _ = self.evaluate(genes)
-        cheapest = self.space.cheapest()
         for _ in range(64):
             bad = np.flatnonzero(np.isneginf(accuracy))
             if not len(bad) or self.left < len(bad):
                 break
             shrink = rng.random((len(bad), self.space.n_genes)) < 0.25
-            genes[bad] = np.where(shrink, cheapest, genes[bad])
+            genes[bad] = np.where(shrink, refuge, genes[bad])
             accuracy[bad] = self.evaluate(genes[bad])[0]
         stuck = np.isneginf(accuracy)
-        if stuck.any():
-            genes[stuck] = cheapest
-            accuracy[stuck] = self.evaluate(cheapest[None])[0][0]
-            if np.isneginf(accuracy).any():
-                raise InfeasibleConstraintError(self.limit, smallest_latency(self.space.objective))
+        genes[stuck], accuracy[stuck] = refuge, accuracy[0]
         return genes, accuracy
 
 
@@ -228,7 +233,7 @@ class Searcher(ABC):
         recorder = Recorder(space, latency_ms, evaluations)
         self.run(space, recorder, np.random.default_rng(seed))
         if recorder.best is None:
-            raise InfeasibleConstraintError(latency_ms, smallest_latency(objective))
+            raise InfeasibleConstraintError(latency_ms, fastest(objective).latency_upper_ms)
         return SearchResult(
             algorithm=self.name,
             architecture=space.architecture(recorder.best),

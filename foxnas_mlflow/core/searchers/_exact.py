@@ -14,7 +14,7 @@ tangent is taken at it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,23 +102,25 @@ def front_of(objective: Objective) -> Front:
     return Front(latency[keep], accuracy[keep], image_size[keep], index[keep], objective)
 
 
-def smallest_latency(objective: Objective) -> float:
-    """The smallest upper latency bound (ms) of any architecture.
+@dataclass(frozen=True)
+class Fastest:
+    """The fastest architecture.
 
-    The bound grows with every stage's cost, so the network of each stage's cheapest option under
-    a tangent is tried until it no longer improves.
+    Attributes:
+        size: Its index into the objective's sizes.
+        index: Its stage options, shape (n_stages,).
+        latency_upper_ms: Its upper latency bound.
     """
-    best = np.inf
-    for size in objective.sizes:
-        weights = size.beta
-        for _ in range(_MAX_TANGENTS):
-            _, tables = size.latency_tables(weights)
-            x = size.design(np.array([[int(np.argmin(table)) for table in tables]]))
-            value = float(size.upper(x)[0])
-            if value >= best:
-                break
-            best, weights = value, size.tangent(x[0])
-    return best
+
+    size: int
+    index: IndexArray
+    latency_upper_ms: float
+
+
+def fastest(objective: Objective) -> Fastest:
+    """The architecture with the smallest upper latency bound."""
+    found = [_size_fastest(objective, i) for i in range(len(objective.sizes))]
+    return min(found, key=lambda f: f.latency_upper_ms)
 
 
 def exact_optimum(objective: Objective, latency_ms: float) -> Optimum:
@@ -128,54 +130,74 @@ def exact_optimum(objective: Objective, latency_ms: float) -> Optimum:
         InfeasibleConstraintError: If no architecture meets the constraint.
     """
     found = [_size_optimum(objective, i, latency_ms) for i in range(len(objective.sizes))]
-    feasible = [optimum for optimum in found if optimum is not None]
+    feasible = [optimum for optimum, _ in found if optimum is not None]
     if not feasible:
-        raise InfeasibleConstraintError(latency_ms, smallest_latency(objective))
+        raise InfeasibleConstraintError(latency_ms, fastest(objective).latency_upper_ms)
     best = max(feasible, key=lambda optimum: optimum.accuracy)
-    bound = max(optimum.accuracy_bound for optimum in feasible)
-    return Optimum(
-        best.architecture,
-        best.accuracy,
-        best.latency_ms,
-        best.latency_upper_ms,
-        max(bound, best.accuracy),
-        sum(optimum.tangents for optimum in feasible),
-    )
+    # A size where nothing was found still counts with what its proof leaves possible.
+    bound = max(size.accuracy.from_linear(np.array([z]))[0] for size, (_, z) in zip(objective.sizes, found, strict=True))
+    return replace(best, accuracy_bound=max(float(bound), best.accuracy), tangents=sum(o.tangents for o in feasible))
 
 
-def _size_optimum(objective: Objective, i: int, limit: float) -> Optimum | None:
+def _size_fastest(objective: Objective, i: int) -> Fastest:
+    """The fastest architecture of one size.
+
+    The network of each stage's cheapest option under a tangent is tried until it does not improve;
+    one that is cheapest under its own tangent is the fastest of all.
+    """
     size = objective.sizes[i]
-    weights = size.beta
+    weights, best = size.beta, None
+    for _ in range(_MAX_TANGENTS):
+        _, tables = size.latency_tables(weights)
+        index = np.array([int(np.argmin(table)) for table in tables])
+        upper = float(size.evaluate(index[None])[1][0])
+        if best is not None and upper >= best.latency_upper_ms:
+            break
+        best, weights = Fastest(i, index, upper), size.tangent(size.design(index[None])[0])
+    if best is None:
+        raise AssertionError("unreachable: there is at least one tangent")
+    return best
+
+
+def _size_optimum(objective: Objective, i: int, limit: float) -> tuple[Optimum | None, float]:
+    """The best architecture of one size, and a bound of the accuracy's linear scale under the limit."""
+    size = objective.sizes[i]
+    start = _size_fastest(objective, i)
     best_z, best_index, bound = -np.inf, None, np.inf
+    if start.latency_upper_ms <= limit:
+        best_z, best_index = float(size.evaluate(start.index[None])[0][0]), start.index
+    weights = size.beta
     for tangents in range(1, _MAX_TANGENTS + 1):
-        _latency, z, index = _size_front(size, weights, limit=limit)
+        # The limit's margin is for the rounding of sums in another order than `evaluate` takes.
+        _, z, index = _size_front(size, weights, limit=limit * (1 + 1e-12))
         if not len(z):
             # The weights underestimate every bound: nothing can meet the constraint.
-            return None if best_index is None else _optimum(objective, i, best_index, bound, tangents)
+            return None, -np.inf
         bound = min(bound, float(z[-1]))
-        upper = size.upper(size.design(index))
+        z, upper = size.evaluate(index)
         meets = np.flatnonzero(upper <= limit)
         if len(meets) and z[meets[-1]] > best_z:
             best_z, best_index = float(z[meets[-1]]), index[meets[-1]]
-        if best_z >= bound:
+        if best_z >= bound - 1e-12 * abs(bound):
+            bound = best_z
             break
         weights = size.tangent(size.design(index[-1:])[0])
     if best_index is None:
-        return None
-    return _optimum(objective, i, best_index, bound, tangents)
+        return None, bound
+    return _optimum(objective, i, best_index, bound, tangents), bound
 
 
 def _optimum(objective: Objective, i: int, index: IndexArray, bound: float, tangents: int) -> Optimum:
     size = objective.sizes[i]
-    x = size.design(index[None])
-    accuracy, upper = size.evaluate(index[None])
+    z, upper = size.evaluate(index[None])
+    accuracy, accuracy_bound = size.accuracy.from_linear(np.array([z[0], bound]))
     return Optimum(
-        objective.architecture(i, index),
-        float(accuracy[0]),
-        float(x[0] @ size.beta),
-        float(upper[0]),
-        float(size.accuracy.from_linear(np.array([bound]))[0]),
-        tangents,
+        architecture=objective.architecture(i, index),
+        accuracy=float(accuracy),
+        latency_ms=float(size.design(index[None])[0] @ size.beta),
+        latency_upper_ms=float(upper[0]),
+        accuracy_bound=float(accuracy_bound),
+        tangents=tangents,
     )
 
 

@@ -52,6 +52,18 @@ class SizeObjective:
         self.beta = self.latency.coefficients
         self.t = self.latency.t_quantile(confidence)
         self.spread = _spread(self.latency, image_size) if self.t > 0 else None
+        self._base_sums, self._stage_sums = self._tables()
+
+    def _tables(self) -> tuple[FloatArray, list[FloatArray]]:
+        """What `evaluate` sums over stages: the accuracy's linear scale, beta'x, and R'x with RR' = C'."""
+        root = np.zeros((len(self.beta), 0)) if self.spread is None else _root(self.spread)
+        weights = np.column_stack([self.beta, root])
+        base = np.concatenate([[self.accuracy_base], self.x_base @ weights])
+        stages = [
+            np.column_stack([z, values @ weights[columns]])
+            for z, (columns, values) in zip(self.accuracy_stages, self.x_stages, strict=True)
+        ]
+        return base, stages
 
     def latency_tables(self, weights: FloatArray) -> tuple[float, list[FloatArray]]:
         """Base and stage tables of any linear form of the latency's design row."""
@@ -64,13 +76,6 @@ class SizeObjective:
             x[:, columns] += values[index[:, j]]
         return x
 
-    def upper(self, x: FloatArray) -> FloatArray:
-        """Upper latency bound in ms of design rows (n, p)."""
-        bound: FloatArray = x @ self.beta
-        if self.spread is not None:
-            bound = bound + self.t * np.sqrt(((x @ self.spread) * x).sum(axis=1))
-        return bound
-
     def tangent(self, x0: FloatArray) -> FloatArray:
         """Weights g (p,) with ``g'x <= U(x)`` for every x and equality at x0."""
         if self.spread is None:
@@ -78,9 +83,14 @@ class SizeObjective:
         return self.beta + self.t * (self.spread @ x0) / np.sqrt(x0 @ self.spread @ x0)
 
     def evaluate(self, index: IndexArray) -> tuple[FloatArray, FloatArray]:
-        """Accuracy in percent and upper latency bound in ms of option indices (n, n_stages)."""
-        z = self.accuracy_base + sum(table[index[:, j]] for j, table in enumerate(self.accuracy_stages))
-        return self.accuracy.from_linear(np.asarray(z)), self.upper(self.design(index))
+        """Accuracy's linear scale and upper latency bound U in ms of option indices (n, n_stages), each (n,)."""
+        sums = self._base_sums + self._stage_sums[0].take(index[:, 0], axis=0)
+        for j in range(1, len(self._stage_sums)):
+            sums += self._stage_sums[j].take(index[:, j], axis=0)
+        upper = sums[:, 1]
+        if self.spread is not None:
+            upper = upper + self.t * np.sqrt(np.square(sums[:, 2:]).sum(axis=1))
+        return sums[:, 0], upper
 
 
 class Objective:
@@ -128,13 +138,12 @@ class Objective:
             Accuracy in percent and upper latency bound in ms, each of shape (n,).
         """
         index = self.options.lookup(kinds)
-        if len(self.sizes) == 1:
-            return self.sizes[0].evaluate(index)
         accuracy, upper = np.empty(len(index)), np.empty(len(index))
         for i, size in enumerate(self.sizes):
             rows = np.flatnonzero(size_index == i)
             if len(rows):
-                accuracy[rows], upper[rows] = size.evaluate(index[rows])
+                z, upper[rows] = size.evaluate(index[rows])
+                accuracy[rows] = size.accuracy.from_linear(z)
         return accuracy, upper
 
     def architecture(self, size_index: int, index: IndexArray) -> Architecture:
@@ -163,3 +172,11 @@ def _spread(predictor: LinearPredictor, image_size: int) -> FloatArray:
     direction = predictor.coefficients if predictor.recipe.relative else np.eye(len(predictor.coefficients))[-1]
     spread: FloatArray = predictor.covariance + variance * np.outer(direction, direction)
     return spread
+
+
+def _root(spread: FloatArray) -> FloatArray:
+    """R with RR' = spread, as many columns as the spread has rank."""
+    values, vectors = np.linalg.eigh(spread)
+    kept = values > values[-1] * 1e-15
+    root: FloatArray = vectors[:, kept] * np.sqrt(values[kept])
+    return root
