@@ -12,10 +12,11 @@ import numpy as np
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.cost import COST_TERMS
+from foxnas_mlflow.core.cost import COST_TERMS, network_cost
 from foxnas_mlflow.core.errors import import_or_raise
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.options import encode
 from foxnas_mlflow.core.predictors import LinearPredictor, marginal_effects
 from foxnas_mlflow.core.searchers import SearchOutcome, SearchResult, rank_edits
 from foxnas_mlflow.core.targets import Target
@@ -87,6 +88,17 @@ def latency_shares(latency: LinearPredictor, architecture: Architecture) -> dict
     """Predicted milliseconds of each cost term and the constant; they sum to the prediction."""
     x = latency.design([architecture])[0]
     return {name: float(v) for name, v in zip((*COST_TERMS, "const"), x * latency.coefficients, strict=True)}
+
+
+def stage_latencies(latency: LinearPredictor, architecture: Architecture) -> tuple[float, list[float]]:
+    """Predicted milliseconds of stem, tail and constant together, and of each stage; they sum to the prediction."""
+    space, size = latency.space, architecture.image_size
+    constant = float(latency.recipe.constant(space, size) @ latency.coefficients)
+    stages = []
+    for j, kinds in enumerate(encode(space, [architecture])[0]):
+        columns, values = latency.recipe.stage(space, j, kinds[None], size)
+        stages.append(float(values[0] @ latency.coefficients[columns]))
+    return constant, stages
 
 
 def _sentence(outcome: SearchOutcome, request: Mapping[str, Any], target: Target) -> str:
@@ -232,6 +244,8 @@ def _drawing(outcome: SearchOutcome, architecture: Architecture) -> str:
     """Blocks as boxes: height shows the expansion ratio, width the kernel size."""
     space = outcome.objective.space
     network = build_network(space, architecture)
+    latency = outcome.objective.predictors.of("latency_ms", architecture.image_size)
+    constant, stage_ms = stage_latencies(latency, architecture)
     rows = []
     for j, (spec, stage) in enumerate(zip(space.stages, architecture.stages, strict=True), start=1):
         units = [u for u in network.units if u.stage == j]
@@ -246,13 +260,20 @@ def _drawing(outcome: SearchOutcome, architecture: Architecture) -> str:
             x += width + 10
         label = (
             f"<b>stage {spec.width}</b> {_e(spec.block.replace('_', '+'))}, {stage.depth} blocks, "
-            f"{units[0].in_size} &rarr; {units[-1].out_size} px"
+            f"{units[0].in_size} &rarr; {units[-1].out_size} px, {stage_ms[j - 1]:.2f} ms"
         )
         rows.append(
             f'<div class="stage"><div>{label}</div><svg viewBox="0 0 {x} 94" width="{x}" height="94" role="img" '
             f'aria-label="stage {spec.width}">{"".join(boxes)}</svg></div>'
         )
-    return f'<p>Height of a box: expansion ratio e. Width: kernel size k.</p><div class="stages">{"".join(rows)}</div>'
+    cost = network_cost(network)
+    counts = (
+        f"{cost.params / 1e6:.2f} M parameters, {cost.macs / 1e6:.0f} M multiply-accumulates, int8 parameters of "
+        f"{cost.int8_size_bytes / 2**20:.2f} MiB, at most {cost.peak_activation_bytes / 2**10:.0f} KiB of int8 "
+        f"activations at once. Milliseconds are predicted; stem, head and fixed overhead take the other {constant:.2f}."
+    )
+    legend = "Height of a box: expansion ratio e. Width: kernel size k."
+    return f'<p>{_e(counts)}</p><p>{legend}</p><div class="stages">{"".join(rows)}</div>'
 
 
 def _edits_table(outcome: SearchOutcome) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from foxnas_mlflow.core.cost import network_cost
+from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Front, SearchOutcome, SearchResult
@@ -28,8 +29,19 @@ def log_search(
     predictors_source: str,
     params: Mapping[str, Any],
     name: str,
+    measurements: Sequence[Measurement] = (),
 ) -> str:
     """Log a finished search to an MLflow run and register predictors and subnet.
+
+    Args:
+        outcome: The search.
+        comparisons: All searchers under one common budget, for the report.
+        target: The target.
+        predictors: What was searched on.
+        predictors_source: Registry URI, path or ``reference``.
+        params: Resolved parameters of the entry point.
+        name: Prefix of the registered models.
+        measurements: Measured networks to draw in the report.
 
     Returns:
         The id of the run.
@@ -62,6 +74,7 @@ def log_search(
                 comparisons=comparisons,
                 request={**params, "predictors": predictors_source},
                 target=target,
+                measurements=measurements,
             )
         run.log_artifacts(files)
         details = {
@@ -99,6 +112,8 @@ def log_search(
                 "search/front_seconds": outcome.front_seconds,
                 "model/params": network.params,
                 "model/macs": network.macs,
+                "model/int8_parameter_bytes": network.int8_size_bytes,
+                "model/peak_activation_bytes": network.peak_activation_bytes,
             },
             model_id=subnet.model_id,
         )

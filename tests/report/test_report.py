@@ -8,19 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.predictors import marginal_effects, reference_predictors
 from foxnas_mlflow.core.searchers import SEARCHERS, search
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.report import write_search_report
-from foxnas_mlflow.report._search import latency_shares
+from foxnas_mlflow.report._search import latency_shares, stage_latencies
 
 
 @pytest.mark.parametrize("size", [192, 256])
 def test_shares_of_latency_sum_to_the_prediction(size: int, rng: np.random.Generator) -> None:
     latency = reference_predictors("rpi4").of("latency_ms", size)
     architecture = CPU_SPACE.sample(rng, image_size=size)
-    np.testing.assert_allclose(sum(latency_shares(latency, architecture).values()), latency.predict([architecture])[0])
+    predicted = latency.predict([architecture])[0]
+    np.testing.assert_allclose(sum(latency_shares(latency, architecture).values()), predicted)
+    constant, stages = stage_latencies(latency, architecture)
+    np.testing.assert_allclose(constant + sum(stages), predicted)
+    other = CPU_SPACE.sample(rng, image_size=size)
+    mixed = Architecture(architecture.space, size, (*architecture.stages[:4], other.stages[4]))
+    changed = stage_latencies(latency, mixed)[1]
+    np.testing.assert_allclose(changed[:4], stages[:4])
 
 
 def test_effects_are_differences_of_predictions() -> None:
@@ -39,12 +48,21 @@ def test_the_page_is_self_contained_and_says_what_was_found(tmp_path: Path) -> N
     comparisons = [s.search(outcome.objective, 60.0, evaluations=2000) for s in SEARCHERS.values()]
     path = tmp_path / "report.html"
     request = {"latency_ms": 60.0, "confidence": 0.95, "name": "<script>alert(1)</script>"}
-    write_search_report(path, outcome=outcome, comparisons=comparisons, request=request, target=get_target("rpi4"))
+    row = Measurement(outcome.architecture, 71.5, 47.25, "measured")
+    write_search_report(
+        path,
+        outcome=outcome,
+        comparisons=comparisons,
+        request=request,
+        target=get_target("rpi4"),
+        measurements=[row],
+    )
     page = path.read_text()
     assert not re.search(r"<(script|link|img)[^>]+(src|href)\s*=", page)
     assert "<script>alert" not in page
     assert f"{outcome.accuracy:.2f} %" in page
     assert "2021" in page
     assert "not a measurement" in page
+    assert '"x": [47.25], "y": [71.5], "mode": "markers", "name": "measured networks"' in page
     for searcher in SEARCHERS:
         assert f'"{searcher}"' in page

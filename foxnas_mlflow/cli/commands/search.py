@@ -18,6 +18,7 @@ PARAMETERS = (
     Parameter("predictors", "", "Predictors: a JSON file or a model URI; empty: the target's reference predictors."),
     Parameter("supernet", "", "Model URI of a trained supernet, to give the found network weights."),
     Parameter("device", "", "Where to measure: local, ssh://user@host, docker://image; empty: the cost model."),
+    Parameter("measurements", "", "Table of measured networks to draw in the report: measurements.csv."),
     Parameter(
         "algorithm",
         "annealing",
@@ -35,6 +36,7 @@ COMPARISON_EVALUATIONS = 100_000
 def run(args: argparse.Namespace) -> None:
     """Run the search and log everything that it found."""
     from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.core.measurements import read_measurements
     from foxnas_mlflow.core.searchers import SEARCHERS, search
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
             received=args.space,
             remedy="leave space empty, or bring predictors fitted in that space",
         )
+    measurements = read_measurements(args.measurements) if args.measurements else []
     image_sizes = _image_sizes(args.image_size)
     outcome = search(
         predictors,
@@ -82,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         predictors_source=source,
         params=vars(args) | {"image_size": ",".join(map(str, outcome.objective.image_sizes))},
         name=args.name,
+        measurements=measurements,
     )
 
 
