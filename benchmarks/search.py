@@ -1,6 +1,6 @@
 """Searchers side by side on the reference predictors: gap to the exact optimum, evaluations, time.
 
-    python benchmarks/search.py [--pairs 200] [--budget 800000] [--plot gaps.png]
+    python benchmarks/search.py [--pairs 200] [--budget 1000000] [--plot gaps.png]
 
 Each (seed, constraint) pair is one search. Constraints are spread over the reachable latencies.
 """
@@ -19,7 +19,7 @@ TOLERANCE = 0.01
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--pairs", type=int, default=200)
-parser.add_argument("--budget", type=int, default=800_000)
+parser.add_argument("--budget", type=int, default=1_000_000)
 parser.add_argument("--plot", default="")
 args = parser.parse_args()
 

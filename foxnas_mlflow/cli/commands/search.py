@@ -25,7 +25,7 @@ PARAMETERS = (
         "Searcher beside the exact method.",
         choices=("annealing", "annealing-unguided", "evolution", "random"),
     ),
-    Parameter("evaluations", 800_000, "Budget of the searcher in evaluations.", int),
+    Parameter("evaluations", 1_000_000, "Budget of the searcher in evaluations.", int),
     Parameter("seed", 0, "Seed of the searcher.", int),
     Parameter("name", "foxnas", "Prefix of the registered models."),
 )

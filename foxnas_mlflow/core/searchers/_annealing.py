@@ -14,7 +14,8 @@ that meets the constraint is the proposal, and a move without one leaves the cha
 falls continuously instead of by one every n moves, and is the most parameters that a try changes:
 each try draws 1 to T. At regular moments the weakest quarter of the chains goes on from the networks
 of the strongest quarter ("go with the winners"): a chain stuck in a bad valley is not worth its share
-of the budget. A new best network counts even when its chain leaves it again.
+of the budget. Until half time chains compete within their image size only. A new best network counts
+even when its chain leaves it again.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class SimulatedAnnealing(Searcher):
     tries: int = 16
     max_temperature: float = 5.0
     min_changes: int = 3
-    boltzmann: float = 0.01
+    boltzmann: float = 0.015
     rounds: int = 32
 
     @property
@@ -66,14 +67,18 @@ class SimulatedAnnealing(Searcher):
         guided = guided_weights(space, recorder, rng) if self.guided else even
         tries = min(self.tries, recorder.left // n_chains)
         n_steps = recorder.left // (n_chains * tries) if tries else 0
-        chains, quarter = np.arange(n_chains), n_chains // 4
+        chains = np.arange(n_chains)
         round_steps = max(1, n_steps // self.rounds)
         for step in range(n_steps):
             genes = space.settle(genes)
             if step % round_steps == 0:
-                order = np.argsort(-accuracy, kind="stable")
-                weak, strong = order[n_chains - quarter :], order[:quarter]
-                genes[weak], accuracy[weak] = genes[strong], accuracy[strong]
+                # A larger image pays off late: until half time chains compete within their size only.
+                sizes = genes[:, -1] if step < n_steps // 2 else np.zeros(n_chains)
+                for size in np.unique(sizes):
+                    order = np.flatnonzero(sizes == size)[np.argsort(-accuracy[sizes == size], kind="stable")]
+                    quarter = len(order) // 4
+                    weak, strong = order[len(order) - quarter :], order[:quarter]
+                    genes[weak], accuracy[weak] = genes[strong], accuracy[strong]
             temperature = self.max_temperature * (1 - step / n_steps) ** 2
             # The paper changes to the even weights at C == 2n, after two decreases of T.
             weights = guided if temperature > self.max_temperature - 2 else even

@@ -135,8 +135,9 @@ def exact_optimum(objective: Objective, latency_ms: float) -> Optimum:
         raise InfeasibleConstraintError(latency_ms, fastest(objective).latency_upper_ms)
     best = max(feasible, key=lambda optimum: optimum.accuracy)
     # A size where nothing was found still counts with what its proof leaves possible.
-    bound = max(size.accuracy.from_linear(np.array([z]))[0] for size, (_, z) in zip(objective.sizes, found, strict=True))
-    return replace(best, accuracy_bound=max(float(bound), best.accuracy), tangents=sum(o.tangents for o in feasible))
+    bounds = [size.accuracy.from_linear(np.array([z]))[0] for size, (_, z) in zip(objective.sizes, found, strict=True)]
+    tangents = sum(optimum.tangents for optimum in feasible)
+    return replace(best, accuracy_bound=max(*map(float, bounds), best.accuracy), tangents=tangents)
 
 
 def _size_fastest(objective: Objective, i: int) -> Fastest:
@@ -167,7 +168,9 @@ def _size_optimum(objective: Objective, i: int, limit: float) -> tuple[Optimum |
     if start.latency_upper_ms <= limit:
         best_z, best_index = float(size.evaluate(start.index[None])[0][0]), start.index
     weights = size.beta
-    for tangents in range(1, _MAX_TANGENTS + 1):
+    tangents = 0
+    while tangents < _MAX_TANGENTS:
+        tangents += 1
         # The limit's margin is for the rounding of sums in another order than `evaluate` takes.
         _, z, index = _size_front(size, weights, limit=limit * (1 + 1e-12))
         if not len(z):

@@ -24,7 +24,7 @@ SEARCHERS: Mapping[str, Searcher] = {
 }
 """Searchers by name."""
 
-DEFAULT_EVALUATIONS = 800_000
+DEFAULT_EVALUATIONS = 1_000_000
 
 
 @dataclass(frozen=True)
