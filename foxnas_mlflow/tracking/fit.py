@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from foxnas_mlflow.core.measurements import Measurement, write_measurements
@@ -11,41 +11,44 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import log_model
 from foxnas_mlflow.report import write_predictor_files
 from foxnas_mlflow.tracking.registry import tag_version
-from foxnas_mlflow.tracking.run import entry_run
+from foxnas_mlflow.tracking.run import EntryRun
 
 _LABELS = {"accuracy": "accuracy", "latency_ms": "latency"}
 
 
 def log_fit(
-    fit: FitResult, rows: Sequence[Measurement], *, target: Target, params: Mapping[str, Any], name: str
-) -> str:
-    """Log a fit to an MLflow run and register its predictors; returns the run's id."""
+    run: EntryRun, fit: FitResult, rows: Sequence[Measurement], *, target: Target, source: str, name: str
+) -> None:
+    """Log a fit to its run and register its predictors.
+
+    Args:
+        run: The open run.
+        fit: The fit.
+        rows: What it was fitted on, logged as ``measurements.csv``.
+        target: The target.
+        source: Where the rows came from.
+        name: Prefix of the registered model.
+    """
     sources = sorted({m.latency_source for m in rows if m.latency_source})
-    with entry_run(
-        stage="fit",
-        params=params,
-        target=target.name,
-        space=fit.predictors.space.name,
-        latency_source=sources[0] if len(sources) == 1 else None,
-    ) as run:
-        write_measurements(rows, run.directory / "measurements.csv")
-        metrics: dict[str, float] = {}
-        for quantity, report in fit.reports.items():
-            label = _LABELS[quantity]
-            paper = fit.paper.get(quantity)
-            metrics |= {f"predictor/{label}/{key}": value for key, value in report.metrics.items()}
-            if paper is not None:
-                metrics |= {f"predictor/{label}/{key}_paper": value for key, value in paper.metrics.items()}
-            directory = run.directory / "predictor" / label
-            directory.mkdir(parents=True)
-            write_predictor_files(report, paper, directory)
-        run.log_artifacts(run.directory)
-        registered = f"{name}-predictors-{target.name}"
-        info = log_model(fit.predictors, name="predictors", registered_model_name=registered)
-        run.log_metrics(metrics, model_id=info.model_id)
-        tag_version(registered, info.registered_model_version, {"source": str(params.get("measurements", ""))})
-        print(_summary(fit, registered, info.registered_model_version, run.run_id))
-        return run.run_id
+    if len(sources) == 1:
+        run.set_tags({"foxnas.latency_source": sources[0]})
+    write_measurements(rows, run.directory / "measurements.csv")
+    metrics: dict[str, float] = {}
+    for quantity, report in fit.reports.items():
+        label = _LABELS[quantity]
+        paper = fit.paper.get(quantity)
+        metrics |= {f"predictor/{label}/{key}": value for key, value in report.metrics.items()}
+        if paper is not None:
+            metrics |= {f"predictor/{label}/{key}_paper": value for key, value in paper.metrics.items()}
+        directory = run.directory / "predictor" / label
+        directory.mkdir(parents=True)
+        write_predictor_files(report, paper, directory)
+    run.log_artifacts(run.directory)
+    registered = f"{name}-predictors-{target.name}"
+    info = log_model(fit.predictors, name="predictors", registered_model_name=registered)
+    run.log_metrics(metrics, model_id=info.model_id)
+    tag_version(registered, info.registered_model_version, {"source": source})
+    print(_summary(fit, registered, info.registered_model_version, run.run_id))
 
 
 def _summary(fit: FitResult, registered: str, version: Any, run_id: str) -> str:

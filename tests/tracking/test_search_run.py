@@ -158,3 +158,19 @@ def test_mlflow_run_from_a_project(tracking: str, root: Path) -> None:
     assert run.info.status == "FINISHED"
     assert run.data.metrics["search/predicted_latency_upper_ms"] <= 70
     assert run.info.start_time / 1000 >= start - 5
+
+
+def test_sigterm_in_the_middle_of_a_search_ends_the_run_as_killed(tracking: str) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient()
+    command = [sys.executable, "-m", "foxnas_mlflow", "search", "--evaluations", "1000000000"]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 120
+    while not (runs := client.search_runs(["0"])) or "cfg.latency_ms" not in runs[0].data.params:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert client.get_run(runs[0].info.run_id).info.status == "KILLED"

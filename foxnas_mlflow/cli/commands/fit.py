@@ -31,16 +31,19 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidInputError("measurements must be the path of a CSV file", remedy="give --measurements")
     target = get_target(args.target)
     rows = read_measurements(args.measurements)
-    fit = fit_predictors(
-        rows,
-        get_space(args.space or target.space),
-        target=target.name,
-        formula=args.formula,
-        ceiling=args.ceiling or None,
-        seed=args.seed,
-        provenance={"source": args.measurements},
-    )
+    space = get_space(args.space or target.space)
 
     from foxnas_mlflow.tracking.fit import log_fit
+    from foxnas_mlflow.tracking.run import entry_run
 
-    log_fit(fit, rows, target=target, params=vars(args), name=args.name)
+    with entry_run(stage="fit", params=vars(args), target=target.name, space=space.name) as run:
+        fit = fit_predictors(
+            rows,
+            space,
+            target=target.name,
+            formula=args.formula,
+            ceiling=args.ceiling or None,
+            seed=args.seed,
+            provenance={"source": args.measurements},
+        )
+        log_fit(run, fit, rows, target=target, source=args.measurements, name=args.name)

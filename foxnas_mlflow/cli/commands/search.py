@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the search and log everything that it found."""
     from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.core.measurements import read_measurements
-    from foxnas_mlflow.core.searchers import SEARCHERS, search
+    from foxnas_mlflow.core.searchers import SEARCHERS, Objective, check_budget, search
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
 
@@ -60,33 +60,49 @@ def run(args: argparse.Namespace) -> None:
         )
     measurements = read_measurements(args.measurements) if args.measurements else []
     image_sizes = _image_sizes(args.image_size)
-    outcome = search(
-        predictors,
-        args.latency_ms,
-        confidence=args.confidence,
-        image_sizes=image_sizes,
-        algorithm=args.algorithm,
-        evaluations=args.evaluations,
-        seed=args.seed,
-    )
-    budget = min(args.evaluations, COMPARISON_EVALUATIONS)
-    comparisons = [
-        searcher.search(outcome.objective, args.latency_ms, evaluations=budget, seed=args.seed)
-        for searcher in SEARCHERS.values()
-    ]
+    # What can be refused at once is refused before there is a run.
+    check_budget(args.latency_ms, args.evaluations)
+    Objective(predictors, confidence=args.confidence, image_sizes=image_sizes)
 
+    from foxnas_mlflow.tracking.run import entry_run
     from foxnas_mlflow.tracking.search import log_search
 
-    log_search(
-        outcome,
-        comparisons,
-        target=target,
-        predictors=predictors,
-        predictors_source=source,
-        params=vars(args) | {"image_size": ",".join(map(str, outcome.objective.image_sizes))},
-        name=args.name,
-        measurements=measurements,
-    )
+    # The run is open while the search works, so that SIGTERM finds it and ends it as KILLED.
+    with entry_run(
+        stage="search",
+        params={key: value for key, value in vars(args).items() if key != "image_size"},
+        target=target.name,
+        space=predictors.space.name,
+        latency_source="cost_model",
+        tags={"foxnas.predictors": source},
+    ) as run:
+        outcome = search(
+            predictors,
+            args.latency_ms,
+            confidence=args.confidence,
+            image_sizes=image_sizes,
+            algorithm=args.algorithm,
+            evaluations=args.evaluations,
+            seed=args.seed,
+        )
+        resolved = {"image_size": ",".join(map(str, outcome.objective.image_sizes))}
+        run.log_params(resolved)
+        budget = min(args.evaluations, COMPARISON_EVALUATIONS)
+        comparisons = [
+            searcher.search(outcome.objective, args.latency_ms, evaluations=budget, seed=args.seed)
+            for searcher in SEARCHERS.values()
+        ]
+        log_search(
+            run,
+            outcome,
+            comparisons,
+            target=target,
+            predictors=predictors,
+            predictors_source=source,
+            params=vars(args) | resolved,
+            name=args.name,
+            measurements=measurements,
+        )
 
 
 def _predictors(source: str, target: str) -> tuple[Any, str]:

@@ -10,6 +10,7 @@ from foxnas_mlflow.core.searchers._search import (
     DEFAULT_EVALUATIONS,
     SEARCHERS,
     SearchOutcome,
+    check_budget,
     get_searcher,
     search,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Searcher",
     "SimulatedAnnealing",
     "TracePoint",
+    "check_budget",
     "exact_front",
     "exact_optimum",
     "fastest",

@@ -95,6 +95,18 @@ def get_searcher(name: str) -> Searcher:
         raise InvalidInputError(f"algorithm must be one of {sorted(SEARCHERS)}", received=name) from None
 
 
+def check_budget(latency_ms: float, evaluations: int) -> None:
+    """Check what a search may cost and what it must meet.
+
+    Raises:
+        InvalidInputError: If latency_ms or evaluations is not positive.
+    """
+    if not (math.isfinite(latency_ms) and latency_ms > 0):
+        raise InvalidInputError("latency_ms must be a positive number of milliseconds", received=latency_ms)
+    if evaluations < 1:
+        raise InvalidInputError("evaluations must be a positive integer", received=evaluations)
+
+
 def search(
     predictors: PredictorSet,
     latency_ms: float,
@@ -125,8 +137,7 @@ def search(
         InfeasibleConstraintError: If no architecture meets the constraint; it names the smallest
             reachable latency.
     """
-    if not (math.isfinite(latency_ms) and latency_ms > 0):
-        raise InvalidInputError("latency_ms must be a positive number of milliseconds", received=latency_ms)
+    check_budget(latency_ms, evaluations)
     searcher = get_searcher(algorithm)
     objective = Objective(predictors, confidence=confidence, image_sizes=image_sizes)
     optimum = exact_optimum(objective, latency_ms)
