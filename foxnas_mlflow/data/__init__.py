@@ -1,1 +1,23 @@
-"""Layer 0: images on their way into a network, the same in training, evaluation and serving."""
+"""Images on their way into a network, the same in training, evaluation and serving."""
+
+from foxnas_mlflow.data._datasets import (
+    ArrayImages,
+    FileImages,
+    ImageDataset,
+    ImageSet,
+    load_dataset,
+    stratified_split,
+)
+from foxnas_mlflow.data.preprocess import Normalization, Preprocessing, resize
+
+__all__ = [
+    "ArrayImages",
+    "FileImages",
+    "ImageDataset",
+    "ImageSet",
+    "Normalization",
+    "Preprocessing",
+    "load_dataset",
+    "resize",
+    "stratified_split",
+]

@@ -1,0 +1,429 @@
+"""Labelled images: what training, evaluation and quantization read.
+
+| source            | what                                                                         |
+|-------------------|------------------------------------------------------------------------------|
+| ``digits``        | scikit-learn's 1,797 handwritten digits, 8 x 8 grey, embedded                 |
+| ``fashion-mnist`` | 70,000 pictures of clothes, 28 x 28 grey, from Debian's dataset-fashion-mnist |
+| a folder          | IDX files; one folder a class; or ``train`` and ``val`` with one folder a     |
+|                   | class each, which is ImageNet's layout                                        |
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
+from foxnas_mlflow.data.preprocess import MAX_PIXELS, Normalization, decode_image, resize
+
+ImageArray = NDArray[np.uint8]
+
+MAX_UNREADABLE = 0.05
+"""Share of a folder's images that may be unreadable; they are left out and named."""
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+_TRAIN_NAMES, _VAL_NAMES = ("train",), ("val", "validation", "valid", "test")
+_STATISTICS_IMAGES = 2000
+
+
+class ImageSet(Protocol):
+    """Images with their classes."""
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """Index of the class of each image, shape (n,)."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def __getitem__(self, i: int) -> ImageArray:
+        """Image i as uint8 (height, width, channels)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayImages:
+    """Images in memory.
+
+    Attributes:
+        images: uint8 (n, height, width, channels).
+        targets: Class indices (n,).
+    """
+
+    images: ImageArray
+    targets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> ImageArray:
+        image: ImageArray = self.images[i]
+        return image
+
+
+@dataclass(frozen=True, eq=False)
+class FileImages:
+    """Images in files, decoded when they are asked for.
+
+    Attributes:
+        paths: One file an image.
+        targets: Class indices (n,).
+        channels: 3 for colour, 1 for grey.
+        max_pixels: Largest width x height that is decoded.
+    """
+
+    paths: tuple[Path, ...]
+    targets: NDArray[np.int64]
+    channels: int
+    max_pixels: int = MAX_PIXELS
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> ImageArray:
+        return decode_image(self.paths[i].read_bytes(), channels=self.channels, max_pixels=self.max_pixels)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """A data set for classification.
+
+    Attributes:
+        source: What the user named.
+        labels: Class names in the order of the class indices.
+        train: Images to train on.
+        val: Images to validate on; never trained on.
+        channels: 3 for colour, 1 for grey.
+        normalization: Mean and std of the training images.
+        digest: SHA-256 of the pixels, or of the names and sizes of the files.
+        unreadable: Files that could not be read and were left out.
+    """
+
+    source: str
+    labels: tuple[str, ...]
+    train: ImageSet
+    val: ImageSet
+    channels: int
+    normalization: Normalization
+    digest: str
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes."""
+        return len(self.labels)
+
+    def in_memory(self, size: int) -> ImageDataset:
+        """The same data set decoded once: shorter side scaled to `size` px, centre cut out.
+
+        Damaged files that only show when they are decoded are left out and named.
+
+        Raises:
+            InvalidInputError: If too many files are unreadable.
+        """
+        unreadable = list(self.unreadable)
+        train, val = (self._decoded(images, size, unreadable) for images in (self.train, self.val))
+        _check_unreadable(unreadable, len(self.train) + len(self.val) + len(self.unreadable), self.source)
+        return ImageDataset(
+            self.source,
+            self.labels,
+            train,
+            val,
+            self.channels,
+            self.normalization,
+            self.digest,
+            tuple(unreadable),
+        )
+
+    def _decoded(self, images: ImageSet, size: int, unreadable: list[str]) -> ArrayImages:
+        pixels = np.empty((len(images), size, size, self.channels), np.uint8)
+        kept: list[int] = []
+        for i in range(len(images)):
+            try:
+                pixels[len(kept)] = resize(images[i], size)
+            except (InvalidInputError, OSError):
+                unreadable.append(str(images.paths[i]) if isinstance(images, FileImages) else f"image {i}")
+                continue
+            kept.append(i)
+        return ArrayImages(pixels[: len(kept)], images.targets[kept])
+
+
+def load_dataset(
+    source: str,
+    *,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    max_train: int | None = None,
+    max_val: int | None = None,
+) -> ImageDataset:
+    """Read a data set.
+
+    Args:
+        source: ``digits``, ``fashion-mnist``, or the path of a folder.
+        val_fraction: Share of each class set aside for validation where the source has no split.
+        seed: Seed of the split and of the choice below.
+        max_train: Use at most so many training images, drawn by class.
+        max_val: Use at most so many validation images, drawn by class.
+
+    Raises:
+        InvalidInputError: If there is no such source, or it cannot be trained on; the message
+            says why and names the file or class.
+    """
+    if not 0 < val_fraction < 1:
+        raise InvalidInputError("val_fraction must be between 0 and 1", received=val_fraction)
+    if source == "digits":
+        dataset = _digits(val_fraction, seed)
+    elif source == "fashion-mnist":
+        dataset = _idx(FASHION_MNIST, source, val_fraction, seed)
+    else:
+        path = Path(source).expanduser()
+        if not path.is_dir():
+            raise InvalidInputError("data must be 'digits', 'fashion-mnist' or the path of a folder", received=source)
+        has_idx = any("idx" in p.name for p in path.iterdir() if p.is_file())
+        dataset = (_idx if has_idx else _folder)(path, source, val_fraction, seed)
+    rng = np.random.default_rng([seed, 1])
+    train, val = _at_most(dataset.train, max_train, rng), _at_most(dataset.val, max_val, rng)
+    return _assemble(
+        source, dataset.labels, train, val, dataset.channels, dataset.digest, dataset.unreadable, split=None
+    )
+
+
+def stratified_split(
+    targets: NDArray[np.int64], fraction: float, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split indices by class: at least one of each class on either side where it has two.
+
+    Returns:
+        Ascending indices of the rest and of the fraction.
+    """
+    chosen = []
+    for label in np.unique(targets):
+        members = rng.permutation(np.flatnonzero(targets == label))
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        chosen.append(members[:count])
+    taken = np.sort(np.concatenate(chosen))
+    return np.setdiff1d(np.arange(len(targets)), taken), taken
+
+
+def _at_most(images: ImageSet, limit: int | None, rng: np.random.Generator) -> ImageSet:
+    if limit is None or limit >= len(images):
+        return images
+    if limit < 1:
+        raise InvalidInputError("a number of images must be positive", received=limit)
+    return _subset(images, stratified_split(images.targets, limit / len(images), rng)[1])
+
+
+def _subset(images: ImageSet, index: NDArray[np.int64]) -> ImageSet:
+    if isinstance(images, FileImages):
+        paths = tuple(images.paths[i] for i in index)
+        return FileImages(paths, images.targets[index], images.channels, images.max_pixels)
+    if isinstance(images, ArrayImages):
+        return ArrayImages(images.images[index], images.targets[index])
+    raise TypeError(type(images).__name__)
+
+
+def _assemble(
+    source: str,
+    labels: Sequence[str],
+    train: ImageSet,
+    val: ImageSet | None,
+    channels: int,
+    digest: str,
+    unreadable: Sequence[str] = (),
+    *,
+    split: tuple[float, int] | None,
+) -> ImageDataset:
+    """Check the classes, split where there is no validation set, and measure the normalisation."""
+    if val is None:
+        if split is None:
+            raise TypeError("a set without validation images needs a split")
+        _check_classes(source, labels, train)
+        rest, taken = stratified_split(train.targets, split[0], np.random.default_rng([split[1], 0]))
+        train, val = _subset(train, rest), _subset(train, taken)
+    _check_classes(source, labels, train)
+    if not len(val):
+        raise InvalidInputError("the validation set must have images", received=source)
+    return ImageDataset(
+        source, tuple(labels), train, val, channels, _normalization(train, channels), digest, tuple(unreadable)
+    )
+
+
+def _check_classes(source: str, labels: Sequence[str], train: ImageSet) -> None:
+    if len(labels) < 2:
+        raise InvalidInputError(
+            "a data set needs at least two classes",
+            received=f"{len(labels)} in {source}",
+            remedy="make one folder a class, with its images inside",
+        )
+    counts = np.bincount(train.targets, minlength=len(labels))
+    if counts.min() < 2:
+        raise InvalidInputError(
+            "every class needs at least two readable training images", received=labels[int(counts.argmin())]
+        )
+
+
+def _normalization(train: ImageSet, channels: int) -> Normalization:
+    """Mean and std in 0..1 over evenly spaced training images."""
+    index = np.unique(np.linspace(0, len(train) - 1, min(len(train), _STATISTICS_IMAGES)).astype(int))
+    total, squares, count = np.zeros(channels), np.zeros(channels), 0
+    for i in map(int, index):
+        try:
+            pixels = train[i].reshape(-1, channels) / 255.0
+        except (InvalidInputError, OSError):
+            continue
+        total += pixels.sum(axis=0)
+        squares += np.square(pixels).sum(axis=0)
+        count += len(pixels)
+    if not count:
+        raise InvalidInputError("the training images must be readable", received="none of a sample is")
+    mean = total / count
+    # A set of flat images has no deviation to divide by.
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-4))
+    return Normalization(tuple(np.round(mean, 6)), tuple(np.round(std, 6)))
+
+
+def _digits(val_fraction: float, seed: int) -> ImageDataset:
+    sklearn = import_or_raise("sklearn.datasets", extra="train", feature="the digits data set")
+    bunch = sklearn.load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    every = ArrayImages(images, bunch.target.astype(np.int64))
+    return _assemble("digits", [str(i) for i in range(10)], every, None, 1, digest, split=(val_fraction, seed))
+
+
+def _idx(path: Path, source: str, val_fraction: float, seed: int) -> ImageDataset:
+    if not path.is_dir():
+        raise InvalidInputError(
+            "the Fashion-MNIST files must be installed",
+            received=f"no {path}",
+            remedy="apt-get install dataset-fashion-mnist, or give a folder of IDX files",
+        )
+    parts, digest = {}, hashlib.sha256()
+    for part in ("train", "t10k"):
+        found = [_find_idx(path, part, kind) for kind in ("images", "labels")]
+        if part == "t10k" and None in found:
+            continue
+        arrays = []
+        for file, kind in zip(found, ("images", "labels"), strict=True):
+            if file is None:
+                raise InvalidInputError(f"an IDX folder needs {part}-{kind}-idx files", received=str(path))
+            arrays.append(_read_idx(file))
+            digest.update(arrays[-1].tobytes())
+        images, targets = arrays
+        if images.ndim != 3 or targets.shape != (len(images),):
+            raise InvalidInputError(
+                "IDX images must be (n, height, width) with as many labels",
+                received=f"{images.shape} and {targets.shape}",
+            )
+        parts[part] = ArrayImages(images[..., None], targets.astype(np.int64))
+    n_classes = int(parts["train"].targets.max()) + 1
+    if "t10k" in parts and int(parts["t10k"].targets.max()) >= n_classes:
+        raise InvalidInputError("every class of the test files must be in the training files", received=str(path))
+    labels = _FASHION_LABELS if source == "fashion-mnist" else [str(i) for i in range(n_classes)]
+    return _assemble(
+        source, labels, parts["train"], parts.get("t10k"), 1, digest.hexdigest(), split=(val_fraction, seed)
+    )
+
+
+_FASHION_LABELS = [
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+]
+
+
+def _find_idx(path: Path, part: str, kind: str) -> Path | None:
+    return next((p for p in sorted(path.iterdir()) if p.name.startswith(f"{part}-{kind}") and "idx" in p.name), None)
+
+
+def _read_idx(path: Path) -> ImageArray:
+    """An IDX file of unsigned bytes, compressed with gzip or not."""
+    opener: Callable[..., gzip.GzipFile] = gzip.open if path.suffix == ".gz" else open  # type: ignore[assignment]
+    try:
+        with opener(path, "rb") as file:
+            zeros, kind, n_dimensions = struct.unpack(">HBB", file.read(4))
+            shape = struct.unpack(f">{n_dimensions}I", file.read(4 * n_dimensions))
+            data = file.read()
+    except (OSError, EOFError, struct.error) as error:
+        raise InvalidInputError("an IDX file must be readable", received=path.name) from error
+    if zeros != 0 or kind != 8 or len(data) != int(np.prod(shape)):
+        raise InvalidInputError("an IDX file must hold unsigned bytes of the size it states", received=path.name)
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _folder(path: Path, source: str, val_fraction: float, seed: int) -> ImageDataset:
+    folders = {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")}
+    train_path = next((folders[name] for name in _TRAIN_NAMES if name in folders), None)
+    val_path = next((folders[name] for name in _VAL_NAMES if name in folders), None)
+    if (train_path is None) != (val_path is None) and set(folders) <= {*_TRAIN_NAMES, *_VAL_NAMES}:
+        raise InvalidInputError(
+            "a folder with a split needs both 'train' and 'val'",
+            received=sorted(folders),
+            remedy="add the other, or put the class folders at the top",
+        )
+    split = train_path is not None and val_path is not None
+    root = train_path if split and train_path is not None else path
+    labels = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    unreadable: list[str] = []
+    digest = hashlib.sha256()
+    train = _scan(root, labels, unreadable, digest)
+    val = None
+    if split and val_path is not None:
+        extra = sorted({p.name for p in val_path.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(labels))
+        if extra:
+            raise InvalidInputError(
+                "every class of the validation folder must be in the training folder",
+                received=extra[0],
+                remedy="remove it, or add training images of it",
+            )
+        val = _scan(val_path, labels, unreadable, digest)
+    _check_unreadable(unreadable, len(train) + len(val or ()) + len(unreadable), source)
+    return _assemble(source, labels, train, val, 3, digest.hexdigest(), unreadable, split=(val_fraction, seed))
+
+
+def _scan(root: Path, labels: Sequence[str], unreadable: list[str], digest: hashlib._Hash) -> FileImages:
+    image = import_or_raise("PIL.Image", extra="train", feature="reading image folders")
+    paths, targets = [], []
+    for target, label in enumerate(labels):
+        for path in sorted(p for p in (root / label).rglob("*") if p.suffix.lower() in _SUFFIXES):
+            try:
+                # The header alone: cheap, and bounded whatever the file claims to hold.
+                with image.open(path, formats=("JPEG", "PNG")) as opened:
+                    width, height = opened.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(f"{width} x {height} pixels")
+            except (OSError, SyntaxError, ValueError, image.DecompressionBombError):
+                unreadable.append(str(path))
+                continue
+            digest.update(f"{path.relative_to(root)}:{path.stat().st_size}\n".encode())
+            paths.append(path)
+            targets.append(target)
+    return FileImages(tuple(paths), np.array(targets, dtype=np.int64), 3)
+
+
+def _check_unreadable(unreadable: Sequence[str], total: int, source: str) -> None:
+    if total == 0:
+        raise InvalidInputError(
+            "a folder of images needs one folder a class with JPEG or PNG files", received=f"no image in {source}"
+        )
+    if len(unreadable) > MAX_UNREADABLE * total:
+        raise InvalidInputError(
+            f"at most {MAX_UNREADABLE:.0%} of the images may be unreadable",
+            received=f"{len(unreadable)} of {total}, the first is {unreadable[0]}",
+            remedy="remove or replace them",
+        )
