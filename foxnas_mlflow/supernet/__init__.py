@@ -1,0 +1,24 @@
+"""The supernet in PyTorch: network, training, evaluation of its subnets (paper section 3.2)."""
+
+from foxnas_mlflow.supernet._batches import Batches
+from foxnas_mlflow.supernet._evaluate import Evaluation, SubnetEvaluator, recalibrate
+from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, subnet_weights
+from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
+from foxnas_mlflow.supernet._train import TrainConfig, TrainingState, load_checkpoint, train_supernet
+
+__all__ = [
+    "PRESETS",
+    "Batches",
+    "Evaluation",
+    "PlainNetwork",
+    "Preset",
+    "SubnetEvaluator",
+    "Supernet",
+    "TrainConfig",
+    "TrainingState",
+    "get_preset",
+    "load_checkpoint",
+    "recalibrate",
+    "subnet_weights",
+    "train_supernet",
+]

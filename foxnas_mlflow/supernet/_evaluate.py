@@ -1,0 +1,132 @@
+"""Accuracy of subnets with inherited weights (paper section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.data import ImageDataset, ImageSet, stratified_split
+from foxnas_mlflow.data.preprocess import resize
+from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, norms_of, subnet_weights
+
+_BATCH = 250
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Accuracy of a network on validation images.
+
+    Attributes:
+        top1_percent: Share of images whose most probable class is right, in percent.
+        standard_error: Of that share as an estimate of the data's, in percentage points.
+        n_images: Number of validation images.
+    """
+
+    top1_percent: float
+    standard_error: float
+    n_images: int
+
+    @classmethod
+    def of(cls, n_correct: int, n_images: int) -> Evaluation:
+        """From a count of right answers."""
+        share = n_correct / n_images
+        return cls(100 * share, 100 * math.sqrt(share * (1 - share) / n_images), n_images)
+
+
+def recalibrate(plain: PlainNetwork, batches: Sequence[Tensor]) -> None:
+    """Compute the statistics of all batch norms anew: their mean over batches of normalised images.
+
+    The statistics of a supernet mix those of all its subnets, so a subnet needs its own. Leaves
+    the network in evaluation mode.
+    """
+    norms = list(norms_of(plain))
+    moments = [norm.momentum for norm in norms]
+    plain.train()
+    with torch.no_grad():
+        for i, batch in enumerate(batches):
+            for norm in norms:
+                norm.momentum = 1 / (i + 1)
+            plain(batch)
+    for norm, momentum in zip(norms, moments, strict=True):
+        norm.momentum = momentum
+    plain.eval()
+
+
+class SubnetEvaluator:
+    """Evaluates many subnets on images that are read once per image size.
+
+    Args:
+        supernet: The trained supernet.
+        dataset: Calibration images come from its training set, validation images from its
+            validation set; prepared exactly as in serving.
+        calibration_images: Number of images for the recalibration of batch norm.
+        validation_images: Number of validation images, drawn by class; None: all.
+        seed: Seed of both choices.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        dataset: ImageDataset,
+        *,
+        calibration_images: int = 1000,
+        validation_images: int | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        self._supernet = supernet.eval()
+        self._dataset = dataset
+        self._device = device
+        rng = np.random.default_rng([seed, 2])
+        n_train, n_val = len(dataset.train), len(dataset.val)
+        # Shuffled: statistics of batches of one class would not be those of the data.
+        self._calibration = rng.permutation(n_train)[: min(calibration_images, n_train)]
+        self._validation = np.arange(n_val)
+        if validation_images is not None and validation_images < n_val:
+            self._validation = stratified_split(dataset.val.targets, validation_images / n_val, rng)[1]
+        self._targets = torch.from_numpy(dataset.val.targets[self._validation])
+        self._cache: dict[tuple[int, bool], tuple[Tensor, ...]] = {}
+
+    def evaluate(self, architecture: Architecture) -> Evaluation:
+        """Extract a subnet, recalibrate it and count its right answers."""
+        plain = self.network(architecture)
+        n_correct = 0
+        with torch.no_grad():
+            start = 0
+            for images in self._images(architecture.image_size, validation=True):
+                predicted = plain(images).argmax(1).cpu()
+                n_correct += int((predicted == self._targets[start : start + len(images)]).sum())
+                start += len(images)
+        return Evaluation.of(n_correct, start)
+
+    def network(self, architecture: Architecture) -> PlainNetwork:
+        """A subnet as a plain network with its own statistics, in evaluation mode."""
+        plain = self._supernet.extract(architecture).to(self._device)
+        recalibrate(plain, self._images(architecture.image_size, validation=False))
+        return plain
+
+    def weights(self, architecture: Architecture) -> dict[str, NDArray[Any]]:
+        """Its weights by name: what quantization and the registry take."""
+        return subnet_weights(self.network(architecture))
+
+    def _images(self, size: int, *, validation: bool) -> tuple[Tensor, ...]:
+        key = (size, validation)
+        if key not in self._cache:
+            images: ImageSet = self._dataset.val if validation else self._dataset.train
+            index = self._validation if validation else self._calibration
+            batches = []
+            for start in range(0, len(index), _BATCH):
+                pixels = np.stack([resize(images[int(i)], size) for i in index[start : start + _BATCH]])
+                normalized = self._dataset.normalization(pixels).transpose(0, 3, 1, 2)
+                batches.append(torch.from_numpy(np.ascontiguousarray(normalized)).to(self._device))
+            self._cache[key] = tuple(batches)
+        return self._cache[key]

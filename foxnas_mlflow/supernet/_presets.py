@@ -1,0 +1,74 @@
+"""Presets: a space and a training schedule that fit a size of images and of purse.
+
+| preset | images         | cost                                                        |
+|--------|----------------|-------------------------------------------------------------|
+| tiny   | 16 to 28 px    | minutes on two processor cores                              |
+| small  | 32 to 96 px    | hours on a processor, tens of minutes on a GPU              |
+| paper  | 128 to 320 px  | ImageNet: the paper's epochs, about 1,200 GPU hours         |
+
+All keep the candidate kernels, expansion ratios and depths of the space that they shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.space import SearchSpace, StageSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A size of spaces and the schedule to train them with.
+
+    Attributes:
+        name: Its name.
+        image_sizes: Candidate image sizes in pixels; empty keeps the space's.
+        strides: Strides of the stages; empty keeps the space's.
+        width_mult: Width multiplier.
+        epochs: Epochs of training.
+        batch_size: Images a step.
+        learning_rate: Peak learning rate at that batch size.
+    """
+
+    name: str
+    image_sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    width_mult: float
+    epochs: int
+    batch_size: int
+    learning_rate: float
+
+    def space(self, base: SearchSpace, *, in_channels: int, n_classes: int) -> SearchSpace:
+        """The base space in this size, for a data set's channels and classes."""
+        changes = {"in_channels": in_channels, "n_classes": n_classes, "width_mult": self.width_mult * base.width_mult}
+        if not self.image_sizes:
+            return base.replace(**changes)
+        strides = self.strides if base.n_stages == len(self.strides) else tuple(s.stride for s in base.stages)
+        stages = tuple(
+            StageSpec(spec.width, stride, spec.block) for spec, stride in zip(base.stages, strides, strict=True)
+        )
+        return base.replace(name=f"{base.name}-{self.name}", image_sizes=self.image_sizes, stages=stages, **changes)
+
+
+PRESETS: Mapping[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("tiny", (16, 20, 24, 28), (1, 2, 1, 1, 2), 0.35, 40, 64, 0.1),
+        Preset("small", (32, 48, 64, 80, 96), (2, 2, 1, 1, 2), 0.5, 100, 128, 0.2),
+        # Paper 3.2: once-for-all's 180 epochs of the largest network and its shrinking phases.
+        Preset("paper", (), (), 1.0, 425, 64, 0.1),
+    )
+}
+
+
+def get_preset(name: str) -> Preset:
+    """A preset by name.
+
+    Raises:
+        InvalidInputError: If there is none of that name.
+    """
+    if name not in PRESETS:
+        raise InvalidInputError(f"preset must be one of {list(PRESETS)}", received=name)
+    return PRESETS[name]

@@ -1,0 +1,462 @@
+"""Training of the supernet: progressive shrinking (paper section 3.2) and the sandwich rule.
+
+Both are one loop over steps; they differ in the subnets that a step trains and in who teaches.
+
+- ``progressive_shrinking``: the largest network first, then elastic kernel, depth and expansion,
+  one random subnet a step, taught by the largest network as it was when its phase ended.
+- ``sandwich``: largest, smallest and random subnets in every step; the largest learns from the
+  labels, the others from the largest's answers in the same step (in-place distillation).
+
+A checkpoint is one safetensors file with everything that training needs to go on to the same
+losses; what is drawn depends on (seed, step) only, so no generator's state is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - the field's own name
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError
+from foxnas_mlflow.core.files import write_atomically
+from foxnas_mlflow.core.space import SearchSpace
+from foxnas_mlflow.supernet._batches import Batches
+from foxnas_mlflow.supernet._network import PlainNetwork, Supernet
+
+Strategy = Literal["progressive_shrinking", "sandwich"]
+Mode = Literal["auto", "float32", "channels_last", "bfloat16"]
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINTS = ("a.safetensors", "b.safetensors")
+"""Written in turn: a torn or missing one leaves the other."""
+
+# Where the phases of progressive shrinking begin, as shares of the epochs (once-for-all's
+# proportions: the largest network takes most, elastic kernels least).
+_PHASES = (0.0, 0.4, 0.52, 0.7)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        strategy: See the module.
+        epochs: Passes over the training images.
+        learning_rate: Peak of the cosine schedule.
+        momentum: Of SGD with Nesterov's correction.
+        weight_decay: Of weights; batch norm and biases have none.
+        label_smoothing: Share of the target spread over all classes.
+        warmup: Share of the steps with a rising learning rate.
+        clip_norm: Largest norm of the gradient.
+        n_random: Random subnets in a sandwich step.
+        mode: Number format and memory layout; ``auto`` times them at the start.
+        seed: Seed of the subnets.
+    """
+
+    strategy: Strategy = "sandwich"
+    epochs: int = 40
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 3e-5
+    label_smoothing: float = 0.1
+    warmup: float = 0.1
+    clip_norm: float = 2.0
+    n_random: int = 1
+    mode: Mode = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise InvalidInputError(f"strategy must be one of {list(get_args(Strategy))}", received=self.strategy)
+        if self.mode not in get_args(Mode):
+            raise InvalidInputError(f"mode must be one of {list(get_args(Mode))}", received=self.mode)
+        if self.epochs < 1:
+            raise InvalidInputError("epochs must be positive", received=self.epochs)
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InvalidInputError("learning_rate must be a positive number", received=self.learning_rate)
+
+
+@dataclass
+class TrainingState:
+    """A supernet in training.
+
+    Attributes:
+        supernet: The network.
+        config: How it is trained.
+        step: Steps done.
+        velocity: SGD's momentum by parameter name.
+        teacher: Parameters of the largest network that teaches the later phases.
+    """
+
+    supernet: Supernet
+    config: TrainConfig
+    step: int = 0
+    velocity: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    teacher: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint atomically."""
+        tensors = {f"model.{name}": t for name, t in self.supernet.state_dict().items()}
+        tensors |= {f"velocity.{name}": t for name, t in self.velocity.items()}
+        tensors |= {f"teacher.{name}": t for name, t in self.teacher.items()}
+        state = {
+            "format": CHECKPOINT_FORMAT,
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "space": self.supernet.space.to_dict(),
+        }
+        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_atomically(path, save(contiguous, metadata={"foxnas": json.dumps(state)}))
+
+
+def load_checkpoint(directory: Path, space: SearchSpace | None = None) -> TrainingState:
+    """The newest whole checkpoint of a directory.
+
+    Args:
+        directory: Holds the files of `CHECKPOINTS`, or is one such file.
+        space: Refuse a checkpoint of another space.
+
+    Raises:
+        InvalidInputError: If there is no whole checkpoint, or it belongs to another space.
+    """
+    paths = [directory] if directory.is_file() else [directory / name for name in CHECKPOINTS]
+    states, damaged = [], []
+    for path in paths:
+        if path.is_file():
+            try:
+                states.append(_read(path))
+            except (SafetensorError, InvalidFormatError, KeyError, ValueError, OSError) as error:
+                damaged.append(f"{path.name}: {error}")
+    if not states:
+        raise InvalidInputError(
+            "resume must name a run or directory with a whole checkpoint", received="; ".join(damaged) or str(directory)
+        )
+    state = max(states, key=lambda s: s.step)
+    if space is not None and state.supernet.space.digest != space.digest:
+        raise InvalidInputError(
+            "a checkpoint must belong to the space that is trained",
+            received=f"{state.supernet.space.name!r} with other settings",
+            remedy="resume with the data, space and preset that it was begun with",
+        )
+    return state
+
+
+def _read(path: Path) -> TrainingState:
+    with safe_open(str(path), framework="pt") as file:
+        metadata = json.loads((file.metadata() or {})["foxnas"])
+        if metadata["format"] != CHECKPOINT_FORMAT:
+            raise InvalidFormatError(
+                f"a checkpoint must have format {CHECKPOINT_FORMAT}",
+                received=metadata["format"],
+                remedy="read it with the release of foxnas-mlflow that wrote it",
+            )
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "velocity": {}, "teacher": {}}
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            part, _, name = key.partition(".")
+            parts[part][name] = file.get_tensor(key)
+    supernet = Supernet(SearchSpace.from_dict(metadata["space"]))
+    supernet.load_state_dict(parts["model"])
+    config = TrainConfig(**metadata["config"])
+    return TrainingState(supernet, config, metadata["step"], parts["velocity"], parts["teacher"])
+
+
+def train_supernet(
+    state: TrainingState,
+    batches: Batches,
+    *,
+    checkpoints: Path,
+    log: Callable[[Mapping[str, float], int], None] | None = None,
+    end_of_epoch: Callable[[int], None] | None = None,
+    on_checkpoint: Callable[[Path], None] | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+    checkpoint_seconds: float = 120.0,
+    device: str = "cpu",
+) -> Supernet:
+    """Train to the end of the configured epochs, from wherever the state is.
+
+    With ``torch.distributed`` initialised, all ranks take the same subnets and average their
+    gradients; rank 0 writes checkpoints.
+
+    Args:
+        state: A new state, or one of `load_checkpoint`.
+        batches: Training batches of the largest image size; smaller ones are resized from them.
+        checkpoints: Directory of the checkpoints.
+        log: Takes metrics (``train/loss``, ``train/images_per_s``, ``train/learning_rate``) and the
+            step, about once a second.
+        end_of_epoch: Called with the epochs done.
+        on_checkpoint: Called with the path of each checkpoint written.
+        progress: Called with steps done, all steps and the loss.
+        checkpoint_seconds: Seconds between checkpoints; the end of training writes one too.
+        device: Where to compute.
+
+    Raises:
+        InvalidInputError: If the loss is not finite; the last good checkpoint stays.
+    """
+    config, supernet = state.config, state.supernet.to(device).train()
+    n_steps = config.epochs * len(batches)
+    if config.mode == "auto":
+        sample, targets = next(batches.epoch(0))
+        config = state.config = dataclasses.replace(config, mode=_fastest_mode(supernet, sample, targets, device))
+    layout = torch.contiguous_format if config.mode == "float32" else torch.channels_last
+    optimizer = _optimizer(state)
+    teacher = _teacher(state, device)
+    phase = _phase(config, state.step, n_steps)
+    written = state.step // max(len(batches), 1)
+    saved, logged, seen = time.monotonic(), time.monotonic(), 0
+    rank = dist.get_rank() if _distributed() else 0
+
+    def checkpoint() -> None:
+        nonlocal written, saved
+        saved = time.monotonic()
+        if rank:
+            return
+        names: dict[Tensor, str] = {parameter: name for name, parameter in supernet.named_parameters()}
+        state.velocity = {
+            names[p]: s["momentum_buffer"] for p, s in optimizer.state.items() if s.get("momentum_buffer") is not None
+        }
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        path = checkpoints / CHECKPOINTS[written % len(CHECKPOINTS)]
+        state.save(path)
+        written += 1
+        if on_checkpoint is not None:
+            on_checkpoint(path)
+
+    with _held_signals() as arrived:
+        for epoch in range(state.step // len(batches), config.epochs):
+            for images, targets in batches.epoch(epoch, start=state.step % len(batches)):
+                now = _phase(config, state.step, n_steps)
+                if now != phase:
+                    phase = now
+                    if phase == 1:
+                        state.teacher = {n: t.detach().clone() for n, t in _largest(supernet).state_dict().items()}
+                        teacher = _teacher(state, device)
+                    elif phase == 3:
+                        supernet.sort_channels()
+                        optimizer.state.clear()
+                rate = _learning_rate(config, state.step, n_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                images = images.to(device, memory_format=layout)
+                loss = _step(state, images, targets.to(device), phase, teacher, optimizer)
+                if not math.isfinite(loss):
+                    raise InvalidInputError(
+                        "the loss must be finite",
+                        received=f"{loss} at step {state.step}",
+                        remedy="lower the learning rate and resume from the last checkpoint",
+                    )
+                state.step += 1
+                seen += len(images)
+                if progress is not None:
+                    progress(state.step, n_steps, loss)
+                elapsed = time.monotonic() - logged
+                if log is not None and (elapsed > 1 or state.step == n_steps):
+                    log(
+                        {"train/loss": loss, "train/images_per_s": seen / elapsed, "train/learning_rate": rate},
+                        state.step,
+                    )
+                    logged, seen = time.monotonic(), 0
+                if arrived or time.monotonic() - saved > checkpoint_seconds:
+                    checkpoint()
+                if arrived:
+                    break
+            if arrived:
+                break
+            if end_of_epoch is not None:
+                end_of_epoch(epoch + 1)
+                supernet.train()
+        else:
+            checkpoint()
+    if arrived:
+        # The handler that was there before decides what a signal means.
+        signal.raise_signal(arrived[0])
+    return supernet.eval()
+
+
+def _step(
+    state: TrainingState,
+    images: Tensor,
+    targets: Tensor,
+    phase: int,
+    teacher: PlainNetwork | None,
+    optimizer: torch.optim.Optimizer,
+) -> float:
+    """One update; returns the mean loss over the step's subnets."""
+    config, supernet = state.config, state.supernet
+    rng = np.random.default_rng([config.seed, 3, state.step])
+    subnets = _subnets(config, supernet.space, phase, rng)
+    optimizer.zero_grad(set_to_none=True)
+    soft: Tensor | None = None
+    total = 0.0
+    for architecture in subnets:
+        supernet.set_subnet(architecture)
+        x = _resized(images, architecture.image_size)
+        with _autocast(config, x):
+            if config.strategy == "progressive_shrinking" and teacher is not None:
+                with torch.no_grad():
+                    soft = F.softmax(teacher(x).float(), 1)
+            logits = supernet(x).float()
+        labelled = soft is None or config.strategy == "progressive_shrinking"
+        terms = []
+        if labelled:
+            terms.append(F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing))
+        if soft is not None:
+            terms.append(F.cross_entropy(logits, soft))
+        elif config.strategy == "sandwich":
+            soft = F.softmax(logits.detach(), 1)
+        loss = torch.stack(terms).sum() / len(subnets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    parameters = [p for p in supernet.parameters() if p.grad is not None]
+    if _distributed():
+        _average_gradients(parameters)
+    # A gradient that is not finite must not reach the weights, which the next checkpoint saves.
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+    if math.isfinite(total) and math.isfinite(float(norm)):
+        optimizer.step()
+        return total
+    return math.nan
+
+
+def _subnets(config: TrainConfig, space: SearchSpace, phase: int, rng: np.random.Generator) -> list[Architecture]:
+    if config.strategy == "sandwich":
+        drawn = space.sample(rng, n=config.n_random)
+        return [space.largest(), space.smallest(), *drawn]
+    open_kernels, open_depths, open_expansions = phase >= 1, phase >= 2, phase >= 3
+    limited = space.replace(
+        kernels=space.kernels if open_kernels else space.kernels[-1:],
+        depths=space.depths if open_depths else space.depths[-1:],
+        expansions=space.expansions if open_expansions else space.expansions[-1:],
+    )
+    return list(limited.sample(rng, n=1))
+
+
+def _phase(config: TrainConfig, step: int, n_steps: int) -> int:
+    """Phase of progressive shrinking, 0 to 3; the sandwich rule has one phase, 0."""
+    if config.strategy == "sandwich":
+        return 0
+    return sum(step >= share * n_steps for share in _PHASES) - 1
+
+
+def _learning_rate(config: TrainConfig, step: int, n_steps: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = max(int(config.warmup * n_steps), 1)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(n_steps - warmup, 1)))
+
+
+def _optimizer(state: TrainingState) -> torch.optim.SGD:
+    decayed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for parameter in state.supernet.parameters():
+        (decayed if parameter.ndim > 1 else rest).append(parameter)
+    config = state.config
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
+    parameters = dict(state.supernet.named_parameters())
+    for name, velocity in state.velocity.items():
+        parameter = parameters[name]
+        optimizer.state[parameter]["momentum_buffer"] = velocity.to(parameter.device)
+    return optimizer
+
+
+def _largest(supernet: Supernet) -> PlainNetwork:
+    return supernet.extract(supernet.space.largest())
+
+
+def _teacher(state: TrainingState, device: str) -> PlainNetwork | None:
+    if not state.teacher:
+        return None
+    teacher = _largest(state.supernet)
+    teacher.load_state_dict(state.teacher)
+    return teacher.to(device).eval()
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _autocast(config: TrainConfig, x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.mode == "bfloat16")
+
+
+def _fastest_mode(supernet: Supernet, images: Tensor, targets: Tensor, device: str) -> Mode:
+    """Time forward and backward of the largest network in each mode; another must win by 5 %."""
+    supernet.set_subnet(supernet.space.largest())
+    # Timing must leave no trace in the statistics.
+    statistics = {name: t.clone() for name, t in supernet.named_buffers()}
+    seconds: dict[Mode, float] = {}
+    modes: tuple[Mode, ...] = ("float32", "channels_last", "bfloat16")
+    for mode in modes:
+        layout = torch.contiguous_format if mode == "float32" else torch.channels_last
+        x, y = images.to(device, memory_format=layout), targets.to(device)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=mode == "bfloat16"):
+                loss = F.cross_entropy(supernet(x).float(), y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        seconds[mode] = min(times)
+    supernet.zero_grad(set_to_none=True)
+    for name, buffer in supernet.named_buffers():
+        buffer.copy_(statistics[name])
+    best = min(modes, key=lambda mode: seconds[mode])
+    return best if seconds[best] < 0.95 * seconds["float32"] else "float32"
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average over ranks in one message; all ranks used the same layers, so the lists agree."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
+
+
+@contextlib.contextmanager
+def _held_signals() -> Iterator[list[signal.Signals]]:
+    """Collect SIGTERM and SIGINT in the list, so that a step is never cut in the middle."""
+    arrived: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        arrived.append(signal.Signals(signum))
+
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield arrived
+    finally:
+        for signum, before in previous.items():
+            signal.signal(signum, before)

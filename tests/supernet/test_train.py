@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.space import CPU_SPACE, StageSpec
+from foxnas_mlflow.data import load_dataset
+from foxnas_mlflow.supernet import (
+    Batches,
+    SubnetEvaluator,
+    Supernet,
+    TrainConfig,
+    TrainingState,
+    load_checkpoint,
+    recalibrate,
+    train_supernet,
+)
+
+pytestmark = pytest.mark.train
+
+SPACE = CPU_SPACE.replace(
+    name="test",
+    image_sizes=(8, 12),
+    depths=(1, 2),
+    stages=(StageSpec(16, 1, "mbconv"), StageSpec(24, 2, "mbconv_se")),
+    width_mult=0.5,
+    in_channels=1,
+    n_classes=10,
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+def batches_of(dataset, **changes) -> Batches:
+    values = {"image_size": 12, "batch_size": 128, "flip": False} | changes
+    return Batches(dataset.train, normalization=dataset.normalization, **values)
+
+
+def new_state(**changes) -> TrainingState:
+    torch.manual_seed(0)
+    config = TrainConfig(**{"epochs": 2, "mode": "float32"} | changes)
+    return TrainingState(Supernet(SPACE), config)
+
+
+@pytest.mark.parametrize("strategy", ["sandwich", "progressive_shrinking"])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(strategy, digits, tmp_path) -> None:
+    whole: dict[int, float] = {}
+    state = new_state(strategy=strategy)
+    straight = train_supernet(
+        state, batches_of(digits), checkpoints=tmp_path / "whole", progress=lambda i, n, loss: whole.update({i: loss})
+    )
+    resumed: dict[int, float] = {}
+
+    def stop(i: int, n: int, loss: float) -> None:
+        resumed[i] = loss
+        if i == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_supernet(new_state(strategy=strategy), batches_of(digits), checkpoints=tmp_path / "cut", progress=stop)
+    state = load_checkpoint(tmp_path / "cut", SPACE)
+    assert state.step == 13
+    again = train_supernet(
+        state, batches_of(digits), checkpoints=tmp_path / "cut", progress=lambda i, n, loss: resumed.update({i: loss})
+    )
+    assert resumed == pytest.approx(whole, rel=1e-5)
+    for name, tensor in straight.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_torn_checkpoint_falls_back_to_the_other(digits, tmp_path) -> None:
+    train_supernet(new_state(), batches_of(digits), checkpoints=tmp_path, checkpoint_seconds=0)
+    steps = {p.name: load_checkpoint(p).step for p in tmp_path.iterdir()}
+    assert sorted(steps) == ["a.safetensors", "b.safetensors"]
+    newest = max(steps, key=steps.__getitem__)
+    (tmp_path / newest).write_bytes((tmp_path / newest).read_bytes()[:1000])
+    assert load_checkpoint(tmp_path).step == min(steps.values())
+    with pytest.raises(InvalidInputError, match="whole checkpoint"):
+        load_checkpoint(tmp_path / newest)
+    with pytest.raises(InvalidInputError, match="space"):
+        load_checkpoint(tmp_path, SPACE.replace(n_classes=9))
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(digits, tmp_path) -> None:
+    state = new_state()
+
+    def poison(i: int, n: int, loss: float) -> None:
+        if i == 5:
+            with torch.no_grad():
+                next(state.supernet.parameters()).fill_(float("nan"))
+
+    train_supernet(new_state(epochs=1), batches_of(digits), checkpoints=tmp_path)
+    with pytest.raises(InvalidInputError, match="at step 5"):
+        train_supernet(state, batches_of(digits), checkpoints=tmp_path, progress=poison)
+    assert all(np.isfinite(t.numpy()).all() for t in load_checkpoint(tmp_path).supernet.state_dict().values())
+
+
+def test_batches_depend_on_seed_epoch_and_index_only(digits) -> None:
+    batches = batches_of(digits)
+    whole = list(batches.epoch(3))
+    rest = list(batches.epoch(3, start=4))
+    assert len(whole) == len(batches)
+    assert torch.equal(whole[4][0], rest[0][0])
+    assert torch.equal(whole[4][1], rest[0][1])
+    assert not torch.equal(whole[0][1], next(batches.epoch(4))[1])
+    halves = [
+        np.concatenate([t.numpy() for _, t in batches_of(digits, batch_size=64, rank=r, world_size=2).epoch(3)])
+        for r in (0, 1)
+    ]
+    together = np.concatenate([t.numpy() for _, t in whole])
+    assert sorted(np.concatenate(halves)) == sorted(together)
+
+
+def test_recalibration_gives_the_mean_of_the_batches_statistics(digits) -> None:
+    supernet = Supernet(SPACE).eval()
+    plain = supernet.extract(SPACE.largest())
+    images = [torch.randn(50, 1, 12, 12) for _ in range(3)]
+    recalibrate(plain, images)
+    stem = plain.get_submodule("stem.conv")
+    expected = []
+    for batch in images:
+        padded = torch.nn.functional.pad(batch, (0, 1, 0, 1))
+        expected.append(torch.nn.functional.conv2d(padded, stem.weight, None, 2).mean((0, 2, 3)))
+    torch.testing.assert_close(stem.norm.running_mean, torch.stack(expected).mean(0), rtol=1e-4, atol=1e-6)
+    assert not plain.training
+
+
+@pytest.mark.slow
+def test_training_learns_digits_and_evaluation_counts_right_answers(digits, tmp_path) -> None:
+    supernet = train_supernet(
+        new_state(epochs=12, learning_rate=0.2), batches_of(digits, batch_size=64), checkpoints=tmp_path
+    )
+    evaluator = SubnetEvaluator(supernet, digits)
+    result = evaluator.evaluate(SPACE.largest())
+    assert result.n_images == len(digits.val)
+    assert result.top1_percent > 80
+    share = result.top1_percent / 100
+    assert result.standard_error == pytest.approx(100 * np.sqrt(share * (1 - share) / result.n_images))
+
+
+_RANK = """
+import sys, torch
+from foxnas_mlflow.data import load_dataset
+from tests.supernet.test_train import batches_of, new_state
+from foxnas_mlflow.supernet import train_supernet
+from pathlib import Path
+rank, store, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+net = train_supernet(
+    new_state(epochs=1), batches_of(load_dataset("digits"), batch_size=64, rank=rank, world_size=2), checkpoints=out
+)
+values = torch.cat([p.detach().flatten() for p in net.parameters()])
+other = values.clone()
+torch.distributed.broadcast(other, 0)
+assert torch.equal(values, other), "ranks differ"
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_keep_the_same_weights(tmp_path) -> None:
+    command = [sys.executable, "-c", _RANK]
+    ranks = [
+        subprocess.Popen([*command, str(r), str(tmp_path / "store"), str(tmp_path / "out")], stderr=subprocess.PIPE)
+        for r in (0, 1)
+    ]
+    errors = [process.communicate(timeout=240)[1].decode() for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    assert load_checkpoint(tmp_path / "out").step == len(load_dataset("digits").train) // 128
