@@ -7,6 +7,18 @@ import os
 from pathlib import Path
 
 
+def cache_directory(*parts: str) -> Path:
+    """A directory that outlives the process, made where the system keeps caches.
+
+    Args:
+        parts: Its place below ``$XDG_CACHE_HOME/foxnas_mlflow``, by default ``~/.cache/foxnas_mlflow``.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(root, "foxnas_mlflow", *parts)
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write a file so that readers, and a crash, see the old content or the new, never half of it."""
     path = Path(path)

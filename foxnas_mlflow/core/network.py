@@ -24,6 +24,9 @@ UnitKind = Literal["conv", "separable", "mbconv", "mbconv_se", "fused", "head"]
 
 SE_REDUCTION = 4
 
+NORM_EPSILON = 1e-5
+"""Added to variances by every batch norm, in training and when it is folded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:

@@ -1,6 +1,7 @@
 """The supernet in PyTorch: network, training, evaluation of its subnets (paper section 3.2)."""
 
 from foxnas_mlflow.supernet._batches import Batches
+from foxnas_mlflow.supernet._distributed import Worker, join_workers
 from foxnas_mlflow.supernet._evaluate import Evaluation, SubnetEvaluator, recalibrate
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, subnet_weights
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
@@ -16,7 +17,9 @@ __all__ = [
     "Supernet",
     "TrainConfig",
     "TrainingState",
+    "Worker",
     "get_preset",
+    "join_workers",
     "load_checkpoint",
     "recalibrate",
     "subnet_weights",

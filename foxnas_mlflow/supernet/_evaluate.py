@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Evaluation:
         return cls(100 * share, 100 * math.sqrt(share * (1 - share) / n_images), n_images)
 
 
-def recalibrate(plain: PlainNetwork, batches: Sequence[Tensor]) -> None:
+def recalibrate(plain: PlainNetwork, batches: Iterable[Tensor]) -> None:
     """Compute the statistics of all batch norms anew: their mean over batches of normalised images.
 
     The statistics of a supernet mix those of all its subnets, so a subnet needs its own. Leaves
@@ -94,7 +94,7 @@ class SubnetEvaluator:
         if validation_images is not None and validation_images < n_val:
             self._validation = stratified_split(dataset.val.targets, validation_images / n_val, rng)[1]
         self._targets = torch.from_numpy(dataset.val.targets[self._validation])
-        self._cache: dict[tuple[int, bool], tuple[Tensor, ...]] = {}
+        self._cache: dict[tuple[int, bool], NDArray[np.uint8]] = {}
 
     def evaluate(self, architecture: Architecture) -> Evaluation:
         """Extract a subnet, recalibrate it and count its right answers."""
@@ -118,15 +118,14 @@ class SubnetEvaluator:
         """Its weights by name: what quantization and the registry take."""
         return subnet_weights(self.network(architecture))
 
-    def _images(self, size: int, *, validation: bool) -> tuple[Tensor, ...]:
+    def _images(self, size: int, *, validation: bool) -> Iterator[Tensor]:
         key = (size, validation)
         if key not in self._cache:
             images: ImageSet = self._dataset.val if validation else self._dataset.train
             index = self._validation if validation else self._calibration
-            batches = []
-            for start in range(0, len(index), _BATCH):
-                pixels = np.stack([resize(images[int(i)], size) for i in index[start : start + _BATCH]])
-                normalized = self._dataset.normalization(pixels).transpose(0, 3, 1, 2)
-                batches.append(torch.from_numpy(np.ascontiguousarray(normalized)).to(self._device))
-            self._cache[key] = tuple(batches)
-        return self._cache[key]
+            # Kept as bytes: as floats they would take four times the memory.
+            self._cache[key] = np.stack([resize(images[int(i)], size) for i in index])
+        pixels = self._cache[key]
+        for start in range(0, len(pixels), _BATCH):
+            normalized = self._dataset.normalization(pixels[start : start + _BATCH]).transpose(0, 3, 1, 2)
+            yield torch.from_numpy(np.ascontiguousarray(normalized)).to(self._device)

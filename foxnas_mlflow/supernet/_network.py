@@ -27,10 +27,9 @@ from torch import Tensor, nn
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidFormatError
-from foxnas_mlflow.core.network import Layer, Network, build_network
+from foxnas_mlflow.core.network import NORM_EPSILON, Layer, Network, build_network
 from foxnas_mlflow.core.space import SearchSpace
 
-NORM_EPSILON = 1e-5
 NORM_MOMENTUM = 0.1
 
 _TO_NUMPY = {"running_mean": "mean", "running_var": "var"}

@@ -55,7 +55,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("tiny", (16, 20, 24, 28), (1, 2, 1, 1, 2), 0.35, 40, 64, 0.1),
+        Preset("tiny", (16, 20, 24, 28), (1, 2, 1, 1, 2), 0.35, 30, 64, 0.2),
         Preset("small", (32, 48, 64, 80, 96), (2, 2, 1, 1, 2), 0.5, 100, 128, 0.2),
         # Paper 3.2: once-for-all's 180 epochs of the largest network and its shrinking phases.
         Preset("paper", (), (), 1.0, 425, 64, 0.1),

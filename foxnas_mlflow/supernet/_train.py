@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ class TrainConfig:
         warmup: Share of the steps with a rising learning rate.
         clip_norm: Largest norm of the gradient.
         n_random: Random subnets in a sandwich step.
+        ema: Decay of the averaged weights that training returns; 0 returns the last weights.
         mode: Number format and memory layout; ``auto`` times them at the start.
         seed: Seed of the subnets.
     """
@@ -79,7 +80,8 @@ class TrainConfig:
     label_smoothing: float = 0.1
     warmup: float = 0.1
     clip_norm: float = 2.0
-    n_random: int = 1
+    n_random: int = 2
+    ema: float = 0.0
     mode: Mode = "auto"
     seed: int = 0
 
@@ -92,6 +94,8 @@ class TrainConfig:
             raise InvalidInputError("epochs must be positive", received=self.epochs)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise InvalidInputError("learning_rate must be a positive number", received=self.learning_rate)
+        if not 0 <= self.ema < 1:
+            raise InvalidInputError("ema must be in [0, 1)", received=self.ema)
 
 
 @dataclass
@@ -104,6 +108,9 @@ class TrainingState:
         step: Steps done.
         velocity: SGD's momentum by parameter name.
         teacher: Parameters of the largest network that teaches the later phases.
+        average: Averaged parameters by name, with `TrainConfig.ema`.
+        origin: What the batches are drawn from (data digest, batch size, seed), JSON values; a
+            resumed training must have the same.
     """
 
     supernet: Supernet
@@ -111,17 +118,21 @@ class TrainingState:
     step: int = 0
     velocity: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     teacher: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    average: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
         tensors = {f"model.{name}": t for name, t in self.supernet.state_dict().items()}
         tensors |= {f"velocity.{name}": t for name, t in self.velocity.items()}
         tensors |= {f"teacher.{name}": t for name, t in self.teacher.items()}
+        tensors |= {f"average.{name}": t for name, t in self.average.items()}
         state = {
             "format": CHECKPOINT_FORMAT,
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "space": self.supernet.space.to_dict(),
+            "origin": dict(self.origin),
         }
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         write_atomically(path, save(contiguous, metadata={"foxnas": json.dumps(state)}))
@@ -168,14 +179,22 @@ def _read(path: Path) -> TrainingState:
                 received=metadata["format"],
                 remedy="read it with the release of foxnas-mlflow that wrote it",
             )
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "velocity": {}, "teacher": {}}
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "velocity": {}, "teacher": {}, "average": {}}
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
             part, _, name = key.partition(".")
             parts[part][name] = file.get_tensor(key)
     supernet = Supernet(SearchSpace.from_dict(metadata["space"]))
     supernet.load_state_dict(parts["model"])
     config = TrainConfig(**metadata["config"])
-    return TrainingState(supernet, config, metadata["step"], parts["velocity"], parts["teacher"])
+    return TrainingState(
+        supernet,
+        config,
+        metadata["step"],
+        parts["velocity"],
+        parts["teacher"],
+        parts["average"],
+        metadata.get("origin", {}),
+    )
 
 
 def train_supernet(
@@ -215,9 +234,9 @@ def train_supernet(
     if config.mode == "auto":
         sample, targets = next(batches.epoch(0))
         config = state.config = dataclasses.replace(config, mode=_fastest_mode(supernet, sample, targets, device))
-    layout = torch.contiguous_format if config.mode == "float32" else torch.channels_last
     optimizer = _optimizer(state)
     teacher = _teacher(state, device)
+    state.average = {name: t.to(device) for name, t in state.average.items()}
     phase = _phase(config, state.step, n_steps)
     written = state.step // max(len(batches), 1)
     saved, logged, seen = time.monotonic(), time.monotonic(), 0
@@ -254,7 +273,7 @@ def train_supernet(
                 rate = _learning_rate(config, state.step, n_steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                images = images.to(device, memory_format=layout)
+                images = images.to(device, memory_format=_layout(config.mode))
                 loss = _step(state, images, targets.to(device), phase, teacher, optimizer)
                 if not math.isfinite(loss):
                     raise InvalidInputError(
@@ -287,6 +306,10 @@ def train_supernet(
     if arrived:
         # The handler that was there before decides what a signal means.
         signal.raise_signal(arrived[0])
+    if state.average:
+        with torch.no_grad():
+            for name, parameter in supernet.named_parameters():
+                parameter.copy_(state.average[name])
     return supernet.eval()
 
 
@@ -308,7 +331,7 @@ def _step(
     for architecture in subnets:
         supernet.set_subnet(architecture)
         x = _resized(images, architecture.image_size)
-        with _autocast(config, x):
+        with _autocast(config.mode, x):
             if config.strategy == "progressive_shrinking" and teacher is not None:
                 with torch.no_grad():
                     soft = F.softmax(teacher(x).float(), 1)
@@ -331,8 +354,21 @@ def _step(
     norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
     if math.isfinite(total) and math.isfinite(float(norm)):
         optimizer.step()
+        if config.ema:
+            _update_average(state)
         return total
     return math.nan
+
+
+def _update_average(state: TrainingState) -> None:
+    parameters = {name: p.detach() for name, p in state.supernet.named_parameters()}
+    if not state.average:
+        state.average = {name: p.clone() for name, p in parameters.items()}
+        return
+    # A short memory at first: the beginning must not weigh on a short training.
+    decay = min(state.config.ema, (state.step + 1) / (state.step + 10))
+    averages = [state.average[name] for name in parameters]
+    torch._foreach_lerp_(averages, list(parameters.values()), 1 - decay)
 
 
 def _subnets(config: TrainConfig, space: SearchSpace, phase: int, rng: np.random.Generator) -> list[Architecture]:
@@ -396,8 +432,12 @@ def _resized(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
-def _autocast(config: TrainConfig, x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.mode == "bfloat16")
+def _layout(mode: Mode) -> torch.memory_format:
+    return torch.contiguous_format if mode == "float32" else torch.channels_last
+
+
+def _autocast(mode: Mode, x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=mode == "bfloat16")
 
 
 def _fastest_mode(supernet: Supernet, images: Tensor, targets: Tensor, device: str) -> Mode:
@@ -408,12 +448,11 @@ def _fastest_mode(supernet: Supernet, images: Tensor, targets: Tensor, device: s
     seconds: dict[Mode, float] = {}
     modes: tuple[Mode, ...] = ("float32", "channels_last", "bfloat16")
     for mode in modes:
-        layout = torch.contiguous_format if mode == "float32" else torch.channels_last
-        x, y = images.to(device, memory_format=layout), targets.to(device)
+        x, y = images.to(device, memory_format=_layout(mode)), targets.to(device)
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=mode == "bfloat16"):
+            with _autocast(mode, x):
                 loss = F.cross_entropy(supernet(x).float(), y)
             loss.backward()  # type: ignore[no-untyped-call]
             if x.is_cuda:

@@ -17,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import ConversionError
-from foxnas_mlflow.core.network import Network
+from foxnas_mlflow.core.network import NORM_EPSILON, Network
 from foxnas_mlflow.tflite._graph import Operator, lower
 
 FloatArray = NDArray[np.float32]
 Weights = Mapping[str, NDArray[np.floating]]
 
-NORM_EPSILON = 1e-5
 _NORM_PARTS = ("weight", "bias", "mean", "var")
 
 

@@ -8,22 +8,27 @@ error, KILLED after SIGTERM or Ctrl-C.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow._version import __version__
 
 _MAX_PARAM_CHARACTERS = 6000
+
+P = ParamSpec("P")
 
 
 class Terminated(BaseException):
@@ -153,3 +158,24 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def best_effort(action: Callable[P, object]) -> Callable[P, None]:
+    """Let hours of work survive a tracking server that is away: say so once and go on.
+
+    For what can be done without (a metric of one step, a copy of a checkpoint that is on disk).
+    """
+    told = False
+
+    @functools.wraps(action)
+    def attempt(*args: P.args, **kwargs: P.kwargs) -> None:
+        nonlocal told
+        try:
+            action(*args, **kwargs)
+        except (MlflowException, OSError) as error:
+            if not told:
+                told = True
+                first = str(error).strip().splitlines()[0]
+                print(f"foxnas: the tracking server took no progress: {first}; the work goes on.", file=sys.stderr)
+
+    return attempt

@@ -1,0 +1,251 @@
+"""``foxnas supernet``: train a weight-shared supernet on labelled images and register it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from foxnas_mlflow.cli.parameters import Parameter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from foxnas_mlflow.core.space import SearchSpace
+    from foxnas_mlflow.data import ImageDataset
+    from foxnas_mlflow.supernet import Preset, SubnetEvaluator, TrainingState, Worker
+    from foxnas_mlflow.tracking.run import EntryRun
+
+SUMMARY = "Train a supernet on labelled images: one set of weights for every network of a search space."
+
+PARAMETERS = (
+    Parameter(
+        "data", "digits", "Images: digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
+    ),
+    Parameter("space", "cpu", "Search space: cpu, tpu or the path of a YAML."),
+    Parameter("preset", "tiny", "Size of images and schedule.", choices=("tiny", "small", "paper")),
+    Parameter("strategy", "sandwich", "How to train.", choices=("sandwich", "progressive_shrinking")),
+    Parameter("epochs", 0, "Passes over the training images; 0: the preset's.", int),
+    Parameter("batch_size", 0, "Images a step on each process; 0: the preset's.", int),
+    Parameter("max_train", 0, "Use at most so many training images, drawn by class; 0: all.", int),
+    Parameter("flip", "auto", "Mirror half of the training images; auto: colour only.", choices=("auto", "yes", "no")),
+    Parameter("ema", 0.0, "Decay of averaged weights in [0, 1); 0: none.", float),
+    Parameter("resume", "", "Run id, or path of a checkpoint, of a training to go on with."),
+    Parameter("seed", 0, "Seed of split, initial weights, batches and subnets.", int),
+    Parameter("name", "foxnas", "Prefix of the registered model."),
+)
+
+N_RANDOM = 10
+"""Random subnets of the final evaluation; an epoch's takes the first two."""
+
+_EPOCH_IMAGES = 256
+_CACHED_BYTES = 2**30
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, evaluate and register."""
+    from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
+    from foxnas_mlflow.core.space import get_space
+    from foxnas_mlflow.data import load_dataset
+
+    for name in ("epochs", "batch_size", "max_train", "seed"):
+        if getattr(args, name) < 0:
+            raise InvalidInputError(f"{name} must be 0 or more", received=getattr(args, name))
+    import_or_raise("torch", extra="train", feature="training a supernet")
+
+    from foxnas_mlflow.supernet import get_preset, join_workers
+
+    preset = get_preset(args.preset)
+    base = get_space(args.space)
+    dataset = load_dataset(args.data, seed=args.seed, max_train=args.max_train or None)
+    space = preset.space(base, in_channels=dataset.channels, n_classes=dataset.n_classes)
+
+    with join_workers() as worker:
+        if worker.rank:
+            _train_beside(args, preset, space, dataset, worker)
+            return
+
+        from foxnas_mlflow.tracking.run import entry_run
+        from foxnas_mlflow.tracking.supernet import log_dataset
+
+        # Logged once they are resolved.
+        given = {key: value for key, value in vars(args).items() if key not in ("epochs", "batch_size", "strategy")}
+        with entry_run(stage="supernet", params=given, space=space.name) as run:
+            log_dataset(run, dataset, context="training")
+            _train_and_register(args, preset, space, dataset, worker, run)
+
+
+def _train_and_register(
+    args: argparse.Namespace, preset: Preset, space: SearchSpace, dataset: ImageDataset, worker: Worker, run: EntryRun
+) -> None:
+    import dataclasses
+    import shutil
+    import time
+
+    from foxnas_mlflow.cli.progress import progress_bar
+    from foxnas_mlflow.data.preprocess import Preprocessing
+    from foxnas_mlflow.flavor import SupernetModel
+    from foxnas_mlflow.supernet import SubnetEvaluator, train_supernet
+    from foxnas_mlflow.tracking.run import best_effort
+    from foxnas_mlflow.tracking.supernet import CHECKPOINT_ARTIFACTS, local_checkpoints, log_supernet
+
+    size = max(space.image_sizes)
+    data = dataset.in_memory(size) if _fits(dataset, size) else dataset
+    state, batches = _begin(args, preset, space, data, worker, run.directory)
+    planned = {"batch_size": batches.batch_size, "learning_rate": state.config.learning_rate}
+    run.log_params(planned | {key: getattr(state.config, key) for key in ("strategy", "epochs", "n_random")})
+    if args.resume:
+        run.set_tags({"foxnas.resumed_from": args.resume, "foxnas.resumed_at_step": state.step})
+    checkpoints = local_checkpoints(run.run_id)
+    quick = SubnetEvaluator(
+        state.supernet,
+        data,
+        calibration_images=_EPOCH_IMAGES,
+        validation_images=_EPOCH_IMAGES,
+        seed=args.seed,
+        device=worker.device,
+    )
+    log_metrics = best_effort(run.log_metrics)
+    log_artifact = best_effort(run.log_artifact)
+    start = time.monotonic()
+    with progress_bar("supernet", "step") as show:
+        supernet = train_supernet(
+            state,
+            batches,
+            checkpoints=checkpoints,
+            log=lambda metrics, step: log_metrics(metrics, step=step),
+            end_of_epoch=lambda epoch: log_metrics(_accuracies(quick, space, args.seed, 2)[0], step=state.step),
+            on_checkpoint=lambda path: log_artifact(path, CHECKPOINT_ARTIFACTS),
+            progress=lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
+            device=worker.device,
+        )
+    seconds = time.monotonic() - start
+    n_images = _CACHED_BYTES // (size * size * space.in_channels)
+    evaluator = SubnetEvaluator(supernet, data, validation_images=n_images, seed=args.seed, device=worker.device)
+    metrics, lines = _accuracies(evaluator, space, args.seed, N_RANDOM)
+    config = {
+        "data": args.data,
+        "data_digest": dataset.digest,
+        "max_train": args.max_train,
+        "preset": args.preset,
+        "batch_size": batches.batch_size,
+        **dataclasses.asdict(state.config),
+    }
+    run.log_params({"mode": state.config.mode})
+    run.log_metrics({"train/seconds": seconds})
+    model = SupernetModel(
+        space,
+        supernet.numpy_weights(),
+        {**config, "metrics": metrics},
+        Preprocessing(size, space.in_channels, normalization=dataset.normalization),
+        dataset.labels,
+    )
+    uri = log_supernet(run, model, metrics, name=args.name)
+    shutil.rmtree(checkpoints)
+    print(
+        f"Trained on {len(data.train):,} images of {args.data}: {state.step:,} steps in {seconds:.0f} s "
+        f"({state.config.mode}, {worker.device})."
+    )
+    print("\n".join(lines))
+    print(f"Registered {uri}; run {run.run_id}.")
+    print(f"Next: foxnas sample --supernet {uri} --data {args.data}")
+
+
+def _train_beside(
+    args: argparse.Namespace, preset: Preset, space: SearchSpace, dataset: ImageDataset, worker: Worker
+) -> None:
+    """What a process does that does not log: train with the others."""
+    import tempfile
+    from pathlib import Path
+
+    from foxnas_mlflow.supernet import train_supernet
+
+    size = max(space.image_sizes)
+    data = dataset.in_memory(size) if _fits(dataset, size) else dataset
+    with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
+        state, batches = _begin(args, preset, space, data, worker, Path(directory))
+        train_supernet(state, batches, checkpoints=Path(directory), device=worker.device)
+
+
+def _begin(
+    args: argparse.Namespace, preset: Preset, space: SearchSpace, data: ImageDataset, worker: Worker, directory: Path
+) -> tuple[TrainingState, Any]:
+    """A new training, or the one to resume, and its batches."""
+    import os
+
+    import torch
+
+    from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.supernet import Batches, Supernet, TrainConfig, TrainingState, load_checkpoint
+    from foxnas_mlflow.tracking.supernet import find_checkpoints
+
+    batches = Batches(
+        data.train,
+        normalization=data.normalization,
+        image_size=max(space.image_sizes),
+        batch_size=args.batch_size or preset.batch_size,
+        flip=data.channels == 3 if args.flip == "auto" else args.flip == "yes",
+        seed=args.seed,
+        workers=max((os.cpu_count() or 1) // worker.world_size - 1, 0),
+        rank=worker.rank,
+        world_size=worker.world_size,
+    )
+    origin = {
+        "data": data.digest,
+        "n_train": len(data.train),
+        "batch_size": batches.batch_size,
+        "world_size": worker.world_size,
+        "seed": args.seed,
+    }
+    if not args.resume:
+        torch.manual_seed(args.seed)
+        config = TrainConfig(
+            strategy=args.strategy,
+            epochs=args.epochs or preset.epochs,
+            learning_rate=preset.learning_rate * worker.world_size,
+            ema=args.ema,
+            seed=args.seed,
+        )
+        return TrainingState(Supernet(space), config, origin=origin), batches
+    states = [load_checkpoint(place, space) for place in find_checkpoints(args.resume, directory / "resume")]
+    state = max(states, key=lambda s: s.step)
+    differing = sorted(key for key, value in origin.items() if state.origin.get(key) != value)
+    if args.epochs not in (0, state.config.epochs):
+        differing.append("epochs")
+    if args.strategy != state.config.strategy:
+        differing.append("strategy")
+    if differing:
+        raise InvalidInputError(
+            "a training is resumed with the parameters that it was begun with",
+            received=f"other {', '.join(differing)}",
+            remedy="repeat the first command and add resume",
+        )
+    return state, batches
+
+
+def _accuracies(
+    evaluator: SubnetEvaluator, space: SearchSpace, seed: int, n_random: int
+) -> tuple[dict[str, float], list[str]]:
+    """Accuracies of the largest, the smallest and random subnets, as metrics and as a table."""
+    import numpy as np
+
+    largest, smallest = evaluator.evaluate(space.largest()), evaluator.evaluate(space.smallest())
+    drawn = space.sample(np.random.default_rng([seed, 4]), n=n_random)
+    top1 = np.array([evaluator.evaluate(a).top1_percent for a in drawn])
+    metrics = {
+        "eval/top1_max": largest.top1_percent,
+        "eval/top1_min": smallest.top1_percent,
+        "eval/top1_random": float(top1.mean()),
+    }
+    lines = [
+        f"  largest subnet      {largest.top1_percent:6.2f} % top-1 +- {largest.standard_error:.2f} "
+        f"({largest.n_images:,} validation images)",
+        f"  smallest subnet     {smallest.top1_percent:6.2f} % top-1 +- {smallest.standard_error:.2f}",
+        f"  {n_random} random subnets   {top1.mean():6.2f} % top-1, from {top1.min():.2f} to {top1.max():.2f}",
+    ]
+    return metrics, lines
+
+
+def _fits(dataset: ImageDataset, size: int) -> bool:
+    """Whether all images fit in memory at the size of training."""
+    n = len(dataset.train) + len(dataset.val)
+    return n * size * size * dataset.channels <= 2 * _CACHED_BYTES

@@ -1,0 +1,100 @@
+"""Logging a training: its data, its checkpoints, and the registered supernet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.exceptions import MlflowException
+
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.files import cache_directory
+from foxnas_mlflow.data import ImageDataset
+from foxnas_mlflow.flavor import SupernetModel, log_model
+from foxnas_mlflow.tracking.registry import registered_name, tag_version
+from foxnas_mlflow.tracking.run import EntryRun
+
+CHECKPOINT_ARTIFACTS = "checkpoint"
+"""Artifact directory of a training's checkpoints."""
+
+
+def local_checkpoints(run_id: str) -> Path:
+    """Where this machine keeps a run's checkpoints until its supernet is registered."""
+    return cache_directory("checkpoints", run_id)
+
+
+def find_checkpoints(resume: str, destination: Path) -> list[Path]:
+    """Directories or files that may hold the checkpoint to go on from.
+
+    Args:
+        resume: Path of a checkpoint or of its directory, or the id of a run.
+        destination: Where artifacts of a run are downloaded to.
+
+    Raises:
+        InvalidInputError: If it is neither, or the run left no checkpoint.
+    """
+    path = Path(resume).expanduser()
+    if path.exists():
+        return [path]
+    places = [local_checkpoints(resume)]
+    reason = "no checkpoint"
+    try:
+        places.append(
+            Path(
+                mlflow.artifacts.download_artifacts(
+                    run_id=resume, artifact_path=CHECKPOINT_ARTIFACTS, dst_path=str(destination)
+                )
+            )
+        )
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+    found = [place for place in places if any(place.glob("*.safetensors"))]
+    if not any(places[0].iterdir()):
+        places[0].rmdir()
+    if not found:
+        raise InvalidInputError(
+            "resume must be the path of a checkpoint, or the id of a run that left one", received=f"{resume} ({reason})"
+        )
+    return found
+
+
+def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> None:
+    """Log a data set as an input of the run, with its digest (36 characters fit MLflow's column)."""
+    source = CodeDatasetSource(tags={"mlflow.source.name": dataset.source})
+    # MLflow documents this use of a class that it declares abstract.
+    logged = MetaDataset(source=source, name=dataset.source, digest=dataset.digest[:36])  # type: ignore[abstract]
+    mlflow.log_input(logged, context=context)
+    run.log_params(
+        {
+            "n_train": len(dataset.train),
+            "n_val": len(dataset.val),
+            "n_classes": dataset.n_classes,
+            "channels": dataset.channels,
+        }
+    )
+    if dataset.unreadable:
+        run.log_text("\n".join(dataset.unreadable) + "\n", "unreadable.txt")
+
+
+def log_supernet(run: EntryRun, model: SupernetModel, metrics: Mapping[str, float], *, name: str) -> str:
+    """Register a trained supernet with its figures.
+
+    Args:
+        run: The open run.
+        model: The supernet.
+        metrics: Accuracies of its subnets, in percent.
+        name: Prefix of the registered model.
+
+    Returns:
+        URI of the registered version.
+    """
+    registered = registered_name(name, "supernet")
+    info = log_model(model, name="supernet", registered_model_name=registered)
+    run.log_metrics(metrics, model_id=info.model_id)
+    tags: dict[str, Any] = {"weights": "trained", "space": model.space.name, "data": model.config["data"]}
+    tag_version(registered, info.registered_model_version, tags)
+    return f"models:/{registered}/{info.registered_model_version}"

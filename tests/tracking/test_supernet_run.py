@@ -1,0 +1,130 @@
+"""A training as MLflow sees it, and trainings that are killed and go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.cli.main import main
+
+pytestmark = [pytest.mark.server, pytest.mark.train, pytest.mark.slow]
+
+SMALL = ["--max-train", "200", "--epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_training_logs_what_the_contract_names(
+    tracking: str, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.flavor import SupernetModel, load_model
+    from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
+
+    assert main(["supernet", *SMALL, "--ema", "0.9", "--seed", "3"]) == 0
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["foxnas.stage"] == "supernet"
+    assert run.data.tags["foxnas.space"] == "cpu-tiny"
+    for key in ("train/loss", "train/images_per_s", "eval/top1_max", "eval/top1_min", "eval/top1_random"):
+        assert key in run.data.metrics
+    # One value an epoch and the final one.
+    assert len(client.get_metric_history(run.info.run_id, "eval/top1_max")) == 3
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.name == "digits"
+    assert 190 <= int(run.data.params["cfg.n_train"]) <= 200
+    checkpoints = {a.path for a in client.list_artifacts(run.info.run_id, "checkpoint")}
+    assert checkpoints <= {"checkpoint/a.safetensors", "checkpoint/b.safetensors"}
+    assert checkpoints
+    assert not list((cache / "foxnas_mlflow" / "checkpoints").iterdir())
+
+    model = load_model("models:/foxnas-supernet/1")
+    assert isinstance(model, SupernetModel)
+    assert model.labels == tuple("0123456789")
+    assert client.get_model_version("foxnas-supernet", "1").tags["weights"] == "trained"
+    # The registered weights are those that were evaluated.
+    from foxnas_mlflow.data import load_dataset
+
+    dataset = load_dataset("digits", seed=3, max_train=200)
+    evaluator = SubnetEvaluator(Supernet.from_weights(model.space, model.weights), dataset.in_memory(28), seed=3)
+    got = evaluator.evaluate(model.space.largest()).top1_percent
+    np.testing.assert_allclose(got, model.config["metrics"]["eval/top1_max"], atol=0.3)
+    assert "Next: foxnas sample --supernet models:/foxnas-supernet/1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_training_goes_on_from_its_run(tracking: str, cache: Path, signum: signal.Signals) -> None:
+    import mlflow
+
+    command = ["supernet", "--max-train", "700", "--epochs", "4"]
+    process = subprocess.Popen([sys.executable, "-m", "foxnas_mlflow", *command], stderr=subprocess.PIPE)
+    client = mlflow.MlflowClient()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        runs = client.search_runs(["0"])
+        if runs and "train/loss" in runs[0].data.metrics:
+            break
+        time.sleep(0.2)
+    process.send_signal(signum)
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum], error
+    assert "Traceback" not in error
+    (killed,) = client.search_runs(["0"])
+    assert killed.info.status == "KILLED"
+    # The machine is lost with its disk: only the artifacts are left.
+    for path in (cache / "foxnas_mlflow" / "checkpoints").glob("*/*"):
+        path.unlink()
+    assert main([*command, "--resume", killed.info.run_id]) == 0
+    resumed = next(r for r in client.search_runs(["0"]) if r.info.run_id != killed.info.run_id)
+    assert int(resumed.data.tags["foxnas.resumed_at_step"]) > 0
+    assert resumed.info.status == "FINISHED"
+    assert main([*command, "--seed", "1", "--resume", killed.info.run_id]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data", "/does/not/exist"], "path of a folder"),
+        (["--resume", "/does/not/exist"], "id of a run"),
+        (["--resume", "0" * 32], "id of a run"),
+        (["--epochs", "-1"], "epochs must be 0 or more"),
+        (["--preset", "huge"], "preset must be one of"),
+        (["--ema", "1"], "ema must be in"),
+        (["--max-train", "5"], "class"),
+    ],
+)
+def test_bad_input(tracking: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["supernet", *argv]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
+    assert message in line
+
+
+def test_two_processes_train_one_supernet(tracking: str, tmp_path: Path) -> None:
+    import mlflow
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "foxnas_mlflow", "supernet", *SMALL],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["eval/top1_max"] > 0
