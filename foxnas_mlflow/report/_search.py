@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import html
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.cost import COST_TERMS, network_cost
-from foxnas_mlflow.core.errors import import_or_raise
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.options import encode
 from foxnas_mlflow.core.predictors import LinearPredictor, marginal_effects
 from foxnas_mlflow.core.searchers import SearchOutcome, SearchResult, rank_edits
 from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.report._page import axes_layout, escape, plot, scatter, table, write_page
 
 _TERM_NAMES = {
     "pw": "dense convolutions",
@@ -53,35 +50,29 @@ def write_search_report(
         target: The target.
         measurements: Measured rows to draw beside the front.
     """
-    import_or_raise("plotly", extra="report", feature="the search report")
-    from plotly.offline import get_plotlyjs
-
     predictors = outcome.objective.predictors
     latency = predictors.of("latency_ms", outcome.architecture.image_size)
     accuracy = predictors.of("accuracy", outcome.architecture.image_size)
     sections = [
-        ("Latency against accuracy", _plot("front", _front_figure(outcome, request, measurements))),
-        ("Searching: best so far against evaluations", _plot("trace", _trace_figure(outcome, comparisons))),
+        ("Latency against accuracy", plot("front", _front_figure(outcome, request, measurements))),
+        ("Searching: best so far against evaluations", plot("trace", _trace_figure(outcome, comparisons))),
         ("The network", _drawing(outcome, outcome.architecture)),
     ]
     if latency.formula == "calibrated":
         shares = latency_shares(latency, outcome.architecture)
-        sections.append(("Where the milliseconds go", _plot("shares", _shares_figure(shares), height=320)))
+        sections.append(("Where the milliseconds go", plot("shares", _shares_figure(shares), height=320)))
     sections += [
         ("What an edit does to this network", _edits_table(outcome)),
         ("Effects on a middle network", _effects_table(accuracy, "points") + _effects_table(latency, "ms")),
         ("Predictors", _regression(accuracy) + _regression(latency)),
         ("Provenance and limits", _provenance(outcome, request, target)),
     ]
-    body = "".join(f"<section><h2>{_e(title)}</h2>{content}</section>" for title, content in sections)
-    page = _PAGE.format(
-        title=_e(f"FOX-NAS search for {target.name}"),
-        sentence=_sentence(outcome, request, target),
-        body=body,
-        plotly=get_plotlyjs(),
-        version=_e(__version__),
+    write_page(
+        path,
+        title=f"FOX-NAS search for {target.name}",
+        lead=_sentence(outcome, request, target),
+        sections=sections,
     )
-    path.write_text(page, encoding="utf-8")
 
 
 def latency_shares(latency: LinearPredictor, architecture: Architecture) -> dict[str, float]:
@@ -108,10 +99,10 @@ def _sentence(outcome: SearchOutcome, request: Mapping[str, Any], target: Target
         else f"The proof leaves {outcome.optimum.proof_gap:.4f} points open."
     )
     return (
-        f"Asked for at most <b>{float(request['latency_ms']):g} ms</b> on <b>{_e(target.name)}</b> at confidence "
+        f"Asked for at most <b>{float(request['latency_ms']):g} ms</b> on <b>{escape(target.name)}</b> at confidence "
         f"{float(request['confidence']):g}; found a network of <b>{outcome.accuracy:.2f} %</b> predicted top-1 and "
         f"<b>{outcome.latency_ms:.2f} ms</b> predicted latency (at most {outcome.latency_upper_ms:.2f} ms) at "
-        f"{outcome.architecture.image_size} px. {_e(proof)} All figures are predictions; nothing here was measured."
+        f"{outcome.architecture.image_size} px. {escape(proof)} All figures are predictions; nothing here was measured."
     )
 
 
@@ -123,13 +114,13 @@ def _front_figure(
     rows = [m for m in measurements if m.latency_ms is not None and m.accuracy is not None]
     if rows:
         data.append(
-            _points([m.latency_ms for m in rows], [m.accuracy for m in rows], "measured networks", "#b9bec7", 5)
+            scatter([m.latency_ms for m in rows], [m.accuracy for m in rows], "measured networks", "#b9bec7", 5)
         )
     for size, colour in zip(
         sorted({int(s) for s in front.image_size}), ("#1f5fa8", "#2a9d8f", "#7b5ea7"), strict=False
     ):
         on = front.image_size == size
-        data.append(_points(front.latency_ms[on], front.accuracy[on], f"exact front, {size} px", colour, 4))
+        data.append(scatter(front.latency_ms[on], front.accuracy[on], f"exact front, {size} px", colour, 4))
     limit = float(request["latency_ms"])
     low = float(front.accuracy.min())
     high = float(front.accuracy.max())
@@ -157,7 +148,7 @@ def _front_figure(
             "line": {"color": "#c0392b", "dash": "dash", "width": 1},
         }
     )
-    return {"data": data, "layout": _layout("predicted latency (ms)", "predicted accuracy (top-1, %)")}
+    return {"data": data, "layout": axes_layout("predicted latency (ms)", "predicted accuracy (top-1, %)")}
 
 
 def _trace_figure(outcome: SearchOutcome, comparisons: Sequence[SearchResult]) -> dict[str, Any]:
@@ -185,7 +176,7 @@ def _trace_figure(outcome: SearchOutcome, comparisons: Sequence[SearchResult]) -
             "line": {"color": "#c0392b", "dash": "dash", "width": 1},
         }
     )
-    layout = _layout("evaluations of the predictors", "best predicted accuracy (%)")
+    layout = axes_layout("evaluations of the predictors", "best predicted accuracy (%)")
     layout["xaxis"]["type"] = "log"
     start = min((r.trace[0].best_accuracy for r in comparisons if r.trace), default=top - 1)
     layout["yaxis"]["range"] = [max(start, top - 4), top + 0.2]
@@ -204,40 +195,9 @@ def _shares_figure(shares: Mapping[str, float]) -> dict[str, Any]:
             "marker": {"color": "#1f5fa8"},
         }
     ]
-    layout = _layout("predicted milliseconds", "")
+    layout = axes_layout("predicted milliseconds", "")
     layout["yaxis"]["automargin"] = True
     return {"data": data, "layout": layout}
-
-
-def _points(x: Any, y: Any, name: str, colour: str, size: int) -> dict[str, Any]:
-    return {
-        "x": [round(float(v), 4) for v in x],
-        "y": [round(float(v), 4) for v in y],
-        "mode": "markers",
-        "name": name,
-        "marker": {"size": size, "color": colour},
-    }
-
-
-def _layout(x: str, y: str) -> dict[str, Any]:
-    return {
-        "xaxis": {"title": {"text": x}, "gridcolor": "#e5e7eb", "zeroline": False},
-        "yaxis": {"title": {"text": y}, "gridcolor": "#e5e7eb", "zeroline": False},
-        "margin": {"l": 60, "r": 15, "t": 10, "b": 50},
-        "legend": {"orientation": "h", "y": 1.12},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-    }
-
-
-def _plot(name: str, figure: Mapping[str, Any], height: int = 420) -> str:
-    # A closing tag inside the data could end the script element.
-    data = json.dumps(figure).replace("</", "<\\/")
-    return (
-        f'<div id="{name}" style="height:{height}px"></div>'
-        f"<script>(function(){{var f={data};"
-        f'Plotly.newPlot("{name}",f.data,f.layout,{{responsive:true,displayModeBar:false}});}})();</script>'
-    )
 
 
 def _drawing(outcome: SearchOutcome, architecture: Architecture) -> str:
@@ -259,7 +219,7 @@ def _drawing(outcome: SearchOutcome, architecture: Architecture) -> str:
             )
             x += width + 10
         label = (
-            f"<b>stage {spec.width}</b> {_e(spec.block.replace('_', '+'))}, {stage.depth} blocks, "
+            f"<b>stage {spec.width}</b> {escape(spec.block.replace('_', '+'))}, {stage.depth} blocks, "
             f"{units[0].in_size} &rarr; {units[-1].out_size} px, {stage_ms[j - 1]:.2f} ms"
         )
         rows.append(
@@ -273,7 +233,7 @@ def _drawing(outcome: SearchOutcome, architecture: Architecture) -> str:
         f"activations at once. Milliseconds are predicted; stem, head and fixed overhead take the other {constant:.2f}."
     )
     legend = "Height of a box: expansion ratio e. Width: kernel size k."
-    return f'<p>{_e(counts)}</p><p>{legend}</p><div class="stages">{"".join(rows)}</div>'
+    return f'<p>{escape(counts)}</p><p>{legend}</p><div class="stages">{"".join(rows)}</div>'
 
 
 def _edits_table(outcome: SearchOutcome) -> str:
@@ -290,20 +250,20 @@ def _edits_table(outcome: SearchOutcome) -> str:
         for e in (*savings, *gains)
     ]
     header = ("edit", "accuracy (points)", "latency (ms)", "points per ms")
-    return "<p>The ten cheapest savings, then the five best gains; 95 % intervals.</p>" + _table(header, rows)
+    return "<p>The ten cheapest savings, then the five best gains; 95 % intervals.</p>" + table(header, rows)
 
 
 def _effects_table(predictor: LinearPredictor, unit: str) -> str:
     rows = [(e.label, _change(e.delta, e.margin, 3)) for e in marginal_effects(predictor)]
-    return _table((f"edit of all blocks of a stage, {predictor.fitted_sizes[-1]} px", unit), rows)
+    return table((f"edit of all blocks of a stage, {predictor.fitted_sizes[-1]} px", unit), rows)
 
 
 def _regression(predictor: LinearPredictor) -> str:
     from scipy.special import stdtr
 
-    metrics = ", ".join(f"{_e(k)} {v:.4g}" for k, v in predictor.metrics.items())
+    metrics = ", ".join(f"{escape(k)} {v:.4g}" for k, v in predictor.metrics.items())
     sizes = ", ".join(map(str, predictor.fitted_sizes))
-    head = f"<h3>{_e(predictor.quantity)}, {_e(predictor.formula)} formula, fitted at {sizes} px</h3><p>{metrics}</p>"
+    heading = f"{escape(predictor.quantity)}, {escape(predictor.formula)} formula, fitted at {sizes} px"
     if predictor.covariance is None:
         rows = [(c, f"{b:.5g}", "", "", "") for c, b in zip(predictor.columns, predictor.coefficients, strict=True)]
     else:
@@ -315,8 +275,9 @@ def _regression(predictor: LinearPredictor) -> str:
             for c, b, s, tt, pp in zip(predictor.columns, predictor.coefficients, errors, t, p, strict=True)
         ]
     scale = "" if predictor.ceiling is None else f"<p>Linear scale z = -log({predictor.ceiling:g} - accuracy).</p>"
-    table = _table(("column", "coefficient", "standard error", "t", "p"), rows)
-    return head + scale + f"<details><summary>Coefficients</summary>{table}</details>"
+    coefficients = table(("column", "coefficient", "standard error", "t", "p"), rows)
+    details = f"<details><summary>Coefficients</summary>{coefficients}</details>"
+    return f"<h3>{heading}</h3><p>{metrics}</p>{scale}{details}"
 
 
 def _provenance(outcome: SearchOutcome, request: Mapping[str, Any], target: Target) -> str:
@@ -329,45 +290,10 @@ def _provenance(outcome: SearchOutcome, request: Mapping[str, Any], target: Targ
     rows = [(str(k), str(v)) for k, v in request.items() if v != ""]
     rows += [("measurements", str(origin)), ("found by", outcome.found_by)]
     certificate = outcome.certificate()["statement"]
-    items = "".join(f"<li>{_e(note)}</li>" for note in notes)
-    return f"<ul>{items}</ul><p><b>Certificate.</b> {_e(certificate)}.</p>" + _table(("parameter", "value"), rows)
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f"<ul>{items}</ul><p><b>Certificate.</b> {escape(certificate)}.</p>" + table(("parameter", "value"), rows)
 
 
 def _change(delta: float, margin: float, digits: int) -> str:
     sure = "" if np.isnan(margin) else f" ± {margin:.{digits}f}"
     return f"{delta:+.{digits}f}{sure}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_e(h)}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{_e(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _e(text: object) -> str:
-    return html.escape(str(text))
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fafbfc; margin: 0; }}
-main {{ max-width: 1000px; margin: 0 auto; padding: 1rem; }}
-section {{ background: #fff; border: 1px solid #e5e7eb; border-radius: 8px;
-  padding: 0.5rem 1rem 1rem; margin: 1rem 0; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; }} h3 {{ font-size: 1rem; }}
-.lead {{ font-size: 1.1rem; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0; }}
-th, td {{ text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid #eef0f3; white-space: nowrap; }}
-td:not(:first-child) {{ font-variant-numeric: tabular-nums; }}
-.stages {{ display: flex; flex-wrap: wrap; gap: 0.8rem 2rem; }} .stage {{ max-width: 100%; }}
-.stage svg {{ max-width: 100%; height: auto; }} .stage rect {{ fill: #dbe8f6; stroke: #1f5fa8; }}
-.stage text {{ font: 12px system-ui, sans-serif; text-anchor: middle; fill: #1d2430; }}
-li, p {{ overflow-wrap: anywhere; }}
-</style><script>{plotly}</script></head>
-<body><main><h1>{title}</h1><p class="lead">{sentence}</p>{body}
-<footer><small>foxnas-mlflow {version}</small></footer></main></body></html>
-"""
