@@ -1,0 +1,19 @@
+"""Connections to boards, and measurements on them that say when they cannot be trusted."""
+
+from foxnas_mlflow.devices._base import Completed, Connection
+from foxnas_mlflow.devices._benchmark import Benchmark
+from foxnas_mlflow.devices._check import DeviceCheck, check
+from foxnas_mlflow.devices._connect import connect
+from foxnas_mlflow.devices._local import LocalConnection
+from foxnas_mlflow.devices._measure import measure
+
+__all__ = [
+    "Benchmark",
+    "Completed",
+    "Connection",
+    "DeviceCheck",
+    "LocalConnection",
+    "check",
+    "connect",
+    "measure",
+]

@@ -1,0 +1,233 @@
+"""What a measurement says, and when it says that it cannot be trusted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from foxnas_mlflow.core.errors import InvalidFormatError
+
+FORMAT = 1
+
+MAX_HALVES_DIFFERENCE = 0.05
+"""Largest relative difference between the medians of the first and the second half of the runs."""
+
+MAX_CLOCK_SHARE = 0.01
+"""Largest share of the median that one tick of the clock may be."""
+
+MAX_OUTPUT_LEVELS = 1.0
+"""Largest difference from the host's output: 8-bit levels, or 0.001 for floats.
+
+Kernels for different processors round products differently by one level where they are not XNNPACK's.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """Latency of one model on one machine.
+
+    Attributes:
+        latency_ms_p50: Median of single runs in ms; `_p90`, `_p99` their percentiles.
+        latency_ms_mean: Mean in ms; `_std` the standard deviation of single runs.
+        latency_ms_p50_low, latency_ms_p50_high: 95 % interval of the median, from order statistics.
+        throughput_per_s: Images a second: batch / mean latency.
+        peak_memory_bytes: Most memory of the measuring process, Python and runtime included.
+        valid: Whether nothing speaks against the figures.
+        invalid_reasons: What speaks against them.
+        emulated: Whether the processor is emulated: its times say nothing of real hardware.
+        n_runs: Timed runs.
+        threads, batch, warmup: Of the runtime; images a run; asked runs before the timed ones.
+        runtime: Runtime with version.
+        device: The machine in one line.
+        connection: The address that it was reached at.
+        governor: Of the CPU's frequency, or empty where the machine does not tell.
+        temperature_c_start, temperature_c_end: In degrees Celsius, None where not told.
+        throttled: Whether it was throttled, None where the machine does not tell.
+        load_ms, first_invoke_ms: Loading the model, and its first run, in ms.
+        edgetpu: Whether the Edge TPU ran it.
+        output_difference: Largest difference from the host's output, in 8-bit levels for an integer
+            model; None when nothing was compared.
+        model_sha256: Of the model file.
+        samples_ms: Every timed run in ms, in order.
+    """
+
+    latency_ms_p50: float
+    latency_ms_p90: float
+    latency_ms_p99: float
+    latency_ms_mean: float
+    latency_ms_std: float
+    latency_ms_p50_low: float
+    latency_ms_p50_high: float
+    throughput_per_s: float
+    peak_memory_bytes: int
+    valid: bool
+    invalid_reasons: tuple[str, ...]
+    emulated: bool
+    n_runs: int
+    threads: int
+    batch: int
+    warmup: int
+    runtime: str
+    device: str
+    connection: str
+    governor: str
+    temperature_c_start: float | None
+    temperature_c_end: float | None
+    throttled: bool | None
+    load_ms: float
+    first_invoke_ms: float
+    edgetpu: bool
+    output_difference: float | None
+    model_sha256: str
+    samples_ms: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of ``benchmark.json``."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            "format": FORMAT,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in values.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Benchmark:
+        """Read ``benchmark.json``.
+
+        Raises:
+            InvalidFormatError: If the format is newer, or keys are missing or unknown.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
+            raise InvalidFormatError(f"a benchmark must have format {FORMAT}", received=found)
+        if set(data) - {"format"} != names:
+            differing = sorted(map(str, (set(data) - {"format"}) ^ names))
+            raise InvalidFormatError(
+                "a benchmark has exactly its known keys", received=f"missing or unknown {differing}"
+            )
+        return cls(**{name: _tuple(data[name]) for name in names})
+
+    def metrics(self) -> dict[str, float]:
+        """The figures as MLflow metrics, ``benchmark/...``; what the machine does not tell is left out."""
+        names = [f"latency_ms_{part}" for part in ("p50", "p90", "p99", "mean", "std")]
+        names += ["throughput_per_s", "peak_memory_bytes", "valid", "temperature_c_start", "temperature_c_end"]
+        values = {name: getattr(self, name) for name in names}
+        return {f"benchmark/{name}": float(value) for name, value in values.items() if value is not None}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def summarize(
+    answer: Mapping[str, Any],
+    *,
+    connection: str,
+    threads: int,
+    warmup: int,
+    edgetpu: bool,
+    output_difference: float | None,
+    integer_output: bool,
+) -> Benchmark:
+    """Turn the board script's answer into figures, and judge them."""
+    samples = np.asarray(answer["samples_ms"], dtype=np.float64)
+    p50, p90, p99 = (float(value) for value in np.percentile(samples, (50, 90, 99)))
+    low, high = median_interval(samples)
+    reasons = invalid_reasons(
+        samples,
+        throttled=answer["throttled"],
+        clock_tick_ms=answer["clock_tick_ms"],
+        output_difference=output_difference,
+        integer_output=integer_output,
+    )
+    mean = float(samples.mean())
+    return Benchmark(
+        latency_ms_p50=p50,
+        latency_ms_p90=p90,
+        latency_ms_p99=p99,
+        latency_ms_mean=mean,
+        latency_ms_std=float(samples.std(ddof=1)) if len(samples) > 1 else 0.0,
+        latency_ms_p50_low=low,
+        latency_ms_p50_high=high,
+        throughput_per_s=1000 * answer["batch"] / mean,
+        valid=not reasons,
+        invalid_reasons=reasons,
+        n_runs=len(samples),
+        threads=threads,
+        warmup=warmup,
+        connection=connection,
+        edgetpu=edgetpu,
+        output_difference=output_difference,
+        samples_ms=tuple(answer["samples_ms"]),
+        **{
+            key: answer[key]
+            for key in (
+                "peak_memory_bytes",
+                "emulated",
+                "batch",
+                "runtime",
+                "device",
+                "governor",
+                "temperature_c_start",
+                "temperature_c_end",
+                "throttled",
+                "load_ms",
+                "first_invoke_ms",
+                "model_sha256",
+            )
+        },
+    )
+
+
+def invalid_reasons(
+    samples: np.ndarray[Any, np.dtype[np.float64]],
+    *,
+    throttled: bool | None,
+    clock_tick_ms: float,
+    output_difference: float | None = None,
+    integer_output: bool = True,
+) -> tuple[str, ...]:
+    """Why figures cannot be trusted; empty when they can.
+
+    Args:
+        samples: Timed runs in ms, shape (n,).
+        throttled: Whether the machine was throttled; None: unknown.
+        clock_tick_ms: Smallest step of the clock in ms.
+        output_difference: Largest difference from the host's output, or None.
+        integer_output: Whether that difference is in 8-bit levels.
+    """
+    reasons = []
+    if throttled:
+        reasons.append("the machine was throttled")
+    difference = halves_difference(samples)
+    if difference > MAX_HALVES_DIFFERENCE:
+        reasons.append(f"the two halves of the runs differ by {100 * difference:.1f} %")
+    median = float(np.median(samples))
+    if clock_tick_ms > MAX_CLOCK_SHARE * median:
+        reasons.append(f"the clock ticks every {1000 * clock_tick_ms:g} us, the median is {1000 * median:g} us")
+    limit = MAX_OUTPUT_LEVELS if integer_output else MAX_OUTPUT_LEVELS / 1000
+    if output_difference is not None and not output_difference <= limit:
+        reasons.append(f"the output differs from the host's by {output_difference:g}")
+    return tuple(reasons)
+
+
+def halves_difference(samples: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    """Relative difference between the medians of the first and the second half."""
+    middle = len(samples) // 2
+    if middle == 0:
+        return 0.0
+    first, second = float(np.median(samples[:middle])), float(np.median(samples[middle:]))
+    return abs(first - second) / min(first, second)
+
+
+def median_interval(samples: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
+    """95 % interval of the median: order statistics at n/2 -+ 0.98 sqrt(n), the binomial's normal limits."""
+    ordered = np.sort(samples)
+    n = len(ordered)
+    low = max(int(np.floor(n / 2 - 0.98 * np.sqrt(n))) - 1, 0)
+    high = min(int(np.ceil(n / 2 + 0.98 * np.sqrt(n))), n - 1)
+    return float(ordered[low]), float(ordered[high])

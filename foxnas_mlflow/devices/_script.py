@@ -1,0 +1,116 @@
+"""Talking with the board script: push it, start it, read its JSON, name what went wrong."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from foxnas_mlflow.core.errors import DeviceError
+from foxnas_mlflow.devices._base import Completed, Connection
+
+INSTALL = (
+    "install it there: python3 -m venv ~/foxnas && ~/foxnas/bin/pip install numpy ai-edge-litert, "
+    "and add ?python=~/foxnas/bin/python to the address"
+)
+
+BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
+    "no_numpy": ("{uri} must have NumPy", INSTALL),
+    "no_runtime": ("{uri} must have ai-edge-litert or tflite-runtime", INSTALL),
+    "numpy_too_new": (
+        "tflite-runtime on {uri} needs NumPy below 2",
+        "install ai-edge-litert in its place, or pip install 'numpy<2' there",
+    ),
+    "no_edgetpu_library": (
+        "an Edge TPU on {uri} needs the library libedgetpu.so.1",
+        "install libedgetpu1-std there (a build that matches the runtime)",
+    ),
+    "no_edgetpu_device": (
+        "an Edge TPU must be connected to {uri}",
+        "plug it in, check the udev rules of libedgetpu and that no other process holds it",
+    ),
+    "bad_model": (
+        "the runtime on {uri} must be able to load the model",
+        "update the runtime there, and check that the file is a TensorFlow Lite model for it",
+    ),
+    "bad_input": ("the input to compare must fit the model", "give an array of the model's shape and type"),
+    "busy": (
+        "another measurement holds {uri}",
+        "wait for it to end: one machine measures one thing at a time",
+    ),
+}
+"""Rule and remedy of every error that the board script names."""
+
+
+def prepare(connection: Connection) -> str:
+    """The connection's directory on the machine, with the board script in it.
+
+    Raises:
+        DeviceError: If the machine refuses.
+        ConnectionLostError: If the machine went away.
+    """
+    script = importlib.resources.files("foxnas_mlflow.devices") / "board.py"
+    return connection.workspace({"board.py": script.read_bytes()})
+
+
+def run_board(connection: Connection, arguments: Sequence[str], *, timeout_s: float) -> dict[str, Any]:
+    """Run the board script and read its answer.
+
+    Raises:
+        DeviceError: If the machine lacks something, or the script's answer is an error.
+        ConnectionLostError: If the machine went away.
+    """
+    directory = prepare(connection)
+    completed = connection.run([connection.python, f"{directory}/board.py", *arguments], timeout_s=timeout_s)
+    return read_answer(completed, connection)
+
+
+def read_answer(completed: Completed, connection: Connection) -> dict[str, Any]:
+    """The script's JSON, or the error that its end means."""
+    uri = connection.uri
+    try:
+        answer = json.loads(completed.stdout.strip().splitlines()[-1])
+        if not isinstance(answer, dict):
+            raise ValueError(answer)
+    except (ValueError, IndexError):
+        raise _ended(completed, connection) from None
+    if completed.status == 0 and "error" not in answer:
+        return answer
+    rule, remedy = BOARD_ERRORS.get(
+        str(answer.get("error")), ("the measurement on {uri} failed", "run it again with --debug")
+    )
+    raise DeviceError(rule.format(uri=uri), received=answer.get("message") or None, remedy=remedy)
+
+
+def _ended(completed: Completed, connection: Connection) -> DeviceError:
+    """The error for a script that ended without an answer."""
+    uri, status = connection.uri, completed.status
+    said = (completed.stderr.strip().splitlines() or [f"exit status {status}"])[-1]
+    if status in (126, 127):
+        return DeviceError(
+            f"{uri} must have Python 3.7 or newer at {connection.python}",
+            received=said,
+            remedy="install python3 there, or add ?python=/path/to/python to the address",
+        )
+    if "No space left" in completed.stderr:
+        return DeviceError(f"{uri} must have free disk space", received=said, remedy="free some there (df -h)")
+    if "SyntaxError" in said:
+        return DeviceError(
+            f"{uri} must have Python 3.7 or newer at {connection.python}",
+            received=said,
+            remedy="add ?python=/path/to/python to the address",
+        )
+    if status in (137, 152):
+        return DeviceError(
+            f"the measuring process on {uri} was killed",
+            received=said,
+            remedy="look whether its memory was full (dmesg), or who ended it",
+        )
+    if status > 128:
+        return DeviceError(
+            f"the runtime on {uri} must not crash",
+            received=f"signal {status - 128}",
+            remedy="update ai-edge-litert there, and check that the model was made for this processor",
+        )
+    return DeviceError(f"the board script on {uri} must answer", received=said, remedy="run foxnas device check")

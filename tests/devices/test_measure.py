@@ -1,0 +1,246 @@
+"""Measuring on this machine, for real, and judging the figures."""
+
+from __future__ import annotations
+
+import ast
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError
+from foxnas_mlflow.devices import Benchmark, Completed, LocalConnection, board, check, connect, measure
+from foxnas_mlflow.devices._benchmark import invalid_reasons, median_interval
+from foxnas_mlflow.devices._script import BOARD_ERRORS, read_answer
+
+BOARD = Path(board.__file__)
+STEADY = np.full(200, 5.0)
+
+
+def test_measure_here(probe: bytes, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    path = tmp_path / "model.tflite"
+    path.write_bytes(probe)
+    with connect("local") as connection:
+        benchmark = measure(connection, path, runs=50, warmup=5, expected=expected, min_seconds=0.1)
+        directory = connection.workspace({})
+        assert (Path(directory) / "board.py").is_file()
+        # The next model travels alone.
+        again = measure(connection, probe, runs=20, warmup=1, min_seconds=0.01)
+        assert connection.workspace({}) == directory
+    assert not Path(directory).exists()
+    assert benchmark.n_runs == len(benchmark.samples_ms) >= 50
+    samples = np.array(benchmark.samples_ms)
+    assert benchmark.latency_ms_p50 == pytest.approx(np.median(samples))
+    assert samples.min() <= benchmark.latency_ms_p50_low <= benchmark.latency_ms_p50
+    assert benchmark.latency_ms_p50 <= benchmark.latency_ms_p50_high <= benchmark.latency_ms_p90
+    assert benchmark.throughput_per_s == pytest.approx(1000 / samples.mean())
+    assert benchmark.output_difference == 0
+    assert again.output_difference is None
+    assert benchmark.model_sha256 == hashlib.sha256(probe).hexdigest()
+    assert benchmark.runtime.startswith(("ai-edge-litert", "tflite-runtime"))
+    assert not benchmark.emulated
+    assert benchmark.peak_memory_bytes > 10**7
+    assert (benchmark.threads, benchmark.batch, benchmark.warmup, benchmark.connection) == (1, 1, 5, "local")
+    assert set(benchmark.metrics()) >= {"benchmark/latency_ms_p50", "benchmark/valid", "benchmark/peak_memory_bytes"}
+
+
+def test_benchmark_json_round_trip(probe: bytes) -> None:
+    with connect("local") as connection:
+        benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=0.01)
+    data = json.loads(json.dumps(benchmark.to_dict()))
+    assert Benchmark.from_dict(data) == benchmark
+    with pytest.raises(InvalidFormatError, match="format 1"):
+        Benchmark.from_dict({**data, "format": 2})
+    with pytest.raises(InvalidFormatError, match="speed"):
+        Benchmark.from_dict({**data, "speed": 1})
+
+
+def test_outputs_that_differ_are_found(probe: bytes, expected: tuple[np.ndarray, np.ndarray]) -> None:
+    given, output = expected
+    with connect("local") as connection:
+        benchmark = measure(
+            connection, probe, runs=20, warmup=1, min_seconds=0.01, expected=(given, output ^ np.int8(16))
+        )
+        assert not benchmark.valid
+        assert any("differs from the host's" in reason for reason in benchmark.invalid_reasons)
+        with pytest.raises(DeviceError, match="input to compare must fit"):
+            measure(connection, probe, runs=1, warmup=1, expected=(given[:, :16], output))
+
+
+@pytest.mark.parametrize(
+    ("samples", "facts", "reason"),
+    [
+        (STEADY, {"throttled": True}, "throttled"),
+        (np.repeat([5.0, 5.3], 100), {}, "two halves of the runs differ by 6.0 %"),
+        (STEADY / 1000, {"clock_tick_ms": 0.0001}, "clock ticks"),
+        (STEADY, {"output_difference": 2.0}, "output differs"),
+        (STEADY, {"output_difference": 0.01, "integer_output": False}, "output differs"),
+        (STEADY, {"output_difference": float("nan")}, "output differs"),
+    ],
+)
+def test_figures_that_cannot_be_trusted(samples: np.ndarray, facts: dict[str, float], reason: str) -> None:
+    steady = {"throttled": None, "clock_tick_ms": 1e-6}
+    assert invalid_reasons(STEADY, **{**steady, "output_difference": 1.0}) == ()  # type: ignore[arg-type]
+    (found,) = invalid_reasons(samples, **{**steady, **facts})  # type: ignore[arg-type]
+    assert reason in found
+
+
+def test_median_interval_covers_the_median(rng: np.random.Generator) -> None:
+    covered = [low <= 1.0 <= high for low, high in (median_interval(rng.lognormal(size=101)) for _ in range(2000))]
+    assert 0.94 < np.mean(covered) < 0.985
+
+
+@pytest.mark.parametrize("given", [b"not a model at all", "/does/not/exist.tflite"])
+def test_what_is_no_model_is_refused(given: bytes | str) -> None:
+    with connect("local") as connection, pytest.raises(InvalidInputError, match="a model must be"):
+        measure(connection, given)
+
+
+def test_a_damaged_model_and_bad_counts_are_refused(probe: bytes) -> None:
+    with connect("local") as connection:
+        with pytest.raises(DeviceError, match="able to load the model"):
+            measure(connection, probe[:4000], runs=1, warmup=1)
+        for name in ("threads", "runs", "warmup"):
+            with pytest.raises(InvalidInputError, match=name):
+                measure(connection, probe, **{name: 0})  # type: ignore[arg-type]
+
+
+def test_one_machine_measures_one_thing_at_a_time(probe: bytes) -> None:
+    os.makedirs(board.LOCK, exist_ok=True)
+    descriptor = os.open(board.LOCK, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with connect("local") as connection, pytest.raises(DeviceError, match="another measurement holds local"):
+            measure(connection, probe, runs=1, warmup=1, wait_seconds=0.1)
+    finally:
+        os.close(descriptor)
+
+
+def test_a_measurement_ends_with_the_process_that_asked(probe: bytes, tmp_path: Path) -> None:
+    """Killed hard, the host leaves neither a process nor files behind."""
+    (tmp_path / "model.tflite").write_bytes(probe)
+    code = (
+        "from foxnas_mlflow.devices import connect, measure\n"
+        "connection = connect('local'); print(connection.workspace({}), flush=True)\n"
+        f"connection._directory = None\n"
+        f"measure(connection, {str(tmp_path / 'model.tflite')!r}, runs=10**9, max_seconds=600.0)"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    empty = Path(process.stdout.readline().strip())
+    empty.rmdir()
+    deadline = time.monotonic() + 60
+    while not _processes(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _processes(tmp_path)
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    while (_processes(tmp_path) or list(tmp_path.glob("foxnas-board-*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _processes(tmp_path)
+    assert not list(tmp_path.glob("foxnas-board-*"))
+
+
+def _processes(directory: Path) -> list[str]:
+    """Running board scripts that were put below a directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        found += [part for part in command[1:2] if part.startswith(str(directory)) and part.endswith("board.py")]
+    return found
+
+
+def test_check_here() -> None:
+    with connect("local") as connection:
+        found = check(connection)
+    assert found.ready
+    assert found.numpy == np.__version__
+    assert found.runtime
+    assert found.cores == os.cpu_count()
+    assert not found.emulated
+
+
+def test_a_machine_that_lacks_packages_is_told_how_to_get_them(tmp_path: Path) -> None:
+    class Bare(LocalConnection):
+        """This machine's Python without its packages."""
+
+        def run(self, argv: list[str], *, timeout_s: float) -> Completed:  # type: ignore[override]
+            argv = [argv[0], "-S", *argv[1:]] if argv[0] == self.python else argv
+            return super().run(argv, timeout_s=timeout_s)
+
+    with Bare() as connection:
+        found = check(connection)
+        assert not found.ready
+        assert [text.split(":")[0] for text in found.missing] == ["NumPy", "ai-edge-litert or tflite-runtime"]
+        assert "pip install" in found.missing[0]
+        connection.put(b"\0\0\0\0TFL3", str(tmp_path / "model.tflite"))
+        with pytest.raises(DeviceError, match="must have NumPy"):
+            measure(connection, tmp_path / "model.tflite")
+
+
+def test_every_error_of_the_board_script_is_mapped() -> None:
+    tree = ast.parse(BOARD.read_text(encoding="utf-8"))
+    raised = {
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "BoardError"
+        if isinstance(node.args[0], ast.Constant)
+    }
+    assert raised == set(BOARD_ERRORS)
+
+
+def test_the_board_script_is_python_3_7_and_needs_nothing_of_ours() -> None:
+    source = BOARD.read_text(encoding="utf-8")
+    tree = ast.parse(source, feature_version=(3, 7))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported - {"numpy"} <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+    ("completed", "message"),
+    [
+        (Completed(127, "", "python3: not found"), "must have Python 3.7 or newer"),
+        (Completed(1, "", "SyntaxError: future feature annotations is not defined"), "must have Python 3.7 or newer"),
+        (Completed(1, "", "OSError: [Errno 28] No space left on device"), "free disk space"),
+        (Completed(137, "", ""), "killed"),
+        (Completed(139, "", ""), "must not crash; received signal 11"),
+        (Completed(1, "", "Traceback\nKeyError: 'x'"), "must answer; received KeyError"),
+        (Completed(3, '{"error": "news", "message": "?"}', ""), "failed"),
+    ],
+)
+def test_how_the_script_ended_is_told_in_one_line(completed: Completed, message: str) -> None:
+    with pytest.raises(DeviceError, match=message) as caught:
+        read_answer(completed, LocalConnection())
+    assert "\n" not in str(caught.value)
+
+
+def test_local_refusals_name_the_reason(tmp_path: Path) -> None:
+    connection = LocalConnection()
+    with pytest.raises(DeviceError, match="No such file or directory"):
+        connection.get(str(tmp_path / "nothing"))
+    with pytest.raises(DeviceError, match="No such file or directory"):
+        connection.put(b"", str(tmp_path / "no" / "thing"))
+    with pytest.raises(DeviceError, match="must end within"):
+        connection.run(["sleep", "60"], timeout_s=0.2)
+    assert connection.run(["/does/not/exist"], timeout_s=5).status == 127
+    with pytest.raises(DeviceError, match="a device is local"):
+        connect("telnet://board")
+
+
+def test_a_working_directory_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", "/proc/nowhere")
+    with connect("local") as connection, pytest.raises(DeviceError, match="making a directory on local was refused"):
+        check(connection)
