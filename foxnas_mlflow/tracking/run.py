@@ -8,6 +8,7 @@ error, KILLED after SIGTERM or Ctrl-C.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import json
 import signal
@@ -25,10 +26,14 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow._version import __version__
+from foxnas_mlflow.tracking.process import PROCESS_TAG, process_identity
 
 _MAX_PARAM_CHARACTERS = 6000
 
 P = ParamSpec("P")
+
+
+_next_tags: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("foxnas_next_tags", default={})  # noqa: B039
 
 
 class Terminated(BaseException):
@@ -117,23 +122,27 @@ def entry_run(
     values = {
         "foxnas.stage": stage,
         "foxnas.version": __version__,
+        PROCESS_TAG: process_identity(),
         **({} if target is None else {"foxnas.target": target}),
         **({} if space is None else {"foxnas.space": space}),
         **({} if latency_source is None else {"foxnas.latency_source": latency_source}),
         **(tags or {}),
+        **_next_tags.get(),
     }
-    # A run inside a run (the pipeline's steps) is nested; `nested` is harmless for an outermost one.
-    active = mlflow.start_run(nested=mlflow.active_run() is not None)
+    _next_tags.set({})
+    # A run inside a run (the pipeline's steps) is nested. Tags are part of its creation: a kill
+    # leaves no run without them.
+    nested = mlflow.active_run() is not None
+    active = mlflow.start_run(nested=nested, tags=values)
     status = "FINISHED"
     try:
         with _sigterm_raises(), tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
             run = EntryRun(active.info.run_id, active.info.experiment_id, Path(directory))
-            run.set_tags(values)
             run.log_params(params)
             yield run
     except (Terminated, KeyboardInterrupt) as error:
         status = "KILLED"
-        if isinstance(error, Terminated):
+        if isinstance(error, Terminated) and not nested:
             raise SystemExit(143) from None
         raise
     except BaseException:
@@ -141,6 +150,16 @@ def entry_run(
         raise
     finally:
         mlflow.end_run(status)
+
+
+@contextlib.contextmanager
+def tags_of_next_run(tags: Mapping[str, str]) -> Iterator[None]:
+    """Give further tags to the first run that `entry_run` starts in the block."""
+    token = _next_tags.set(tags)
+    try:
+        yield
+    finally:
+        _next_tags.reset(token)
 
 
 @contextlib.contextmanager

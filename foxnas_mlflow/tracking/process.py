@@ -1,0 +1,47 @@
+"""Which process a run belongs to, so that a run left behind by a killed one is recognised."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+PROCESS_TAG = "foxnas.process"
+"""Tag of a run: host, process id and when the process began."""
+
+
+def process_identity() -> str:
+    """Host, process id and start of this process, in a text that no later process has."""
+    pid = os.getpid()
+    return f"{platform.node()} {pid} {_start(pid)}"
+
+
+def is_dead(identity: str) -> bool:
+    """Whether a process is known to have ended.
+
+    One on another host never is: nothing here can tell.
+    """
+    host, _, rest = identity.rpartition(" ")[0].rpartition(" ")
+    start = identity.rpartition(" ")[2]
+    if host != platform.node() or not rest.isdigit():
+        return False
+    return _start(int(rest)) != start
+
+
+def _start(pid: int) -> str:
+    """When a process began: clock ticks since boot on Linux, ``?`` elsewhere; empty when there is none."""
+    try:
+        # The name, in brackets, may hold spaces; the start is the 22nd field.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return ""
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        except OSError:
+            return "?"
+        return "?"
+    # A zombie has ended; only its parent has not looked yet.
+    return "" if fields[0] in ("Z", "X") else fields[19]

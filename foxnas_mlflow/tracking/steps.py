@@ -1,0 +1,159 @@
+"""Steps of a pipeline that are found again instead of done again.
+
+A step is a nested run that carries the digest of everything that its result depends on. It counts
+as done when its run is FINISHED and says what it made; a run that a kill left behind is ended and
+offered to the step, which goes on from what it left (a checkpoint, measured rows).
+
+| tag of a step's run   | meaning                                                         |
+|-----------------------|-----------------------------------------------------------------|
+| foxnas.step_digest    | SHA-256 of name, inputs and format of the step                  |
+| foxnas.step_outputs   | JSON: what the step returned; set when it is done               |
+| foxnas.process        | host, process id and its start: tells a running run from a dead |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead
+from foxnas_mlflow.tracking.run import EntryRun, tags_of_next_run
+
+DIGEST_TAG = "foxnas.step_digest"
+OUTPUTS_TAG = "foxnas.step_outputs"
+
+_FORMAT = 1
+"""Raised when what a step's inputs mean changes; results of earlier releases are then made anew."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        name: Its name.
+        inputs: Everything that its result depends on, JSON values: parameters, content of data and
+            of files, runs of the steps before it.
+    """
+
+    name: str
+    inputs: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 that identifies the step's result."""
+        text = json.dumps({"format": _FORMAT, "step": self.name, "inputs": dict(self.inputs)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step that is done.
+
+    Attributes:
+        name: Name of the step.
+        run_id: Its run.
+        outputs: What it made: names to URIs and figures.
+        reused: Whether an earlier run did it.
+        seconds: Time that it took in this process.
+    """
+
+    name: str
+    run_id: str
+    outputs: Mapping[str, Any]
+    reused: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "name": self.name,
+            "run_id": self.run_id,
+            "outputs": dict(self.outputs),
+            "reused": self.reused,
+            "seconds": self.seconds,
+        }
+
+
+def run_step(parent: EntryRun, step: Step, action: Callable[[Sequence[str]], Mapping[str, Any]]) -> StepResult:
+    """Find a step's result, or do it.
+
+    Args:
+        parent: The pipeline's run.
+        step: The step.
+        action: Does it in one nested run and returns its outputs, ``run_id`` among them. It is
+            given the runs of the same step that were cut off, newest first.
+    """
+    start = time.monotonic()
+    client = MlflowClient()
+    digest = step.digest
+    earlier = client.search_runs(
+        [parent.experiment_id], f"tags.`{DIGEST_TAG}` = '{digest}'", order_by=["attributes.start_time DESC"]
+    )
+    for run in earlier:
+        outputs = _outputs(client, run)
+        if outputs is not None:
+            _adopt(client, run, parent)
+            return StepResult(step.name, run.info.run_id, outputs, True, time.monotonic() - start)
+    cut_off = [run for run in earlier if not _is_at_work(run)]
+    for run in cut_off:
+        _adopt(client, run, parent)
+    with tags_of_next_run({DIGEST_TAG: digest}):
+        outputs = dict(action([run.info.run_id for run in cut_off]))
+    run_id = str(outputs["run_id"])
+    client.set_tag(run_id, OUTPUTS_TAG, json.dumps(outputs))
+    return StepResult(step.name, run_id, outputs, False, time.monotonic() - start)
+
+
+def end_dead_runs(experiment_id: str) -> list[str]:
+    """End the runs whose process is gone as KILLED, which a SIGKILL or a power cut leaves RUNNING."""
+    client = MlflowClient()
+    ended = []
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+        if is_dead(run.data.tags.get(PROCESS_TAG, "")):
+            client.set_terminated(run.info.run_id, "KILLED")
+            ended.append(run.info.run_id)
+    return ended
+
+
+def _outputs(client: MlflowClient, run: Run) -> dict[str, Any] | None:
+    """What a finished step made, or None when it is not finished or something of it was deleted."""
+    text = run.data.tags.get(OUTPUTS_TAG)
+    if run.info.status != "FINISHED" or text is None:
+        return None
+    outputs: dict[str, Any] = json.loads(text)
+    for value in outputs.values():
+        if isinstance(value, str) and value.startswith("models:/") and value.count("/") == 2:
+            name, version = value.removeprefix("models:/").split("/")
+            try:
+                client.get_model_version(name, version)
+            except MlflowException:
+                return None
+    return outputs
+
+
+def _is_at_work(run: Run) -> bool:
+    identity = run.data.tags.get(PROCESS_TAG, "")
+    return run.info.status == "RUNNING" and not is_dead(identity)
+
+
+def _adopt(client: MlflowClient, run: Run, parent: EntryRun) -> None:
+    """Show a step below this pipeline when the pipeline that it began in will never finish."""
+    before = run.data.tags.get(MLFLOW_PARENT_RUN_ID)
+    if before is None or before == parent.run_id:
+        return
+    try:
+        status = client.get_run(before).info.status
+    except MlflowException:
+        status = "FAILED"
+    if status in ("FAILED", "KILLED"):
+        client.set_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID, parent.run_id)

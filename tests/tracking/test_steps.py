@@ -1,0 +1,154 @@
+"""Steps that are found again, and runs that a killed process leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from foxnas_mlflow.tracking.process import is_dead, process_identity
+
+pytestmark = pytest.mark.server
+
+PIPELINE = """
+import sys, time
+from foxnas_mlflow.tracking.run import entry_run
+from foxnas_mlflow.tracking.steps import Step, run_step
+
+def act(cut_off):
+    with entry_run(stage="sample", params={}) as run:
+        print(run.run_id, flush=True)
+        time.sleep(60)
+
+with entry_run(stage="main", params={}) as parent:
+    run_step(parent, Step("sample", {"seed": 0}), act)
+"""
+
+
+class Action:
+    """A step that counts how often it is done."""
+
+    def __init__(self, outputs: Mapping[str, Any] | None = None) -> None:
+        self.outputs = outputs or {}
+        self.cut_off: list[list[str]] = []
+
+    def __call__(self, cut_off: Sequence[str]) -> Mapping[str, Any]:
+        from foxnas_mlflow.tracking.run import entry_run
+
+        self.cut_off.append(list(cut_off))
+        with entry_run(stage="sample", params={}) as run:
+            return {"run_id": run.run_id, **self.outputs}
+
+
+def test_a_finished_step_is_found_by_its_inputs(tracking: str) -> None:
+    import mlflow
+
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.steps import Step, run_step
+
+    action = Action({"accuracy": 97.5})
+    with entry_run(stage="main", params={}) as first:
+        done = run_step(first, Step("sample", {"seed": 0, "data": "digits"}), action)
+        assert not done.reused
+    with entry_run(stage="main", params={}) as second:
+        again = run_step(second, Step("sample", {"data": "digits", "seed": 0}), action)
+        assert again.reused
+        assert (again.run_id, again.outputs) == (done.run_id, {"run_id": done.run_id, "accuracy": 97.5})
+        assert not run_step(second, Step("sample", {"seed": 1, "data": "digits"}), action).reused
+        assert not run_step(second, Step("fit", {"seed": 0, "data": "digits"}), action).reused
+    assert len(action.cut_off) == 3
+    # It stays below the pipeline that did it, which has finished.
+    assert mlflow.get_run(done.run_id).data.tags["mlflow.parentRunId"] == first.run_id
+
+
+def test_a_step_whose_model_was_deleted_is_done_again(tracking: str) -> None:
+    from mlflow import MlflowClient
+
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.steps import Step, run_step
+
+    client = MlflowClient()
+    client.create_registered_model("m")
+    client.create_model_version("m", "file:///nowhere")
+    action = Action({"model_uri": "models:/m/1"})
+    with entry_run(stage="main", params={}) as parent:
+        assert not run_step(parent, Step("fit", {}), action).reused
+        assert run_step(parent, Step("fit", {}), action).reused
+        client.delete_model_version("m", "1")
+        assert not run_step(parent, Step("fit", {}), action).reused
+
+
+def test_a_failed_step_is_done_again_and_told_of_its_runs(tracking: str) -> None:
+    from mlflow import MlflowClient
+
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.steps import DIGEST_TAG, Step, run_step
+
+    def broken(cut_off: Sequence[str]) -> Mapping[str, Any]:
+        with entry_run(stage="sample", params={}), entry_run(stage="inner", params={}):
+            raise ConnectionError("no board")
+
+    step = Step("sample", {"seed": 0})
+    with pytest.raises(ConnectionError), entry_run(stage="main", params={}) as parent:
+        run_step(parent, step, broken)
+    # Runs inside the step's run are not the step.
+    (failed,) = MlflowClient().search_runs(["0"], f"tags.`{DIGEST_TAG}` = '{step.digest}'")
+    assert failed.info.status == "FAILED"
+    action = Action()
+    with entry_run(stage="main", params={}):
+        run_step(parent, step, action)
+    assert action.cut_off == [[failed.info.run_id]]
+
+
+def test_what_sigkill_leaves_is_ended_and_offered_to_the_step(tracking: str) -> None:
+    import mlflow
+
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.steps import Step, end_dead_runs, run_step
+
+    with subprocess.Popen([sys.executable, "-c", PIPELINE], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        run_id = process.stdout.readline().strip()
+        with entry_run(stage="main", params={}) as parent:
+            assert end_dead_runs(parent.experiment_id) == []
+            alive = Action()
+            run_step(parent, Step("sample", {"seed": 0}), alive)
+            assert alive.cut_off == [[]]
+        process.send_signal(signal.SIGKILL)
+        process.wait(60)
+    mlflow.MlflowClient().delete_run(mlflow.search_runs(output_format="list", max_results=1)[0].info.run_id)
+    action = Action()
+    with entry_run(stage="main", params={}) as parent:
+        assert len(end_dead_runs(parent.experiment_id)) == 2
+        assert mlflow.get_run(run_id).info.status == "KILLED"
+        run_step(parent, Step("sample", {"seed": 0}), action)
+    assert action.cut_off == [[run_id]]
+    assert mlflow.get_run(run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+
+
+def test_sigterm_ends_step_and_pipeline_as_killed(tracking: str) -> None:
+    import mlflow
+
+    with subprocess.Popen([sys.executable, "-c", PIPELINE], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert [run.info.status for run in mlflow.search_runs(output_format="list")] == ["KILLED", "KILLED"]
+
+
+def test_a_process_is_known_by_its_start() -> None:
+    assert not is_dead(process_identity())
+    host, pid, _ = process_identity().rsplit(" ", 2)
+    assert is_dead(f"{host} {pid} 1")
+    assert not is_dead(f"elsewhere {pid} 1")
+    assert not is_dead("")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert is_dead(f"{host} {process.pid} 1")
+    process.wait()
