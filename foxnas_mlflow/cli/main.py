@@ -16,7 +16,10 @@ from foxnas_mlflow.cli.parameters import resolve
 from foxnas_mlflow.core.errors import FoxNasError
 
 COMMANDS: tuple[str, ...] = ("search", "supernet", "fit")
-"""Subcommands in the order of their use; each is a module of `foxnas_mlflow.cli.commands`."""
+"""Subcommands in the order of their use; each is a module of `foxnas_mlflow.cli.commands`, and an entry point."""
+
+TOOLS: tuple[str, ...] = ("doctor",)
+"""Subcommands that make no run, so that they are no entry points."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"foxnas-mlflow {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS:
+    for name in (*COMMANDS, *TOOLS):
         module = importlib.import_module(f"foxnas_mlflow.cli.commands.{name.replace('-', '_')}")
         subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
         for parameter in module.PARAMETERS:

@@ -1,0 +1,201 @@
+"""``foxnas doctor``: what is installed, what is missing for which command, and what answers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from foxnas_mlflow.cli.parameters import Parameter
+
+SUMMARY = "Tell what is installed, what each command lacks, and whether store, data and device tools are there."
+
+PARAMETERS = (Parameter("timeout_s", 3.0, "Seconds to wait for the tracking server.", float),)
+
+# Module, the distribution that brings it, and the extra of this package that installs it.
+_TRAIN = (
+    ("torch", "torch", "train"),
+    ("kornia", "kornia", "train"),
+    ("safetensors", "safetensors", "train"),
+    ("sklearn", "scikit-learn", "train"),
+    ("PIL", "Pillow", "train"),
+)
+_FIT = (("statsmodels", "statsmodels", "fit"), ("matplotlib", "matplotlib", "fit"))
+_REPORT = (("plotly", "plotly", "report"),)
+_RUNTIME = (("ai_edge_litert", "ai-edge-litert", "tflite"), ("flatbuffers", "flatbuffers", "tflite"))
+_CONVERT = (("tensorflow", "tensorflow", "tflite"), *_RUNTIME)
+_SERVE = (
+    ("ai_edge_litert", "ai-edge-litert", "serve"),
+    ("PIL", "Pillow", "serve"),
+    ("safetensors", "safetensors", "serve"),
+)
+_STORE = (("sqlalchemy", "mlflow", "mlflow"),)
+
+NEEDS: Mapping[str, Sequence[tuple[str, str, str]]] = {
+    "supernet": _TRAIN,
+    "sample": (*_TRAIN, *_RUNTIME),
+    "fit": _FIT,
+    "search": _REPORT,
+    "quantize": (*_CONVERT, ("safetensors", "safetensors", "train")),
+    "benchmark": _RUNTIME,
+    "promote": (),
+    "main": (*_TRAIN, *_FIT, *_REPORT, *_CONVERT),
+    "serving": _SERVE,
+    "local store": _STORE,
+}
+"""What each command needs beyond the package's own requirements."""
+
+
+def run(args: argparse.Namespace) -> dict[str, str]:
+    """Print what is there and what is not; nothing is changed or imported."""
+    from foxnas_mlflow.core.errors import InvalidInputError
+
+    if args.timeout_s <= 0:
+        raise InvalidInputError("timeout_s must be positive", received=args.timeout_s)
+    missing = sorted({extra for needs in NEEDS.values() for module, _, extra in needs if not _installed(module)})
+    for title, rows in (
+        ("Installed", _versions()),
+        ("Commands", _commands()),
+        ("Tracking", _tracking(args.timeout_s)),
+        ("Data and cache", _places()),
+        ("Devices", _devices()),
+    ):
+        print(title)
+        width = max(len(name) for name, _ in rows) + 2
+        print("\n".join(f"  {name:<{width}}{text}" for name, text in rows))
+    if missing:
+        print(f"Next: pip install 'foxnas-mlflow[{','.join(missing)}]'")
+    else:
+        print("Next: mlflow run . --env-manager local")
+    return {}
+
+
+def _versions() -> list[tuple[str, str]]:
+    import platform
+
+    from foxnas_mlflow._version import __version__
+
+    rows = [("foxnas-mlflow", __version__), ("Python", f"{platform.python_version()} on {platform.platform()}")]
+    distributions = {d for needs in NEEDS.values() for _, d, _ in needs} | {"mlflow-skinny", "numpy", "pandas", "scipy"}
+    return rows + [(name, _version(name) or "not installed") for name in sorted(distributions, key=str.lower)]
+
+
+def _commands() -> list[tuple[str, str]]:
+    rows = []
+    for command, needs in NEEDS.items():
+        absent = [(distribution, extra) for module, distribution, extra in needs if not _installed(module)]
+        if absent:
+            extras = ",".join(dict.fromkeys(extra for _, extra in absent))
+            text = f"lacks {', '.join(name for name, _ in absent)}: pip install 'foxnas-mlflow[{extras}]'"
+        else:
+            text = "ready"
+        rows.append((command, text))
+    return rows
+
+
+def _tracking(timeout_s: float) -> list[tuple[str, str]]:
+    import os
+
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    rows = [("tracking", f"{uri or 'MLFLOW_TRACKING_URI is not set: the store is in this folder'}")]
+    if uri.startswith(("http://", "https://")):
+        rows.append(("answer", _ask(uri, timeout_s)))
+    elif uri.startswith("sqlite:///") or not uri:
+        rows.append(("store", _sqlite(uri.removeprefix("sqlite:///") or "mlflow.db")))
+    else:
+        rows.append(("store", "not asked: only http and sqlite can be asked without a login"))
+    registry = os.environ.get("MLFLOW_REGISTRY_URI", "")
+    return [*rows, ("registry", registry or "the tracking store's own")]
+
+
+def _ask(uri: str, timeout_s: float) -> str:
+    """What a tracking server says of itself."""
+    import time
+    import urllib.error
+    import urllib.request
+
+    start = time.monotonic()
+    try:
+        # The scheme was checked: http or https.
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=timeout_s) as response:  # noqa: S310
+            version = response.read(100).decode(errors="replace").strip()
+    except urllib.error.HTTPError as error:
+        return f"answers with status {error.code}: check the address and MLFLOW_TRACKING_USERNAME or _TOKEN"
+    except (OSError, ValueError) as error:
+        return f"does not answer: {getattr(error, 'reason', error)}"
+    return f"MLflow {version} answers in {time.monotonic() - start:.2f} s"
+
+
+def _sqlite(path: str) -> str:
+    import os
+
+    file = Path(path).absolute()
+    if file.exists():
+        state = "writable" if os.access(file, os.W_OK) else "read only"
+        return f"{file}, {file.stat().st_size / 2**20:.1f} MiB, {state}"
+    parent = file.parent
+    return f"{file}, made by the first run" if os.access(parent, os.W_OK) else f"{parent} cannot be written to"
+
+
+def _places() -> list[tuple[str, str]]:
+    import os
+    import shutil
+
+    fashion = Path("/usr/share/datasets/fashion-mnist")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "foxnas_mlflow")
+    unfinished = [f"{sum(1 for _ in place.iterdir())} unfinished {place.name}" for place in _folders(cache)]
+    free = shutil.disk_usage(cache if cache.exists() else Path.cwd()).free
+    return [
+        ("digits", "embedded" if _installed("sklearn") else "need scikit-learn"),
+        ("fashion-mnist", str(fashion) if fashion.is_dir() else "not there: apt-get install dataset-fashion-mnist"),
+        ("cache", f"{cache}: {', '.join(unfinished) or 'empty'}; {free / 2**30:.0f} GiB free"),
+    ]
+
+
+def _folders(cache: Path) -> list[Path]:
+    return sorted(place for place in cache.iterdir() if place.is_dir()) if cache.is_dir() else []
+
+
+def _devices() -> list[tuple[str, str]]:
+    import ctypes.util
+    import os
+    import shutil
+
+    library = ctypes.util.find_library("edgetpu")
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    tools = [
+        ("ssh", "boards at ssh://user@host"),
+        ("docker", "boards at docker://image"),
+        ("edgetpu_compiler", "compiling for the Coral Edge TPU"),
+    ]
+    return [
+        ("this host", f"{_processor()}, {os.cpu_count()} cores{load}"),
+        *((tool, shutil.which(tool) or f"not installed; needed for {what}") for tool, what in tools),
+        ("libedgetpu", library or "not installed; needed to run on a Coral Edge TPU of this host"),
+    ]
+
+
+def _processor() -> str:
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return names[0] if names else platform.machine()
+
+
+def _installed(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def _version(distribution: str) -> str | None:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
