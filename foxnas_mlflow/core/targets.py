@@ -28,6 +28,7 @@ class Target:
         batch: Images an inference.
         device: Default connection for measurements (``local``, ``ssh://user@host``), or empty.
         predictors: Predictors to use when none are given: ``reference`` (packaged), a path, or empty.
+            They may know latency alone: a cost model of the board.
         latency_note: What the target's predicted milliseconds are, shown wherever they appear.
     """
 
@@ -79,7 +80,24 @@ BUILTIN_TARGETS: Mapping[str, Target] = {
                 "today's LiteRT with XNNPACK is several times faster: calibrate from about ten probes on your board"
             ),
         ),
-        Target("edgetpu", "Coral Edge TPU, int8 TFLite, batch 1", space="tpu", runtime="edgetpu"),
+        *(
+            Target(
+                name,
+                f"Coral Edge TPU ({host}), int8 TFLite, batch 1",
+                space="tpu",
+                runtime="edgetpu",
+                predictors="reference",
+                latency_note=(
+                    f"milliseconds of a cost model of the Edge TPU ({host}) fitted to published figures, "
+                    "about 10 % off on networks that it has not seen; nothing was measured on your board"
+                ),
+            )
+            for name, host in (
+                ("edgetpu", "USB Accelerator on USB 3 of an x86 desktop"),
+                ("edgetpu-devboard", "Coral Dev Board"),
+                ("edgetpu-rpi4", "USB Accelerator on a Raspberry Pi 4"),
+            )
+        ),
         Target("cpu", "this host's CPU, int8 LiteRT, batch 1", device="local"),
         Target("gpu", "PyTorch fp32, batch 64 (the paper's table 3)", space="tpu", runtime="torch", batch=64),
     )

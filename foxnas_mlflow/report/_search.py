@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.cost import COST_TERMS, network_cost
+from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.options import encode
@@ -20,6 +20,9 @@ from foxnas_mlflow.report._page import axes_layout, escape, plot, scatter, table
 
 _TERM_NAMES = {
     "pw": "dense convolutions",
+    "array": "dense layers on the array",
+    "depthwise": "depthwise convolutions",
+    "link": "image, scores and weights over the link",
     "dw": "depthwise convolutions: arithmetic",
     "dw_in": "depthwise convolutions: reading",
     "act": "writing activations",
@@ -58,7 +61,7 @@ def write_search_report(
         ("Searching: best so far against evaluations", plot("trace", _trace_figure(outcome, comparisons))),
         ("The network", _drawing(outcome, outcome.architecture)),
     ]
-    if latency.formula == "calibrated":
+    if latency.recipe.any_size:
         shares = latency_shares(latency, outcome.architecture)
         sections.append(("Where the milliseconds go", plot("shares", _shares_figure(shares), height=320)))
     sections += [
@@ -78,7 +81,7 @@ def write_search_report(
 def latency_shares(latency: LinearPredictor, architecture: Architecture) -> dict[str, float]:
     """Predicted milliseconds of each cost term and the constant; they sum to the prediction."""
     x = latency.design([architecture])[0]
-    return {name: float(v) for name, v in zip((*COST_TERMS, "const"), x * latency.coefficients, strict=True)}
+    return {name: float(v) for name, v in zip(latency.columns, x * latency.coefficients, strict=True)}
 
 
 def stage_latencies(latency: LinearPredictor, architecture: Architecture) -> tuple[float, list[float]]:
@@ -191,7 +194,7 @@ def _shares_figure(shares: Mapping[str, float]) -> dict[str, Any]:
             "orientation": "h",
             "x": [value for _, value in items],
             "y": [_TERM_NAMES[name] for name, _ in items],
-            "text": [f"{value:.1f} ms" for _, value in items],
+            "text": [f"{value:.3g} ms" for _, value in items],
             "marker": {"color": "#1f5fa8"},
         }
     ]
@@ -255,7 +258,7 @@ def _edits_table(outcome: SearchOutcome) -> str:
 
 def _effects_table(predictor: LinearPredictor, unit: str) -> str:
     rows = [(e.label, _change(e.delta, e.margin, 3)) for e in marginal_effects(predictor)]
-    return table((f"edit of all blocks of a stage, {predictor.fitted_sizes[-1]} px", unit), rows)
+    return table((f"edit of all blocks of a stage, {predictor.main_size} px", unit), rows)
 
 
 def _regression(predictor: LinearPredictor) -> str:
@@ -263,7 +266,8 @@ def _regression(predictor: LinearPredictor) -> str:
 
     metrics = ", ".join(f"{escape(k)} {v:.4g}" for k, v in predictor.metrics.items())
     sizes = ", ".join(map(str, predictor.fitted_sizes))
-    heading = f"{escape(predictor.quantity)}, {escape(predictor.formula)} formula, fitted at {sizes} px"
+    rows_of = f"fitted at {sizes} px" if sizes else "fitted to networks of another space"
+    heading = f"{escape(predictor.quantity)}, {escape(predictor.formula)} formula, {rows_of}"
     if predictor.covariance is None:
         rows = [(c, f"{b:.5g}", "", "", "") for c, b in zip(predictor.columns, predictor.coefficients, strict=True)]
     else:

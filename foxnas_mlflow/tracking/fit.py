@@ -18,7 +18,7 @@ _LABELS = {"accuracy": "accuracy", "latency_ms": "latency"}
 
 def log_fit(
     run: EntryRun, fit: FitResult, rows: Sequence[Measurement], *, target: Target, source: str, name: str
-) -> None:
+) -> dict[str, str]:
     """Log a fit to its run and register its predictors.
 
     Args:
@@ -28,10 +28,10 @@ def log_fit(
         target: The target.
         source: Where the rows came from.
         name: Prefix of the registered model.
+
+    Returns:
+        run_id, and model_uri of the registered predictors.
     """
-    sources = sorted({m.latency_source for m in rows if m.latency_source})
-    if len(sources) == 1:
-        run.set_tags({"foxnas.latency_source": sources[0]})
     write_measurements(rows, run.directory / "measurements.csv")
     metrics: dict[str, float] = {}
     for quantity, report in fit.reports.items():
@@ -43,15 +43,20 @@ def log_fit(
         directory = run.directory / "predictor" / label
         directory.mkdir(parents=True)
         write_predictor_files(report, paper, directory)
+    if "latency_ms" not in fit.reports:
+        model = fit.predictors.latency[0]
+        metrics |= {f"predictor/latency/{key}": value for key, value in model.metrics.items()}
+        run.log_json(model.to_dict(), "predictor/latency/coefficients.json")
     run.log_artifacts(run.directory)
     registered = f"{name}-predictors-{target.name}"
     info = log_model(fit.predictors, name="predictors", registered_model_name=registered)
     run.log_metrics(metrics, model_id=info.model_id)
     tag_version(registered, info.registered_model_version, {"source": source})
-    print(_summary(fit, registered, info.registered_model_version, run.run_id))
+    print(_summary(fit, registered, info.registered_model_version, run.run_id, target))
+    return {"run_id": run.run_id, "model_uri": f"models:/{registered}/{info.registered_model_version}"}
 
 
-def _summary(fit: FitResult, registered: str, version: Any, run_id: str) -> str:
+def _summary(fit: FitResult, registered: str, version: Any, run_id: str, target: Target) -> str:
     lines = [f"{'':<22}{'formula':<12}{'n':>5}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
     for quantity, report in fit.reports.items():
         for which in (report, fit.paper.get(quantity)):
@@ -62,7 +67,12 @@ def _summary(fit: FitResult, registered: str, version: Any, run_id: str) -> str:
                 f"{quantity:<22}{which.predictor.formula:<12}{m['n_samples']:>5.0f}{m['r2_adjusted']:>10.4f}"
                 f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
             )
+    if "latency_ms" not in fit.reports:
+        lines.append(f"{'latency_ms':<22}cost model of {target.name}: no row has a measured latency")
+        lines += [f"  note: {note}" for note in fit.predictors.notes]
     lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
     lines.append(f"Registered {registered} version {version}; run {run_id}.")
-    lines.append(f"Next: foxnas search --predictors models:/{registered}/{version} --latency-ms 60")
+    lines.append(
+        f"Next: foxnas search --target {target.name} --predictors models:/{registered}/{version} --latency-ms 60"
+    )
     return "\n".join(lines)

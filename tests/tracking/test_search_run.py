@@ -18,7 +18,7 @@ import pytest
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.predictors import reference_predictors
-from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
 
 pytestmark = pytest.mark.server
 
@@ -102,6 +102,34 @@ def test_fit_registers_predictors_that_search_uses(tracking: str, shared_data: P
     assert main(["search", "--predictors", uri, "--latency-ms", "90", "--evaluations", "5000"]) == 0
     latest = client.search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
     assert latest.data.tags["foxnas.predictors"] == uri
+
+
+def test_accuracy_of_ones_own_and_the_boards_cost_model_make_predictors(tracking: str, tmp_path: Path) -> None:
+    import mlflow
+
+    from foxnas_mlflow.core.cost import network_cost
+    from foxnas_mlflow.core.measurements import Measurement, write_measurements
+    from foxnas_mlflow.core.network import build_network
+
+    space = TPU_SPACE.replace(name="mine", image_sizes=(48,), width_mult=0.5, n_classes=10)
+    (tmp_path / "space.yaml").write_text(json.dumps(space.to_dict()))
+    rng = np.random.default_rng(0)
+    rows = [
+        Measurement(a, accuracy=70 + 1e-6 * network_cost(build_network(space, a)).params + rng.normal(0, 0.1))
+        for a in space.sample(rng, n=50)
+    ]
+    write_measurements(rows, tmp_path / "measurements.csv")
+    arguments = ["--measurements", str(tmp_path / "measurements.csv"), "--space", str(tmp_path / "space.yaml")]
+    assert main(["fit", "--target", "edgetpu", *arguments]) == 0
+    uri = "models:/foxnas-predictors-edgetpu/1"
+    assert (
+        main(["search", "--target", "edgetpu", "--predictors", uri, "--latency-ms", "2", "--evaluations", "5000"]) == 0
+    )
+    search, fit = mlflow.MlflowClient().search_runs(["0"], order_by=["attributes.start_time DESC"])
+    assert fit.data.tags["foxnas.latency_source"] == "cost_model"
+    assert 8 < fit.data.metrics["predictor/latency/left_out_mape"] < 11
+    assert "published figures" in search.data.tags["foxnas.latency_note"]
+    assert search.data.metrics["search/predicted_latency_upper_ms"] <= 2
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/x.db"])

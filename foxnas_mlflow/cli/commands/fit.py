@@ -19,11 +19,15 @@ PARAMETERS = (
 )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Fit, log and register."""
+def run(args: argparse.Namespace) -> dict[str, str]:
+    """Fit, log and register.
+
+    Returns:
+        run_id, and model_uri of the registered predictors.
+    """
     from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.core.measurements import read_measurements
-    from foxnas_mlflow.core.predictors import fit_predictors
+    from foxnas_mlflow.core.predictors import fit_predictors, has_measured_latency, reference_latency
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
 
@@ -32,11 +36,20 @@ def run(args: argparse.Namespace) -> None:
     target = get_target(args.target)
     rows = read_measurements(args.measurements)
     space = get_space(args.space or target.space)
+    # Without a measured latency there is nothing to fit: the target's cost model predicts it.
+    measured = has_measured_latency(rows)
+    latency = None if measured else reference_latency(target, space)
 
     from foxnas_mlflow.tracking.fit import log_fit
     from foxnas_mlflow.tracking.run import entry_run
 
-    with entry_run(stage="fit", params=vars(args), target=target.name, space=space.name) as run:
+    with entry_run(
+        stage="fit",
+        params=vars(args),
+        target=target.name,
+        space=space.name,
+        latency_source="measured" if measured else "cost_model",
+    ) as run:
         fit = fit_predictors(
             rows,
             space,
@@ -45,5 +58,6 @@ def run(args: argparse.Namespace) -> None:
             ceiling=args.ceiling or None,
             seed=args.seed,
             provenance={"source": args.measurements},
+            latency=latency,
         )
-        log_fit(run, fit, rows, target=target, source=args.measurements, name=args.name)
+        return log_fit(run, fit, rows, target=target, source=args.measurements, name=args.name)

@@ -8,6 +8,7 @@ from foxnas_mlflow.core.predictors._fit import (
     cross_validate,
     fit_formula,
     fit_predictors,
+    has_measured_latency,
 )
 from foxnas_mlflow.core.predictors._formulas import FORMULAS, Formula, get_formula
 from foxnas_mlflow.core.predictors._linear import (
@@ -17,7 +18,12 @@ from foxnas_mlflow.core.predictors._linear import (
     check_confidence,
     load_predictors,
 )
-from foxnas_mlflow.core.predictors._reference import authors_predictor, build_reference, reference_predictors
+from foxnas_mlflow.core.predictors._reference import (
+    authors_predictor,
+    build_reference,
+    reference_latency,
+    reference_predictors,
+)
 
 __all__ = [
     "FORMULAS",
@@ -36,7 +42,9 @@ __all__ = [
     "fit_formula",
     "fit_predictors",
     "get_formula",
+    "has_measured_latency",
     "load_predictors",
     "marginal_effects",
+    "reference_latency",
     "reference_predictors",
 ]

@@ -32,10 +32,10 @@ def marginal_effects(predictor: LinearPredictor) -> list[Effect]:
     """Effects of one more block, the next expansion ratio and the next kernel size, stage by stage.
 
     The edits start from the network with the middle choice everywhere at the predictor's largest
-    fitted image size. Expansion and kernel are raised in all blocks of the stage.
+    fitted image size, or its largest where none is. Expansion and kernel are raised in all blocks of the stage.
     """
     space = predictor.space
-    size = predictor.fitted_sizes[-1]
+    size = predictor.main_size
     candidates = {"depth": space.depths, "expansion": space.expansions, "kernel": space.kernels}
     # The middle choice, but never the last: every parameter that varies must be able to rise.
     middle = {name: values[max(min(len(values) // 2, len(values) - 2), 0)] for name, values in candidates.items()}

@@ -5,6 +5,7 @@ statsmodels and its dependants are imported inside functions: predicting never n
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,17 +85,21 @@ def fit_predictors(
     ceiling: float | None = None,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
+    latency: PredictorSet | None = None,
 ) -> FitResult:
     """Fit accuracy and latency predictors, and equation 2 beside them.
 
     Args:
-        measurements: Measured subnets; rows without a quantity are left out of its fit.
+        measurements: Measured subnets; rows without a quantity are left out of its fit. Estimates
+            of a cost model never enter a fit of latency beside measurements.
         space: Their search space.
         target: Name of the target.
         formula: ``calibrated``, ``paper``, or ``auto``: the better one by cross-validated error.
         ceiling: Ceiling of the accuracy in percent; found by likelihood when None.
         seed: Seed of the cross-validation folds.
         provenance: What to record of the rows' origin.
+        latency: The target's cost model in this space (`reference_latency`), to be taken as it is
+            where no row has a measured latency: fitting its own estimates would add nothing.
 
     Raises:
         InvalidMeasurementsError: If values are missing, not finite, or duplicates disagree.
@@ -104,8 +109,13 @@ def fit_predictors(
     """
     chosen: dict[str, list[FitReport]] = {}
     result = FitResult(PredictorSet(target, space, (), ()), {})
-    for quantity in ("accuracy", "latency_ms"):
+    quantities = ["accuracy", "latency_ms"]
+    if latency is not None and not has_measured_latency(measurements):
+        quantities.remove("latency_ms")
+    for quantity in quantities:
         rows = [m for m in measurements if getattr(m, quantity) is not None]
+        if quantity == "latency_ms" and has_measured_latency(rows):
+            rows = [m for m in rows if m.latency_source != "cost_model"]
         check_rows(rows, quantity)
         origin = dict(provenance or {}) | {
             "digest": measurements_digest(rows),
@@ -138,13 +148,17 @@ def fit_predictors(
             result.paper[quantity] = reports["paper"][0]
         elif "paper" in errors:
             result.refused[quantity] = str(errors["paper"])
-    predictors = PredictorSet(
-        target,
-        space,
-        tuple(r.predictor for r in chosen["accuracy"]),
-        tuple(r.predictor for r in chosen["latency_ms"]),
-    )
+    predictors = PredictorSet(target, space, tuple(r.predictor for r in chosen["accuracy"]), ())
+    if "latency_ms" in chosen:
+        predictors = dataclasses.replace(predictors, latency=tuple(r.predictor for r in chosen["latency_ms"]))
+    elif latency is not None:
+        predictors = dataclasses.replace(predictors, latency=latency.latency, notes=latency.notes)
     return FitResult(predictors, result.reports, result.paper, result.refused)
+
+
+def has_measured_latency(measurements: Sequence[Measurement]) -> bool:
+    """Whether any row has a latency that is not an estimate of a cost model."""
+    return any(m.latency_ms is not None and m.latency_source != "cost_model" for m in measurements)
 
 
 def fit_formula(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.cost import COST_TERMS, cost_terms
+from foxnas_mlflow.core.edgetpu import CACHE_BYTES, EDGETPU_TERMS, edgetpu_terms
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.core.network import stage_unit, stem_units, tail_units
+from foxnas_mlflow.core.network import Layer, build_network, stage_unit, stem_units, tail_units
 from foxnas_mlflow.core.options import KindArray, encode
 from foxnas_mlflow.core.space import SearchSpace
 
@@ -37,7 +38,7 @@ class Formula(ABC):
     """A recipe of columns.
 
     Attributes:
-        name: ``paper`` or ``calibrated``.
+        name: ``paper``, ``calibrated`` or ``edgetpu``.
         quantity: What it predicts.
         link: ``identity``, or ``ceiling``: the linear scale is z = -log(ceiling - y).
         relative: Whether errors are proportional to the value, so that rows are weighted 1 / y^2.
@@ -145,8 +146,40 @@ class PaperLatency(_Paper):
     per_stage = ("D", "E_avg", "K_avg", "E_first", "K_first", "E_avg:D", "K_avg:D")
 
 
-class CalibratedLatency(Formula):
-    """A cost model: milliseconds = sum over `COST_TERMS` of a price times an amount, and a constant.
+class _CostModel(Formula):
+    """Latency as a sum over terms of a price times an amount, and a constant.
+
+    The amounts are sums over all layers, so one fit predicts any network made of the same layers.
+    """
+
+    quantity: Quantity = "latency_ms"
+    relative = True
+    any_size = True
+    terms: tuple[str, ...]
+
+    @abstractmethod
+    def amounts(self, layers: Iterable[Layer]) -> FloatArray:
+        """The layers' sums of `terms`, shape (n_terms,)."""
+
+    def columns(self, space: SearchSpace) -> tuple[str, ...]:
+        return (*self.terms, "const")
+
+    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
+        table = _block_amounts(self, space, stage, image_size)
+        present = kinds >= 0
+        safe = np.where(present, kinds, 0)
+        values = table[0, safe[:, 0]] * present[:, :1]
+        for i in range(1, kinds.shape[1]):
+            values += table[1, safe[:, i]] * present[:, i : i + 1]
+        return list(range(len(self.terms))), values
+
+    def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
+        fixed = [unit for units in (stem_units, tail_units) for unit in units(space, image_size)]
+        return np.append(self.amounts(layer for unit in fixed for layer in unit.layers), 1.0)
+
+
+class CalibratedLatency(_CostModel):
+    """A CPU's cost model: milliseconds = sum over `COST_TERMS` of a price times an amount, and a constant.
 
     Deviation from the paper: physical amounts of the whole network in place of 35 architecture
     parameters, fitted by least squares on relative errors. It predicts any network made of the
@@ -154,25 +187,59 @@ class CalibratedLatency(Formula):
     """
 
     name = "calibrated"
-    quantity: Quantity = "latency_ms"
-    relative = True
-    any_size = True
+    terms = COST_TERMS
 
-    def columns(self, space: SearchSpace) -> tuple[str, ...]:
-        return (*COST_TERMS, "const")
+    def amounts(self, layers: Iterable[Layer]) -> FloatArray:
+        return cost_terms(layers) / 1e6
+
+
+class EdgeTpuLatency(_CostModel):
+    """The Edge TPU's cost model: array, depthwise convolutions, link and a constant (`core.edgetpu`).
+
+    The weights beyond the on-chip memory, ``s(P) = max(0, P - cache)`` with P a sum over stages, are
+    not a sum over stages. s is convex, so on the space's range [P_min, P_max] it lies under its
+    chord, which is linear in P: the chord takes its place. It is exact where no network of the
+    space exceeds the memory (both built-in spaces) or all do, and an upper bound between: no
+    network is promised faster than it is.
+    """
+
+    name = "edgetpu"
+    terms = EDGETPU_TERMS
+
+    def amounts(self, layers: Iterable[Layer]) -> FloatArray:
+        return edgetpu_terms(layers)
 
     def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
-        table = _block_terms(space, stage, image_size)
-        present = kinds >= 0
-        safe = np.where(present, kinds, 0)
-        values = table[0, safe[:, 0]] * present[:, :1]
-        for i in range(1, kinds.shape[1]):
-            values += table[1, safe[:, i]] * present[:, i : i + 1]
-        return list(range(len(COST_TERMS))), values
+        columns, values = super().stage(space, stage, kinds, image_size)
+        values[:, _LINK] *= _streamed_chord(space)[0]
+        return columns, values
 
     def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
-        fixed = [unit for units in (stem_units, tail_units) for unit in units(space, image_size)]
-        return np.append(cost_terms(layer for unit in fixed for layer in unit.layers) / 1e6, 1.0)
+        slope, offset = _streamed_chord(space)
+        values = super().constant(space, image_size)
+        values[_LINK] = slope * values[_LINK] + offset + (space.in_channels * image_size**2 + space.n_classes) / 1e6
+        return values
+
+
+_LINK = EDGETPU_TERMS.index("link")
+
+
+@functools.lru_cache(maxsize=64)
+def _streamed_chord(space: SearchSpace) -> tuple[float, float]:
+    """Slope and offset (MB) of the chord of ``max(0, P - cache)`` over the space's weights P in MB.
+
+    Weights grow with depth, expansion ratio and kernel size and do not depend on the image size.
+    """
+    size = space.image_sizes[0]
+    least, most = (
+        float(edgetpu_terms(build_network(space, a).layers)[_LINK]) for a in (space.smallest(size), space.largest(size))
+    )
+    cache = CACHE_BYTES / 1e6
+    if most <= cache:
+        return 0.0, 0.0
+    start, end = max(0.0, least - cache), most - cache
+    slope = (end - start) / (most - least) if most > least else 0.0
+    return slope, start - slope * least
 
 
 class CalibratedAccuracy(Formula):
@@ -222,7 +289,7 @@ class CalibratedAccuracy(Formula):
 
 FORMULAS: Mapping[tuple[str, str], Formula] = {
     (formula.name, formula.quantity): formula
-    for formula in (PaperAccuracy(), PaperLatency(), CalibratedAccuracy(), CalibratedLatency())
+    for formula in (PaperAccuracy(), PaperLatency(), CalibratedAccuracy(), CalibratedLatency(), EdgeTpuLatency())
 }
 
 
@@ -240,18 +307,15 @@ def get_formula(name: str, quantity: str) -> Formula:
 
 
 @functools.lru_cache(maxsize=256)
-def _block_terms(space: SearchSpace, stage: int, image_size: int) -> FloatArray:
-    """Cost terms in millions of every block kind of a stage: shape (2, n_kinds, n_terms).
+def _block_amounts(model: _CostModel, space: SearchSpace, stage: int, image_size: int) -> FloatArray:
+    """A cost model's amounts of every block kind of a stage: shape (2, n_kinds, n_terms).
 
     Row 0 is the stage's first block, row 1 an identity block.
     """
     sizes = space.stage_input_sizes(image_size)
-    return (
-        np.array(
-            [
-                [cost_terms(stage_unit(space, stage, position, block, sizes).layers) for block in space.kinds]
-                for position in (0, 1)
-            ]
-        )
-        / 1e6
+    return np.array(
+        [
+            [model.amounts(stage_unit(space, stage, position, block, sizes).layers) for block in space.kinds]
+            for position in (0, 1)
+        ]
     )

@@ -101,6 +101,11 @@ class LinearPredictor:
         """The formula itself."""
         return get_formula(self.formula, self.quantity)
 
+    @property
+    def main_size(self) -> int:
+        """Largest fitted image size (px); the largest one covered, where the rows were of no size of the space."""
+        return (self.fitted_sizes or self.image_sizes)[-1]
+
     # -- predicting ----------------------------------------------------------------------------
 
     def design(self, architectures: Sequence[Architecture]) -> FloatArray:

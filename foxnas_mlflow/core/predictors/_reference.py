@@ -1,4 +1,4 @@
-"""The packaged reference predictors of target ``rpi4``; ``scripts/build_reference`` rebuilds them.
+"""The packaged reference predictors; ``scripts/build_reference`` rebuilds those of target ``rpi4``.
 
 TABLE is the FOX-NAS authors' table of 300 subnets at 256 px (accuracy and latency on a Raspberry
 Pi 4), COEFFICIENTS their published equation-2 coefficients at 192 px. What is shipped is derived
@@ -28,6 +28,7 @@ from foxnas_mlflow.core.predictors._fit import fit_predictors
 from foxnas_mlflow.core.predictors._formulas import FloatArray, get_formula
 from foxnas_mlflow.core.predictors._linear import LinearPredictor, PredictorSet, load_predictors
 from foxnas_mlflow.core.space import CPU_SPACE, SearchSpace
+from foxnas_mlflow.core.targets import Target
 
 IMAGENET_CEILING = 78.0
 """Ceiling of the accuracy (percent): the maximum of the likelihood lies at 77.75 to 78."""
@@ -54,12 +55,54 @@ def reference_predictors(target: str) -> PredictorSet:
     file = importlib.resources.files("foxnas_mlflow") / "reference" / f"{target}.json"
     if not file.is_file():
         raise OutOfDomainError(
-            "reference predictors are packaged for target 'rpi4' only",
+            "reference predictors are packaged for the targets 'rpi4' and 'edgetpu' only",
             received=target,
-            remedy="fit predictors from measurements on your target and give them with predictors=",
+            remedy="fit predictors from measurements on your target and give them with predictors=; "
+            "a latency model comes from: foxnas device calibrate",
         )
     with importlib.resources.as_file(file) as path:
         return load_predictors(path)
+
+
+def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
+    """A target's latency cost model in any space: predictors of latency alone, with their notes.
+
+    A cost model predicts networks by what they are made of, so the packaged one (or the one that
+    a target file names in `Target.predictors`) serves a user's own space too. There it is an
+    extrapolation: the intervals widen as they do at image sizes that were not fitted, and a note
+    says so.
+
+    Args:
+        target: The target.
+        space: The space whose networks are to be predicted.
+
+    Raises:
+        OutOfDomainError: If the target has no cost model, or one that holds in its own space only.
+    """
+    if not target.predictors:
+        raise OutOfDomainError(
+            "latency without a device needs a cost model of the target",
+            received=f"target {target.name!r}, which has none",
+            remedy="measure on the device with device=, or make a cost model with: foxnas device calibrate",
+        )
+    source = (
+        reference_predictors(target.name) if target.predictors == "reference" else load_predictors(target.predictors)
+    )
+    if source.space.digest == space.digest:
+        return dataclasses.replace(source, accuracy=())
+    models = [p for p in source.latency if p.recipe.any_size]
+    if not models:
+        raise OutOfDomainError(
+            f"the latency predictors of target {target.name!r} hold in space {source.space.name!r} only",
+            received=space.name,
+            remedy="use the calibrated formula, or measure on the device with device=",
+        )
+    model = dataclasses.replace(models[0], space=space, image_sizes=space.image_sizes, fitted_sizes=())
+    note = (
+        f"The latency cost model of {target.name} comes from networks of another space or size "
+        f"({source.space.name}): in this space ({space.name}) it extrapolates."
+    )
+    return PredictorSet(source.target, space, (), (model,), (*source.notes, note))
 
 
 def authors_predictor(

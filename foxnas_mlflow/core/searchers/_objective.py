@@ -113,6 +113,14 @@ class Objective:
             raise InvalidInputError(
                 "confidence must be at least 0.5 (the point prediction) and below 1", received=confidence
             )
+        for quantity, group in (("accuracy", predictors.accuracy), ("latency", predictors.latency)):
+            if not group:
+                raise OutOfDomainError(
+                    f"a search needs predictors of accuracy and of latency; those of target {predictors.target!r} "
+                    f"know nothing of {quantity}",
+                    remedy="fit them from networks of your own supernet (foxnas supernet, foxnas sample, foxnas fit) "
+                    "and give them with predictors=",
+                )
         sizes = predictors.image_sizes if not image_sizes else tuple(sorted(set(image_sizes)))
         if not sizes:
             raise OutOfDomainError("predictors must know accuracy and latency at a common image size")

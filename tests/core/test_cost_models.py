@@ -1,0 +1,170 @@
+"""Latency cost models: the Edge TPU's against hand counts and its build, and cost models in other spaces."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.core.edgetpu import CACHE_BYTES, array_ms, edgetpu_terms
+from foxnas_mlflow.core.errors import OutOfDomainError
+from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.predictors import (
+    LinearPredictor,
+    PredictorSet,
+    fit_predictors,
+    get_formula,
+    load_predictors,
+    reference_latency,
+    reference_predictors,
+)
+from foxnas_mlflow.core.searchers import Objective, exact_optimum
+from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace
+from foxnas_mlflow.core.targets import Target, get_target
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = TPU_SPACE.replace(name="small", image_sizes=(32, 48), width_mult=0.5, n_classes=10)
+
+
+def test_array_cycles_of_hand_counted_layers() -> None:
+    # One tile: 64 cycles of weights, M pixels, 64 + 64 - 2 of skew, the last one not counted.
+    assert array_ms(100, 64, 64) * 480_000 == pytest.approx(64 + 100 + 126 - 1)
+    assert array_ms(100, 65, 129) * 480_000 == pytest.approx(2 * 3 * (100 + 190) - 1)
+
+
+def test_shipped_edgetpu_models_are_what_the_script_builds(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(ROOT / "scripts" / "build_edgetpu"), str(tmp_path)], check=True, timeout=120)
+    built = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert built == ["edgetpu-devboard.json", "edgetpu-rpi4.json", "edgetpu.json"]
+    for name in built:
+        model = load_predictors(tmp_path / name).latency[0]
+        shipped = reference_predictors(Path(name).stem).latency[0]
+        np.testing.assert_allclose(model.coefficients, shipped.coefficients, rtol=1e-9)
+        assert model.provenance == shipped.provenance
+    metrics = reference_predictors("edgetpu").latency[0].metrics
+    assert metrics["mape"] < 7
+    assert metrics["left_out_mape"] < 11
+
+
+@pytest.mark.parametrize("space", [TPU_SPACE, CPU_SPACE, SMALL])
+def test_edgetpu_design_is_the_networks_own_count(space: SearchSpace, rng: np.random.Generator) -> None:
+    architectures = space.sample(rng, n=5)
+    x = get_formula("edgetpu", "latency_ms").design(space, architectures)
+    for row, architecture in zip(x, architectures, strict=True):
+        terms = edgetpu_terms(build_network(space, architecture).layers)
+        assert terms[2] * 1e6 < CACHE_BYTES
+        np.testing.assert_allclose(row[:2], terms[:2])
+        # All weights stay on chip: only image and class scores travel.
+        assert row[2] == pytest.approx((space.in_channels * architecture.image_size**2 + space.n_classes) / 1e6)
+
+
+@pytest.mark.parametrize("width", [1.5, 4.0])
+def test_streamed_weights_are_bounded_from_above(width: float, rng: np.random.Generator) -> None:
+    space = TPU_SPACE.replace(width_mult=width)
+    architectures = [space.smallest(224), space.largest(224), *space.sample(rng, n=20, image_size=224)]
+    x = get_formula("edgetpu", "latency_ms").design(space, architectures)
+    streamed = x[:, 2] - (3 * 224**2 + 1000) / 1e6
+    weights = np.array([edgetpu_terms(build_network(space, a).layers)[2] for a in architectures])
+    exact = np.maximum(0, weights - CACHE_BYTES / 1e6)
+    np.testing.assert_allclose(streamed[:2], exact[:2], atol=1e-9)
+    assert (streamed >= exact - 1e-9).all()
+    if exact.min() > 0:
+        np.testing.assert_allclose(streamed, exact)
+
+
+def _accuracy(space: SearchSpace, rng: np.random.Generator) -> LinearPredictor:
+    columns = get_formula("calibrated", "accuracy").columns(space)
+    return LinearPredictor(
+        "calibrated",
+        "accuracy",
+        space,
+        space.image_sizes,
+        space.image_sizes,
+        columns,
+        np.append(rng.uniform(0, 0.2, len(columns) - 1), -3.0),
+        None,
+        0.0,
+        1,
+        ceiling=95.0,
+    )
+
+
+def test_search_on_the_edgetpu_model_is_exact(rng: np.random.Generator) -> None:
+    space = SMALL.replace(stages=SMALL.stages[:2], depths=(1, 2), expansions=(4, 8), image_sizes=(32,))
+    latency = reference_latency(get_target("edgetpu"), space).latency
+    predictors = PredictorSet("edgetpu", space, (_accuracy(space, rng),), latency)
+    kinds = [(e, 3) for e in space.expansions]
+    stages = [list(blocks) for depth in space.depths for blocks in itertools.product(kinds, repeat=depth)]
+    everything = [space.architecture(32, [a, b]) for a in stages for b in stages]
+    assert len(everything) == space.n_architectures
+    upper = latency[0].upper_bound(everything, 0.9)
+    accuracy = predictors.accuracy[0].predict(everything)
+    for limit in np.quantile(upper, [0.2, 0.6]):
+        optimum = exact_optimum(Objective(predictors, confidence=0.9), float(limit))
+        assert optimum.accuracy == pytest.approx(accuracy[upper <= limit].max())
+        assert optimum.proof_gap == pytest.approx(0, abs=1e-9)
+
+
+def test_a_cost_model_serves_another_space_and_says_so() -> None:
+    small = CPU_SPACE.replace(name="digits", image_sizes=(32, 64), width_mult=0.5, n_classes=10)
+    reference = reference_predictors("rpi4")
+    carried = reference_latency(get_target("rpi4"), small)
+    (model,) = carried.latency
+    assert carried.accuracy == ()
+    assert "extrapolates" in carried.notes[-1]
+    assert carried.notes[:-1] == reference.notes
+    network = [small.largest(64)]
+    # The prices are those of the packaged model; the interval is the one for sizes that were not fitted.
+    np.testing.assert_array_equal(model.coefficients, reference.latency[0].coefficients)
+    interval = model.interval(network)
+    assert (interval.upper - interval.value)[0] > 1.96 * model.transfer_sigma * interval.value[0]
+    own = reference_latency(get_target("rpi4"), CPU_SPACE)
+    assert own.notes == reference.notes
+    assert own.latency[0].to_dict() == reference.latency[0].to_dict()
+    with pytest.raises(OutOfDomainError, match="know nothing of accuracy"):
+        Objective(carried)
+
+
+def test_a_target_without_a_cost_model_is_told_how_to_get_one(tmp_path: Path) -> None:
+    with pytest.raises(OutOfDomainError, match="foxnas device calibrate"):
+        reference_latency(get_target("cpu"), CPU_SPACE)
+    # A target file names its own model; equation 2 holds in its own space only.
+    reference_predictors("rpi4").save(tmp_path / "board.json")
+    board = Target("board", predictors=str(tmp_path / "board.json"))
+    assert reference_latency(board, CPU_SPACE).latency[0].formula == "calibrated"
+    paper = get_formula("paper", "latency_ms").columns(CPU_SPACE)
+    own = LinearPredictor("paper", "latency_ms", CPU_SPACE, (256,), (256,), paper, np.ones(len(paper)), None, 0.0, 1)
+    PredictorSet("board", CPU_SPACE, (), (own,)).save(tmp_path / "board.json")
+    with pytest.raises(OutOfDomainError, match="hold in space 'cpu' only"):
+        reference_latency(board, SMALL)
+
+
+def test_a_fit_never_mixes_estimates_with_measurements(rng: np.random.Generator) -> None:
+    architectures = CPU_SPACE.sample(rng, n=60, image_size=256)
+    table = reference_predictors("rpi4").predict_table(architectures)
+    rows = [
+        Measurement(a, accuracy=acc + rng.normal(0, 0.1), latency_ms=ms, latency_source="cost_model")
+        for a, acc, ms in zip(architectures, table["accuracy"], table["latency_ms"], strict=True)
+    ]
+    latency = reference_latency(get_target("rpi4"), CPU_SPACE)
+    estimated = fit_predictors(rows, CPU_SPACE, target="rpi4", ceiling=78.0, latency=latency)
+    assert estimated.predictors.latency == latency.latency
+    assert estimated.predictors.notes == latency.notes
+    assert set(estimated.reports) == {"accuracy"}
+    # Thirty rows measured, twice as slow as the estimates: only they count.
+    mixed = [
+        dataclasses.replace(m, latency_ms=2 * m.latency_ms * (1 + rng.normal(0, 0.01)), latency_source="measured")
+        if i < 30
+        else m
+        for i, m in enumerate(rows)
+    ]
+    fit = fit_predictors(mixed, CPU_SPACE, target="rpi4", ceiling=78.0, latency=latency)
+    assert fit.reports["latency_ms"].metrics["n_samples"] == 30
+    ratio = fit.predictors.latency[0].predict(architectures) / np.array(table["latency_ms"])
+    assert np.median(ratio) == pytest.approx(2, abs=0.02)
