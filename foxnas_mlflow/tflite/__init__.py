@@ -1,9 +1,16 @@
 """From a network and its weights to an int8 TensorFlow Lite file, checked and evaluated."""
 
-from foxnas_mlflow.tflite._checks import check_int8
+from foxnas_mlflow.tflite._checks import check_classifier, check_int8
 from foxnas_mlflow.tflite._convert import Conversion, convert
 from foxnas_mlflow.tflite._graph import Operator, lower
-from foxnas_mlflow.tflite._interpreter import Int8Model, LayerError, Normalization, layer_errors, make_interpreter
+from foxnas_mlflow.tflite._interpreter import (
+    Int8Model,
+    LayerError,
+    Normalization,
+    layer_errors,
+    make_interpreter,
+    sample_answer,
+)
 from foxnas_mlflow.tflite._model import OperatorInfo, TensorInfo, TfliteModel, read_tflite
 from foxnas_mlflow.tflite._reference import reference_forward
 from foxnas_mlflow.tflite._weights import FoldedWeights, fold_weights, random_weights, weight_shapes
@@ -19,6 +26,7 @@ __all__ = [
     "OperatorInfo",
     "TensorInfo",
     "TfliteModel",
+    "check_classifier",
     "check_int8",
     "convert",
     "fold_weights",
@@ -28,6 +36,7 @@ __all__ = [
     "random_weights",
     "read_tflite",
     "reference_forward",
+    "sample_answer",
     "weight_shapes",
     "write_probe",
 ]

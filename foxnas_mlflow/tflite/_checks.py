@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from foxnas_mlflow.core.errors import ConversionError
+from foxnas_mlflow.core.errors import ConversionError, InvalidInputError
 from foxnas_mlflow.tflite._graph import Operator
 from foxnas_mlflow.tflite._model import OperatorInfo, TfliteModel
 
@@ -83,6 +83,26 @@ def check_int8(model: TfliteModel, operators: Sequence[Operator], runtime: Runti
             )
     for entry, operator in zip(body, operators, strict=True):
         _check_operator(model, entry.inputs, entry.outputs, operator, runtime)
+
+
+def check_classifier(model: TfliteModel) -> None:
+    """Check that a file, whoever made it, is an 8-bit classifier whose labels fit its output.
+
+    Raises:
+        InvalidInputError: With the rule that is broken.
+    """
+    for tensor in (model.input, model.output):
+        if tensor.type not in ("int8", "uint8"):
+            raise InvalidInputError(
+                "the model must be quantized to 8 bits",
+                received=f"{tensor.name}: {tensor.type}",
+                remedy="convert the subnet with: foxnas quantize",
+            )
+    labels, n_classes = model.metadata.get("labels"), model.output.shape[-1]
+    if labels and len(labels) != n_classes:
+        raise InvalidInputError(
+            f"the model must have one label for each of {n_classes} outputs", received=f"{len(labels)} labels"
+        )
 
 
 def body_operators(model: TfliteModel) -> list[OperatorInfo]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import DeviceError, InvalidInputError, MissingDependencyError
 from foxnas_mlflow.core.network import Network
-from foxnas_mlflow.tflite._checks import body_operators
+from foxnas_mlflow.tflite._checks import body_operators, check_classifier
 from foxnas_mlflow.tflite._graph import INPUT, lower
 from foxnas_mlflow.tflite._model import TensorInfo, TfliteModel, read_tflite
 from foxnas_mlflow.tflite._reference import reference_forward, run_operator
@@ -75,13 +75,7 @@ class Int8Model:
         edgetpu: bool = False,
     ) -> None:
         self.model = source if isinstance(source, TfliteModel) else read_tflite(source)
-        for tensor in (self.model.input, self.model.output):
-            if tensor.type not in ("int8", "uint8"):
-                raise InvalidInputError(
-                    "the model must be quantized to 8 bits",
-                    received=f"{tensor.name}: {tensor.type}",
-                    remedy="convert the subnet with: foxnas quantize",
-                )
+        check_classifier(self.model)
         metadata = self.model.metadata
         if normalization is None:
             if "normalization" not in metadata:
@@ -94,11 +88,6 @@ class Int8Model:
                 tuple(metadata["normalization"]["mean"]), tuple(metadata["normalization"]["std"])
             )
         self.labels: tuple[str, ...] | None = tuple(metadata["labels"]) if metadata.get("labels") else None
-        n_classes = self.model.output.shape[-1]
-        if self.labels is not None and len(self.labels) != n_classes:
-            raise InvalidInputError(
-                f"the model must have one label for each of {n_classes} outputs", received=len(self.labels)
-            )
         self._table = normalization.table(self.model.input)
         self._interpreter = make_interpreter(self.model.data, threads=threads, edgetpu=edgetpu)
 
@@ -231,6 +220,23 @@ def make_interpreter(data: bytes, *, threads: int = 1, edgetpu: bool = False, pr
             "the runtime must be able to load the model", received=str(error), remedy="update ai-edge-litert"
         ) from error
     return interpreter
+
+
+def sample_answer(data: bytes, *, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A random input of an 8-bit model and this host's output for it, to compare another machine with.
+
+    Raises:
+        MissingDependencyError: If there is no runtime here.
+        InvalidInputError: If the runtime refuses the file (one compiled for an Edge TPU).
+    """
+    interpreter = make_interpreter(data)
+    detail = interpreter.get_input_details()[0]
+    limits = np.iinfo(detail["dtype"])
+    rng = np.random.default_rng(seed)
+    given = rng.integers(limits.min, limits.max, detail["shape"], dtype=detail["dtype"], endpoint=True)
+    interpreter.set_tensor(detail["index"], given)
+    interpreter.invoke()
+    return given, interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
 
 
 def load_edgetpu(load_delegate: Callable[[str], Any]) -> Any:

@@ -1,0 +1,102 @@
+"""Logging a measurement: the figures with their model, and what is known of the machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.store.artifact.utils.models import get_model_name_and_version
+
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.devices import Benchmark
+from foxnas_mlflow.flavor import TfliteModel, load_model
+from foxnas_mlflow.tracking.registry import tag_version
+from foxnas_mlflow.tracking.run import EntryRun
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """The TensorFlow Lite file to measure, and the logged model that it belongs to.
+
+    Attributes:
+        source: What the user named.
+        path: The file.
+        twin: For a file compiled for an Edge TPU: the same network for a processor, if there is one.
+        model_id: Id of the logged model, or None for a plain file.
+        version: Its registered version, or None.
+    """
+
+    source: str
+    path: Path
+    twin: Path | None = None
+    model_id: str | None = None
+    version: ModelVersion | None = None
+
+
+def find_model(source: str, directory: Path) -> MeasuredModel:
+    """The model that a path or a URI names.
+
+    Args:
+        source: Path of a .tflite file, or ``models:/name/version``, ``models:/name@alias``, ``runs:/...``.
+        directory: Where a logged model is downloaded to.
+
+    Raises:
+        InvalidInputError: If it is a model of another kind.
+        InvalidFormatError: If a logged file was changed.
+        MlflowException: If there is no such model.
+    """
+    if not source.startswith(("models:/", "runs:/")):
+        return MeasuredModel(source, Path(source))
+    version = None
+    if source.startswith("models:/"):
+        named = get_model_name_and_version(MlflowClient(), source)
+        if len(named) == 2:
+            version = MlflowClient().get_model_version(*named)
+            source = f"models:/{version.name}/{version.version}"
+    model = load_model(source, str(directory))
+    if not isinstance(model, TfliteModel):
+        raise InvalidInputError(
+            "only a model of kind tflite or edgetpu can be measured",
+            received=f"{source}: {type(model).__name__}",
+            remedy="convert a subnet with: foxnas quantize",
+        )
+    # From the model itself: SQL stores leave it out of the version.
+    model_id = mlflow.models.get_model_info(source).model_id
+    return MeasuredModel(source, model.path, model.fallback, model_id, version)
+
+
+def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, target: Target) -> None:
+    """Log a measurement to its run, its model and the model's registered version.
+
+    Args:
+        run: The open run.
+        benchmark: The measurement.
+        model: What was measured.
+        target: The target that it was measured for.
+    """
+    run.log_json(benchmark.to_dict(), "benchmark.json")
+    run.set_tags(
+        {
+            "foxnas.device": benchmark.connection,
+            "foxnas.board": benchmark.device,
+            "foxnas.runtime": benchmark.runtime,
+            "foxnas.emulated": json.dumps(benchmark.emulated),
+            "foxnas.model": model.source,
+            "foxnas.model_sha256": benchmark.model_sha256,
+            **({} if benchmark.valid else {"foxnas.invalid": "; ".join(benchmark.invalid_reasons)}),
+        }
+    )
+    run.log_metrics(benchmark.metrics(), model_id=model.model_id)
+    if model.version is not None:
+        tags = {
+            "benchmark_device": benchmark.device,
+            "benchmark_target": target.name,
+            "benchmark_valid": json.dumps(benchmark.valid),
+            "emulated": json.dumps(benchmark.emulated),
+        }
+        tag_version(model.version.name, model.version.version, tags)

@@ -1,0 +1,129 @@
+"""A measurement as MLflow sees it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
+from foxnas_mlflow.tflite import write_probe
+from foxnas_mlflow.tflite._model import pack, with_metadata
+
+pytestmark = pytest.mark.server
+
+QUICK = ["--runs", "20", "--warmup", "1"]
+SPACE = CPU_SPACE.replace(image_sizes=(32,), width_mult=0.5, n_classes=10)
+LABELS = tuple("0123456789")
+
+
+@pytest.fixture
+def model_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    path = tmp_path / "probe.tflite"
+    path.write_bytes(write_probe(build_network(SPACE, SPACE.smallest())))
+    return path
+
+
+def test_a_registered_model_gets_its_figures(
+    tracking: str, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.devices import Benchmark
+    from foxnas_mlflow.flavor import TfliteModel, log_model
+
+    preprocessing = Preprocessing(32, 3, normalization=Normalization((0.5,) * 3, (0.25,) * 3))
+    with mlflow.start_run():
+        info = log_model(
+            TfliteModel(model_path, LABELS, preprocessing),
+            name="tflite",
+            kind="tflite",
+            registered_model_name="mine-cpu",
+        )
+    assert main(["benchmark", "--name", "mine", *QUICK]) == 0
+    out = capsys.readouterr().out
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'benchmark'")
+    assert run.info.status == "FINISHED"
+    tags = run.data.tags
+    assert tags["foxnas.latency_source"] == "measured"
+    assert tags["foxnas.target"] == "cpu"
+    assert tags["foxnas.emulated"] == "false"
+    assert tags["foxnas.device"] == "local"
+    assert run.data.params["cfg.threads"] == "1"
+    version = client.get_model_version("mine-cpu", "1")
+    assert version.tags["emulated"] == "false"
+    assert version.tags["benchmark_device"] == tags["foxnas.board"]
+    figures = {metric.key: metric.value for metric in mlflow.get_logged_model(info.model_id).metrics}
+    names = ("latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "latency_ms_mean", "latency_ms_std")
+    names += ("throughput_per_s", "peak_memory_bytes", "valid")
+    for name in names:
+        assert figures[f"benchmark/{name}"] == run.data.metrics[f"benchmark/{name}"]
+    benchmark = Benchmark.from_dict(json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/benchmark.json")))
+    assert benchmark.latency_ms_p50 == figures["benchmark/latency_ms_p50"]
+    assert benchmark.output_difference == 0
+    assert ("INVALID" in out) == (not benchmark.valid)
+    assert run.info.run_id in out
+    assert "models:/mine-cpu/1" in out
+
+
+def test_a_file_is_measured_too(tracking: str, model_path: Path) -> None:
+    import mlflow
+
+    from foxnas_mlflow.cli.commands import benchmark
+
+    values = {parameter.name: parameter.default for parameter in benchmark.PARAMETERS}
+    outputs = benchmark.run(argparse.Namespace(**{**values, "model": str(model_path), "runs": 20, "warmup": 1}))
+    run = mlflow.get_run(str(outputs["run_id"]))
+    assert run.data.metrics["benchmark/latency_ms_p50"] == outputs["latency_ms"]
+    assert run.data.params["cfg.model"] == str(model_path)
+
+
+def test_what_cannot_be_measured_is_one_line_and_no_run(
+    tracking: str, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.flavor import SubnetModel, log_model
+
+    text = tmp_path / "text.tflite"
+    text.write_text("not a model")
+    labels = tmp_path / "labels.tflite"
+    labels.write_bytes(with_metadata(model_path.read_bytes(), {"labels": ["a", "b", "c"]}))
+    floats = tmp_path / "float.tflite"
+    floats.write_bytes(_with_float_input(model_path.read_bytes()))
+    with mlflow.start_run():
+        log_model(SubnetModel(SPACE.smallest(), SPACE), name="subnet", registered_model_name="mine-subnet-cpu")
+    runs = len(mlflow.MlflowClient().search_runs(["0"]))
+    capsys.readouterr()
+    for argv, message in (
+        ([], "Registered Model with name=foxnas-cpu not found"),
+        (["--model", str(text)], "TensorFlow Lite"),
+        (["--model", "/does/not/exist.tflite"], "readable"),
+        (["--model", str(labels)], "one label for each of 10 outputs; received 3 labels"),
+        (["--model", str(floats)], "quantized to 8 bits"),
+        (["--model", "models:/mine-subnet-cpu/1"], "only a model of kind tflite"),
+        (["--model", str(model_path), "--target", "rpi4"], "no device of its own"),
+        (["--model", str(model_path), "--target", "gpu"], "TensorFlow Lite"),
+        (["--model", str(model_path), "--runs", "0"], "runs must be 1 or more"),
+        (["--model", str(model_path), "--device", "board"], "a device is local"),
+    ):
+        assert main(["benchmark", *argv]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert message in lines[0]
+    assert len(mlflow.MlflowClient().search_runs(["0"])) == runs
+
+
+def _with_float_input(data: bytes) -> bytes:
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    graph = model.subgraphs[0]
+    graph.tensors[graph.inputs[0]].type = schema.TensorType.FLOAT32
+    return pack(model)
