@@ -89,3 +89,17 @@ class Parameter:
 def resolve(parameters: tuple[Parameter, ...], namespace: argparse.Namespace) -> dict[str, Any]:
     """The checked values of all parameters, by name."""
     return {parameter.name: parameter.parse(getattr(namespace, parameter.name)) for parameter in parameters}
+
+
+def image_sizes(text: str) -> list[int] | None:
+    """The image sizes of a comma separated list, or None when it is empty.
+
+    Raises:
+        InvalidInputError: If it is not a list of integers.
+    """
+    if not text:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InvalidInputError("image_size must be integers in px, comma separated", received=text) from None

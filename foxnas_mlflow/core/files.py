@@ -1,10 +1,13 @@
-"""Files written in one step."""
+"""Files written in one step, and files that one process works on at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from foxnas_mlflow.core.errors import InvalidInputError
 
 
 def cache_directory(*parts: str) -> Path:
@@ -33,3 +36,26 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def worked_on(path: str | Path, what: str) -> Iterator[None]:
+    """Hold a lock while the block runs; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        path: The lock's file, made where there is none.
+        what: What the lock protects, for the message.
+
+    Raises:
+        InvalidInputError: If another process holds it.
+    """
+    import fcntl
+
+    with Path(path).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInputError(
+                f"one process at a time works on {what}", received="a second one", remedy="wait until the other ends"
+            ) from None
+        yield

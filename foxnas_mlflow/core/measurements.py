@@ -66,6 +66,29 @@ class Measurement:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The latency of one subnet, and what it is.
+
+    Attributes:
+        latency_ms: Median of a measurement, or an estimate.
+        source: ``measured`` or ``cost_model``.
+        device: Where it was measured.
+        runtime: Runtime and version.
+        n_runs: Timed runs behind it.
+        problems: Why a measurement is not to be trusted; empty for a valid one and for an estimate.
+        emulated: Whether the device is an emulator: its times are nobody's.
+    """
+
+    latency_ms: float
+    source: str
+    device: str = ""
+    runtime: str = ""
+    n_runs: int = 0
+    problems: tuple[str, ...] = ()
+    emulated: bool = False
+
+
 def read_measurements(path: str | Path) -> list[Measurement]:
     """Read ``measurements.csv``, or the FOX-NAS authors' table of the CPU space at 256 px.
 
@@ -104,6 +127,16 @@ def read_measurements(path: str | Path) -> list[Measurement]:
                 f"line {number} of {Path(path).name} is not a measurement", received=str(error).rstrip(".")
             ) from error
     return rows
+
+
+def read_finished(path: str | Path) -> list[Measurement]:
+    """The rows that `append_measurement` finished, none when there is no file yet."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    _mend_last_line(path)
+    # A kill before the first row leaves nothing, or the header alone.
+    return read_measurements(path) if path.read_bytes().count(b"\n") > 1 else []
 
 
 def write_measurements(rows: Sequence[Measurement], path: str | Path) -> None:

@@ -96,6 +96,11 @@ class SubnetEvaluator:
         self._targets = torch.from_numpy(dataset.val.targets[self._validation])
         self._cache: dict[tuple[int, bool], NDArray[np.uint8]] = {}
 
+    @property
+    def n_images(self) -> int:
+        """Number of validation images behind an accuracy."""
+        return len(self._validation)
+
     def evaluate(self, architecture: Architecture) -> Evaluation:
         """Extract a subnet, recalibrate it and count its right answers."""
         plain = self.network(architecture)

@@ -1,0 +1,97 @@
+"""Collecting what is known of sampled subnets, row by row, so that an end in the middle loses none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import FitError, InvalidMeasurementsError
+from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished
+from foxnas_mlflow.core.predictors import PredictorSet, fit_predictors
+from foxnas_mlflow.core.searchers import exact_front
+from foxnas_mlflow.core.space import SearchSpace
+
+_FRONT_POINTS = 50
+
+
+def collect(
+    plan: Sequence[Architecture],
+    path: Path,
+    *,
+    evaluate: Callable[[Architecture], float],
+    time: Callable[[Architecture], Timing] | None = None,
+    n_timed: int | None = None,
+    on_row: Callable[[Measurement, int], None] = lambda row, n: None,
+    stop: Callable[[Sequence[Measurement]], bool] = lambda rows: False,
+) -> list[Measurement]:
+    """Evaluate and time subnets; each row is on disk before the next one begins.
+
+    Args:
+        plan: The subnets in order.
+        path: ``measurements.csv`` to append to; subnets whose rows it has are not done again.
+        evaluate: Accuracy of a subnet in percent.
+        time: Latency of a subnet; one with problems is not written.
+        n_timed: Time only so many of the plan's first subnets; all when None.
+        on_row: Told of each new row and of the number of rows.
+        stop: Asked after each new row whether the rows are enough.
+
+    Returns:
+        The rows, those of an earlier call first.
+    """
+    rows = read_finished(path)
+    known = {row.architecture for row in rows}
+    timed = set(plan if n_timed is None else plan[:n_timed])
+    for architecture in plan:
+        if architecture in known:
+            continue
+        accuracy = evaluate(architecture)
+        timing = time(architecture) if time is not None and architecture in timed else None
+        row = _row(architecture, accuracy, timing)
+        append_measurement(row, path)
+        rows.append(row)
+        on_row(row, len(rows))
+        if stop(rows):
+            break
+    return rows
+
+
+def front_width(
+    rows: Sequence[Measurement], space: SearchSpace, *, latency: PredictorSet | None = None, seed: int = 0
+) -> float | None:
+    """How surely predictors fitted to rows know the accuracies along their own front.
+
+    Args:
+        rows: The rows.
+        space: Their search space.
+        latency: The target's cost model, for rows without a measured latency.
+        seed: Seed of the cross-validation.
+
+    Returns:
+        The widest 95 % prediction interval of accuracy (points) among points spread evenly over
+        the front; None while the rows are too few to fit.
+    """
+    try:
+        predictors = fit_predictors(rows, space, latency=latency, seed=seed).predictors
+    except (FitError, InvalidMeasurementsError):
+        return None
+    front = exact_front(predictors)
+    points = np.unique(np.linspace(0, len(front) - 1, _FRONT_POINTS).astype(int))
+    table = predictors.predict_table([front.architecture(int(i)) for i in points])
+    return float(np.max(np.subtract(table["accuracy_upper"], table["accuracy_lower"])))
+
+
+def _row(architecture: Architecture, accuracy: float, timing: Timing | None) -> Measurement:
+    if timing is None or timing.problems:
+        return Measurement(architecture, accuracy)
+    return Measurement(
+        architecture,
+        accuracy,
+        timing.latency_ms,
+        timing.source,
+        f"{timing.device} (emulated)" if timing.emulated else timing.device,
+        timing.runtime,
+        timing.n_runs,
+    )

@@ -1,0 +1,184 @@
+"""What entry points are given by a name: supernets, predictors and tables of measurements.
+
+Each comes as a path or as a URI of MLflow (``models:/NAME/VERSION``, ``runs:/RUN/PATH``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlflow
+from mlflow import MlflowClient
+
+from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, InvalidMeasurementsError
+from foxnas_mlflow.core.measurements import Measurement, read_measurements
+from foxnas_mlflow.core.predictors import PredictorSet, load_predictors, reference_predictors
+from foxnas_mlflow.core.space import SearchSpace
+from foxnas_mlflow.data import ImageDataset, load_dataset
+from foxnas_mlflow.flavor import SupernetModel, load_model
+from foxnas_mlflow.tracking.registry import registered_name
+
+if TYPE_CHECKING:
+    from foxnas_mlflow.supernet import SubnetEvaluator
+
+MEASUREMENTS, SPACE = "measurements.csv", "space.json"
+"""Artifacts of a run that sampled: the rows, and the search space that they belong to."""
+
+NOISE_FLOOR = "sample/noise_floor"
+"""Metric of such a run: root mean square of the accuracies' standard errors, in points."""
+
+_CACHED_BYTES = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedSupernet:
+    """A supernet and the images that it was trained on.
+
+    Attributes:
+        uri: Where it was loaded from.
+        model: The supernet.
+        dataset: Its images, split as in training.
+    """
+
+    uri: str
+    model: SupernetModel
+    dataset: ImageDataset
+
+    @property
+    def space(self) -> SearchSpace:
+        """Its search space."""
+        return self.model.space
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of weights, space and images: what an accuracy depends on."""
+        content = hashlib.sha256(f"{self.space.digest} {self.dataset.digest}".encode())
+        for name, values in sorted(self.model.weights.items()):
+            content.update(name.encode())
+            content.update(values.tobytes())
+        return content.hexdigest()
+
+    def evaluator(self, *, image_sizes: Sequence[int], validation_images: int = 0, seed: int = 0) -> SubnetEvaluator:
+        """Evaluates its subnets.
+
+        Args:
+            image_sizes: Image sizes in pixels that it will be asked for.
+            validation_images: At most so many validation images; 0: as many as memory holds.
+            seed: Seed of the choice of calibration and validation images.
+        """
+        import torch
+
+        from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
+
+        n_bytes = sum(size * size * self.space.in_channels for size in image_sizes)
+        limit = max(_CACHED_BYTES // n_bytes, 1)
+        return SubnetEvaluator(
+            Supernet.from_weights(self.space, self.model.weights),
+            self.dataset,
+            validation_images=min(validation_images or limit, limit),
+            seed=seed,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+
+
+def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedSupernet:
+    """Load a supernet and its images.
+
+    Args:
+        uri: Model URI; empty: the newest version of ``{name}-supernet``.
+        data: Where its images are now; empty: where they were in training.
+        name: Prefix of registered models.
+
+    Raises:
+        InvalidInputError: If there is no such supernet, or the images are not those of its training.
+        MlflowException: If there is no such model.
+    """
+    if not uri:
+        registered = registered_name(name, "supernet")
+        versions = MlflowClient().search_model_versions(f"name='{registered}'")
+        if not versions:
+            raise InvalidInputError(
+                "supernet must be the URI of a registered supernet",
+                received=f"none, and there is no model {registered!r}",
+                remedy="train one with: foxnas supernet",
+            )
+        uri = f"models:/{registered}/{max(int(version.version) for version in versions)}"
+    model = load_model(uri)
+    if not isinstance(model, SupernetModel):
+        raise InvalidFormatError("supernet must be a model of kind 'supernet'", received=uri)
+    config = model.config
+    dataset = load_dataset(data or config["data"], seed=config["seed"], max_train=config["max_train"] or None)
+    if dataset.digest != config["data_digest"]:
+        # Other images, or the same ones split otherwise, may have been trained on.
+        raise InvalidInputError(
+            "data must be the images that the supernet was trained on",
+            received=f"{dataset.source} with the digest {dataset.digest[:12]}, not {config['data_digest'][:12]}",
+            remedy="give the same images with data, or train a supernet on these",
+        )
+    return TrainedSupernet(uri, model, dataset)
+
+
+def open_predictors(source: str, target: str) -> tuple[PredictorSet, str]:
+    """Load predictors, and say where they are from: a URI, a path, or ``reference``.
+
+    Args:
+        source: Model URI, or path of a JSON file; empty or ``reference``: those packaged for the target.
+        target: Name of the target.
+
+    Raises:
+        OutOfDomainError: If none are packaged.
+        InvalidFormatError: If it is something else.
+        MlflowException: If there is no such model.
+    """
+    if source in ("", "reference"):
+        return reference_predictors(target), "reference"
+    if not is_uri(source):
+        return load_predictors(source), source
+    model = load_model(source)
+    if not isinstance(model, PredictorSet):
+        raise InvalidFormatError("predictors must be a model of kind 'predictors'", received=source)
+    return model, source
+
+
+def open_measurements(source: str, directory: Path) -> tuple[list[Measurement], SearchSpace | None]:
+    """Read a table of measurements, and the search space beside it if there is one.
+
+    Args:
+        source: Path of the file, URI of the artifact, or URI of a model whose run has it.
+        directory: Where artifacts are downloaded to.
+
+    Raises:
+        InvalidMeasurementsError: If there is no such table or it cannot be used.
+        MlflowException: If there is no such run or model.
+    """
+    if not is_uri(source):
+        return read_measurements(source), None
+    if source.startswith("models:/"):
+        run_id = mlflow.models.get_model_info(source).run_id
+        if run_id is None:
+            raise InvalidMeasurementsError("the model must have been logged by a run", received=source)
+        source = f"runs:/{run_id}/{MEASUREMENTS}"
+    path = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(directory)))
+    if source.startswith("runs:/") and source.count("/") == 2:
+        run_id = source.split("/")[1]
+        if any(file.path == SPACE for file in MlflowClient().list_artifacts(run_id)):
+            space = mlflow.artifacts.load_dict(f"runs:/{run_id}/{SPACE}")
+            return read_measurements(path), SearchSpace.from_dict(space)
+    return read_measurements(path), None
+
+
+def noise_floor(source: str) -> float | None:
+    """Standard error (points) of a table's accuracies, or None where its run does not tell."""
+    if not source.startswith("runs:/"):
+        return None
+    value = mlflow.get_run(source.split("/")[1]).data.metrics.get(NOISE_FLOOR)
+    return None if value is None else float(value)
+
+
+def is_uri(source: str) -> bool:
+    """Whether a source is MLflow's to open rather than a path."""
+    return "://" in source or source.startswith(("models:/", "runs:/"))

@@ -1,0 +1,133 @@
+"""Logging sampled subnets: a metric a row, the table while it grows, and what it says in the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.measurements import Measurement, Timing
+from foxnas_mlflow.core.sampling import front_width
+from foxnas_mlflow.core.space import SearchSpace
+from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.tracking.inputs import MEASUREMENTS, NOISE_FLOOR, TrainedSupernet
+from foxnas_mlflow.tracking.run import EntryRun, best_effort
+from foxnas_mlflow.tracking.timers import Timer
+
+_UPLOAD_SECONDS = 30
+_STOP_EVERY = 5
+"""Rows between two looks at the front."""
+
+
+class SampleLog:
+    """What is told of a sampling while it works.
+
+    Args:
+        run: The open run.
+        path: ``measurements.csv``, copied to the run now and then.
+        timer: Where latencies come from.
+        n_images: Validation images behind each accuracy.
+        n_before: Rows of an earlier sampling.
+
+    Attributes:
+        problems: Why measurements were left out, one entry each.
+        width: Widest prediction interval (points) on the front, when it was looked at last.
+        stopped: Whether it was narrow enough.
+    """
+
+    def __init__(self, run: EntryRun, path: Path, timer: Timer, *, n_images: int, n_before: int) -> None:
+        self.timer, self.n_images, self.n_before = timer, n_images, n_before
+        self.problems: list[str] = []
+        self.emulated = False
+        self.width: float | None = None
+        self.stopped = False
+        self._run, self._path = run, path
+        self._uploaded = time.monotonic()
+        self._metrics, self._artifact = best_effort(run.log_metrics), best_effort(run.log_artifact)
+
+    def time(self, architecture: Architecture) -> Timing:
+        """The subnet's latency; what is wrong with it is kept."""
+        timing = self.timer.time(architecture)
+        self.emulated |= timing.emulated
+        if timing.problems:
+            self.problems.append("; ".join(timing.problems))
+        return timing
+
+    def add(self, row: Measurement, n: int) -> None:
+        """Log the n-th row; a tracking server that is away does not stop the work."""
+        values = {"accuracy": row.accuracy, "latency_ms": row.latency_ms}
+        known = {f"sample/{key}": value for key, value in values.items() if value is not None}
+        self._metrics({**known, "sample/standard_error": self.standard_error([row])}, step=n)
+        if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+            self._artifact(self._path)
+            self._uploaded = time.monotonic()
+
+    def upload(self) -> None:
+        """Copy the rows to the run."""
+        if self._path.exists():
+            self._run.log_artifact(self._path)
+
+    def narrow(self, rows: Sequence[Measurement], space: SearchSpace, width: float, seed: int) -> bool:
+        """Whether predictors fitted to the rows know accuracies along their front to `width` points."""
+        if len(rows) % _STOP_EVERY:
+            return False
+        self.width = front_width(rows, space, latency=self.timer.predictors, seed=seed)
+        if self.width is not None:
+            self._metrics({"sample/front_width": self.width}, step=len(rows))
+        self.stopped = self.width is not None and self.width <= width
+        return self.stopped
+
+    def standard_error(self, rows: Sequence[Measurement]) -> float:
+        """Root mean square of the accuracies' standard errors, in points: the noise that no fit can explain."""
+        shares = np.array([row.accuracy for row in rows if row.accuracy is not None]) / 100
+        return 100 * math.sqrt(float(np.mean(shares * (1 - shares))) / self.n_images)
+
+
+def log_samples(
+    run: EntryRun, rows: Sequence[Measurement], log: SampleLog, *, supernet: TrainedSupernet, target: Target
+) -> dict[str, str]:
+    """Log the whole table, and say what was found.
+
+    Returns:
+        run_id, and measurements: the URI of the table.
+    """
+    log.upload()
+    floor = log.standard_error(rows)
+    run.log_metrics({"sample/n_samples": len(rows), NOISE_FLOOR: floor})
+    run.set_tags(
+        {
+            **({"foxnas.emulated": "true"} if log.emulated else {}),
+            **({"foxnas.invalid_measurements": len(log.problems)} if log.problems else {}),
+            **({"foxnas.stopped_early": "true"} if log.stopped else {}),
+        }
+    )
+    uri = f"runs:/{run.run_id}/{MEASUREMENTS}"
+    accuracies = [row.accuracy for row in rows if row.accuracy is not None]
+    latencies = [row.latency_ms for row in rows if row.latency_ms is not None]
+    before = f", {log.n_before} of them from before" if log.n_before else ""
+    lines = [
+        f"Sampled {len(rows)} subnets of {supernet.uri}{before}.",
+        f"  accuracy    {min(accuracies):.2f} to {max(accuracies):.2f} % top-1 of {log.n_images:,} validation images "
+        f"of {supernet.dataset.source}, standard error {floor:.2f} points",
+    ]
+    if latencies:
+        word = {"measured": "measured on", "cost_model": "estimated by the"}[log.timer.source]
+        lines.append(
+            f"  latency     {min(latencies):.3g} to {max(latencies):.3g} ms, {len(latencies)} subnets {word} "
+            f"{log.timer.where}{' (emulated: no real times)' if log.emulated else ''}"
+        )
+    if log.problems:
+        lines.append(
+            f"  left out    {len(log.problems)} latencies that cannot be trusted, the last: {log.problems[-1]}"
+        )
+    if log.width is not None:
+        early = "stopped: " if log.stopped else ""
+        lines.append(f"  front       {early}accuracies along it are known to {log.width:.2f} points (95 % intervals)")
+    lines.append(f"  rows        {uri}")
+    lines.append(f"Next: foxnas fit --measurements {uri} --target {target.name}")
+    print("\n".join(lines))
+    return {"run_id": run.run_id, "measurements": uri}

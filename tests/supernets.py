@@ -1,0 +1,41 @@
+"""A supernet of few and narrow layers with random weights, registered as a trained one is."""
+
+from __future__ import annotations
+
+from foxnas_mlflow.core.space import CPU_SPACE, SearchSpace, StageSpec, Tail
+
+MINI_SPACE: SearchSpace = CPU_SPACE.replace(
+    name="cpu-mini",
+    image_sizes=(8, 12, 16),
+    stages=tuple(
+        StageSpec(s.width, stride, s.block) for s, stride in zip(CPU_SPACE.stages, (1, 2, 1, 1, 2), strict=True)
+    ),
+    tail=Tail(conv_width=96),
+    width_mult=0.15,
+    in_channels=1,
+    n_classes=10,
+)
+
+
+def register_mini_supernet(name: str = "foxnas") -> str:
+    """Register a supernet of `MINI_SPACE` on the digits; its URI."""
+    import torch
+
+    from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.data.preprocess import Preprocessing
+    from foxnas_mlflow.flavor import SupernetModel
+    from foxnas_mlflow.supernet import Supernet
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.supernet import log_supernet
+
+    dataset = load_dataset("digits", seed=3, max_train=400)
+    torch.manual_seed(0)
+    model = SupernetModel(
+        MINI_SPACE,
+        Supernet(MINI_SPACE).numpy_weights(),
+        {"data": "digits", "data_digest": dataset.digest, "max_train": 400, "seed": 3},
+        Preprocessing(16, 1, normalization=dataset.normalization),
+        dataset.labels,
+    )
+    with entry_run(stage="supernet", params={}, space=MINI_SPACE.name) as run:
+        return log_supernet(run, model, {"eval/top1_max": 10.0}, name=name)

@@ -1,0 +1,177 @@
+"""Sampling as MLflow sees it, samplings that are killed and go on, and fits of what was sampled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.measurements import Measurement, read_measurements
+from tests.supernets import MINI_SPACE, register_mini_supernet
+
+pytestmark = [pytest.mark.server, pytest.mark.train]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def _rows(tmp_path: Path, run_id: str) -> list[Measurement]:
+    import mlflow
+
+    path = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/measurements.csv", dst_path=str(tmp_path / run_id))
+    return read_measurements(path)
+
+
+def _runs(stage: str) -> list[str]:
+    import mlflow
+
+    runs = mlflow.MlflowClient().search_runs(["0"], f"tags.`foxnas.stage` = '{stage}'", order_by=["start_time"])
+    return [run.info.run_id for run in runs]
+
+
+def test_rows_are_accuracies_of_the_evaluator_and_estimates_of_the_cost_model(tracking: str, tmp_path: Path) -> None:
+    import mlflow
+
+    from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.flavor import load_model
+    from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
+
+    uri = register_mini_supernet()
+    assert main(["sample", "--n-samples", "5", "--image-size", "8,16", "--seed", "2"]) == 0
+    (run_id,) = _runs("sample")
+    run = mlflow.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["foxnas.latency_source"] == "cost_model"
+    assert run.data.tags["foxnas.space"] == "cpu-mini"
+    assert run.data.params["cfg.supernet"] == uri
+    rows = _rows(tmp_path, run_id)
+    assert len({row.architecture for row in rows}) == 5
+    assert {row.architecture.image_size for row in rows} == {8, 16}
+    model = load_model(uri)
+    evaluator = SubnetEvaluator(
+        Supernet.from_weights(MINI_SPACE, model.weights), load_dataset("digits", seed=3, max_train=400), seed=2
+    )
+    for row in rows:
+        MINI_SPACE.validate(row.architecture)
+        assert row.latency_source == "cost_model"
+        assert row.latency_ms > 0
+    evaluations = [evaluator.evaluate(row.architecture) for row in rows]
+    np.testing.assert_allclose([row.accuracy for row in rows], [e.top1_percent for e in evaluations])
+    floor = np.sqrt(np.mean([e.standard_error**2 for e in evaluations]))
+    np.testing.assert_allclose(run.data.metrics["sample/noise_floor"], floor)
+    history = mlflow.MlflowClient().get_metric_history(run_id, "sample/accuracy")
+    assert [m.value for m in sorted(history, key=lambda m: m.step)] == [row.accuracy for row in rows]
+
+
+def test_a_sampling_killed_in_the_middle_goes_on_by_the_same_command(
+    tracking: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_mini_supernet()
+    command = ["sample", "--n-samples", "40", "--n-measurements", "30", "--image-size", "8"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "foxnas_mlflow", *command], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 180
+    while not (files := list(cache.glob("foxnas_mlflow/samples/*/measurements.csv"))) or _lines(files[0]) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait(timeout=60)
+    kept = files[0].read_bytes()
+    n_kept = kept.count(b"\n") - 1
+    assert 4 <= n_kept < 40
+    # A torn last row, as a power cut leaves it.
+    files[0].write_bytes(kept + kept.splitlines()[1][:40])
+
+    assert main(command) == 0
+    assert not list(cache.glob("foxnas_mlflow/samples/*"))
+    _, resumed = _runs("sample")
+    rows = _rows(tmp_path, resumed)
+    (tmp_path / "kept.csv").write_bytes(kept)
+    assert rows[:n_kept] == read_measurements(tmp_path / "kept.csv")
+    assert len({row.architecture for row in rows}) == len(rows) == 40
+    assert [row.latency_ms is None for row in rows] == [i >= 30 for i in range(40)]
+
+    # An uninterrupted sampling finds the same rows; its first ones are those of a shorter sampling.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert main([*command[:1], "--n-samples", "8", *command[3:]]) == 0
+    assert _rows(tmp_path, _runs("sample")[2]) == rows[:8]
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n")
+
+
+def test_rows_of_another_run_are_gone_on_from_and_not_repeated(tracking: str, tmp_path: Path) -> None:
+    register_mini_supernet()
+    assert main(["sample", "--n-samples", "4", "--image-size", "8", "--design", "random"]) == 0
+    (first,) = _runs("sample")
+    assert main(["sample", "--n-samples", "7", "--image-size", "8", "--seed", "5", "--resume", first]) == 0
+    rows = _rows(tmp_path, _runs("sample")[1])
+    assert rows[:4] == _rows(tmp_path, first)
+    assert len({row.architecture for row in rows}) == 7
+
+
+def test_two_processes_do_not_mix_their_rows(tracking: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.core.files import worked_on
+
+    cache.mkdir()
+    for _ in range(2):
+        with (
+            worked_on(cache / "lock", "the rows"),
+            pytest.raises(InvalidInputError, match="one process at a time works on the rows"),
+            worked_on(cache / "lock", "the rows"),
+        ):
+            pass
+
+
+def test_latencies_are_measured_on_this_machine(tracking: str, tmp_path: Path) -> None:
+    import mlflow
+
+    register_mini_supernet()
+    assert main(["sample", "--target", "cpu", "--device", "local", "--n-samples", "2", "--image-size", "8"]) == 0
+    (run_id,) = _runs("sample")
+    assert mlflow.get_run(run_id).data.tags["foxnas.latency_source"] == "measured"
+    rows = _rows(tmp_path, run_id)
+    # A busy machine's measurements may all be refused; they are counted then.
+    left_out = int(mlflow.get_run(run_id).data.tags.get("foxnas.invalid_measurements", 0))
+    measured = [row for row in rows if row.latency_ms is not None]
+    assert len(measured) + left_out == len(rows) == 2
+    for row in measured:
+        assert row.latency_source == "measured"
+        assert row.device
+        assert row.runtime.startswith("ai-edge-litert")
+        assert row.n_runs >= 20
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--supernet", "models:/nothing/1"], "nothing"),
+        (["--name", "other"], "train one with: foxnas supernet"),
+        (["--data", "fashion-mnist-that-is-not-there"], "data must be"),
+        (["--image-size", "24"], "image_size must be among those of the supernet"),
+        (["--n-samples", "0"], "n_samples must be positive"),
+        (["--stop-width", "-1"], "stop_width must be 0 or more"),
+        (["--target", "gpu"], "cost model"),
+        (["--resume", "0" * 32], "0" * 32),
+        (["--device", "ssh://nobody@127.0.0.1:9"], "127.0.0.1"),
+    ],
+)
+def test_bad_input(tracking: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    register_mini_supernet()
+    capsys.readouterr()
+    assert main(["sample", "--n-samples", "2", *argv]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
+    assert message in line
