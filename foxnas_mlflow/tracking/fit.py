@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from foxnas_mlflow.core.predictors import FitResult
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import log_model
 from foxnas_mlflow.report import write_predictor_files
+from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
 from foxnas_mlflow.tracking.registry import tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
@@ -17,7 +19,14 @@ _LABELS = {"accuracy": "accuracy", "latency_ms": "latency"}
 
 
 def log_fit(
-    run: EntryRun, fit: FitResult, rows: Sequence[Measurement], *, target: Target, source: str, name: str
+    run: EntryRun,
+    fit: FitResult,
+    rows: Sequence[Measurement],
+    *,
+    target: Target,
+    source: str,
+    name: str,
+    noise_floor: float | None = None,
 ) -> dict[str, str]:
     """Log a fit to its run and register its predictors.
 
@@ -28,11 +37,12 @@ def log_fit(
         target: The target.
         source: Where the rows came from.
         name: Prefix of the registered model.
+        noise_floor: Standard error (points) of the rows' accuracies, where it is known.
 
     Returns:
         run_id, and model_uri of the registered predictors.
     """
-    write_measurements(rows, run.directory / "measurements.csv")
+    write_measurements(rows, run.directory / MEASUREMENTS)
     metrics: dict[str, float] = {}
     for quantity, report in fit.reports.items():
         label = _LABELS[quantity]
@@ -47,16 +57,27 @@ def log_fit(
         model = fit.predictors.latency[0]
         metrics |= {f"predictor/latency/{key}": value for key, value in model.metrics.items()}
         run.log_json(model.to_dict(), "predictor/latency/coefficients.json")
+    if noise_floor is not None:
+        metrics["predictor/accuracy/noise_floor"] = noise_floor
     run.log_artifacts(run.directory)
+    run.log_json(fit.predictors.space.to_dict(), SPACE)
     registered = f"{name}-predictors-{target.name}"
     info = log_model(fit.predictors, name="predictors", registered_model_name=registered)
     run.log_metrics(metrics, model_id=info.model_id)
     tag_version(registered, info.registered_model_version, {"source": source})
-    print(_summary(fit, registered, info.registered_model_version, run.run_id, target))
+    print(_summary(fit, registered, info.registered_model_version, run.run_id, target, rows, noise_floor))
     return {"run_id": run.run_id, "model_uri": f"models:/{registered}/{info.registered_model_version}"}
 
 
-def _summary(fit: FitResult, registered: str, version: Any, run_id: str, target: Target) -> str:
+def _summary(
+    fit: FitResult,
+    registered: str,
+    version: Any,
+    run_id: str,
+    target: Target,
+    rows: Sequence[Measurement],
+    noise_floor: float | None,
+) -> str:
     lines = [f"{'':<22}{'formula':<12}{'n':>5}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
     for quantity, report in fit.reports.items():
         for which in (report, fit.paper.get(quantity)):
@@ -67,12 +88,16 @@ def _summary(fit: FitResult, registered: str, version: Any, run_id: str, target:
                 f"{quantity:<22}{which.predictor.formula:<12}{m['n_samples']:>5.0f}{m['r2_adjusted']:>10.4f}"
                 f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
             )
+    if noise_floor is not None:
+        lines.append(f"  noise floor of the accuracies: {noise_floor:.2f} points, the standard error of an evaluation")
     if "latency_ms" not in fit.reports:
         lines.append(f"{'latency_ms':<22}cost model of {target.name}: no row has a measured latency")
         lines += [f"  note: {note}" for note in fit.predictors.notes]
     lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
     lines.append(f"Registered {registered} version {version}; run {run_id}.")
+    middle = statistics.median([m.latency_ms for m in rows if m.latency_ms is not None] or [60.0])
     lines.append(
-        f"Next: foxnas search --target {target.name} --predictors models:/{registered}/{version} --latency-ms 60"
+        f"Next: foxnas search --target {target.name} --predictors models:/{registered}/{version} "
+        f"--latency-ms {middle:.3g}"
     )
     return "\n".join(lines)
