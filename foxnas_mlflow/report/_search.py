@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.options import encode
 from foxnas_mlflow.core.predictors import LinearPredictor, marginal_effects
-from foxnas_mlflow.core.searchers import SearchOutcome, SearchResult, rank_edits
+from foxnas_mlflow.core.searchers import Candidate, SearchOutcome, SearchResult, rank_edits
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.report._page import axes_layout, escape, plot, scatter, table, write_page
 
@@ -31,6 +33,7 @@ _TERM_NAMES = {
     "res": "residual adds",
     "const": "fixed overhead",
 }
+_SIZE_COLOURS = ("#1f5fa8", "#2a9d8f", "#7b5ea7", "#c77d1a", "#8a8f98")
 _COLOURS = {"annealing": "#1f5fa8", "annealing-unguided": "#7fb0e0", "evolution": "#c77d1a", "random": "#8a8f98"}
 
 
@@ -42,6 +45,7 @@ def write_search_report(
     request: Mapping[str, Any],
     target: Target,
     measurements: Sequence[Measurement] = (),
+    candidates: Sequence[Candidate] = (),
 ) -> None:
     """Write a self-contained interactive page.
 
@@ -52,12 +56,14 @@ def write_search_report(
         request: What was asked: latency_ms, confidence, seed, predictors and the rest.
         target: The target.
         measurements: Measured rows to draw beside the front.
+        candidates: Networks that a device or a supernet looked at; one of them is chosen.
     """
     predictors = outcome.objective.predictors
     latency = predictors.of("latency_ms", outcome.architecture.image_size)
     accuracy = predictors.of("accuracy", outcome.architecture.image_size)
     sections = [
-        ("Latency against accuracy", plot("front", _front_figure(outcome, request, measurements))),
+        ("Latency against accuracy", plot("front", _front_figure(outcome, request, measurements, candidates))),
+        *([("Predicted and found out", _candidates_table(candidates))] if candidates else []),
         ("Searching: best so far against evaluations", plot("trace", _trace_figure(outcome, comparisons))),
         ("The network", _drawing(outcome, outcome.architecture)),
     ]
@@ -68,12 +74,12 @@ def write_search_report(
         ("What an edit does to this network", _edits_table(outcome)),
         ("Effects on a middle network", _effects_table(accuracy, "points") + _effects_table(latency, "ms")),
         ("Predictors", _regression(accuracy) + _regression(latency)),
-        ("Provenance and limits", _provenance(outcome, request, target)),
+        ("Provenance and limits", _provenance(outcome, request, target, candidates)),
     ]
     write_page(
         path,
         title=f"FOX-NAS search for {target.name}",
-        lead=_sentence(outcome, request, target),
+        lead=_sentence(outcome, request, target, candidates),
         sections=sections,
     )
 
@@ -95,7 +101,9 @@ def stage_latencies(latency: LinearPredictor, architecture: Architecture) -> tup
     return constant, stages
 
 
-def _sentence(outcome: SearchOutcome, request: Mapping[str, Any], target: Target) -> str:
+def _sentence(
+    outcome: SearchOutcome, request: Mapping[str, Any], target: Target, candidates: Sequence[Candidate]
+) -> str:
     proof = (
         "No network of the search space is predicted better within this constraint: the optimum is proven."
         if outcome.optimum.proof_gap == 0
@@ -104,13 +112,69 @@ def _sentence(outcome: SearchOutcome, request: Mapping[str, Any], target: Target
     return (
         f"Asked for at most <b>{float(request['latency_ms']):g} ms</b> on <b>{escape(target.name)}</b> at confidence "
         f"{float(request['confidence']):g}; found a network of <b>{outcome.accuracy:.2f} %</b> predicted top-1 and "
-        f"<b>{outcome.latency_ms:.2f} ms</b> predicted latency (at most {outcome.latency_upper_ms:.2f} ms) at "
-        f"{outcome.architecture.image_size} px. {escape(proof)} All figures are predictions; nothing here was measured."
+        f"<b>{_ms(outcome.latency_ms)} ms</b> predicted latency (at most {_ms(outcome.latency_upper_ms)} ms) at "
+        f"{outcome.architecture.image_size} px. {escape(proof)} {_found_out(candidates)}"
     )
 
 
+def _found_out(candidates: Sequence[Candidate]) -> str:
+    """What of a search is not prediction, as HTML."""
+    if not candidates:
+        return "All figures are predictions; nothing here was measured."
+    chosen = next(c for c in candidates if c.chosen)
+    parts = []
+    if chosen.timing is not None:
+        emulated = " (emulated: no real time)" if chosen.timing.emulated else ""
+        parts.append(f"<b>{_ms(chosen.timing.latency_ms)} ms</b> measured on {escape(chosen.timing.device)}{emulated}")
+    if chosen.accuracy is not None:
+        parts.append(f"<b>{chosen.accuracy:.2f} %</b> ± {chosen.standard_error:.2f} evaluated with the supernet")
+    return f"It was chosen among {len(candidates)} networks that were looked at: {' and '.join(parts)}."
+
+
+def _candidates_table(candidates: Sequence[Candidate]) -> str:
+    rows = []
+    for c in sorted(candidates, key=lambda c: (not c.chosen, not c.meets, [-r for r in c.rank])):
+        measured, ratio = "", ""
+        if c.timing is not None:
+            measured = _ms(c.timing.latency_ms) + (" (not to be trusted)" if c.timing.problems else "")
+            ratio = f"{100 * (c.timing.latency_ms / c.predicted_latency_ms - 1):+.1f} %"
+        evaluated, gap = "", ""
+        if c.accuracy is not None:
+            evaluated = f"{c.accuracy:.2f} ± {c.standard_error:.2f}"
+            gap = f"{c.accuracy - c.predicted_accuracy:+.2f}"
+        state = "chosen" if c.chosen else "meets" if c.meets else "misses"
+        rows.append(
+            (
+                state,
+                c.origin,
+                f"{c.architecture.image_size}",
+                f"{_ms(c.predicted_latency_ms)} (at most {_ms(c.predicted_latency_upper_ms)})",
+                measured,
+                ratio,
+                f"{c.predicted_accuracy:.2f}",
+                evaluated,
+                gap,
+            )
+        )
+    header = (
+        "constraint",
+        "where from",
+        "px",
+        "predicted ms",
+        "measured ms",
+        "difference",
+        "predicted %",
+        "evaluated %",
+        "points",
+    )
+    return table(header, rows)
+
+
 def _front_figure(
-    outcome: SearchOutcome, request: Mapping[str, Any], measurements: Sequence[Measurement]
+    outcome: SearchOutcome,
+    request: Mapping[str, Any],
+    measurements: Sequence[Measurement],
+    candidates: Sequence[Candidate],
 ) -> dict[str, Any]:
     front = outcome.front
     data: list[dict[str, Any]] = []
@@ -119,11 +183,20 @@ def _front_figure(
         data.append(
             scatter([m.latency_ms for m in rows], [m.accuracy for m in rows], "measured networks", "#b9bec7", 5)
         )
-    for size, colour in zip(
-        sorted({int(s) for s in front.image_size}), ("#1f5fa8", "#2a9d8f", "#7b5ea7"), strict=False
-    ):
+    for size, colour in zip(sorted({int(s) for s in front.image_size}), itertools.cycle(_SIZE_COLOURS), strict=False):
         on = front.image_size == size
         data.append(scatter(front.latency_ms[on], front.accuracy[on], f"exact front, {size} px", colour, 4))
+    looked = [c for c in candidates if c.timing is not None or c.accuracy is not None]
+    if looked:
+        data.append(
+            scatter(
+                [c.predicted_latency_ms if c.timing is None else c.timing.latency_ms for c in looked],
+                [c.predicted_accuracy if c.accuracy is None else c.accuracy for c in looked],
+                "found out",
+                "#1d2430",
+                8,
+            )
+        )
     limit = float(request["latency_ms"])
     low = float(front.accuracy.min())
     high = float(front.accuracy.max())
@@ -194,7 +267,7 @@ def _shares_figure(shares: Mapping[str, float]) -> dict[str, Any]:
             "orientation": "h",
             "x": [value for _, value in items],
             "y": [_TERM_NAMES[name] for name, _ in items],
-            "text": [f"{value:.3g} ms" for _, value in items],
+            "text": [f"{_ms(value)} ms" for _, value in items],
             "marker": {"color": "#1f5fa8"},
         }
     ]
@@ -223,7 +296,7 @@ def _drawing(outcome: SearchOutcome, architecture: Architecture) -> str:
             x += width + 10
         label = (
             f"<b>stage {spec.width}</b> {escape(spec.block.replace('_', '+'))}, {stage.depth} blocks, "
-            f"{units[0].in_size} &rarr; {units[-1].out_size} px, {stage_ms[j - 1]:.2f} ms"
+            f"{units[0].in_size} &rarr; {units[-1].out_size} px, {_ms(stage_ms[j - 1])} ms"
         )
         rows.append(
             f'<div class="stage"><div>{label}</div><svg viewBox="0 0 {x} 94" width="{x}" height="94" role="img" '
@@ -233,7 +306,8 @@ def _drawing(outcome: SearchOutcome, architecture: Architecture) -> str:
     counts = (
         f"{cost.params / 1e6:.2f} M parameters, {cost.macs / 1e6:.0f} M multiply-accumulates, int8 parameters of "
         f"{cost.int8_size_bytes / 2**20:.2f} MiB, at most {cost.peak_activation_bytes / 2**10:.0f} KiB of int8 "
-        f"activations at once. Milliseconds are predicted; stem, head and fixed overhead take the other {constant:.2f}."
+        "activations at once. Milliseconds are predicted; stem, head and fixed overhead take the other "
+        f"{_ms(constant)}."
     )
     legend = "Height of a box: expansion ratio e. Width: kernel size k."
     return f'<p>{escape(counts)}</p><p>{legend}</p><div class="stages">{"".join(rows)}</div>'
@@ -241,13 +315,17 @@ def _drawing(outcome: SearchOutcome, architecture: Architecture) -> str:
 
 def _edits_table(outcome: SearchOutcome) -> str:
     edits = rank_edits(outcome.objective.predictors, outcome.architecture)
+    digits = _digits(outcome.latency_ms)
     savings = [e for e in edits if e.delta_latency_ms < 0][:10]
-    gains = sorted((e for e in edits if e.delta_accuracy > 0), key=lambda e: -e.delta_accuracy / e.delta_latency_ms)[:5]
+    # A gain that costs no time ranks first.
+    gains = sorted(
+        (e for e in edits if e.delta_accuracy > 0), key=lambda e: -e.delta_accuracy / max(e.delta_latency_ms, 1e-9)
+    )[:5]
     rows = [
         (
             e.description,
             _change(e.delta_accuracy, e.delta_accuracy_margin, 3),
-            _change(e.delta_latency_ms, e.delta_latency_margin, 2),
+            _change(e.delta_latency_ms, e.delta_latency_margin, digits),
             f"{e.delta_accuracy / e.delta_latency_ms:.4f}" if e.delta_latency_ms else "",
         )
         for e in (*savings, *gains)
@@ -284,18 +362,31 @@ def _regression(predictor: LinearPredictor) -> str:
     return f"<h3>{heading}</h3><p>{metrics}</p>{scale}{details}"
 
 
-def _provenance(outcome: SearchOutcome, request: Mapping[str, Any], target: Target) -> str:
+def _provenance(
+    outcome: SearchOutcome, request: Mapping[str, Any], target: Target, candidates: Sequence[Candidate]
+) -> str:
     predictors = outcome.objective.predictors
+    # The target's own note is of its cost model: predictors that a user fitted carry no notes.
     notes = [*predictors.notes]
-    if target.latency_note and not notes:
-        notes.append(target.latency_note)
-    notes.append("Latency here is an estimate of the cost model, not a measurement; the network has no weights yet.")
+    if not any(c.timing is not None for c in candidates):
+        notes.append("Latency here is an estimate, not a measurement of this network: give device to measure it.")
+    if not any(c.accuracy is not None for c in candidates):
+        notes.append("The network has no weights yet: give supernet to extract and evaluate them.")
     origin = predictors.latency[0].provenance.get("source", "")
     rows = [(str(k), str(v)) for k, v in request.items() if v != ""]
     rows += [("measurements", str(origin)), ("found by", outcome.found_by)]
     certificate = outcome.certificate()["statement"]
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f"<ul>{items}</ul><p><b>Certificate.</b> {escape(certificate)}.</p>" + table(("parameter", "value"), rows)
+
+
+def _digits(latency_ms: float) -> int:
+    """Decimals that show a thousandth of a latency, two at least."""
+    return max(2, 2 - math.floor(math.log10(max(latency_ms, 1e-6))))
+
+
+def _ms(latency_ms: float) -> str:
+    return f"{latency_ms:.{_digits(abs(latency_ms))}f}"
 
 
 def _change(delta: float, margin: float, digits: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import SubnetModel, log_model
 from foxnas_mlflow.tracking.registry import tag_version
 from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.verification import Verification
 
 
 def log_search(
@@ -31,7 +33,8 @@ def log_search(
     params: Mapping[str, Any],
     name: str,
     measurements: Sequence[Measurement] = (),
-) -> None:
+    verification: Verification | None = None,
+) -> dict[str, str]:
     """Log a finished search to its run and register predictors and subnet.
 
     Args:
@@ -44,13 +47,22 @@ def log_search(
         params: Resolved parameters of the entry point.
         name: Prefix of the registered models.
         measurements: Measured networks to draw in the report.
+        verification: What a device or a supernet said of its candidates.
+
+    Returns:
+        run_id, and model_uri of the registered subnet.
     """
     space = predictors.space
     network = network_cost(build_network(space, outcome.architecture))
+    note = latency_note(predictors, target)
+    facts = _facts(verification)
+    tags = _tags(verification)
     run.set_tags(
         {
             "foxnas.found_by": outcome.found_by,
-            **({"foxnas.latency_note": target.latency_note} if target.latency_note else {}),
+            "foxnas.latency_source": tags["latency_source"],
+            **({"foxnas.latency_note": note} if note else {}),
+            **({"foxnas.emulated": tags["emulated"]} if "emulated" in tags else {}),
         }
     )
     files = run.directory
@@ -68,6 +80,7 @@ def log_search(
             request={**params, "predictors": predictors_source},
             target=target,
             measurements=measurements,
+            candidates=() if verification is None else verification.candidates,
         )
     run.log_artifacts(files)
     details = {
@@ -76,19 +89,22 @@ def log_search(
         "predicted_latency_upper_ms": outcome.latency_upper_ms,
         "confidence": outcome.objective.confidence,
         "latency_ms": params["latency_ms"],
-        "latency_source": "cost_model",
-        "latency_note": target.latency_note,
+        "latency_note": note,
         "found_by": outcome.found_by,
-        "weights": "none",
         "certificate": outcome.certificate(),
+        **tags,
+        **facts,
     }
+    found = SubnetModel(outcome.architecture, space)
+    if verification is not None and verification.model is not None:
+        found = verification.model
     fitted = log_model(
         predictors,
         name="predictors",
         registered_model_name=f"{name}-predictors-{target.name}",
     )
     subnet = log_model(
-        SubnetModel(outcome.architecture, space, details),
+        dataclasses.replace(found, details=details),
         name="subnet",
         registered_model_name=f"{name}-subnet-{target.name}",
     )
@@ -107,6 +123,7 @@ def log_search(
             "model/macs": network.macs,
             "model/int8_parameter_bytes": network.int8_size_bytes,
             "model/peak_activation_bytes": network.peak_activation_bytes,
+            **{f"search/{key}": value for key, value in facts.items() if isinstance(value, float)},
         },
         model_id=subnet.model_id,
     )
@@ -117,16 +134,56 @@ def log_search(
     }
     if fit_metrics:
         run.log_metrics(fit_metrics, model_id=fitted.model_id)
-    tags = {
-        "weights": "none",
+    tags |= {
         "found_by": outcome.found_by,
-        "latency_source": "cost_model",
         "confidence": f"{outcome.objective.confidence:g}",
         "latency_ms": f"{params['latency_ms']:g}",
     }
     tag_version(f"{name}-subnet-{target.name}", subnet.registered_model_version, tags)
     tag_version(f"{name}-predictors-{target.name}", fitted.registered_model_version, {"source": predictors_source})
-    print(_summary(outcome, target, params, name, subnet.registered_model_version, run.run_id))
+    uri = f"models:/{name}-subnet-{target.name}/{subnet.registered_model_version}"
+    print(_summary(outcome, target, params, uri, run.run_id, note, verification))
+    return {"run_id": run.run_id, "model_uri": uri}
+
+
+def latency_note(predictors: PredictorSet, target: Target) -> str:
+    """What must be said of predicted milliseconds: a target's note is of its cost model, not of a user's own fit."""
+    return target.latency_note if predictors.notes else ""
+
+
+def _tags(verification: Verification | None) -> dict[str, str]:
+    """What a version's figures rest on."""
+    tags = {"weights": "none", "latency_source": "cost_model"}
+    if verification is None:
+        return tags
+    if verification.model is not None:
+        tags["weights"] = "trained"
+    if verification.device:
+        tags |= {"latency_source": "measured", "emulated": str(verification.emulated).lower()}
+    return tags
+
+
+def _facts(verification: Verification | None) -> dict[str, float | str]:
+    """What was found out about the chosen network, for its details; the numbers are metrics too."""
+    if verification is None:
+        return {}
+    facts: dict[str, float | str] = {}
+    chosen = verification.chosen
+    if chosen.timing is not None:
+        facts |= {
+            "measured_latency_ms": chosen.timing.latency_ms,
+            "device": chosen.timing.device,
+            "runtime": chosen.timing.runtime,
+        }
+    if verification.supernet is not None and chosen.accuracy is not None and chosen.standard_error is not None:
+        facts |= {
+            "evaluated_accuracy": chosen.accuracy,
+            "evaluated_accuracy_standard_error": chosen.standard_error,
+            "supernet": verification.supernet.uri,
+            "data": verification.supernet.dataset.source,
+            "data_digest": verification.supernet.dataset.digest,
+        }
+    return facts
 
 
 def write_front(front: Front, path: Path) -> None:
@@ -155,20 +212,45 @@ def write_trace(result: SearchResult, path: Path) -> None:
 
 
 def _summary(
-    outcome: SearchOutcome, target: Target, params: Mapping[str, Any], name: str, version: Any, run_id: str
+    outcome: SearchOutcome,
+    target: Target,
+    params: Mapping[str, Any],
+    uri: str,
+    run_id: str,
+    note: str,
+    verification: Verification | None,
 ) -> str:
+    weights = "none" if verification is None or verification.model is None else "trained"
     lines = [
         f"Found for {target.name} within {params['latency_ms']:g} ms at confidence {params['confidence']:g}:",
         f"  {outcome.architecture}",
         f"  predicted accuracy   {outcome.accuracy:.2f} %",
-        f"  predicted latency    {outcome.latency_ms:.2f} ms, at most {outcome.latency_upper_ms:.2f} ms (cost model)",
+        f"  predicted latency    {outcome.latency_ms:.3g} ms, at most {outcome.latency_upper_ms:.3g} ms (cost model)",
+        *_verified_lines(verification),
         f"  exact optimum        {outcome.optimum.accuracy:.4f} %, proof gap {outcome.optimum.proof_gap:.4f} points",
         f"  {outcome.result.algorithm:<20} {outcome.result.accuracy:.4f} %, gap {outcome.optimality_gap:.4f} points, "
         f"{outcome.result.evaluations:,} evaluations in {outcome.result.seconds:.2f} s",
-        f"  registered           {name}-subnet-{target.name} version {version} (weights=none)",
+        f"  registered           {uri} (weights={weights})",
         f"  run                  {run_id}: report.html, front.csv, certificate.json",
     ]
-    if target.latency_note:
-        lines.append(f"  note                 {target.latency_note}")
-    lines.append("Next: mlflow ui, and open report.html of the run.")
+    if note:
+        lines.append(f"  note                 {note}")
+    if weights == "trained":
+        lines.append(f"Next: foxnas quantize --subnet {uri} --target {target.name}")
+    else:
+        lines.append("Next: mlflow ui, and open report.html of the run.")
     return "\n".join(lines)
+
+
+def _verified_lines(verification: Verification | None) -> list[str]:
+    if verification is None:
+        return []
+    lines = []
+    chosen = verification.chosen
+    if chosen.accuracy is not None:
+        lines.append(f"  evaluated accuracy   {chosen.accuracy:.2f} % +- {chosen.standard_error:.2f}")
+    if chosen.timing is not None:
+        word = " (emulated: no real time)" if verification.emulated else ""
+        lines.append(f"  measured latency     {chosen.timing.latency_ms:.3g} ms on {chosen.timing.device}{word}")
+    lines.append(f"  chosen among         {len(verification.candidates)} networks: verification.csv")
+    return lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from foxnas_mlflow.cli.parameters import Parameter
 
@@ -16,8 +15,10 @@ PARAMETERS = (
     Parameter("space", "", "Search space: cpu, tpu or the path of a YAML; empty: that of the predictors."),
     Parameter("image_size", "", "Image sizes in px, comma separated; empty: all that the predictors know."),
     Parameter("predictors", "", "Predictors: a JSON file or a model URI; empty: the target's reference predictors."),
-    Parameter("supernet", "", "Model URI of a trained supernet, to give the found network weights."),
+    Parameter("supernet", "", "Model URI of a trained supernet, to evaluate networks and give the found one weights."),
+    Parameter("data", "", "The images that it was trained on, where they are now; empty: where they were."),
     Parameter("device", "", "Where to measure: local, ssh://user@host, docker://image; empty: the cost model."),
+    Parameter("verify", 5, "Networks of the front to measure and evaluate before one is chosen.", int),
     Parameter("measurements", "", "Table of measured networks to draw in the report: measurements.csv."),
     Parameter(
         "algorithm",
@@ -33,66 +34,83 @@ PARAMETERS = (
 COMPARISON_EVALUATIONS = 100_000
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run the search and log everything that it found."""
+def run(args: argparse.Namespace) -> dict[str, str]:
+    """Run the search, verify what it found, and log everything.
+
+    Returns:
+        run_id, and model_uri of the registered subnet.
+    """
+    from foxnas_mlflow.cli.parameters import image_sizes
     from foxnas_mlflow.core.errors import InvalidInputError
-    from foxnas_mlflow.core.measurements import read_measurements
     from foxnas_mlflow.core.searchers import SEARCHERS, Objective, check_budget, search
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
+    from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors, open_supernet
 
-    for name in ("supernet", "device"):
-        if getattr(args, name):
-            raise InvalidInputError(
-                f"{name} is not supported by search in this release",
-                received=getattr(args, name),
-                remedy=f"leave {name} empty: latency then comes from the cost model and is tagged so",
-            )
     if args.seed < 0:
         raise InvalidInputError("seed must be 0 or more", received=args.seed)
+    if args.verify < 1:
+        raise InvalidInputError("verify must be positive", received=args.verify)
+    if args.data and not args.supernet:
+        raise InvalidInputError("data is that of a supernet", received=args.data, remedy="give supernet too")
     target = get_target(args.target)
-    predictors, source = _predictors(args.predictors or target.predictors, target.name)
+    predictors, source = open_predictors(args.predictors or target.predictors, target.name)
     if args.space and get_space(args.space).digest != predictors.space.digest:
         raise InvalidInputError(
             f"space must be that of the predictors, {predictors.space.name!r}",
             received=args.space,
             remedy="leave space empty, or bring predictors fitted in that space",
         )
-    measurements = read_measurements(args.measurements) if args.measurements else []
-    image_sizes = _image_sizes(args.image_size)
+    sizes = image_sizes(args.image_size)
     # What can be refused at once is refused before there is a run.
     check_budget(args.latency_ms, args.evaluations)
-    Objective(predictors, confidence=args.confidence, image_sizes=image_sizes)
+    objective = Objective(predictors, confidence=args.confidence, image_sizes=sizes)
+    supernet = open_supernet(args.supernet, data=args.data, name=args.name) if args.supernet else None
+    if supernet is not None and supernet.space.digest != predictors.space.digest:
+        raise InvalidInputError(
+            f"the supernet must have the space of the predictors, {predictors.space.name!r}",
+            received=f"{supernet.uri} with {supernet.space.name!r}",
+            remedy="bring predictors fitted to samples of this supernet: foxnas sample, foxnas fit",
+        )
 
     from foxnas_mlflow.tracking.run import entry_run
     from foxnas_mlflow.tracking.search import log_search
+    from foxnas_mlflow.tracking.verification import verified
 
+    resolved = {
+        "image_size": ",".join(map(str, objective.image_sizes)),
+        "data": "" if supernet is None else supernet.dataset.source,
+    }
     # The run is open while the search works, so that SIGTERM finds it and ends it as KILLED.
     with entry_run(
         stage="search",
-        params={key: value for key, value in vars(args).items() if key != "image_size"},
+        params=vars(args) | resolved,
         target=target.name,
         space=predictors.space.name,
         latency_source="cost_model",
         tags={"foxnas.predictors": source},
     ) as run:
+        measurements = open_measurements(args.measurements, run.directory)[0] if args.measurements else []
         outcome = search(
             predictors,
             args.latency_ms,
             confidence=args.confidence,
-            image_sizes=image_sizes,
+            image_sizes=sizes,
             algorithm=args.algorithm,
             evaluations=args.evaluations,
             seed=args.seed,
         )
-        resolved = {"image_size": ",".join(map(str, outcome.objective.image_sizes))}
-        run.log_params(resolved)
         budget = min(args.evaluations, COMPARISON_EVALUATIONS)
         comparisons = [
             searcher.search(outcome.objective, args.latency_ms, evaluations=budget, seed=args.seed)
             for searcher in SEARCHERS.values()
         ]
-        log_search(
+        verification = None
+        if supernet is not None or args.device:
+            outcome, verification = verified(
+                run, outcome, args.latency_ms, target=target, supernet=supernet, device=args.device, n=args.verify
+            )
+        return log_search(
             run,
             outcome,
             comparisons,
@@ -102,31 +120,5 @@ def run(args: argparse.Namespace) -> None:
             params=vars(args) | resolved,
             name=args.name,
             measurements=measurements,
+            verification=verification,
         )
-
-
-def _predictors(source: str, target: str) -> tuple[Any, str]:
-    from foxnas_mlflow.core.errors import InvalidFormatError
-    from foxnas_mlflow.core.predictors import PredictorSet, load_predictors, reference_predictors
-
-    if source in ("", "reference"):
-        return reference_predictors(target), "reference"
-    if "://" in source or source.startswith(("models:/", "runs:/")):
-        from foxnas_mlflow.flavor import load_model
-
-        model = load_model(source)
-        if not isinstance(model, PredictorSet):
-            raise InvalidFormatError("predictors must be a model of kind 'predictors'", received=source)
-        return model, source
-    return load_predictors(source), source
-
-
-def _image_sizes(text: str) -> list[int] | None:
-    from foxnas_mlflow.core.errors import InvalidInputError
-
-    if not text:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidInputError("image_size must be integers in px, comma separated", received=text) from None

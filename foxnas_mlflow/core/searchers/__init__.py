@@ -15,10 +15,12 @@ from foxnas_mlflow.core.searchers._search import (
     search,
 )
 from foxnas_mlflow.core.searchers._tweak import Edit, rank_edits
+from foxnas_mlflow.core.searchers._verify import Candidate, verify
 
 __all__ = [
     "DEFAULT_EVALUATIONS",
     "SEARCHERS",
+    "Candidate",
     "Edit",
     "Evolution",
     "Front",
@@ -38,4 +40,5 @@ __all__ = [
     "get_searcher",
     "rank_edits",
     "search",
+    "verify",
 ]

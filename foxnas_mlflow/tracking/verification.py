@@ -1,0 +1,142 @@
+"""Verifying a search: the device and the supernet say which of its candidates wins."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.searchers import Candidate, SearchOutcome, verify
+from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.data.preprocess import Preprocessing
+from foxnas_mlflow.flavor import SubnetModel
+from foxnas_mlflow.tracking.inputs import TrainedSupernet
+from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.timers import open_device
+
+if TYPE_CHECKING:
+    from foxnas_mlflow.supernet import SubnetEvaluator
+
+TABLE = "verification.csv"
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What a device and a supernet said of a search.
+
+    Attributes:
+        candidates: All networks that were looked at; one is chosen.
+        device: Address of the device, or empty.
+        supernet: The supernet, or None.
+        model: The chosen network with its own batch norm statistics, or None without a supernet.
+    """
+
+    candidates: tuple[Candidate, ...]
+    device: str = ""
+    supernet: TrainedSupernet | None = None
+    model: SubnetModel | None = None
+
+    @property
+    def chosen(self) -> Candidate:
+        """The network that won."""
+        return next(candidate for candidate in self.candidates if candidate.chosen)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether an emulator measured it."""
+        return self.chosen.timing is not None and self.chosen.timing.emulated
+
+
+def verified(
+    run: EntryRun,
+    outcome: SearchOutcome,
+    latency_ms: float,
+    *,
+    target: Target,
+    supernet: TrainedSupernet | None,
+    device: str,
+    n: int,
+) -> tuple[SearchOutcome, Verification]:
+    """Measure and evaluate the candidates of a search and choose among them.
+
+    Args:
+        run: The open run; it has the table of what was looked at, however the verification ends.
+        outcome: The search.
+        latency_ms: The constraint.
+        target: The target.
+        supernet: Evaluates accuracies; None: the predicted ones count.
+        device: Measures latencies; empty: the predicted upper bounds count.
+        n: Networks of the front to look at.
+
+    Returns:
+        The search with the chosen network as its outcome, and the verification.
+
+    Raises:
+        InfeasibleConstraintError, DeviceError: As `foxnas_mlflow.core.searchers.verify`.
+    """
+    space = outcome.objective.space
+    evaluator: SubnetEvaluator | None = None
+    if supernet is not None:
+        evaluator = supernet.evaluator(image_sizes=outcome.objective.image_sizes)
+    looked: list[Candidate] = []
+    with contextlib.ExitStack() as stack:
+        time = stack.enter_context(open_device(target, space, device)).time if device else None
+        stack.callback(lambda: _log_table(run, looked))
+        looked[:] = verify(
+            outcome,
+            latency_ms,
+            n_candidates=n,
+            time=time,
+            evaluate=None if evaluator is None else _evaluate(evaluator),
+            on_candidate=looked.append,
+        )
+    chosen = next(candidate for candidate in looked if candidate.chosen)
+    if chosen.architecture != outcome.architecture:
+        outcome = dataclasses.replace(
+            outcome,
+            architecture=chosen.architecture,
+            found_by="verification",
+            accuracy=chosen.predicted_accuracy,
+            latency_ms=chosen.predicted_latency_ms,
+            latency_upper_ms=chosen.predicted_latency_upper_ms,
+        )
+    model = None
+    if supernet is not None and evaluator is not None:
+        model = SubnetModel(
+            chosen.architecture,
+            space,
+            weights=evaluator.weights(chosen.architecture),
+            preprocessing=Preprocessing(
+                chosen.architecture.image_size, space.in_channels, normalization=supernet.dataset.normalization
+            ),
+            labels=supernet.dataset.labels,
+        )
+    return outcome, Verification(tuple(looked), device, supernet, model)
+
+
+def write_verification(candidates: Sequence[Candidate], path: Path) -> None:
+    """Write ``verification.csv``."""
+    rows = [candidate.to_row() for candidate in candidates]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _log_table(run: EntryRun, looked: Sequence[Candidate]) -> None:
+    if looked:
+        write_verification(looked, run.directory / TABLE)
+        run.log_artifact(run.directory / TABLE)
+
+
+def _evaluate(evaluator: SubnetEvaluator) -> Callable[[Architecture], tuple[float, float]]:
+    def evaluate(architecture: Architecture) -> tuple[float, float]:
+        evaluation = evaluator.evaluate(architecture)
+        return evaluation.top1_percent, evaluation.standard_error
+
+    return evaluate
