@@ -9,7 +9,7 @@ Importing this module imports MLflow, but neither torch nor tensorflow nor stats
 imports what it needs when it is loaded, and ``tflite`` needs NumPy, Pillow and a TFLite runtime.
 """
 
-from foxnas_mlflow.flavor._files import KINDS, MODEL_FORMAT
+from foxnas_mlflow.flavor._files import KINDS, MODEL_FORMAT, Manifest, read_manifest
 from foxnas_mlflow.flavor._mlflow import (
     FLAVOR_NAME,
     _load_pyfunc,
@@ -20,12 +20,13 @@ from foxnas_mlflow.flavor._mlflow import (
     log_model,
     save_model,
 )
-from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel
+from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel, main_file
 
 __all__ = [
     "FLAVOR_NAME",
     "KINDS",
     "MODEL_FORMAT",
+    "Manifest",
     "SubnetModel",
     "SupernetModel",
     "TfliteModel",
@@ -35,5 +36,7 @@ __all__ = [
     "image_signature",
     "load_model",
     "log_model",
+    "main_file",
+    "read_manifest",
     "save_model",
 ]

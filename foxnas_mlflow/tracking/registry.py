@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import InvalidInputError
 
@@ -71,6 +73,77 @@ def register(
     return client.get_model_version(name, version.version)
 
 
+def find_version(model: str) -> ModelVersion:
+    """The registered version that a user means.
+
+    Args:
+        model: ``models:/name/3``, ``models:/name@alias``, ``models:/name/Production`` (the alias
+            ``production`` first, the stage second), ``models:/name`` or ``name`` (the newest).
+
+    Raises:
+        InvalidInputError: If it names no version; the message lists those that there are.
+        MlflowException: If the registry cannot be asked.
+    """
+    text = model.strip().removeprefix("models:/").strip("/")
+    name, at, alias = text.partition("@")
+    selector = ""
+    if not at:
+        name, _, selector = text.partition("/")
+    if "://" in model or model.startswith("runs:") or not name or ":" in text or "/" in alias + selector:
+        raise InvalidInputError(
+            "model must be a registered model: models:/name/3, models:/name@alias, models:/name or name", received=model
+        )
+    client = MlflowClient()
+    versions = list_versions(name)
+    number: str | None = selector
+    if selector.lower() in ("staging", "production"):
+        at, alias = "@", selector.lower()
+    if at:
+        number = _by_alias(client, name, alias)
+        if number is None and selector:
+            number = newest([v for v in versions if (v.current_stage or "").lower() == alias])
+    elif selector in ("", "latest"):
+        number = newest(versions)
+    for version in versions:
+        if str(version.version) == number:
+            return client.get_model_version(name, number)
+    known = ", ".join(str(number) for number in sorted(int(v.version) for v in versions))
+    raise InvalidInputError(
+        "model must name a registered version",
+        received=model,
+        remedy=f"{name} has the versions {known}" if known else f"no version of {name} is registered",
+    )
+
+
+def list_versions(name: str) -> list[ModelVersion]:
+    """All versions of a registered model; none if there is no such model."""
+    quote = '"' if "'" in name else "'"
+    client = MlflowClient()
+    versions: list[ModelVersion] = []
+    token = None
+    while True:
+        page = client.search_model_versions(f"name={quote}{name}{quote}", page_token=token)
+        versions += page
+        token = page.token
+        if not token:
+            return versions
+
+
+def newest(versions: Iterable[ModelVersion]) -> str | None:
+    """The highest number, as text: it is an integer on some stores."""
+    numbers = [int(version.version) for version in versions]
+    return str(max(numbers)) if numbers else None
+
+
+def _by_alias(client: MlflowClient, name: str, alias: str) -> str | None:
+    try:
+        return str(client.get_model_version_by_alias(name, alias).version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
+            return None
+        raise
+
+
 def tag_version(name: str, version: str | int | None, tags: Mapping[str, object]) -> None:
     """Set tags of a registered version; without a version (nothing was registered) do nothing."""
     if version is None:
@@ -88,11 +161,24 @@ def version_metrics(version: ModelVersion) -> dict[str, float]:
     return {key: value for key, (value, _) in version_metric_sources(version).items()}
 
 
+def model_id_of(version: ModelVersion) -> str | None:
+    """Id of the logged model that a version was registered from, or None.
+
+    SQL stores leave `model_id` of a version empty; its source, ``models:/m-...`` or the place of
+    the model's artifacts, names it.
+    """
+    if version.model_id:
+        return str(version.model_id)
+    found = re.search(r"\bm-[0-9a-f]{32}\b", version.source or "")
+    return found.group() if found else None
+
+
 def version_metric_sources(version: ModelVersion) -> dict[str, tuple[float, str]]:
     """The figures of a version, each with the id of the run that logged it."""
-    if not version.model_id:
+    model_id = model_id_of(version)
+    if model_id is None:
         return {}
-    model = MlflowClient().get_logged_model(version.model_id)
+    model = MlflowClient().get_logged_model(model_id)
     latest: dict[str, tuple[int, int, float, str]] = {}
     for metric in model.metrics or []:
         candidate = (metric.timestamp, metric.step, metric.value, metric.run_id or "")

@@ -204,3 +204,14 @@ def test_edits_are_differences_of_predictions() -> None:
         assert edit.delta_latency_margin > 0
     prices = [edit.price for edit in edits]
     assert prices == sorted(prices)
+
+
+def test_guidance_saves_evaluations() -> None:
+    objective = Objective(reference_predictors("rpi4"), confidence=0.95)
+    spent: dict[str, list[int]] = {"annealing": [], "annealing-unguided": []}
+    for seed, limit in enumerate((40.0, 60.0, 80.0, 100.0, 120.0)):
+        close = exact_optimum(objective, limit).accuracy - 0.1
+        for name, evaluations in spent.items():
+            trace = SEARCHERS[name].search(objective, limit, evaluations=100_000, seed=seed).trace
+            evaluations.append(next(point.evaluation for point in trace if point.best_accuracy >= close))
+    assert 3 * np.median(spent["annealing"]) < np.median(spent["annealing-unguided"])

@@ -5,7 +5,8 @@
 | T                    | ``temperature``   | most parameters that a move changes, rounded up          |
 | k                    | ``boltzmann``     | accuracy points that one unit of temperature forgives    |
 | C                    | ``step``          | counter of moves                                         |
-| weight               | ``weights``       | probability of choosing each parameter for a change      |
+| weight               | ``weights``       | probability of each parameter and value in a change      |
+| L as a price         | ``price``         | accuracy points that a millisecond is worth under L      |
 
 Deviations. The printed rule accepts a worse network when r > exp(-delta / kT), which is false for
 every delta < 0; the Metropolis rule it means, r < exp(delta / kT), is used. The sampler's endless
@@ -16,6 +17,12 @@ each try draws 1 to T. At regular moments the weakest quarter of the chains goes
 of the strongest quarter ("go with the winners"): a chain stuck in a bad valley is not worth its share
 of the budget. Until half time chains compete within their image size only. A new best network counts
 even when its chain leaves it again.
+
+The first set of weights is derived from the predictors (the paper does not say how it chose its own). The
+main effects of every value of every parameter on accuracy and on the latency bound are estimated from a few
+random networks; the constraint turns into a price, and a value is worth the accuracy that it brings less
+the milliseconds that it costs at that price. Chains start from values drawn by exp(worth), and so do the
+moves of the early stage.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foxnas_mlflow.core.searchers._base import Genes, GeneSpace, Recorder, Searcher
 from foxnas_mlflow.core.searchers._objective import FloatArray
@@ -33,8 +41,8 @@ class SimulatedAnnealing(Searcher):
     """Algorithm 1.
 
     Attributes:
-        guided: Whether the first set of weights comes from the predictors; False keeps the
-            weights even throughout, for comparison (figure 8).
+        guided: Whether starts and the first set of weights come from the predictors; False keeps
+            both even throughout, for comparison (figure 8).
         n_chains: Chains run side by side.
         tries: Tries of a move, of which the best that meets the constraint is proposed.
         max_temperature: First temperature; it falls to 0 with the square of what is left.
@@ -61,10 +69,11 @@ class SimulatedAnnealing(Searcher):
     def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
         n_chains = max(1, min(self.n_chains, recorder.budget // 8))
         recorder.n_chains = n_chains
-        genes, accuracy = recorder.feasible_start(rng, n_chains)
-        even = np.zeros(space.n_genes)
-        even[space.variable] = 1.0
-        guided = guided_weights(space, recorder, rng) if self.guided else even
+        weights = guided_weights(space, recorder, rng, self.boltzmann) if self.guided else None
+        genes = space.sample(rng, n_chains)
+        if weights is not None:
+            genes[:, :-1] = _draw(weights, genes[:, -1:], np.arange(space.n_genes - 1), rng)
+        genes, accuracy = recorder.feasible_start(rng, genes)
         tries = min(self.tries, recorder.left // n_chains)
         n_steps = recorder.left // (n_chains * tries) if tries else 0
         chains = np.arange(n_chains)
@@ -81,7 +90,8 @@ class SimulatedAnnealing(Searcher):
                     genes[weak], accuracy[weak] = genes[strong], accuracy[strong]
             temperature = self.max_temperature * (1 - step / n_steps) ** 2
             # The paper changes to the even weights at C == 2n, after two decreases of T.
-            weights = guided if temperature > self.max_temperature - 2 else even
+            if temperature <= self.max_temperature - 2:
+                weights = None
             n_changes = max(int(np.ceil(temperature)), self.min_changes)
             proposals = _move(space, np.tile(genes, (tries, 1)), n_changes, weights, rng)
             values, _ = recorder.evaluate(proposals)
@@ -96,50 +106,86 @@ class SimulatedAnnealing(Searcher):
             accuracy = np.where(accept, value, accuracy)
 
 
-def guided_weights(space: GeneSpace, recorder: Recorder, rng: np.random.Generator, n: int = 16) -> FloatArray:
-    """The first set of weights: accuracy that each parameter moves for each ms that it moves.
+_PRICES = np.geomspace(3, 1e-3, 48)
+"""Candidate prices in accuracy points a millisecond."""
 
-    Each parameter of n random networks takes another value; its weight is the mean absolute change
-    of the predicted accuracy over that of the latency bound. The (n_genes + 1) * n evaluations
-    are counted against the budget.
+_EVEN_SHARE = 0.1
+"""Chance that a guided draw is even: main effects are estimates."""
+
+
+def guided_weights(
+    space: GeneSpace, recorder: Recorder, rng: np.random.Generator, boltzmann: float, n: int = 4
+) -> FloatArray | None:
+    """The first set of weights, from the predictors and the constraint.
+
+    For every image size, each value of each parameter replaces that of n random networks; the means
+    are its main effects. Of the networks that take the value of most worth everywhere, at prices from high
+    to low, the last one that meets the constraint sets the price. All evaluations are counted.
 
     Returns:
-        Weights (n_genes,), zero for parameters that cannot vary; even ones when the budget is too
-        small for the estimate.
+        Cumulative probabilities of the values, shape (n_sizes, n_genes, n_values), or None (even weights)
+        when the budget is too small for the estimate. The image size's own row is not used.
     """
-    weights = np.zeros(space.n_genes)
-    weights[space.variable] = 1.0
-    if n * (len(space.variable) + 1) > recorder.left // 4:
-        return weights
-    base = space.sample(rng, n)
-    changed = np.repeat(base[None], len(space.variable), axis=0)
-    for row, gene in enumerate(space.variable):
-        changed[row, :, gene] = _other(changed[row, :, gene], int(space.choices[gene]), rng)
-    accuracy, upper = space.evaluate(np.concatenate([base, changed.reshape(-1, space.n_genes)]))
-    recorder.evaluations += len(accuracy)
-    moved = [np.mean(np.abs(y[n:].reshape(-1, n) - y[:n]), axis=1) for y in (accuracy, upper)]
-    effect = moved[0] / np.maximum(moved[1], 1e-9)
-    # A parameter without effect keeps a small chance: it may free latency for others.
-    weights[space.variable] = effect / max(effect.max(), 1e-300) + 0.05
+    n_sizes = len(space.objective.sizes)
+    allowed = np.arange(space.choices.max()) < space.choices[:, None]
+    gene, value = np.nonzero(allowed[:-1])
+    if n_sizes * (n * len(gene) + len(_PRICES)) > recorder.left // 4:
+        return None
+    weights = np.empty((n_sizes, *allowed.shape))
+    for size in range(n_sizes):
+        changed = np.repeat(space.sample(rng, n)[None], len(gene), axis=0)
+        changed[:, :, -1] = size
+        changed[np.arange(len(gene)), :, gene] = value[:, None]
+        effects = np.zeros((2, *allowed.shape))
+        for effect, y in zip(effects, space.evaluate(changed.reshape(-1, space.n_genes)), strict=True):
+            effect[gene, value] = y.reshape(-1, n).mean(axis=1)
+        recorder.evaluations += n * len(gene)
+        worth = np.where(allowed, effects[0] - _PRICES[:, None, None] * effects[1], -np.inf)
+        greedy = worth.argmax(axis=2).astype(np.int16)
+        greedy[:, -1] = size
+        met = np.flatnonzero(~np.isneginf(recorder.evaluate(greedy)[0]))
+        chosen = worth[met[-1] if len(met) else 0]
+        guided = np.exp((chosen - chosen.max(axis=1, keepdims=True)) / (2 * boltzmann))
+        guided /= guided.sum(axis=1, keepdims=True)
+        share = (1 - _EVEN_SHARE) * guided + _EVEN_SHARE * allowed / space.choices[:, None]
+        weights[size] = np.cumsum(share, axis=1)
     return weights
 
 
-def _move(space: GeneSpace, genes: Genes, temperature: int, weights: FloatArray, rng: np.random.Generator) -> Genes:
-    """Change 1 to `temperature` parameters of every individual, drawn by weight among active ones."""
+def _draw(weights: FloatArray, sizes: Genes, genes: NDArray[np.integer], rng: np.random.Generator) -> Genes:
+    """Values of parameters drawn by the weights of individuals' image sizes; the shapes broadcast."""
+    cumulative = weights[sizes, genes]
+    # Scaled by the last entry, which rounding may leave below 1.
+    drawn = rng.random(cumulative.shape[:-1]) * cumulative[..., -1]
+    values: Genes = (cumulative <= drawn[..., None]).sum(axis=-1).astype(np.int16)
+    return values
+
+
+def _move(
+    space: GeneSpace, genes: Genes, temperature: int, weights: FloatArray | None, rng: np.random.Generator
+) -> Genes:
+    """Change 1 to `temperature` parameters of every individual, drawn among active ones.
+
+    With weights the new value is drawn by them (and may be the present one), without it is another, even.
+    The image size always changes evenly.
+    """
     n = len(genes)
-    cumulative = np.cumsum(weights * space.active(genes), axis=1)
+    cumulative = np.cumsum(space.active(genes) & (space.choices > 1), axis=1)
     drawn = rng.random((n, temperature, 1)) * cumulative[:, None, -1:]
     columns = (cumulative[:, None, :] <= drawn).sum(axis=2)
     # A parameter drawn twice is changed once: the move is then one parameter smaller.
     columns = np.where(np.arange(temperature) < rng.integers(1, temperature + 1, size=(n, 1)), columns, columns[:, :1])
     rows = np.arange(n)[:, None]
+    values = _other(genes[rows, columns], space.choices[columns], rng)
+    if weights is not None:
+        values = np.where(columns < space.n_genes - 1, _draw(weights, genes[:, -1:], columns, rng), values)
     moved = genes.copy()
-    moved[rows, columns] = _other(genes[rows, columns], space.choices[columns], rng)
+    moved[rows, columns] = values
     return moved
 
 
-def _other(values: Genes, choices: Genes | int, rng: np.random.Generator) -> Genes:
+def _other(values: Genes, choices: Genes, rng: np.random.Generator) -> Genes:
     """Another candidate than the present one, uniform."""
-    shift = 1 + (rng.random(values.shape) * (np.asarray(choices) - 1)).astype(np.int16)
+    shift = 1 + (rng.random(values.shape) * (choices - 1)).astype(np.int16)
     changed: Genes = ((values + shift) % choices).astype(np.int16)
     return changed

@@ -175,8 +175,8 @@ class Recorder:
         self.evaluations += len(genes)
         return feasible, upper
 
-    def feasible_start(self, rng: np.random.Generator, n: int) -> tuple[Genes, FloatArray]:
-        """n feasible individuals: random ones, moved towards the fastest network where needed.
+    def feasible_start(self, rng: np.random.Generator, genes: Genes) -> tuple[Genes, FloatArray]:
+        """Individuals moved towards the fastest network, at random, until they meet the constraint.
 
         Raises:
             InfeasibleConstraintError: If not even the fastest network meets the constraint.
@@ -185,9 +185,9 @@ class Recorder:
         if quickest.latency_upper_ms > self.limit:
             raise InfeasibleConstraintError(self.limit, quickest.latency_upper_ms)
         refuge = self.space.genes(quickest)
-        genes = self.space.sample(rng, n)
-        # The first is the fastest network: a budget of one evaluation finds something.
-        genes[0] = refuge
+        genes = genes.copy()
+        # The first is the fastest network, or the best so far: a budget of one evaluation finds something.
+        genes[0] = refuge if self.best is None else self.best
         accuracy, _ = self.evaluate(genes)
         for _ in range(64):
             bad = np.flatnonzero(np.isneginf(accuracy))
@@ -197,7 +197,7 @@ class Recorder:
             genes[bad] = np.where(shrink, refuge, genes[bad])
             accuracy[bad] = self.evaluate(genes[bad])[0]
         stuck = np.isneginf(accuracy)
-        genes[stuck], accuracy[stuck] = refuge, accuracy[0]
+        genes[stuck], accuracy[stuck] = genes[0], accuracy[0]
         return genes, accuracy
 
 

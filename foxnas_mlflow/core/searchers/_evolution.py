@@ -38,7 +38,7 @@ class Evolution(Searcher):
 
     def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
         size = min(self.population, recorder.budget)
-        genes, accuracy = recorder.feasible_start(rng, size)
+        genes, accuracy = recorder.feasible_start(rng, space.sample(rng, size))
         n_parents = max(2, round(size * self.parent_ratio))
         n_mutants = round(size * self.mutation_ratio)
         while recorder.left > 0:

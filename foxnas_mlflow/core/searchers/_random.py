@@ -13,6 +13,6 @@ class RandomSearch(Searcher):
     name = "random"
 
     def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
-        recorder.feasible_start(rng, min(32, recorder.budget))
+        recorder.feasible_start(rng, space.sample(rng, min(32, recorder.budget)))
         while recorder.left > 0:
             recorder.evaluate(space.sample(rng, min(1024, recorder.left)))

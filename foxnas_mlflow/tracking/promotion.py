@@ -1,0 +1,251 @@
+"""Promotion of a registered version: gates, the move, rollback, and what is written down of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+
+from foxnas_mlflow.core.errors import InvalidFormatError, PromotionError
+from foxnas_mlflow.flavor import FLAVOR_NAME, main_file, read_manifest
+from foxnas_mlflow.tracking.gates import LATENCY, Candidate, Verdict, judge, passed
+from foxnas_mlflow.tracking.history import former_versions
+from foxnas_mlflow.tracking.holders import ARCHIVED, STAGES, StageKeeper
+from foxnas_mlflow.tracking.registry import version_metric_sources
+from foxnas_mlflow.tracking.run import EntryRun
+
+PROMOTION_FORMAT = 1
+PROMOTION_FILE = "promotion.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """What a promotion was asked and did.
+
+    Attributes:
+        name: The registered model.
+        version: The version that was to be moved.
+        stage: The stage that it was to hold.
+        action: ``promote``, ``rollback`` or ``archive``.
+        former: Who held the stage before, or None.
+        holder: Who holds it now, or None.
+        verdicts: What the gates said; a rollback asks none.
+        dry_run: Whether moving was left out.
+        stages: Whether the registry has stages beside aliases.
+        error: Why it was not done, or empty.
+    """
+
+    name: str
+    version: str
+    stage: str
+    action: str
+    former: str | None
+    holder: str | None
+    verdicts: tuple[Verdict, ...] = ()
+    dry_run: bool = False
+    stages: bool = True
+    error: str = ""
+
+    @property
+    def uri(self) -> str:
+        """URI of the version."""
+        return f"models:/{self.name}/{self.version}"
+
+    def to_dict(self, run_id: str) -> dict[str, Any]:
+        """The content of ``promotion.json``."""
+        values = dataclasses.asdict(self)
+        values["verdicts"] = [dataclasses.asdict(verdict) for verdict in self.verdicts]
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return {"format": PROMOTION_FORMAT, "at": now, "run_id": run_id, **values}
+
+
+def promote(
+    run: EntryRun, version: ModelVersion, stage: str, *, max_latency_ms: float, max_accuracy_drop: float, dry_run: bool
+) -> Promotion:
+    """Move a version to a stage if every gate passes.
+
+    The verdicts become tags of the version and ``promotion.json`` of the run, whatever they are.
+
+    Args:
+        run: The open run.
+        version: The version.
+        stage: ``Staging`` or ``Production``.
+        max_latency_ms: Largest 90th percentile of the measured latency; 0: any.
+        max_accuracy_drop: Most points of top-1 that quantization may cost.
+        dry_run: Judge only; the registry is left as it is.
+
+    Raises:
+        InvalidFormatError: If the version's files are not as they were logged, or not of flavor foxnas.
+        PromotionError: If a gate fails, the registry refuses, or another promotion came in between.
+    """
+    keeper, number = StageKeeper(version.name), str(version.version)
+    if version.status != "READY":
+        raise PromotionError("only a version that is ready is promoted", received=f"{version.name} is {version.status}")
+    candidate = _candidate(version, run.directory)
+    former = keeper.holder(stage)
+    if stage == "Staging" and keeper.holder("Production") == number:
+        raise PromotionError(
+            "the production version does not go back to staging",
+            received=f"{version.name} version {number}",
+            remedy="promote another version to Production first, or roll back",
+        )
+    held = None if former is None else _held(version.name, former)
+    verdicts = tuple(judge(candidate, held, max_latency_ms=max_latency_ms, max_accuracy_drop=max_accuracy_drop))
+    promotion = Promotion(version.name, number, stage, "promote", former, former, verdicts, dry_run)
+    print(_table(promotion))
+    if not passed(verdicts):
+        failed = "; ".join(f"{v.gate}: {v.text}" for v in verdicts if not v.passed)
+        promotion = dataclasses.replace(promotion, error=failed)
+    try:
+        if not dry_run:
+            keeper.tag(number, _tags(promotion, run.run_id))
+        if promotion.error:
+            raise PromotionError(
+                "a version is promoted when every gate passes",
+                received=f"{version.name} version {number} fails {promotion.error}",
+                remedy="nothing was moved",
+            )
+        if not dry_run:
+            holder = keeper.move(number, stage, former=former, action="promote", run_id=run.run_id)
+            promotion = dataclasses.replace(promotion, holder=holder, stages=keeper.has_stages)
+            _check_holder(promotion)
+    except PromotionError as error:
+        promotion = dataclasses.replace(promotion, error=str(error))
+        raise
+    finally:
+        run.log_json(promotion.to_dict(run.run_id), PROMOTION_FILE)
+    return promotion
+
+
+def rollback(run: EntryRun, name: str, stage: str, *, leaving: str | None, dry_run: bool) -> Promotion:
+    """Give a stage back to the version that held it before.
+
+    No gate is asked: that version passed them, and a rollback must not wait for figures.
+
+    Args:
+        run: The open run.
+        name: The registered model.
+        stage: ``Staging`` or ``Production``.
+        leaving: The version that the user believes to be the holder, or None.
+        dry_run: Say what would be done.
+
+    Raises:
+        PromotionError: If `leaving` is not the holder, or there is nobody to go back to.
+    """
+    keeper = StageKeeper(name)
+    holder = keeper.holder(stage)
+    if leaving is not None and leaving != holder:
+        raise PromotionError(
+            "a rollback leaves the version that holds the stage",
+            received=f"version {leaving}, while version {holder or 'none'} holds {stage}",
+            remedy=f"give models:/{name} to go back from whatever holds it",
+        )
+    for former in former_versions(keeper.history(stage)):
+        if former != holder and _is_ready(name, former):
+            break
+    else:
+        raise PromotionError(
+            "a rollback needs a version that held the stage before",
+            received=f"{name} has none for {stage}",
+            remedy="see foxnas promote --history",
+        )
+    promotion = Promotion(name, former, stage, "rollback", holder, holder, (), dry_run)
+    try:
+        if not dry_run:
+            now = keeper.move(former, stage, former=holder, action="rollback", run_id=run.run_id)
+            promotion = dataclasses.replace(promotion, holder=now, stages=keeper.has_stages)
+            _check_holder(promotion)
+    except PromotionError as error:
+        promotion = dataclasses.replace(promotion, error=str(error))
+        raise
+    finally:
+        run.log_json(promotion.to_dict(run.run_id), PROMOTION_FILE)
+    return promotion
+
+
+def archive(run: EntryRun, version: ModelVersion, *, dry_run: bool) -> Promotion:
+    """Withdraw a version from whatever it holds."""
+    keeper, number = StageKeeper(version.name), str(version.version)
+    if not dry_run:
+        keeper.archive(number, run_id=run.run_id)
+    promotion = Promotion(version.name, number, ARCHIVED, "archive", None, None, (), dry_run, keeper.has_stages)
+    run.log_json(promotion.to_dict(run.run_id), PROMOTION_FILE)
+    return promotion
+
+
+def _check_holder(promotion: Promotion) -> None:
+    if promotion.holder != promotion.version:
+        raise PromotionError(
+            "one promotion at a time moves a stage",
+            received=f"version {promotion.holder or 'none'} took {promotion.stage} in the meantime",
+            remedy="see foxnas promote --history, and promote again if this version is the better one",
+        )
+
+
+def _candidate(version: ModelVersion, directory: Path) -> Candidate:
+    """What is known of a version whose files are downloaded and checked."""
+    place = directory / "version"
+    place.mkdir()
+    uri = f"models:/{version.name}/{version.version}"
+    try:
+        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(place)))
+        flavors = Model.load(str(local)).flavors
+    except (MlflowException, OSError) as error:
+        raise PromotionError(
+            "the files of a version must be in the artifact store",
+            received=f"{uri}: {str(error).strip().splitlines()[0]}",
+        ) from error
+    if FLAVOR_NAME not in flavors:
+        raise InvalidFormatError("promote moves models of flavor foxnas", received=f"{uri} has {sorted(flavors)}")
+    manifest = read_manifest(local / flavors[FLAVOR_NAME]["data"])
+    candidate = _held(version.name, str(version.version))
+    return dataclasses.replace(
+        candidate,
+        kind=manifest.kind,
+        weights=str(manifest.metadata.get("weights", "none")),
+        sha256=manifest.files[main_file(manifest.kind)],
+    )
+
+
+def _held(name: str, number: str) -> Candidate:
+    version = MlflowClient().get_model_version(name, number)
+    sources = version_metric_sources(version)
+    figures = {key: value for key, (value, _) in sources.items()}
+    source = ""
+    if LATENCY in sources:
+        try:
+            run = MlflowClient().get_run(sources[LATENCY][1])
+            source = run.data.tags.get("foxnas.latency_source", "")
+        except MlflowException:
+            source = ""  # its run was deleted; the figure stays with the model
+    return Candidate(number, figures, dict(version.tags), latency_source=source)
+
+
+def _is_ready(name: str, number: str) -> bool:
+    try:
+        return bool(MlflowClient().get_model_version(name, number).status == "READY")
+    except MlflowException:
+        return False
+
+
+def _tags(promotion: Promotion, run_id: str) -> dict[str, str]:
+    verdict = "failed" if promotion.error else "passed"
+    tags = {f"gate.{v.gate}": f"{v.word}: {v.text}"[:250] for v in promotion.verdicts}
+    return {**tags, "gates": f"{verdict} for {promotion.stage}", "promotion_run": run_id}
+
+
+def _table(promotion: Promotion) -> str:
+    lines = [f"{promotion.name} version {promotion.version} to {promotion.stage}:"]
+    lines += [f"  {verdict.gate:<14}{verdict.word:<6}{verdict.text}" for verdict in promotion.verdicts]
+    return "\n".join(lines)
+
+
+__all__ = ["PROMOTION_FILE", "STAGES", "Promotion", "archive", "promote", "rollback"]

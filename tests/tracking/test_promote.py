@@ -1,0 +1,305 @@
+"""Promotion on a real registry: gates, alias and stage, history, rollback, and refusals that move nothing."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.tracking.holders import StageKeeper
+from tests.versions import NAME, register_version
+
+pytestmark = pytest.mark.server
+
+LIMITS = ["--max-latency-ms", "60", "--max-accuracy-drop", "1"]
+
+
+def promote(model: str, stage: str = "Production", *more: str) -> int:
+    return main(["promote", "--model", model, "--stage", stage, *LIMITS, *more])
+
+
+def state(name: str = NAME) -> dict[str, Any]:
+    """Aliases, and the stage of every version."""
+    client = mlflow.MlflowClient()
+    model = client.get_registered_model(name)
+    stages = {str(v.version): v.current_stage for v in client.search_model_versions(f"name='{name}'")}
+    return {"aliases": {k: str(v) for k, v in model.aliases.items()}, "stages": stages}
+
+
+def last_run() -> mlflow.entities.Run:
+    return mlflow.MlflowClient().search_runs(["0"], "tags.`foxnas.stage` = 'promote'", max_results=1)[0]
+
+
+def document() -> dict[str, Any]:
+    return json.loads(mlflow.artifacts.load_text(f"runs:/{last_run().info.run_id}/promotion.json"))
+
+
+def test_a_version_goes_through_the_stages(tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    register_version(tmp_path)
+    assert promote(f"models:/{NAME}/1", "Staging") == 0
+    out = capsys.readouterr().out
+    assert "p90 40 ms <= 60 ms" in out
+    assert f"Next: foxnas promote --model models:/{NAME}@staging --stage Production" in out
+    assert state() == {"aliases": {"staging": "1"}, "stages": {"1": "Staging"}}
+    assert promote(f"models:/{NAME}@staging") == 0
+    # A version has one stage: it left staging.
+    assert state() == {"aliases": {"production": "1"}, "stages": {"1": "Production"}}
+
+    register_version(tmp_path, {"accuracy/int8_top1": 76.0})
+    assert promote(NAME) == 0  # the newest
+    assert state() == {"aliases": {"production": "2"}, "stages": {"1": "Archived", "2": "Production"}}
+    run = last_run()
+    assert run.info.status == "FINISHED"
+    written = document()
+    assert (written["version"], written["former"], written["holder"]) == ("2", "1", "2")
+    assert written["run_id"] == run.info.run_id
+    assert [v["gate"] for v in written["verdicts"] if v["passed"]] == [
+        "intact",
+        "weights",
+        "measured",
+        "valid",
+        "latency",
+        "quantization",
+        "holder",
+    ]
+    latency = next(v for v in written["verdicts"] if v["gate"] == "latency")
+    assert (latency["value"], latency["limit"]) == (40.0, 60.0)
+    tags = mlflow.MlflowClient().get_model_version(NAME, "2").tags
+    assert tags["gate.latency"] == "pass: p90 40 ms <= 60 ms"
+    assert tags["gates"] == "passed for Production"
+    assert tags["promotion_run"] == run.info.run_id
+    # Again: nothing changes, and the history has no second entry.
+    assert promote(f"models:/{NAME}/production") == 0
+    assert [e.version for e in StageKeeper(NAME).history("Production")] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("made", "gate", "words"),
+    [
+        ({"figures": {"benchmark/latency_ms_p90": None}}, "measured", "run foxnas benchmark"),
+        ({"latency_source": "cost_model"}, "measured", "cost model"),
+        ({"weights": "random", "tags": {"weights": "trained"}}, "weights", "random and tagged trained"),
+    ],
+)
+def test_a_gate_that_fails_moves_nothing(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], made: dict[str, Any], gate: str, words: str
+) -> None:
+    register_version(tmp_path)
+    assert promote(f"models:/{NAME}/1") == 0
+    register_version(tmp_path, **made)
+    before = state()
+    assert promote(f"models:/{NAME}/2") == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
+    assert words in line
+    assert "nothing was moved" in line
+    assert state() == before
+    run = last_run()
+    assert run.info.status == "FAILED"
+    written = document()
+    assert gate in [v["gate"] for v in written["verdicts"] if not v["passed"]]
+    assert written["holder"] == "1"
+    tags = mlflow.MlflowClient().get_model_version(NAME, "2").tags
+    assert tags[f"gate.{gate}"].startswith("FAIL: ")
+    assert tags["gates"] == "failed for Production"
+
+
+def test_better_on_one_side_is_enough(tracking: str, tmp_path: Path) -> None:
+    register_version(tmp_path)
+    assert promote(NAME) == 0
+    register_version(tmp_path, {"benchmark/latency_ms_p90": 39.0, "accuracy/int8_top1": 74.0})
+    register_version(tmp_path, {"benchmark/latency_ms_p90": 50.0}, tags={"benchmark_device": "another board"})
+    assert promote(f"models:/{NAME}/2") == 0
+    # Milliseconds of two boards say nothing about each other.
+    assert promote(f"models:/{NAME}/3") == 0
+    assert "not comparable" in mlflow.MlflowClient().get_model_version(NAME, "3").tags["gate.holder"]
+
+
+def test_dry_run_moves_nothing(tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    register_version(tmp_path)
+    assert promote(NAME, "Production", "--dry-run") == 0
+    assert "nothing was moved" in capsys.readouterr().out
+    assert state() == {"aliases": {}, "stages": {"1": "None"}}
+    model = mlflow.MlflowClient().get_registered_model(NAME)
+    assert not model.tags
+    assert "gates" not in mlflow.MlflowClient().get_model_version(NAME, "1").tags
+    assert document()["dry_run"] is True
+    assert main(["promote", "--model", NAME, "--max-latency-ms", "39", "--dry-run"]) == 2
+
+
+def test_rollback_and_history(tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = datetime.now(UTC)
+    for top1 in (75.0, 76.0, 77.0):
+        register_version(tmp_path, {"accuracy/int8_top1": top1})
+        assert promote(NAME) == 0
+    assert promote(f"models:/{NAME}/1", "Production", "--rollback") == 2
+    assert "a rollback leaves the version that holds the stage" in capsys.readouterr().err
+    assert promote(NAME, "Production", "--rollback", "--dry-run") == 0
+    assert state()["aliases"] == {"production": "3"}
+    assert promote(f"models:/{NAME}@production", "Production", "--rollback") == 0
+    assert state() == {"aliases": {"production": "2"}, "stages": {"1": "Archived", "2": "Production", "3": "Archived"}}
+    assert document()["action"] == "rollback"
+    assert promote(NAME, "Production", "--rollback") == 0
+    assert state()["aliases"] == {"production": "1"}
+    assert promote(NAME, "Production", "--rollback") == 2
+    assert "held the stage before" in capsys.readouterr().err
+    history = StageKeeper(NAME).history("Production")
+    assert [(e.version, e.action) for e in history] == [
+        ("1", "promote"),
+        ("2", "promote"),
+        ("3", "promote"),
+        ("2", "rollback"),
+        ("1", "rollback"),
+    ]
+    assert all(start <= e.since <= datetime.now(UTC) for e in history)
+    moment = history[2].since.isoformat()
+    assert main(["promote", "--history", "--model", NAME, "--stage", "Production", "--date", moment]) == 0
+    out = capsys.readouterr().out
+    assert "version 3" in out
+    assert "version 2" not in out
+    assert main(["promote", "--history", "--model", NAME, "--stage", "Production", "--date", "2020-01-01"]) == 0
+    assert "nobody" in capsys.readouterr().out
+    assert main(["promote", "--history", "--model", NAME, "--stage", "Production"]) == 0
+    assert capsys.readouterr().out.count("version") == 5
+    assert main(["promote", "--history", "--model", NAME, "--date", "yesterday"]) == 2
+
+
+def test_archived_withdraws_a_version(tracking: str, tmp_path: Path) -> None:
+    for top1 in (75.0, 76.0):
+        register_version(tmp_path, {"accuracy/int8_top1": top1})
+        assert promote(NAME) == 0
+    assert promote(f"models:/{NAME}/2", "Archived") == 0
+    assert state() == {"aliases": {}, "stages": {"1": "Archived", "2": "Archived"}}
+    assert [e.version for e in StageKeeper(NAME).history("Production")] == ["1", "2", None]
+    # What was withdrawn is nothing to go back to.
+    assert promote(NAME, "Production", "--rollback") == 0
+    assert state()["aliases"] == {"production": "1"}
+
+
+def test_what_others_moved_is_noted_and_mended(tracking: str, tmp_path: Path) -> None:
+    client = mlflow.MlflowClient()
+    for top1 in (75.0, 76.0, 77.0):
+        register_version(tmp_path, {"accuracy/int8_top1": top1})
+    with pytest.warns(FutureWarning, match="stages"):
+        client.transition_model_version_stage(NAME, "1", "Production")
+    assert StageKeeper(NAME).holder("Production") == "1"  # a registry that knew stages only
+    assert promote(f"models:/{NAME}/2") == 0
+    assert state()["stages"] == {"1": "Archived", "2": "Production", "3": "None"}
+    client.set_registered_model_alias(NAME, "production", "3")
+    assert promote(f"models:/{NAME}/3") == 0
+    assert state() == {"aliases": {"production": "3"}, "stages": {"1": "Archived", "2": "Archived", "3": "Production"}}
+    history = StageKeeper(NAME).history("Production")
+    assert [e.version for e in history] == ["1", "2", "3"]
+    assert history[0].action == "outside"
+    assert promote(NAME, "Staging") == 2  # production does not go back to staging
+    client.delete_model_version(NAME, "2")
+    assert promote(NAME, "Production", "--rollback") == 0  # 2 is gone
+    assert state()["aliases"] == {"production": "1"}
+
+
+def test_a_registry_without_stages(tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Unity Catalog, whose own client raises this error before it asks its server."""
+    from mlflow.store._unity_catalog.registry.rest_store import UcModelRegistryStore
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+
+    monkeypatch.setattr(
+        SqlAlchemyStore, "transition_model_version_stage", UcModelRegistryStore.transition_model_version_stage
+    )
+    for top1 in (75.0, 76.0):
+        register_version(tmp_path, {"accuracy/int8_top1": top1})
+        assert promote(NAME, "Staging") == 0
+        assert promote(NAME) == 0
+    assert state() == {"aliases": {"production": "2"}, "stages": {"1": "None", "2": "None"}}
+    assert document()["stages"] is False
+    assert promote(NAME, "Production", "--rollback") == 0
+    assert state()["aliases"] == {"production": "1"}
+    assert promote(f"models:/{NAME}@production", "Archived") == 0
+    assert state()["aliases"] == {}
+
+
+def test_without_rights_nothing_moves(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path)
+    before = state()
+    mlflow.set_registry_uri(f"sqlite:///file:{tmp_path / 'mlflow.db'}?mode=ro&uri=true")
+    assert promote(NAME) == 2
+    error = capfd.readouterr().err
+    assert "the right to change the registered model" in error
+    assert "Traceback" not in error
+    mlflow.set_registry_uri(tracking)
+    assert state() == before
+
+
+@pytest.mark.parametrize("denied", ["transition_model_version_stage", "set_registered_model_tag"])
+def test_with_half_the_rights_the_alias_goes_back(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denied: str
+) -> None:
+    for top1 in (75.0, 76.0):
+        register_version(tmp_path, {"accuracy/int8_top1": top1})
+    assert promote(f"models:/{NAME}/1") == 0
+    before = state()
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise MlflowException("Permission denied", error_code=7)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.store.model_registry.sqlalchemy_store.SqlAlchemyStore, denied, refuse)
+        assert promote(f"models:/{NAME}/2") == 2
+    assert state()["aliases"] == before["aliases"]
+    assert promote(f"models:/{NAME}/1") == 0
+    assert state() == before
+
+
+def test_bad_input(tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    register_version(tmp_path)
+    cases = [
+        ([], "give --model"),
+        (["--model", f"models:/{NAME}/7"], "has the versions 1"),
+        (["--model", "models:/nobody"], "no version of nobody"),
+        (["--model", f"models:/{NAME}@staging"], "registered version"),
+        (["--model", "runs:/abc/model"], "models:/name"),
+        (["--model", f"models:/{NAME}/1/2"], "models:/name"),
+        (["--model", NAME, "--stage", "Prod"], "stage must be"),
+        (["--model", NAME, "--max-latency-ms", "-1"], "0 or more"),
+        (["--model", NAME, "--max-accuracy-drop", "nan"], "finite"),
+        (["--model", NAME, "--stage", "Archived", "--rollback"], "Staging or Production"),
+        (["--model", NAME, "--rollback"], "held the stage before"),
+    ]
+    for argv, words in cases:
+        assert main(["promote", *argv]) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
+        assert words in line, line
+    assert state() == {"aliases": {}, "stages": {"1": "None"}}
+
+
+@pytest.mark.parametrize("damage", ["changed", "newer", "kind", "gone", "foreign"])
+def test_files_that_are_not_as_logged(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    register_version(tmp_path)
+    (file,) = tmp_path.glob("**/artifacts/data/foxnas.json")
+    text = file.read_text()
+    words = {"changed": "as they were logged", "newer": "format from 1 to", "kind": "kind must be one of"}
+    if damage == "changed":
+        with (file.parent / "model.tflite").open("ab") as model:
+            model.write(b"\0")
+    elif damage == "newer":
+        file.write_text(text.replace('"format": 2', '"format": 99'))
+    elif damage == "kind":
+        file.write_text(text.replace('"kind": "tflite"', '"kind": "onnx"'))
+    elif damage == "gone":
+        (file.parents[1] / "MLmodel").unlink()
+    else:
+        description = file.parents[1] / "MLmodel"
+        description.write_text(description.read_text().replace("  foxnas:", "  other:"))
+    assert promote(NAME) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
+    assert words.get(damage, "") in line
+    assert state() == {"aliases": {}, "stages": {"1": "None"}}
+    assert last_run().info.status == "FAILED"

@@ -1,0 +1,60 @@
+"""Registered int8 versions with figures, for tests of promotion and of what comes after it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlflow
+
+from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.data.preprocess import Preprocessing
+from foxnas_mlflow.flavor import TfliteModel, log_model
+from foxnas_mlflow.tflite import write_probe
+
+NAME = "foxnas-rpi4"
+FIGURES = {
+    "benchmark/latency_ms_p90": 40.0,
+    "benchmark/valid": 1.0,
+    "accuracy/int8_top1": 75.0,
+    "accuracy/quantization_drop": 0.4,
+}
+
+
+@functools.cache
+def probe() -> bytes:
+    """A small int8 network with three classes."""
+    import dataclasses
+
+    space = dataclasses.replace(CPU_SPACE, n_classes=3)
+    return write_probe(build_network(space, space.smallest(128)))
+
+
+def register_version(
+    directory: Path,
+    figures: Mapping[str, float | None] = {},
+    *,
+    name: str = NAME,
+    latency_source: str = "measured",
+    weights: str = "trained",
+    tags: Mapping[str, str] = {},
+) -> str:
+    """Log and register a version as `quantize` and `benchmark` do; returns its number.
+
+    A figure that is None is left out.
+    """
+    path = directory / "probe.tflite"
+    path.write_bytes(probe())
+    model = TfliteModel(path, ("a", "b", "c"), Preprocessing(128, 3), weights=weights)  # type: ignore[arg-type]
+    client = mlflow.MlflowClient()
+    with mlflow.start_run(tags={"foxnas.latency_source": latency_source}, nested=True) as run:
+        info = log_model(model, name="model", registered_model_name=name, code_paths=[])
+        for key, value in {**FIGURES, **figures}.items():
+            if value is not None:
+                mlflow.log_metric(key, value, run_id=run.info.run_id, model_id=info.model_id)
+    number = str(info.registered_model_version)
+    for key, value in {"weights": weights, "emulated": "false", "benchmark_device": "board", **tags}.items():
+        client.set_model_version_tag(name, number, key, value)
+    return number
