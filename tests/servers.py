@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import ipaddress
 import json
 import os
+import pwd
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def free_port() -> int:
@@ -63,6 +70,114 @@ def running(
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+            # Workers that outlived their server.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def listening_on(port: int) -> set[str]:
+    """Addresses on which anything listens at a port, as Linux tells them: {"127.0.0.1"}."""
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                raw = bytes.fromhex(address)
+                words = b"".join(raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
+                addresses.add(str(ipaddress.ip_address(words)))
+    return addresses
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """PostgreSQL on loopback with an empty database; yields its SQLAlchemy URI.
+
+    Skips with the reason where it is not installed. It refuses to run as root, so root starts it as
+    the user that Debian's package makes, or as nobody.
+    """
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    found = shutil.which("postgres")
+    binaries = installed[-1].parent if installed else Path(found).parent if found else None
+    if binaries is None or importlib.util.find_spec("psycopg2") is None:
+        pytest.skip("PostgreSQL and psycopg2 are not installed (Debian: apt-get install postgresql)")
+    user = None
+    if os.geteuid() == 0:
+        user = next(name for name in ("postgres", "nobody") if name in {entry.pw_name for entry in pwd.getpwall()})
+    # Its user must be able to reach it, and pytest's own directories are closed.
+    with tempfile.TemporaryDirectory(prefix="foxnas-postgres-", dir="/tmp", ignore_cleanup_errors=True) as directory:
+        if user is not None:
+            shutil.chown(directory, user)
+        data, port = f"{directory}/data", free_port()
+        subprocess.run(
+            [str(binaries / "initdb"), "-D", data, "-U", "mlflow", "-A", "trust", "-E", "UTF8", "--no-sync"],
+            check=True,
+            capture_output=True,
+            user=user,
+            cwd=directory,
+        )
+        command = [str(binaries / "postgres"), "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", directory]
+        with Path(directory, "log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, "-F"], stdout=log, stderr=log, user=user, cwd=directory, start_new_session=True
+            )
+        try:
+            _await_postgres(process, port, Path(directory, "log"))
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+        finally:
+            process.send_signal(signal.SIGINT)  # clients are cut off, the rest is written
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _await_postgres(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    import psycopg2
+
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            psycopg2.connect(host="127.0.0.1", port=port, user="mlflow", dbname="postgres").close()
+            return
+        except psycopg2.OperationalError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"PostgreSQL did not start:\n{log.read_text()}") from None
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def s3(*, log: Path) -> Iterator[dict[str, str]]:
+    """An S3 store on loopback with the bucket ``models``; yields the environment that MLflow needs for it."""
+    if importlib.util.find_spec("moto") is None or importlib.util.find_spec("boto3") is None:
+        pytest.skip("moto[server] and boto3 are not installed")
+    port = free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with running(command, f"http://127.0.0.1:{port}/moto-api/", log=log):
+        message = urllib.request.Request(f"http://127.0.0.1:{port}/models", method="PUT")
+        urllib.request.urlopen(message, timeout=30).close()
+        yield {
+            "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+@contextlib.contextmanager
+def tracking_server(store: str, artifacts: str, *, log: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """`mlflow server` on loopback that hands artifacts through; yields its URL."""
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", store, "--serve-artifacts", "--artifacts-destination", artifacts]
+    with running(
+        command,
+        f"http://127.0.0.1:{port}/health",
+        log=log,
+        env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **(env or {})},
+    ):
+        yield f"http://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,122 @@
+"""The registry on what teams run: PostgreSQL, `mlflow server` that serves artifacts, S3; and promotions at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.tracking.holders import StageKeeper
+from foxnas_mlflow.tracking.registry import model_id_of
+from tests.colour_model import encoded, image_of
+from tests.servers import listening_on, postgres, request, s3, scoring_server, tracking_server
+from tests.versions import FIGURES, NAME, register_version
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """URL of a tracking server, and URI of the database behind it."""
+    logs = tmp_path_factory.mktemp("stack")
+    with (
+        postgres() as database,
+        s3(log=logs / "s3.log") as env,
+        tracking_server(database, "s3://models/mlflow", log=logs / "mlflow.log", env=env) as url,
+    ):
+        for address in (url, database, env["MLFLOW_S3_ENDPOINT_URL"]):
+            assert listening_on(urlsplit(address).port or 0) == {"127.0.0.1"}
+        yield url, database
+
+
+@pytest.fixture
+def server(stack: tuple[str, str], tracking: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The tracking server is where everything goes."""
+    url, _ = stack
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    mlflow.set_tracking_uri(url)
+    mlflow.set_registry_uri(url)
+    return url
+
+
+def test_a_model_from_its_run_to_a_scoring_server(server: str, tmp_path: Path) -> None:
+    register_version(tmp_path)
+    client = mlflow.MlflowClient()
+    version = client.get_model_version(NAME, "1")
+    logged = client.get_logged_model(model_id_of(version) or "")
+    assert {m.key: m.value for m in logged.metrics or []} == FIGURES
+    assert logged.artifact_location.startswith("mlflow-artifacts:/")
+    assert main(["promote", "--model", NAME, "--stage", "Production", "--max-latency-ms", "60"]) == 0
+    assert main(["promote", "--model", NAME, "--stage", "Staging", "--max-latency-ms", "1"]) == 2
+    version = client.get_model_version_by_alias(NAME, "production")
+    assert (version.version, version.current_stage) == ("1", "Production")
+    frame = pd.DataFrame({"image": [encoded(image_of("red", height=128, width=128))]})
+    table = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(frame)
+    with scoring_server(f"models:/{NAME}@production", log=tmp_path / "serve.log") as url:
+        assert listening_on(urlsplit(url).port or 0) == {"127.0.0.1"}
+        body = {"inputs": image_of("red", height=128, width=128)[None].tolist()}
+        status, text = request(url, body)
+        assert status == 200, text
+    (row,) = json.loads(text)["predictions"]
+    np.testing.assert_allclose(sum(row["probabilities"]), 1, rtol=1e-5)
+    assert set(table["label"]) <= {"a", "b", "c"}
+
+
+_PROMOTER = """
+import sys, pathlib, time
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.errors import PromotionError
+from foxnas_mlflow.tracking.holders import StageKeeper
+name, version, go = sys.argv[1:]
+keeper = StageKeeper(name)
+print("ready", flush=True)
+while not pathlib.Path(go).exists():
+    time.sleep(0.005)
+statuses = [main(["promote", "--model", f"models:/{name}/{version}", "--stage", "Production"])]
+for _ in range(3):
+    try:
+        keeper.move(version, "Production", former=keeper.holder("Production"), action="promote", run_id=version)
+    except PromotionError as error:
+        assert "in the meantime" in str(error), error
+"""
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+def test_promotions_at_once_leave_one_holder(
+    tracking: str, tmp_path: Path, store: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if store == "postgres":
+        request.getfixturevalue("server")
+        # Straight to the database: nothing in between puts the promotions in order.
+        _, database = request.getfixturevalue("stack")
+        monkeypatch.setenv("MLFLOW_REGISTRY_URI", database)
+    name, go = "foxnas-at-once", tmp_path / "go"
+    versions = [register_version(tmp_path, name=name) for _ in range(3)]
+    command = [sys.executable, "-c", _PROMOTER, name]
+    processes = [
+        subprocess.Popen([*command, version, str(go)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for version in versions
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "ready"
+    go.touch()
+    for process in processes:
+        _, error = process.communicate(timeout=180)
+        assert process.returncode == 0, error
+    client = mlflow.MlflowClient()
+    (holder,) = (str(version) for version in client.get_registered_model(name).aliases.values())
+    stages = {str(v.version): v.current_stage for v in client.search_model_versions(f"name='{name}'")}
+    assert [version for version, stage in stages.items() if stage == "Production"] == [holder]
+    history = StageKeeper(name).history("Production")
+    assert history[-1].version == holder
+    assert len({entry.since for entry in history}) == len(history)
