@@ -6,6 +6,7 @@ from foxnas_mlflow.data._datasets import (
     ImageDataset,
     ImageSet,
     load_dataset,
+    prepared_batches,
     stratified_split,
 )
 from foxnas_mlflow.data.preprocess import Normalization, Preprocessing, resize
@@ -18,6 +19,7 @@ __all__ = [
     "Normalization",
     "Preprocessing",
     "load_dataset",
+    "prepared_batches",
     "resize",
     "stratified_split",
 ]

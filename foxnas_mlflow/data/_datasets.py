@@ -13,7 +13,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
-from foxnas_mlflow.data.preprocess import MAX_PIXELS, Normalization, decode_image, resize
+from foxnas_mlflow.data.preprocess import MAX_PIXELS, Normalization, Preprocessing, decode_image, resize
 
 ImageArray = NDArray[np.uint8]
 
@@ -211,6 +211,33 @@ def stratified_split(
         chosen.append(members[:count])
     taken = np.sort(np.concatenate(chosen))
     return np.setdiff1d(np.arange(len(targets)), taken), taken
+
+
+def prepared_batches(
+    images: ImageSet, preprocessing: Preprocessing, index: NDArray[np.integer] | None = None, *, batch_size: int = 250
+) -> Iterator[tuple[ImageArray, NDArray[np.int64]]]:
+    """Images as a served model gets them, before normalisation; damaged files are left out.
+
+    Args:
+        images: The images.
+        preprocessing: Image size and crop.
+        index: Which images, in which order; None: all.
+        batch_size: Images a batch.
+
+    Yields:
+        uint8 (n, image_size, image_size, channels), and their class indices (n,).
+    """
+    chosen = np.arange(len(images)) if index is None else index
+    for start in range(0, len(chosen), batch_size):
+        pixels, targets = [], []
+        for i in map(int, chosen[start : start + batch_size]):
+            try:
+                pixels.append(resize(images[i], preprocessing.image_size, crop=preprocessing.crop))
+            except (InvalidInputError, OSError):
+                continue
+            targets.append(images.targets[i])
+        if pixels:
+            yield np.stack(pixels), np.asarray(targets, np.int64)
 
 
 def _at_most(images: ImageSet, limit: int | None, rng: np.random.Generator) -> ImageSet:

@@ -3,7 +3,7 @@
 from foxnas_mlflow.supernet._batches import Batches
 from foxnas_mlflow.supernet._distributed import Worker, join_workers
 from foxnas_mlflow.supernet._evaluate import Evaluation, SubnetEvaluator, recalibrate
-from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, subnet_weights
+from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, plain_logits, subnet_weights
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
 from foxnas_mlflow.supernet._train import TrainConfig, TrainingState, load_checkpoint, train_supernet
 
@@ -21,6 +21,7 @@ __all__ = [
     "get_preset",
     "join_workers",
     "load_checkpoint",
+    "plain_logits",
     "recalibrate",
     "subnet_weights",
     "train_supernet",

@@ -54,6 +54,17 @@ class PlainNetwork(nn.Module):
         """Logits (n, n_classes) of normalised images (n, channels, height, width)."""
         return _walk(self.network, images, lambda layer, x: self.get_submodule(layer.name)(x))
 
+    @classmethod
+    def from_weights(cls, network: Network, weights: Mapping[str, NDArray[Any]]) -> PlainNetwork:
+        """A network with stored weights, in evaluation mode.
+
+        Raises:
+            InvalidFormatError: If names or shapes are those of another network.
+        """
+        plain = cls(network)
+        _load(plain, weights, "the same network", "give the architecture and space that they belong to")
+        return plain.eval()
+
 
 class Supernet(nn.Module):
     """All subnets of a space in one set of weights.
@@ -141,20 +152,7 @@ class Supernet(nn.Module):
         Raises:
             InvalidFormatError: If names or shapes are those of another space.
         """
-        expected = {name: tuple(t.shape) for name, t in self.state_dict().items()}
-        received = {_torch_name(name): np.asarray(values) for name, values in weights.items()}
-        differing = sorted(
-            name
-            for name in {*expected, *received}
-            if name not in expected or name not in received or received[name].shape != expected[name]
-        )
-        if differing:
-            raise InvalidFormatError(
-                "the weights must belong to the same space",
-                received=f"{len(differing)} arrays that differ, first {differing[0]}",
-                remedy="give the space that the supernet was trained in",
-            )
-        self.load_state_dict({name: torch.tensor(values, dtype=torch.float32) for name, values in received.items()})
+        _load(self, weights, "the same space", "give the space that the supernet was trained in")
 
     @classmethod
     def from_weights(cls, space: SearchSpace, weights: Mapping[str, NDArray[Any]]) -> Supernet:
@@ -167,6 +165,21 @@ class Supernet(nn.Module):
 def subnet_weights(plain: PlainNetwork) -> dict[str, NDArray[Any]]:
     """A plain network's parameters and statistics by name, as NumPy float32."""
     return _numpy(plain)
+
+
+def plain_logits(
+    network: Network, weights: Mapping[str, NDArray[Any]], images: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Logits (n, n_classes) of a network with stored weights, for normalised images (n, height, width, channels).
+
+    Raises:
+        InvalidFormatError: If the weights are those of another network.
+    """
+    plain = PlainNetwork.from_weights(network, weights)
+    with torch.inference_mode():
+        logits = plain(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+    values: NDArray[np.float32] = logits.numpy()
+    return values
 
 
 def norms_of(module: nn.Module) -> Iterator[_Norm]:
@@ -386,6 +399,23 @@ def _head(conv: nn.Conv2d, n: int) -> Tensor:
 def _torch_name(name: str) -> str:
     stem, _, last = name.rpartition(".")
     return f"{stem}.{_TO_TORCH.get(last, last)}"
+
+
+def _load(module: nn.Module, weights: Mapping[str, NDArray[Any]], belonging: str, remedy: str) -> None:
+    expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    received = {_torch_name(name): np.asarray(values) for name, values in weights.items()}
+    differing = sorted(
+        name
+        for name in {*expected, *received}
+        if name not in expected or name not in received or received[name].shape != expected[name]
+    )
+    if differing:
+        raise InvalidFormatError(
+            f"the weights must belong to {belonging}",
+            received=f"{len(differing)} arrays that differ, first {differing[0]}",
+            remedy=remedy,
+        )
+    module.load_state_dict({name: torch.tensor(values, dtype=torch.float32) for name, values in received.items()})
 
 
 def _numpy(module: nn.Module) -> dict[str, NDArray[Any]]:

@@ -2,15 +2,16 @@
 
 from foxnas_mlflow.tflite._checks import check_classifier, check_int8
 from foxnas_mlflow.tflite._convert import Conversion, convert
+from foxnas_mlflow.tflite._evaluate import FloatModel, QuantizationLoss, quantization_loss
 from foxnas_mlflow.tflite._graph import Operator, lower
 from foxnas_mlflow.tflite._interpreter import (
     Int8Model,
     LayerError,
-    Normalization,
     layer_errors,
     make_interpreter,
     sample_answer,
 )
+from foxnas_mlflow.tflite._keras import quiet_tensorflow
 from foxnas_mlflow.tflite._model import OperatorInfo, TensorInfo, TfliteModel, read_tflite
 from foxnas_mlflow.tflite._reference import reference_forward
 from foxnas_mlflow.tflite._weights import FoldedWeights, fold_weights, random_weights, weight_shapes
@@ -18,12 +19,13 @@ from foxnas_mlflow.tflite._writer import write_probe
 
 __all__ = [
     "Conversion",
+    "FloatModel",
     "FoldedWeights",
     "Int8Model",
     "LayerError",
-    "Normalization",
     "Operator",
     "OperatorInfo",
+    "QuantizationLoss",
     "TensorInfo",
     "TfliteModel",
     "check_classifier",
@@ -33,6 +35,8 @@ __all__ = [
     "layer_errors",
     "lower",
     "make_interpreter",
+    "quantization_loss",
+    "quiet_tensorflow",
     "random_weights",
     "read_tflite",
     "reference_forward",

@@ -7,14 +7,10 @@ given), the file against the layer description.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +23,10 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import ConversionError, InvalidInputError, import_or_raise
 from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.core.network import Network
+from foxnas_mlflow.data.preprocess import Normalization
 from foxnas_mlflow.tflite._checks import Runtime, check_int8
 from foxnas_mlflow.tflite._graph import lower
-from foxnas_mlflow.tflite._interpreter import Normalization
-from foxnas_mlflow.tflite._keras import build_keras
+from foxnas_mlflow.tflite._keras import build_keras, quiet_tensorflow
 from foxnas_mlflow.tflite._model import read_tflite, with_metadata
 from foxnas_mlflow.tflite._reference import reference_forward
 from foxnas_mlflow.tflite._weights import FloatArray, Weights, fold_weights
@@ -125,10 +121,9 @@ def convert(
         )
     operators = lower(network)
     folded = fold_weights(operators, weights)
-    images = normalization.apply(representative)
+    images = normalization(representative)
 
-    _quiet_tensorflow()
-    with _captured_output() as log:
+    with quiet_tensorflow() as log:
         model = build_keras(operators, folded, shape)
         parity = _parity_error(model, operators, folded, images, reference_logits)
         tf = import_or_raise("tensorflow", extra="tflite", feature="conversion to TensorFlow Lite")
@@ -194,36 +189,3 @@ def _relative_error(mirror: FloatArray, reference: FloatArray, name: str) -> flo
             remedy="check that weights, architecture and space belong together",
         )
     return error
-
-
-def _quiet_tensorflow() -> None:
-    """Keep TensorFlow's start-up messages away, unless the user asked for a level."""
-    if "tensorflow" not in sys.modules:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-
-@contextlib.contextmanager
-def _captured_output() -> Iterator[Any]:
-    """Keep what TensorFlow's C++ and Python sides print, to be shown only with an error."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as sink:
-        saved = os.dup(1), os.dup(2)
-
-        def text() -> str:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            sink.seek(0)
-            return " ".join(sink.read().decode("utf-8", "replace").split())
-
-        try:
-            os.dup2(sink.fileno(), 1)
-            os.dup2(sink.fileno(), 2)
-            yield text
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            os.close(saved[0])
-            os.close(saved[1])

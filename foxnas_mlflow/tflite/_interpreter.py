@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import DeviceError, InvalidInputError, MissingDependencyError
 from foxnas_mlflow.core.network import Network
+from foxnas_mlflow.data.preprocess import Normalization
 from foxnas_mlflow.tflite._checks import body_operators, check_classifier
 from foxnas_mlflow.tflite._graph import INPUT, lower
 from foxnas_mlflow.tflite._model import TensorInfo, TfliteModel, read_tflite
@@ -20,36 +21,6 @@ from foxnas_mlflow.tflite._reference import reference_forward, run_operator
 from foxnas_mlflow.tflite._weights import FloatArray, Weights, fold_weights
 
 EDGETPU_LIBRARY = "libedgetpu.so.1"
-
-
-@dataclass(frozen=True, slots=True)
-class Normalization:
-    """How pixels become the network's input: (pixel / 255 - mean) / std, per channel.
-
-    Attributes:
-        mean, std: One value a channel.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not self.mean or not all(s > 0 for s in self.std):
-            raise InvalidInputError(
-                "a normalisation has one mean and one positive std a channel", received=f"{self.mean}, {self.std}"
-            )
-
-    def apply(self, images: NDArray[np.uint8]) -> FloatArray:
-        """Normalise uint8 images of shape (n, height, width, channels)."""
-        _check_images(images, len(self.mean))
-        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        scaled: FloatArray = images.astype(np.float32) / np.float32(255)
-        return (scaled - mean) / std
-
-    def table(self, tensor: TensorInfo) -> NDArray[np.int8] | NDArray[np.uint8]:
-        """The quantized value of every pixel value: shape (256, channels), of the input's type."""
-        pixels = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None, None], (1, 256, 1, len(self.mean)))
-        return quantize(self.apply(pixels)[0, :, 0, :], tensor)
 
 
 class Int8Model:
@@ -88,7 +59,9 @@ class Int8Model:
                 tuple(metadata["normalization"]["mean"]), tuple(metadata["normalization"]["std"])
             )
         self.labels: tuple[str, ...] | None = tuple(metadata["labels"]) if metadata.get("labels") else None
-        self._table = normalization.table(self.model.input)
+        # A pixel has 256 values: what normalising and quantizing do to each is looked up.
+        levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], len(normalization.mean), axis=1)
+        self._table = quantize(normalization(levels), self.model.input)
         self._interpreter = make_interpreter(self.model.data, threads=threads, edgetpu=edgetpu)
 
     def quantize(self, images: NDArray[np.uint8]) -> NDArray[np.int8] | NDArray[np.uint8]:

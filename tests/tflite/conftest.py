@@ -7,7 +7,7 @@ import pytest
 
 from foxnas_mlflow.core.network import Network, build_network
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace
-from foxnas_mlflow.tflite import Normalization
+from foxnas_mlflow.data import Normalization
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -60,7 +60,7 @@ def conversion(weights: dict[str, np.ndarray]) -> Conversion:
 def float_logits(weights: dict[str, np.ndarray], images: np.ndarray) -> np.ndarray:
     operators = lower(NETWORK)
     folded = fold_weights(operators, weights)
-    return reference_forward(operators, folded, NORMALIZATION.apply(images))[operators[-1].name]
+    return reference_forward(operators, folded, NORMALIZATION(images))[operators[-1].name]
 
 
 def test_conversion_keeps_the_function(conversion: Conversion, weights: dict[str, np.ndarray]) -> None:
