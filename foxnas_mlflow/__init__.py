@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.searchers import exact_front as exact_front
     from foxnas_mlflow.core.searchers import search as search
     from foxnas_mlflow.core.space import SearchSpace as SearchSpace
+    from foxnas_mlflow.flavor import get_default_conda_env as get_default_conda_env
+    from foxnas_mlflow.flavor import get_default_pip_requirements as get_default_pip_requirements
+    from foxnas_mlflow.flavor import load_model as load_model
+    from foxnas_mlflow.flavor import log_model as log_model
+    from foxnas_mlflow.flavor import save_model as save_model
 
 _PUBLIC = {
     "Architecture": "foxnas_mlflow.core.architecture",
@@ -23,9 +28,26 @@ _PUBLIC = {
     "fit_predictors": "foxnas_mlflow.core.predictors",
     "exact_front": "foxnas_mlflow.core.searchers",
     "search": "foxnas_mlflow.core.searchers",
+    "get_default_conda_env": "foxnas_mlflow.flavor",
+    "get_default_pip_requirements": "foxnas_mlflow.flavor",
+    "load_model": "foxnas_mlflow.flavor",
+    "log_model": "foxnas_mlflow.flavor",
+    "save_model": "foxnas_mlflow.flavor",
 }
 
-__all__ = ["Architecture", "SearchSpace", "__version__", "exact_front", "fit_predictors", "search"]
+__all__ = [
+    "Architecture",
+    "SearchSpace",
+    "__version__",
+    "exact_front",
+    "fit_predictors",
+    "get_default_conda_env",
+    "get_default_pip_requirements",
+    "load_model",
+    "log_model",
+    "save_model",
+    "search",
+]
 
 
 def __getattr__(name: str) -> Any:

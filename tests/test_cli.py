@@ -29,6 +29,16 @@ def test_light_imports(statement: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_public_names_load_on_first_use() -> None:
+    import foxnas_mlflow
+
+    for name in foxnas_mlflow.__all__:
+        assert getattr(foxnas_mlflow, name) is not None
+    assert foxnas_mlflow.log_model.__module__.startswith("foxnas_mlflow.flavor")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = foxnas_mlflow.nothing
+
+
 def test_mlproject_declares_the_parameters_of_the_commands(root: Path) -> None:
     project = yaml.safe_load((root / "MLproject").read_text())
     assert set(project["entry_points"]) == set(COMMANDS)
