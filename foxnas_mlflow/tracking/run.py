@@ -26,7 +26,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow._version import __version__
-from foxnas_mlflow.tracking.process import PROCESS_TAG, process_identity
+from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, process_identity
 
 _MAX_PARAM_CHARACTERS = 6000
 
@@ -134,6 +134,8 @@ def entry_run(
     # leaves no run without them.
     nested = mlflow.active_run() is not None
     active = mlflow.start_run(nested=nested, tags=values)
+    if not nested:
+        best_effort(end_dead_runs)(active.info.experiment_id)
     status = "FINISHED"
     try:
         with _sigterm_raises(), tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
@@ -150,6 +152,17 @@ def entry_run(
         raise
     finally:
         mlflow.end_run(status)
+
+
+def end_dead_runs(experiment_id: str) -> list[str]:
+    """End the runs whose process is gone as KILLED, which a SIGKILL or a power cut leaves RUNNING."""
+    client = MlflowClient()
+    ended = []
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+        if is_dead(run.data.tags.get(PROCESS_TAG, "")):
+            client.set_terminated(run.info.run_id, "KILLED")
+            ended.append(run.info.run_id)
+    return ended
 
 
 @contextlib.contextmanager

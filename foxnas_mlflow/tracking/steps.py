@@ -27,6 +27,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead
 from foxnas_mlflow.tracking.run import EntryRun, tags_of_next_run
+from foxnas_mlflow.tracking.run import end_dead_runs as end_dead_runs
 
 DIGEST_TAG = "foxnas.step_digest"
 OUTPUTS_TAG = "foxnas.step_outputs"
@@ -112,17 +113,6 @@ def run_step(parent: EntryRun, step: Step, action: Callable[[Sequence[str]], Map
     run_id = str(outputs["run_id"])
     client.set_tag(run_id, OUTPUTS_TAG, json.dumps(outputs))
     return StepResult(step.name, run_id, outputs, False, time.monotonic() - start)
-
-
-def end_dead_runs(experiment_id: str) -> list[str]:
-    """End the runs whose process is gone as KILLED, which a SIGKILL or a power cut leaves RUNNING."""
-    client = MlflowClient()
-    ended = []
-    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
-        if is_dead(run.data.tags.get(PROCESS_TAG, "")):
-            client.set_terminated(run.info.run_id, "KILLED")
-            ended.append(run.info.run_id)
-    return ended
 
 
 def _outputs(client: MlflowClient, run: Run) -> dict[str, Any] | None:

@@ -164,6 +164,30 @@ def test_sigterm_ends_the_run_as_killed(tracking: str, tmp_path: Path) -> None:
     assert run.info.status == "KILLED"
 
 
+def test_the_next_command_ends_what_sigkill_left_running(tracking: str) -> None:
+    import mlflow
+
+    from foxnas_mlflow.tracking.run import entry_run
+
+    code = (
+        "import time\nfrom foxnas_mlflow.tracking.run import entry_run\n"
+        "with entry_run(stage='search', params={}) as run:\n    print(run.run_id, flush=True)\n    time.sleep(60)\n"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    killed, alive = (process.stdout.readline().strip() for process in processes if process.stdout is not None)
+    client = mlflow.MlflowClient()
+    processes[0].kill()
+    processes[0].wait()
+    assert client.get_run(killed).info.status == "RUNNING"
+    with entry_run(stage="fit", params={}):
+        assert client.get_run(killed).info.status == "KILLED"
+        assert client.get_run(alive).info.status == "RUNNING"
+    processes[1].terminate()
+    for process in processes:
+        process.communicate(timeout=60)
+    assert client.get_run(alive).info.status == "KILLED"
+
+
 def test_an_error_ends_the_run_as_failed(tracking: str) -> None:
     import mlflow
 
