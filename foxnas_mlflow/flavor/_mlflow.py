@@ -40,11 +40,17 @@ from mlflow.utils.model_utils import (
 )
 
 from foxnas_mlflow._version import __version__
-from foxnas_mlflow.core.errors import FoxNasError, InvalidFormatError, InvalidInputError
-from foxnas_mlflow.flavor._files import DESCRIPTION, check_kind, read_manifest, write_manifest
+from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
+from foxnas_mlflow.flavor._files import check_kind, read_manifest, write_manifest
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel, kind_of, main_file, read_model
 from foxnas_mlflow.flavor._models import write_model as _write_model
-from foxnas_mlflow.flavor._pyfunc import PredictorsPyfunc, SubnetPyfunc, TflitePyfunc, default_model_config
+from foxnas_mlflow.flavor._pyfunc import (
+    PredictorsPyfunc,
+    SubnetPyfunc,
+    SupernetPyfunc,
+    TflitePyfunc,
+    default_model_config,
+)
 
 if TYPE_CHECKING:
     from foxnas_mlflow.core.predictors import PredictorSet
@@ -306,7 +312,7 @@ def load_model(model_uri: str, dst_path: str | None = None) -> PredictorSet | Su
 
 def _load_pyfunc(
     path: str, model_config: Mapping[str, Any] | None = None
-) -> PredictorsPyfunc | SubnetPyfunc | TflitePyfunc:
+) -> PredictorsPyfunc | SubnetPyfunc | SupernetPyfunc | TflitePyfunc:
     """MLflow's entry from `mlflow.pyfunc.load_model`."""
     data = Path(path)
     try:
@@ -317,7 +323,7 @@ def _load_pyfunc(
         if isinstance(model, SubnetModel):
             return SubnetPyfunc(model)
         if isinstance(model, SupernetModel):
-            raise InvalidFormatError("a supernet has no pyfunc yet", received=DESCRIPTION)
+            return SupernetPyfunc(model)
         return PredictorsPyfunc(model)
     except FoxNasError as error:
         raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
@@ -355,6 +361,9 @@ def _default_signature(kind: str) -> ModelSignature:
             outputs=Schema([ColSpec(DataType.double, column) for column in columns]),
             params=ParamSchema([ParamSpec("confidence", DataType.double, 0.95)]),
         )
+    if kind == "supernet":
+        columns = ["params", "macs", "int8_size_bytes", "peak_activation_bytes"]
+        return ModelSignature(inputs=inputs, outputs=Schema([ColSpec(DataType.long, column) for column in columns]))
     return ModelSignature(inputs=inputs, outputs=Schema([ColSpec(DataType.string, "architecture")]))
 
 

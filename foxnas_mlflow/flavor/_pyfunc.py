@@ -23,10 +23,12 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
+from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.data.preprocess import MAX_PIXELS
 from foxnas_mlflow.flavor._litert import EDGETPU_DELEGATE, ClassifierPool, n_cpus, open_pool
-from foxnas_mlflow.flavor._models import SubnetModel, TfliteModel
+from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel
 
 if TYPE_CHECKING:
     from foxnas_mlflow.core.predictors import PredictorSet
@@ -92,11 +94,7 @@ class PredictorsPyfunc:
             params: ``confidence`` of the two-sided prediction interval, in (0, 1).
         """
         confidence = float((params or {}).get("confidence", 0.95))
-        texts = _column(model_input, "architecture")
-        architectures = [
-            text if isinstance(text, Architecture) else Architecture.from_json(str(text)) for text in texts
-        ]
-        return pd.DataFrame(self._predictors.predict_table(architectures, confidence))
+        return pd.DataFrame(self._predictors.predict_table(_architectures(model_input), confidence))
 
 
 class SubnetPyfunc:
@@ -116,6 +114,37 @@ class SubnetPyfunc:
         """The stored facts, one row for each input row, and one row when there is no input."""
         n_rows = 1 if model_input is None else len(model_input)
         return pd.DataFrame([self._row] * n_rows, columns=list(self._row))
+
+
+class SupernetPyfunc:
+    """Architectures of its space in, what each network costs out.
+
+    Classifying needs statistics of the chosen subnet, which training images give: `foxnas sample`
+    and `foxnas search` evaluate subnets, and register the one to use.
+    """
+
+    def __init__(self, model: SupernetModel) -> None:
+        self._model = model
+
+    def get_raw_model(self) -> SupernetModel:
+        """The native model."""
+        return self._model
+
+    @clean_errors
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """Count one network a row.
+
+        Args:
+            model_input: A table or mapping with the column ``architecture`` of JSON texts, or a
+                sequence of them.
+            params: None are taken.
+
+        Returns:
+            ``params``, ``macs``, ``int8_size_bytes`` and ``peak_activation_bytes``.
+        """
+        rows = [network_cost(build_network(self._model.space, a)) for a in _architectures(model_input)]
+        columns = ("params", "macs", "int8_size_bytes", "peak_activation_bytes")
+        return pd.DataFrame({column: [int(getattr(row, column)) for row in rows] for column in columns})
 
 
 class TflitePyfunc:
@@ -228,6 +257,11 @@ class TflitePyfunc:
             threads=threads,
             delegate=self._delegate,
         )
+
+
+def _architectures(model_input: Any) -> list[Architecture]:
+    texts = _column(model_input, "architecture")
+    return [text if isinstance(text, Architecture) else Architecture.from_json(str(text)) for text in texts]
 
 
 def _column(model_input: Any, name: str) -> Sequence[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,23 @@ def supernet() -> SupernetModel:
 
 @pytest.fixture(scope="session")
 def models(
-    predictors: PredictorSet, subnet: SubnetModel, supernet: SupernetModel, colour_model: TfliteModel
+    predictors: PredictorSet,
+    subnet: SubnetModel,
+    supernet: SupernetModel,
+    colour_model: TfliteModel,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, object]:
-    """One model of each kind that can be opened on any machine."""
-    return {"predictors": predictors, "subnet": subnet, "supernet": supernet, "tflite": colour_model}
+    """One model of each kind; what stands for the compiled file is never opened without an accelerator."""
+    compiled = tmp_path_factory.mktemp("compiled") / "compiled.tflite"
+    compiled.write_bytes(colour_model.path.read_bytes())
+    edgetpu = dataclasses.replace(colour_model, path=compiled, fallback=colour_model.path)
+    return {
+        "predictors": predictors,
+        "subnet": subnet,
+        "supernet": supernet,
+        "tflite": colour_model,
+        "edgetpu": edgetpu,
+    }
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,9 @@ from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema
 
 import foxnas_mlflow.flavor as flavor
+from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError
+from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.flavor import KINDS, SubnetModel, SupernetModel, TfliteModel, load_model, log_model, save_model
@@ -28,7 +31,7 @@ from foxnas_mlflow.flavor._litert import Classifier
 from tests.colour_model import LABELS, PREPROCESSING, SIZE, encoded, image_of
 from tests.servers import request, scoring_server
 
-SAVED_KINDS = ("predictors", "subnet", "supernet", "tflite")
+SAVED_KINDS = KINDS
 
 
 def jpegs() -> list[bytes]:
@@ -193,6 +196,30 @@ def test_07_a_subnet_tells_what_is_known_of_it(subnet: SubnetModel, saved: dict[
     assert table.to_dict("records") == [
         {"architecture": subnet.architecture.to_json(), "predicted_accuracy": 71.5, "predicted_latency_ms": 42.0}
     ]
+
+
+def test_07_a_supernet_counts_networks_of_its_space(supernet: SupernetModel, saved: dict[str, Path]) -> None:
+    architectures = [CPU_SPACE.smallest(192), CPU_SPACE.largest(192)]
+    model = mlflow.pyfunc.load_model(str(saved["supernet"]))
+    table = model.predict(pd.DataFrame({"architecture": [a.to_json() for a in architectures]}))
+    for i, architecture in enumerate(architectures):
+        cost = network_cost(build_network(supernet.space, architecture))
+        assert (table["params"][i], table["macs"][i]) == (cost.params, cost.macs)
+    with pytest.raises(MlflowException, match="architecture"):
+        model.predict(pd.DataFrame({"architecture": ["{}"]}))
+
+
+@pytest.mark.filterwarnings("ignore:running on the processor:UserWarning")
+@pytest.mark.parametrize("kind", SAVED_KINDS)
+def test_07_every_kind_loads_as_pyfunc(kind: str, models: dict[str, Any], saved: dict[str, Path]) -> None:
+    model = mlflow.pyfunc.load_model(str(saved[kind]))
+    assert_same(model.get_raw_model(), models[kind])
+    column = (
+        {"image": jpegs()[:1]}
+        if kind in ("tflite", "edgetpu")
+        else {"architecture": [CPU_SPACE.smallest(192).to_json()]}
+    )
+    assert len(model.predict(pd.DataFrame(column))) == 1
 
 
 @pytest.fixture(scope="module")
@@ -532,18 +559,60 @@ def test_22_mlmodel_describes_the_model(saved: dict[str, Path], kind: str) -> No
         "predictors": "predictors.json",
         "subnet": "architecture.json",
         "tflite": "model.tflite",
+        "edgetpu": "model_edgetpu.tflite",
     }[kind]
     digest = hashlib.sha256((saved[kind] / "data" / main).read_bytes()).hexdigest()
     assert configuration["sha256"] == digest
-    assert configuration["weights"] == {"supernet": "trained", "tflite": "trained"}.get(kind, "none")
+    assert configuration["weights"] == ("trained" if kind in ("supernet", "tflite", "edgetpu") else "none")
     assert model.flavors["python_function"]["loader_module"] == "foxnas_mlflow.flavor"
-    if kind == "tflite":
+    if kind in ("tflite", "edgetpu"):
         assert configuration["quantization"]["input_dtype"] == "int8"
         assert configuration["quantization"]["input_scale"] > 0
         assert configuration["runtime"]["threads"] == 1
     described = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
     size = sum(f.stat().st_size for f in saved[kind].rglob("*") if f.is_file() and f.name not in described)
     assert model.model_size_bytes == size
+
+
+def rewritten(source: Path, target: Path, change: Any) -> Path:
+    """A copy of a saved model whose foxnas.json was changed."""
+    shutil.copytree(source, target)
+    file = target / "data" / "foxnas.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["predictors", "subnet"])
+def test_22_format_1_is_still_read(kind: str, models: dict[str, Any], saved: dict[str, Path], tmp_path: Path) -> None:
+    def to_format_1(manifest: dict[str, Any]) -> None:
+        manifest["format"] = 1
+        del manifest["metadata"]
+
+    assert_same(load_model(str(rewritten(saved[kind], tmp_path / "old", to_format_1))), models[kind])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": flavor.MODEL_FORMAT + 1}, r"format from 1 to .* a later one"),
+        ({"format": True}, "format from 1 to"),
+        ({"kind": "onnx"}, "kind must be one of"),
+        ({"surprise": 1}, "exactly the keys"),
+        ({"files": {"../foxnas.json": "0" * 64}}, "changed or missing"),
+        ({"files": {"model.tflite": "0" * 64}}, r"model\.tflite changed or missing"),
+        ({"files": {"gone.json": "0" * 64}}, r"gone\.json changed or missing"),
+    ],
+)
+def test_22_a_description_that_cannot_be_trusted(
+    saved: dict[str, Path], tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    path = str(rewritten(saved["tflite"], tmp_path / "model", lambda manifest: manifest.update(change)))
+    with pytest.raises(InvalidFormatError, match=words):
+        load_model(path)
+    with pytest.raises(MlflowException, match=words):
+        mlflow.pyfunc.load_model(path)
 
 
 # -- 23: MLflow 3 ----------------------------------------------------------------------------------
@@ -648,6 +717,17 @@ def test_25_right_answers_under_eight_clients(colour_model: TfliteModel, served:
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(client, range(8)))
+
+
+def test_25_a_missing_runtime_fails_clearly(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ai_edge_litert", "tflite_runtime"):
+        # None in sys.modules: what Python finds where a package is not installed.
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, f"{name}.interpreter", raising=False)
+    with pytest.raises(MlflowException, match=r"needs one of the packages .* pip install ai-edge-litert"):
+        mlflow.pyfunc.load_model(str(saved["tflite"]))
+    # What is known of it can be read without a runtime.
+    assert isinstance(load_model(str(saved["tflite"])), TfliteModel)
 
 
 def test_25_a_missing_delegate_fails_clearly(saved: dict[str, Path]) -> None:
