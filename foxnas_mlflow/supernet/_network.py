@@ -29,6 +29,7 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidFormatError
 from foxnas_mlflow.core.network import NORM_EPSILON, Layer, Network, build_network
 from foxnas_mlflow.core.space import SearchSpace
+from foxnas_mlflow.supernet._depthwise import depthwise
 
 NORM_MOMENTUM = 0.1
 
@@ -341,17 +342,17 @@ def _convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor | None) -> T
     if layer.op == "linear":
         return F.linear(x, weight, bias)
     k, stride = layer.kernel, layer.stride
-    groups = weight.shape[0] if layer.op == "depthwise" else 1
-    if stride == 1:
-        return F.conv2d(x, weight, bias, 1, k // 2, 1, groups)
-    # TensorFlow's SAME padding, the smaller half before; PyTorch pads convolutions evenly only.
-    size = int(x.shape[-1])
-    total = max((-(-size // stride) - 1) * stride + k - size, 0)
-    before, after = total // 2, total - total // 2
-    if before != after:
-        x, before = F.pad(x, (before, after, before, after)), 0
-    y: Tensor = F.conv2d(x, weight, bias, stride, before, 1, groups)
-    return y
+    before = k // 2
+    if stride > 1:
+        # TensorFlow's SAME padding, the smaller half before; PyTorch pads convolutions evenly only.
+        size = int(x.shape[-1])
+        total = max((-(-size // stride) - 1) * stride + k - size, 0)
+        before, after = total // 2, total - total // 2
+        if before != after:
+            x, before = F.pad(x, (before, after, before, after)), 0
+    if layer.op == "depthwise":
+        return depthwise(x, weight, stride=stride, padding=before)
+    return F.conv2d(x, weight, bias, stride, before)
 
 
 def _is_elastic(layer: Layer) -> bool:
