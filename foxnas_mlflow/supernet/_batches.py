@@ -53,7 +53,9 @@ class Batches:
         self._rank, self._world_size = rank, world_size
         self._stored_size = image_size if isinstance(images, ArrayImages) else round(image_size * 1.15)
         channels = len(normalization.mean)
-        steps = [augmentation.RandomResizedCrop((image_size, image_size), scale=(0.6, 1.0), ratio=(0.85, 1.18))]
+        # What a small image shows has few pixels to lose.
+        least = 0.6 if image_size > 32 else 0.8
+        steps = [augmentation.RandomResizedCrop((image_size, image_size), scale=(least, 1.0), ratio=(0.85, 1.18))]
         if flip:
             steps.append(augmentation.RandomHorizontalFlip())
         if channels == 3:

@@ -327,7 +327,7 @@ def _step(
     subnets = _subnets(config, supernet.space, phase, rng)
     optimizer.zero_grad(set_to_none=True)
     soft: Tensor | None = None
-    total = 0.0
+    losses = []
     for architecture in subnets:
         supernet.set_subnet(architecture)
         x = _resized(images, architecture.image_size)
@@ -346,17 +346,19 @@ def _step(
             soft = F.softmax(logits.detach(), 1)
         loss = torch.stack(terms).sum() / len(subnets)
         loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
+        losses.append(loss.detach())
     parameters = [p for p in supernet.parameters() if p.grad is not None]
     if _distributed():
         _average_gradients(parameters)
     # A gradient that is not finite must not reach the weights, which the next checkpoint saves.
-    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-    if math.isfinite(total) and math.isfinite(float(norm)):
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=True)
+    # One transfer from the device a step.
+    total, length = torch.stack([torch.stack(losses).sum(), norm]).tolist()
+    if math.isfinite(total) and math.isfinite(length):
         optimizer.step()
         if config.ema:
             _update_average(state)
-        return total
+        return float(total)
     return math.nan
 
 
@@ -406,7 +408,7 @@ def _optimizer(state: TrainingState) -> torch.optim.SGD:
         (decayed if parameter.ndim > 1 else rest).append(parameter)
     config = state.config
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
+    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True, foreach=True)
     parameters = dict(state.supernet.named_parameters())
     for name, velocity in state.velocity.items():
         parameter = parameters[name]
