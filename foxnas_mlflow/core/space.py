@@ -445,7 +445,26 @@ TPU_SPACE = SearchSpace(
 )
 """The paper's TPU space: MobileNet-EdgeTPU's skeleton with fused blocks in the early stages."""
 
-BUILTIN_SPACES: Mapping[str, SearchSpace] = {space.name: space for space in (CPU_SPACE, TPU_SPACE)}
+PROXYLESS_SPACE = SearchSpace(
+    name="proxyless",
+    image_sizes=(128, 160, 192, 224),
+    kernels=(3, 5, 7),
+    expansions=(3, 4, 6),
+    depths=(2, 3, 4),
+    stages=(
+        StageSpec(24, 2, "mbconv"),
+        StageSpec(40, 2, "mbconv"),
+        StageSpec(80, 2, "mbconv"),
+        StageSpec(96, 1, "mbconv"),
+        StageSpec(192, 2, "mbconv"),
+    ),
+    tail=Tail(block_width=320, conv_width=1280),
+    stem_width=32,
+    first_width=16,
+)
+"""Once-for-all's ProxylessNAS space; its last block, elastic there, is fixed here (k = 3, e = 6)."""
+
+BUILTIN_SPACES: Mapping[str, SearchSpace] = {space.name: space for space in (CPU_SPACE, TPU_SPACE, PROXYLESS_SPACE)}
 
 
 def get_space(name_or_path: str) -> SearchSpace:

@@ -4,13 +4,15 @@ from foxnas_mlflow.supernet._batches import Batches
 from foxnas_mlflow.supernet._distributed import Worker, join_workers
 from foxnas_mlflow.supernet._evaluate import Evaluation, SubnetEvaluator, recalibrate
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, plain_logits, subnet_weights
+from foxnas_mlflow.supernet._once_for_all import Initialization, load_once_for_all
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
-from foxnas_mlflow.supernet._train import TrainConfig, TrainingState, load_checkpoint, train_supernet
+from foxnas_mlflow.supernet._train import TrainConfig, TrainingState, fastest_mode, load_checkpoint, train_supernet
 
 __all__ = [
     "PRESETS",
     "Batches",
     "Evaluation",
+    "Initialization",
     "PlainNetwork",
     "Preset",
     "SubnetEvaluator",
@@ -18,9 +20,11 @@ __all__ = [
     "TrainConfig",
     "TrainingState",
     "Worker",
+    "fastest_mode",
     "get_preset",
     "join_workers",
     "load_checkpoint",
+    "load_once_for_all",
     "plain_logits",
     "recalibrate",
     "subnet_weights",

@@ -33,7 +33,7 @@ def depthwise(x: Tensor, weight: Tensor, *, stride: int, padding: int) -> Tensor
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    y: Tensor = _Depthwise.apply(x, weight, stride, padding)
+    y: Tensor = _Depthwise.apply(x, weight, stride, padding)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -233,7 +233,7 @@ def train_supernet(
     n_steps = config.epochs * len(batches)
     if config.mode == "auto":
         sample, targets = next(batches.epoch(0))
-        config = state.config = dataclasses.replace(config, mode=_fastest_mode(supernet, sample, targets, device))
+        config = state.config = dataclasses.replace(config, mode=fastest_mode(supernet, sample, targets, device))
     optimizer = _optimizer(state)
     teacher = _teacher(state, device)
     state.average = {name: t.to(device) for name, t in state.average.items()}
@@ -442,7 +442,7 @@ def _autocast(mode: Mode, x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=mode == "bfloat16")
 
 
-def _fastest_mode(supernet: Supernet, images: Tensor, targets: Tensor, device: str) -> Mode:
+def fastest_mode(supernet: Supernet, images: Tensor, targets: Tensor, device: str) -> Mode:
     """Time forward and backward of the largest network in each mode; another must win by 5 %."""
     supernet.set_subnet(supernet.space.largest())
     # Timing must leave no trace in the statistics.
