@@ -38,13 +38,15 @@ class Connection(ABC):
 
     uri: str
     python: str
+    keeps_stdin = True
+    """Whether a command's standard input ends when this side goes away, so that it can end too."""
 
     def __init__(self) -> None:
         self._directory: str | None = None
 
     @abstractmethod
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
-        """Run a command to its end; its standard input stays open until then.
+        """Run a command to its end.
 
         Args:
             argv: Program and arguments; no shell interprets them.
@@ -77,13 +79,19 @@ class Connection(ABC):
     def _disconnect(self) -> None:
         """Close the connection itself; must not raise."""
 
+    def _reopen(self) -> None:  # noqa: B027 - most of what cannot be lost has nothing to do
+        """Open the connection itself anew."""
+
     def reconnect(self) -> None:
-        """Open the connection anew after it was lost; the working directory is a new one.
+        """Open the connection anew after it was lost; the working directory will be a new one.
 
         Raises:
             DeviceError: If the machine cannot be reached.
         """
-        self._directory = None
+        self._reopen()
+        stale, self._directory = self._directory, None
+        if stale is not None:
+            self._remove(stale)
 
     def workspace(self, files: Mapping[str, bytes]) -> str:
         """The directory of this connection on the machine, made with `files` in it when first asked for.

@@ -20,9 +20,6 @@ from foxnas_mlflow.devices._script import prepare, run_board
 RECONNECT_SECONDS = (1.0, 4.0, 10.0)
 """Pauses before each try to reach a lost machine again."""
 
-ATTEMPTS = 3
-"""Measurements of one model until one is steady; the last one counts, whatever it is."""
-
 
 def measure(
     connection: Connection,
@@ -36,11 +33,12 @@ def measure(
     min_seconds: float = 0.5,
     max_seconds: float = 10.0,
     wait_seconds: float = 600.0,
+    attempts: int = 3,
 ) -> Benchmark:
     """Time a TensorFlow Lite model where it will live, in a fresh process.
 
-    Runs that are not steady (something else worked on the machine) are measured again, up to three
-    times. A lost connection is opened again and the model measured anew.
+    Runs that are not steady (something else worked on the machine) are measured again; the last
+    attempt counts, whatever it is. A lost connection is opened again and the model measured anew.
 
     Args:
         connection: The machine, from `connect`. It may be used for any number of models.
@@ -53,6 +51,7 @@ def measure(
         min_seconds: Least time of the timed runs.
         max_seconds: Time after which they end even when there are fewer than `runs` (but 20).
         wait_seconds: How long to wait while another measurement holds the machine.
+        attempts: Measurements until one is steady, at most.
 
     Raises:
         InvalidInputError: If the model is no TensorFlow Lite file, or a count is not positive.
@@ -60,17 +59,18 @@ def measure(
         ConnectionLostError: If the machine went away and did not come back.
     """
     data = read_model(model)
-    for name, value in (("threads", threads), ("runs", runs), ("warmup", warmup)):
+    for name, value in (("threads", threads), ("runs", runs), ("warmup", warmup), ("attempts", attempts)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInputError(f"{name} must be a positive integer", received=repr(value))
     options = ["--threads", str(threads), "--runs", str(runs), "--warmup", str(warmup)]
     options += ["--min-seconds", str(min_seconds), "--max-seconds", str(max_seconds)]
-    options += ["--wait-seconds", str(wait_seconds), "--watch-stdin"]
+    options += ["--wait-seconds", str(wait_seconds)]
+    options += ["--watch-stdin"] if connection.keeps_stdin else []
     options += ["--edgetpu"] if edgetpu else []
     timeout_s = wait_seconds + 3 * max_seconds + 120
 
     answer: Mapping[str, Any] = {}
-    for _ in range(ATTEMPTS):
+    for _ in range(attempts):
         answer = _with_reconnect(connection, data, None if expected is None else expected[0], options, timeout_s)
         if halves_difference(answer["samples_ms"]) <= MAX_HALVES_DIFFERENCE:
             break

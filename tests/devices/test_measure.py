@@ -20,6 +20,8 @@ from foxnas_mlflow.devices import Benchmark, Completed, LocalConnection, board, 
 from foxnas_mlflow.devices._benchmark import invalid_reasons, median_interval
 from foxnas_mlflow.devices._script import BOARD_ERRORS, read_answer
 
+from .sshd import board_processes
+
 BOARD = Path(board.__file__)
 STEADY = np.full(200, 5.0)
 
@@ -138,28 +140,16 @@ def test_a_measurement_ends_with_the_process_that_asked(probe: bytes, tmp_path: 
     empty = Path(process.stdout.readline().strip())
     empty.rmdir()
     deadline = time.monotonic() + 60
-    while not _processes(tmp_path) and time.monotonic() < deadline:
+    while not board_processes(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert _processes(tmp_path)
+    assert board_processes(tmp_path)
     process.kill()
     process.wait()
     process.stdout.close()
-    while (_processes(tmp_path) or list(tmp_path.glob("foxnas-board-*"))) and time.monotonic() < deadline:
+    while (board_processes(tmp_path) or list(tmp_path.glob("foxnas-board-*"))) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _processes(tmp_path)
+    assert not board_processes(tmp_path)
     assert not list(tmp_path.glob("foxnas-board-*"))
-
-
-def _processes(directory: Path) -> list[str]:
-    """Running board scripts that were put below a directory."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        found += [part for part in command[1:2] if part.startswith(str(directory)) and part.endswith("board.py")]
-    return found
 
 
 def test_check_here() -> None:

@@ -1,0 +1,240 @@
+"""The ssh path against a real server on this host."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
+from foxnas_mlflow.devices import _measure as measuring
+from foxnas_mlflow.devices import check, connect, measure
+from foxnas_mlflow.devices._ssh import lost, unreachable
+
+from .sshd import Server, board_processes, make_key, ssh_server
+
+asyncssh = pytest.importorskip("asyncssh")
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("ssh-keygen") is None or not Path("/usr/sbin/sshd").exists(),
+    reason="no OpenSSH server (openssh-server)",
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory with a key and no known hosts."""
+    (tmp_path / "home" / ".ssh").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    make_key(tmp_path / "home" / ".ssh" / "id_ed25519")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def server(home: Path, tmp_path: Path) -> Iterator[Server]:
+    public = (home / ".ssh" / "id_ed25519.pub").read_text()
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with ssh_server(tmp_path / "sshd", public, env={"TMPDIR": str(scratch)}) as running:
+        (home / ".ssh" / "known_hosts").write_text(running.known_hosts_line)
+        yield running
+
+
+def address(server: Server, **options: str) -> str:
+    query = "&".join(f"{key}={value}" for key, value in {"python": sys.executable, **options}.items())
+    return f"ssh://{os.environ.get('USER') or 'root'}@127.0.0.1:{server.port}?{query}"
+
+
+def test_measure_through_ssh(
+    server: Server, probe: bytes, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
+) -> None:
+    with connect(address(server)) as connection:
+        assert "?" not in connection.uri
+        assert check(connection).ready
+        benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=0.1, expected=expected)
+        assert benchmark.connection == connection.uri
+        assert benchmark.output_difference == 0
+        assert not benchmark.emulated
+        # What is odd in a shell stays as it is; large files are not cut.
+        data = os.urandom(3 * 2**20)
+        path = f"{connection.workspace({})}/it's $HOME; a `name`"
+        connection.put(data, path)
+        assert connection.get(path) == data
+        with pytest.raises(DeviceError, match="No such file"):
+            connection.get("/does/not/exist")
+        with pytest.raises(DeviceError, match="Is a directory"):
+            connection.put(b"", str(tmp_path))
+        with pytest.raises(DeviceError, match="must end within 1 s"):
+            connection.run(["sleep", "60"], timeout_s=1)
+        assert connection.run(["sh", "-c", "kill -SEGV $$"], timeout_s=10).status == 139
+        assert connection.run(["echo", "still here"], timeout_s=10).stdout == "still here\n"
+    assert not list((tmp_path / "scratch").iterdir())
+    assert threading.active_count() == 1
+
+
+def test_no_space_on_the_machine(home: Path, tmp_path: Path, probe: bytes) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", _made(tmp_path / "small")]).returncode:
+        pytest.skip("a small file system needs the right to mount one")
+    try:
+        public = (home / ".ssh" / "id_ed25519.pub").read_text()
+        with ssh_server(tmp_path / "sshd", public, env={"TMPDIR": str(tmp_path / "small")}) as running:
+            (home / ".ssh" / "known_hosts").write_text(running.known_hosts_line)
+            with connect(address(running)) as connection:
+                with pytest.raises(DeviceError, match="No space left on device; free some space"):
+                    measure(connection, probe + bytes(2**17), runs=1, warmup=1)
+                # What was there stays usable.
+                assert connection.run(["true"], timeout_s=10).status == 0
+            assert not list((tmp_path / "small").iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+
+def test_hosts_and_users_that_are_refused(server: Server, home: Path, tmp_path: Path) -> None:
+    known_hosts = home / ".ssh" / "known_hosts"
+    other = make_key(tmp_path / "other")
+    wrong_key = {"python": "python3", "key": str(tmp_path / "other")}
+    for prepare, uri, message in (
+        (lambda: None, address(server).replace("://", "://nobody-here-"), "must accept a key of this user"),
+        (lambda: _hide_keys(home), address(server, **wrong_key), "must accept a key of this user"),
+        (lambda: None, address(server, key="/does/not/exist"), "must be readable"),
+        (lambda: known_hosts.write_text(f"[127.0.0.1]:{server.port} {other}\n"), address(server), "has changed"),
+        (
+            lambda: known_hosts.write_text(_rsa_line(server, tmp_path)),
+            address(server),
+            "has changed|other type",
+        ),
+        (lambda: known_hosts.write_text(""), address(server), "must be known.*connect with ssh once"),
+        (known_hosts.unlink, address(server), "must be known"),
+        (lambda: (home / ".ssh" / "config").write_text("Port many\n"), address(server), "config must be valid"),
+    ):
+        prepare()
+        with pytest.raises(DeviceError, match=message) as caught:
+            connect(uri)
+        assert len(str(caught.value).splitlines()) == 1
+    assert threading.active_count() == 1
+
+
+def test_ssh_configuration_is_followed(server: Server, home: Path) -> None:
+    (home / ".ssh" / "board_hosts").write_text(f"board {server.host_key}\n")
+    (home / ".ssh" / "known_hosts").unlink()
+    (home / ".ssh" / "id_ed25519").rename(home / ".ssh" / "board_key")
+    (home / ".ssh" / "config").write_text(
+        f"Host board\n  HostName 127.0.0.1\n  Port {server.port}\n  User {os.environ.get('USER') or 'root'}\n"
+        "  IdentityFile ~/.ssh/board_key\n  HostKeyAlias board\n  UserKnownHostsFile ~/.ssh/board_hosts\n"
+    )
+    with connect("ssh://board") as connection:
+        assert connection.run(["echo", "hello"], timeout_s=10).stdout == "hello\n"
+
+
+def test_no_python_on_the_machine(server: Server) -> None:
+    message = r"must have Python 3\.7 or newer at /opt/no/python3"
+    with connect(address(server, python="/opt/no/python3")) as connection, pytest.raises(DeviceError, match=message):
+        check(connection)
+
+
+def test_addresses_that_lead_nowhere(home: Path) -> None:
+    from tests.servers import free_port
+
+    for uri, message in (
+        (f"ssh://127.0.0.1:{free_port()}", "must listen"),
+        ("ssh://board.invalid", "host name of ssh://board.invalid must be known"),
+        ("ssh://", "a device is local"),
+        ("ssh://board:port", "a device is local"),
+        ("ssh://board/path", "a device is local"),
+        ("ssh://me:secret@board", r"no password; received ssh://me:\*\*\*@board"),
+        ("ssh://board?colour=red", "takes only python and key"),
+    ):
+        with pytest.raises(DeviceError, match=message):
+            connect(uri)
+
+
+def test_a_lost_board_comes_back_and_is_measured(
+    server: Server, probe: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", (0.1, 0.5, 1.0, 2.0))
+    with connect(address(server)) as connection:
+        puller = _pull_the_plug(server, tmp_path / "scratch", again=True)
+        # Too many runs for the moment in which the plug is pulled.
+        benchmark = measure(connection, probe, runs=10**6, warmup=1, max_seconds=0.5)
+        puller.join()
+        assert benchmark.n_runs > 20
+    _wait_until_empty(tmp_path / "scratch")
+
+
+def test_a_board_that_stays_away_is_told(
+    server: Server, probe: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", (0.1,))
+    with connect(address(server)) as connection:
+        puller = _pull_the_plug(server, tmp_path / "scratch", again=False)
+        with pytest.raises(ConnectionLostError, match=r"went away and did not come back.*run the same command again"):
+            measure(connection, probe, runs=10**6, warmup=1, max_seconds=30.0)
+        puller.join()
+    # The board's process noticed too: nothing runs, nothing is left.
+    _wait_until_empty(tmp_path / "scratch")
+
+
+def test_every_error_of_the_library_is_mapped() -> None:
+    classes = [value for value in vars(asyncssh).values() if inspect.isclass(value) and issubclass(value, Exception)]
+    classes += [OSError, ConnectionResetError, BrokenPipeError, TimeoutError, ValueError]
+    assert len(classes) > 20
+    for cls in classes:
+        error = cls.__new__(cls)
+        for found in (unreachable(error, "ssh://board", known=False), lost(error, "ssh://board")):
+            assert isinstance(found, DeviceError)
+            assert ";" in str(found)
+    # What `connect` and `run` catch covers all that asyncssh raises in a client.
+    elsewhere = {"BreakReceived", "SignalReceived", "TerminalSizeChanged", "ChannelListenError", "KeyExportError"}
+    elsewhere |= {"KeyGenerationError", "PasswordChangeRequired"}
+    for cls in classes:
+        if cls.__name__ not in elsewhere:
+            assert issubclass(cls, OSError | ValueError | asyncssh.Error), cls
+
+
+def _made(path: Path) -> str:
+    path.mkdir()
+    return str(path)
+
+
+def _hide_keys(home: Path) -> None:
+    for path in (home / ".ssh").glob("id_*"):
+        path.rename(home / path.name)
+
+
+def _rsa_line(server: Server, directory: Path) -> str:
+    key = directory / "rsa"
+    subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-N", "", "-f", str(key)], check=True)
+    return f"[127.0.0.1]:{server.port} {key.with_suffix('.pub').read_text()}"
+
+
+def _pull_the_plug(server: Server, directory: Path, *, again: bool) -> threading.Thread:
+    """End the server while a measurement runs there, and start it again, or not."""
+
+    def work() -> None:
+        deadline = time.monotonic() + 60
+        while not board_processes(directory) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        server.stop()
+        if again:
+            server.start()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def _wait_until_empty(directory: Path) -> None:
+    deadline = time.monotonic() + 30
+    while list(directory.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not list(directory.iterdir())

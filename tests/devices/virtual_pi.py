@@ -1,0 +1,156 @@
+"""A virtual Raspberry Pi: Debian for arm64 under qemu-user, behind a real sshd on loopback.
+
+Made without an image: packages are downloaded and unpacked, none of their scripts run. What firmware
+and kernel of a Pi tell (/proc/cpuinfo, /sys, vcgencmd) is made up; with the files of an x86 host
+LiteRT crashes there, with none it runs without XNNPACK. Results are those of a Cortex-A72, times
+mean nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+SUITE = "bookworm"
+PYTHON = "/opt/foxnas/bin/python"
+"""The Python that has LiteRT; plain python3 has NumPy only, python3-bare nothing."""
+
+SMALL = "/small"
+"""A file system with 64 KiB."""
+
+# qemu 7.2's own "max" computes wrong int8 results.
+ENVIRONMENT = {"QEMU_CPU": "cortex-a72"}
+
+BINFMT = Path("/proc/sys/fs/binfmt_misc")
+CORES = 4
+
+# What follows happens in a mount namespace of its own: nothing is left when its processes have ended.
+_ENTER = """
+mount -t proc proc "$1/proc"
+mount --bind "$1/etc/pi-cpuinfo" "$1/proc/cpuinfo"
+mount --rbind /dev "$1/dev"
+mount -t tmpfs -o size=64k tmpfs "$1/small"
+root=$1
+shift
+exec chroot "$root" "$@"
+"""
+
+
+class UnavailableError(Exception):
+    """Why there is no virtual Pi here."""
+
+
+def enter(root: Path) -> list[str]:
+    """The command that runs another one on the Pi."""
+    return ["unshare", "--mount", "sh", "-euc", _ENTER, "sh", str(root)]
+
+
+def make_virtual_pi(root: Path) -> None:
+    """Make the root file system, unless it is there already.
+
+    Raises:
+        UnavailableError: If something is missing on this host.
+    """
+    _require_emulator()
+    done = root / "etc" / "pi-done"
+    if done.exists():
+        return
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    _run("debootstrap", "--download-only", "--arch=arm64", "--variant=minbase", "--include=python3,openssh-server",
+         SUITE, str(root))  # fmt: skip
+    packages = sorted((root / "var" / "cache" / "apt" / "archives").glob("*.deb"))
+    # With usr merged, as its packages expect.
+    for name in ("bin", "sbin", "lib"):
+        (root / "usr" / name).mkdir(parents=True, exist_ok=True)
+        (root / name).symlink_to(f"usr/{name}")
+    for package in packages:
+        archive = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE)
+        _run("tar", "-x", "--keep-directory-symlink", "-C", str(root), stdin=archive.stdout)
+        package.unlink()
+        archive.wait()
+    for directory in ("run/sshd", "small", "root", "tmp"):
+        (root / directory).mkdir(parents=True, exist_ok=True)
+    (root / "tmp").chmod(0o1777)
+    site = "usr/local/lib/python3.11/dist-packages"
+    _pip(root / site, "numpy")
+    _pip(root / "opt" / "foxnas" / "packages", "ai-edge-litert")
+    for path, text in _files().items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+        if text.startswith("#!"):
+            (root / path).chmod(0o755)
+    done.touch()
+
+
+def _files() -> Mapping[str, str]:
+    cpus = f"0-{CORES - 1}\n"
+    processor = (
+        "processor\t: {}\nBogoMIPS\t: 108.00\nFeatures\t: fp asimd evtstrm crc32 cpuid\nCPU implementer\t: 0x41\n"
+        "CPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: 0xd08\nCPU revision\t: 3\n\n"
+    )
+    files = {
+        "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n",
+        "etc/group": "root:x:0:\nnogroup:x:65534:\n",
+        "etc/shadow": "root:*:19000:0:99999:7:::\nsshd:!:19000::::::\n",
+        "etc/pi-cpuinfo": "".join(processor.format(i) for i in range(CORES))
+        + "Revision\t: c03114\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n",
+        "etc/pi-throttled": "0x0\n",
+        "usr/bin/vcgencmd": '#!/bin/sh\necho "throttled=$(cat /etc/pi-throttled)"\n',
+        "usr/bin/python3-bare": '#!/bin/sh\nexec python3 -S "$@"\n',
+        PYTHON[1:]: '#!/bin/sh\nPYTHONPATH=/opt/foxnas/packages exec python3 "$@"\n',
+        "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
+        "sys/class/thermal/thermal_zone0/temp": "48312\n",
+        **{f"sys/devices/system/cpu/{name}": cpus for name in ("possible", "present", "online")},
+    }
+    for i in range(CORES):
+        directory = f"sys/devices/system/cpu/cpu{i}/cpufreq"
+        files[f"{directory}/scaling_governor"] = "ondemand\n"
+        files[f"{directory}/scaling_cur_freq"] = files[f"{directory}/cpuinfo_max_freq"] = "1500000\n"
+    return files
+
+
+def _pip(target: Path, *packages: str) -> None:
+    platforms = ("manylinux2014_aarch64", "manylinux_2_17_aarch64", "manylinux_2_27_aarch64", "manylinux_2_28_aarch64")
+    _run(
+        *(
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--target",
+            str(target),
+        ),
+        *(part for platform in platforms for part in ("--platform", platform)),
+        *("--python-version", "3.11", "--implementation", "cp", *packages),
+    )
+
+
+def _require_emulator() -> None:
+    if os.geteuid() != 0:
+        raise UnavailableError("a virtual Pi needs root (mount namespaces, chroot)")
+    missing = [name for name in ("debootstrap", "dpkg-deb", "unshare", "update-binfmts") if shutil.which(name) is None]
+    if missing:
+        raise UnavailableError(f"a virtual Pi needs {', '.join(missing)}")
+    if not (BINFMT / "register").exists():
+        subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(BINFMT)], capture_output=True, check=False)
+    if not (BINFMT / "qemu-aarch64").exists():
+        subprocess.run(["update-binfmts", "--enable", "qemu-aarch64"], capture_output=True, check=False)
+    if not (BINFMT / "qemu-aarch64").exists():
+        raise UnavailableError("this kernel runs no arm64 programs (qemu-user-static, binfmt-support)")
+
+
+def _run(*command: str, stdin: object = None) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=600, stdin=stdin)  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or getattr(error, "stdout", None) or b""
+        reason = output.decode(errors="replace").strip().splitlines()[-1:] or [str(error)]
+        raise UnavailableError(f"{command[0]} failed: {reason[0]}") from error
