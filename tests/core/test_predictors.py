@@ -35,7 +35,7 @@ from foxnas_mlflow.core.predictors import (
     load_predictors,
     reference_predictors,
 )
-from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +154,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_too_few_rows_says_how_many_are_needed() -> None:
-    with pytest.raises(TooFewSamplesError, match=r"at least 29 rows .* received 20 rows"):
-        fit_predictors(_synthetic(20), CPU_SPACE)
+    # The compact formula's 10 columns, the size left out, and 5 rows more.
+    with pytest.raises(TooFewSamplesError, match=r"at least 15 rows .* received 14 rows"):
+        fit_predictors(_synthetic(14), CPU_SPACE)
 
 
 def test_rank_deficiency_names_the_columns() -> None:
@@ -191,3 +192,83 @@ def test_measurements_round_trip_and_survive_a_kill(tmp_path: Path) -> None:
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InvalidMeasurementsError, match="columns"):
         read_measurements(path)
+
+
+def _sized(n: int, *, sizes: tuple[int, ...], noise: float = 0.1, seed: int = 0) -> list[Measurement]:
+    """Rows of several image sizes: the reference's accuracy at 256 px, less at smaller ones."""
+    rng = np.random.default_rng(seed)
+    predictors = reference_predictors("rpi4")
+    rows = []
+    for a in CPU_SPACE.sample(rng, n=n, image_size=256):
+        size = int(rng.choice(sizes))
+        known = predictors.of("accuracy", 256)
+        z = known.to_linear(known.predict([a])) + 0.8 * np.log(size / 256)
+        sized = dataclasses.replace(a, image_size=size)
+        latency = float(predictors.latency[0].predict([sized])[0])
+        rows.append(
+            Measurement(
+                sized,
+                accuracy=float(known.from_linear(z)[0]) + rng.normal(0, noise),
+                latency_ms=latency * rng.normal(1, 0.004),
+                latency_source="measured",
+            )
+        )
+    return rows
+
+
+def test_rows_of_several_sizes_are_fitted_together() -> None:
+    sizes = (160, 192, 224, 256)
+    fit = fit_predictors(_sized(60, sizes=sizes), CPU_SPACE)
+    (predictor,) = fit.predictors.accuracy
+    assert predictor.formula in ("calibrated-sizes", "compact")
+    assert fit.predictors.image_sizes == sizes
+    test = _sized(200, sizes=sizes, noise=0.0, seed=1)
+    errors = predictor.predict([m.architecture for m in test]) - [m.accuracy for m in test]
+    assert np.sqrt(np.mean(errors**2)) < 0.45
+    # Two sizes cannot tell a curve over sizes: it is left out, and nothing is refused.
+    (two,) = fit_predictors(_sized(60, sizes=(160, 256)), CPU_SPACE).predictors.accuracy
+    assert two.coefficients[two.columns.index("log_size_squared")] == 0.0
+    assert two.coefficients[two.columns.index("log_size")] > 0.3
+
+
+def test_many_rows_of_each_size_may_have_predictors_of_their_own() -> None:
+    fit = fit_predictors(_sized(300, sizes=(192, 256)), CPU_SPACE)
+    assert {p.formula for p in fit.predictors.accuracy} <= {"calibrated", "calibrated-sizes"}
+    assert fit.predictors.image_sizes == (192, 256)
+
+
+def test_few_rows_are_fitted_by_the_compact_formula() -> None:
+    (predictor,) = fit_predictors(_synthetic(22), CPU_SPACE).predictors.accuracy
+    assert predictor.formula == "compact"
+    test = _synthetic(200, seed=1)
+    errors = predictor.predict([m.architecture for m in test]) - [m.accuracy for m in test]
+    assert np.sqrt(np.mean(errors**2)) < 0.7
+
+
+def test_a_space_without_gates_has_no_price_of_them() -> None:
+    rng = np.random.default_rng(0)
+    space = TPU_SPACE
+    rows = []
+    for a in space.sample(rng, n=40, image_size=224):
+        x = get_formula("calibrated", "latency_ms").design(space, [a])[0]
+        rows.append(
+            Measurement(a, float(rng.uniform(70, 75)), float(x.sum()) * rng.normal(1, 0.01), latency_source="measured")
+        )
+    latency = fit_predictors(rows, space).predictors.latency[0]
+    for term in ("se", "se_fc"):
+        assert latency.coefficients[latency.columns.index(term)] == 0.0
+    np.testing.assert_allclose(latency.predict([m.architecture for m in rows]), [m.latency_ms for m in rows], rtol=0.04)
+
+
+def test_accuracies_at_their_ceiling_are_fitted() -> None:
+    """A small validation set and an easy task: many rows at 100 percent, all in steps of its size."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for a in CPU_SPACE.sample(rng, n=60, image_size=256):
+        capacity = sum(b.expansion * b.kernel for s in a.stages for b in s.blocks)
+        share = 1 - 0.04 * np.exp(-(capacity - 100) / 150)
+        rows.append(Measurement(a, 100 * rng.binomial(360, share) / 360, float(capacity), latency_source="measured"))
+    (predictor,) = fit_predictors(rows, CPU_SPACE).predictors.accuracy
+    predicted = predictor.predict(CPU_SPACE.sample(rng, n=200, image_size=256))
+    assert predicted.max() <= 100.5
+    assert predicted.min() > 94

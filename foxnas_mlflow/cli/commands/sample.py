@@ -147,7 +147,8 @@ def _plan(
     n = args.n_samples - len(first)
     if n <= 0:
         return first
-    formulas = [get_formula("calibrated", quantity) for quantity in ("accuracy", "latency_ms")]
+    accuracy = "calibrated-sizes" if len(sizes) > 1 else "calibrated"
+    formulas = [get_formula(accuracy, "accuracy"), get_formula("calibrated", "latency_ms")]
     return first + choose_samples(
         space, formulas, n, method=args.design, measured=first, image_sizes=sizes, seed=args.seed
     )

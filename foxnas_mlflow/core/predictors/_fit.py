@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import (
@@ -22,7 +23,7 @@ from foxnas_mlflow.core.errors import (
     import_or_raise,
 )
 from foxnas_mlflow.core.measurements import Measurement, measurements_digest
-from foxnas_mlflow.core.predictors._formulas import FloatArray, Formula, get_formula
+from foxnas_mlflow.core.predictors._formulas import FAMILIES, FORMULAS, FloatArray, Formula, get_formula
 from foxnas_mlflow.core.predictors._linear import LinearPredictor, PredictorSet
 from foxnas_mlflow.core.space import SearchSpace
 
@@ -127,18 +128,14 @@ def fit_predictors(
         }
         reports: dict[str, list[FitReport]] = {}
         errors: dict[str, FitError] = {}
-        for name in ("calibrated", "paper"):
-            recipe = get_formula(name, quantity)
+        for family in FAMILIES:
             try:
-                reports[name] = [
-                    fit_formula(recipe, group, space, ceiling=ceiling, seed=seed, provenance=origin)
-                    for group in _groups(recipe, rows)
-                ]
+                reports[family] = _best_of(family, quantity, rows, space, ceiling=ceiling, seed=seed, provenance=origin)
             except FitError as error:
-                errors[name] = error
+                errors[family] = error
         name = formula
         if formula == "auto":
-            name = min(reports, key=lambda n: reports[n][0].metrics["cv_rmse"], default="calibrated")
+            name = min(reports, key=lambda n: _cv_rmse(reports[n]), default="calibrated")
         if name in errors:
             raise errors[name]
         get_formula(name, quantity)
@@ -154,6 +151,39 @@ def fit_predictors(
     elif latency is not None:
         predictors = dataclasses.replace(predictors, latency=latency.latency, notes=latency.notes)
     return FitResult(predictors, result.reports, result.paper, result.refused)
+
+
+def _best_of(
+    family: str, quantity: str, rows: Sequence[Measurement], space: SearchSpace, **options: Any
+) -> list[FitReport]:
+    """A family's formula with the least cross-validated error, fitted to the rows.
+
+    Raises:
+        FitError: If none can be fitted: for too few rows that of the formula that needs the fewest,
+            else that of the first.
+    """
+    fitted: list[list[FitReport]] = []
+    errors: list[FitError] = []
+    n_sizes = len({row.architecture.image_size for row in rows})
+    for name in FAMILIES[family]:
+        recipe = FORMULAS.get((name, quantity))
+        # At one size the formula for several is the same as the other.
+        if recipe is None or (recipe.name == "calibrated-sizes" and n_sizes == 1):
+            continue
+        try:
+            fitted.append([fit_formula(recipe, group, space, **options) for group in _groups(recipe, rows)])
+        except FitError as failed:
+            errors.append(failed)
+    if not fitted:
+        raise errors[-1] if isinstance(errors[0], TooFewSamplesError) else errors[0]
+    return min(fitted, key=_cv_rmse)
+
+
+def _cv_rmse(reports: Sequence[FitReport]) -> float:
+    """Cross-validated error over all rows of reports for different image sizes."""
+    n = np.array([report.metrics["n_samples"] for report in reports])
+    rmse = np.array([report.metrics["cv_rmse"] for report in reports])
+    return float(np.sqrt(np.sum(n * rmse**2) / np.sum(n)))
 
 
 def has_measured_latency(measurements: Sequence[Measurement]) -> bool:
@@ -176,7 +206,9 @@ def fit_formula(
         TooFewSamplesError, RankDeficientError, FitError: As `fit_predictors`.
     """
     sm = import_or_raise("statsmodels.api", extra="fit", feature="fitting predictors")
-    x, y, sizes, columns = design_of(formula, rows, space)
+    all_x, y, sizes, all_columns = design_of(formula, rows, space)
+    kept = _usable_columns(formula, all_x, space, all_columns)
+    x, columns = all_x[:, kept], tuple(all_columns[i] for i in kept)
     p = x.shape[1]
     if len(y) < p + SPARE_ROWS:
         raise TooFewSamplesError(
@@ -211,9 +243,9 @@ def fit_formula(
         space=space,
         image_sizes=space.image_sizes if formula.any_size else sizes,
         fitted_sizes=sizes,
-        columns=columns,
-        coefficients=np.asarray(fit.params, dtype=np.float64),
-        covariance=np.asarray(fit.cov_params(), dtype=np.float64),
+        columns=all_columns,
+        coefficients=_spread_out(np.asarray(fit.params, dtype=np.float64), kept, len(all_columns)),
+        covariance=_spread_out(np.asarray(fit.cov_params(), dtype=np.float64), kept, len(all_columns)),
         sigma=float(np.sqrt(fit.scale)),
         dof=int(fit.df_resid),
         ceiling=top,
@@ -337,12 +369,7 @@ def require_full_rank(x: FloatArray, columns: Sequence[str]) -> None:
     Raises:
         RankDeficientError: With the names of the dependent columns.
     """
-    from scipy.linalg import qr
-
-    scaled = x / np.maximum(np.sqrt((x**2).mean(axis=0)), 1e-300)
-    _, r, order = qr(scaled, mode="economic", pivoting=True)
-    diagonal = np.abs(np.diag(r))
-    rank = int(np.sum(diagonal > diagonal[0] * 1e-10))
+    rank, order = _rank(x)
     if rank < x.shape[1]:
         names = sorted(columns[i] for i in order[rank:])
         raise RankDeficientError(
@@ -352,9 +379,41 @@ def require_full_rank(x: FloatArray, columns: Sequence[str]) -> None:
         )
 
 
+def _rank(x: FloatArray) -> tuple[int, NDArray[np.int64]]:
+    """Rank, and the columns in an order in which the first ones are independent, the constant before its like."""
+    from scipy.linalg import qr
+
+    scaled = x / np.maximum(np.sqrt((x**2).mean(axis=0)), 1e-300)
+    scaled[:, -1] *= 2
+    _, r, order = qr(scaled, mode="economic", pivoting=True)
+    diagonal = np.abs(np.diag(r))
+    return int(np.sum(diagonal > diagonal[0] * 1e-10)), order
+
+
+def _usable_columns(formula: Formula, x: FloatArray, space: SearchSpace, columns: Sequence[str]) -> NDArray[np.int64]:
+    """Indices of the columns to fit: those that the space has, and the optional ones where rows tell them apart.
+
+    The coefficients of the others are 0: a space without squeeze-excite has no price of it.
+    """
+    occurring = x.any(axis=0) | formula.design(space, [space.largest()]).any(axis=0)
+    kept = np.flatnonzero(occurring | np.isin(columns, formula.optional))
+    for name in reversed(formula.optional):
+        if _rank(x[:, kept])[0] == len(kept):
+            break
+        kept = kept[kept != list(columns).index(name)]
+    return kept
+
+
+def _spread_out(values: FloatArray, kept: NDArray[np.int64], n: int) -> FloatArray:
+    """A vector or square matrix of the kept columns as one of all n, with 0 for the others."""
+    full = np.zeros((n,) * values.ndim)
+    full[np.ix_(*[kept] * values.ndim)] = values
+    return full
+
+
 def _groups(formula: Formula, rows: Sequence[Measurement]) -> list[list[Measurement]]:
     """Formulas that hold for one image size are fitted once a size (the paper's 7 predictors)."""
-    if formula.any_size:
+    if formula.pooled:
         return [list(rows)]
     sizes = sorted({m.architecture.image_size for m in rows})
     return [[m for m in rows if m.architecture.image_size == size] for size in sizes]

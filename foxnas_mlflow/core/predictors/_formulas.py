@@ -43,6 +43,8 @@ class Formula(ABC):
         link: ``identity``, or ``ceiling``: the linear scale is z = -log(ceiling - y).
         relative: Whether errors are proportional to the value, so that rows are weighted 1 / y^2.
         any_size: Whether one fit holds for image sizes that it has not seen.
+        pooled: Whether one fit takes rows of several image sizes together.
+        optional: Columns to leave out where the rows cannot tell them from others.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Formula(ABC):
     link: Literal["identity", "ceiling"] = "identity"
     relative: bool = False
     any_size: bool = False
+    pooled: bool = False
+    optional: tuple[str, ...] = ()
 
     @abstractmethod
     def columns(self, space: SearchSpace) -> tuple[str, ...]:
@@ -155,6 +159,7 @@ class _CostModel(Formula):
     quantity: Quantity = "latency_ms"
     relative = True
     any_size = True
+    pooled = True
     terms: tuple[str, ...]
 
     @abstractmethod
@@ -287,10 +292,62 @@ class CalibratedAccuracy(Formula):
         return indices, np.stack([values[term] for term in (*own, *shared)], axis=1)
 
 
+class PooledAccuracy(CalibratedAccuracy):
+    """The calibrated formula for rows of several image sizes together: the size shifts z.
+
+    Deviation from the paper, which fits a predictor a size: there a size needs as many rows as it
+    has coefficients, here two more coefficients serve all sizes.
+    """
+
+    name = "calibrated-sizes"
+    pooled = True
+    optional: tuple[str, ...] = ("log_size_squared",)
+
+    def columns(self, space: SearchSpace) -> tuple[str, ...]:
+        return (*super().columns(space)[:-1], "log_size", "log_size_squared", "const")
+
+    def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
+        values = super().constant(space, image_size)
+        # Both are 0 at the largest size, so that the constant is that size's.
+        log_size = np.log(image_size / space.image_sizes[-1])
+        values[-3:-1] = log_size, log_size**2
+        return values
+
+
+class CompactAccuracy(PooledAccuracy):
+    """The same with expansion ratios that count alike in every stage, for few rows.
+
+    12 coefficients in the CPU space, one of them optional.
+    """
+
+    name = "compact"
+    optional = ("log_size", "log_size_squared")
+
+    def _terms(self, space: SearchSpace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        own: tuple[str, ...] = ("D",) if len(space.depths) > 1 else ()
+        shared: tuple[str, ...] = ("sum_log_E", "log_E_first") if len(space.expansions) > 1 else ()
+        shared += ("sum_log_K", "log_K_first") if len(space.kernels) > 1 else ()
+        return own, shared
+
+
 FORMULAS: Mapping[tuple[str, str], Formula] = {
     (formula.name, formula.quantity): formula
-    for formula in (PaperAccuracy(), PaperLatency(), CalibratedAccuracy(), CalibratedLatency(), EdgeTpuLatency())
+    for formula in (
+        PaperAccuracy(),
+        PaperLatency(),
+        CalibratedAccuracy(),
+        PooledAccuracy(),
+        CompactAccuracy(),
+        CalibratedLatency(),
+        EdgeTpuLatency(),
+    )
 }
+
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "calibrated": ("calibrated", "calibrated-sizes", "compact"),
+    "paper": ("paper",),
+}
+"""What a user names, and the formulas that it tries: the one with the least cross-validated error is taken."""
 
 
 def get_formula(name: str, quantity: str) -> Formula:
