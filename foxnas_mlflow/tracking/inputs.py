@@ -20,7 +20,7 @@ from foxnas_mlflow.core.predictors import PredictorSet, load_predictors, referen
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.flavor import SupernetModel, load_model
-from foxnas_mlflow.tracking.registry import registered_name
+from foxnas_mlflow.tracking.registry import list_versions, newest, registered_name
 
 if TYPE_CHECKING:
     from foxnas_mlflow.supernet import SubnetEvaluator
@@ -99,14 +99,14 @@ def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedS
     """
     if not uri:
         registered = registered_name(name, "supernet")
-        versions = MlflowClient().search_model_versions(f"name='{registered}'")
-        if not versions:
+        version = newest(list_versions(registered))
+        if version is None:
             raise InvalidInputError(
                 "supernet must be the URI of a registered supernet",
                 received=f"none, and there is no model {registered!r}",
                 remedy="train one with: foxnas supernet",
             )
-        uri = f"models:/{registered}/{max(int(version.version) for version in versions)}"
+        uri = f"models:/{registered}/{version}"
     model = load_model(uri)
     if not isinstance(model, SupernetModel):
         raise InvalidFormatError("supernet must be a model of kind 'supernet'", received=uri)

@@ -9,7 +9,7 @@ until its measured latency does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import DeviceError, InfeasibleConstraintError
 from foxnas_mlflow.core.measurements import Timing
 from foxnas_mlflow.core.searchers._search import SearchOutcome
-from foxnas_mlflow.core.searchers._tweak import rank_edits
+from foxnas_mlflow.core.searchers._tweak import Edit, rank_edits
 
 MAX_EDITS = 40
 """Edits of one network; they can take a large one to the smallest of a stage, not from anywhere to anywhere."""
@@ -184,8 +184,9 @@ def _mend(
         names: list[str] = []
         saved = 0.0
         while saved < latency - latency_ms or not names:
-            edit = next(iter(rank_edits(outcome.objective.predictors, architecture)), None)
-            if edit is None or edit.delta_latency_ms >= 0 or edits >= MAX_EDITS:
+            missing = (latency - latency_ms - saved) / slowness
+            edit = _cheapest(rank_edits(outcome.objective.predictors, architecture), missing)
+            if edit is None or edits >= MAX_EDITS:
                 break
             architecture = edit.architecture
             saved -= edit.delta_latency_ms * slowness
@@ -197,6 +198,13 @@ def _mend(
         met = candidate.meets
         if candidate.timing is not None and not candidate.timing.problems:
             latency = candidate.timing.latency_ms
+
+
+def _cheapest(edits: Sequence[Edit], missing_ms: float) -> Edit | None:
+    """The edit that loses least accuracy for each ms of the missing ones that it saves; more is no use."""
+    saving = [edit for edit in edits if edit.delta_latency_ms < 0]
+    missing_ms = max(missing_ms, 1e-9)
+    return min(saving, key=lambda e: -e.delta_accuracy / min(-e.delta_latency_ms, missing_ms), default=None)
 
 
 def _look(

@@ -1,0 +1,151 @@
+"""A search that a supernet and a device have the last word in, as MLflow sees it."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.predictors import fit_predictors, reference_latency
+from foxnas_mlflow.core.targets import get_target
+from foxnas_mlflow.tracking.registry import version_metrics
+from tests.supernets import MINI_SPACE, register_mini_supernet
+
+pytestmark = [pytest.mark.server, pytest.mark.train]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def predictors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's own: fitted to rows whose larger networks are better, and slower."""
+    rng = np.random.default_rng(0)
+    rows = []
+    estimate = reference_latency(get_target("rpi4"), MINI_SPACE).latency[0]
+    for architecture in MINI_SPACE.sample(rng, n=60, image_size=8):
+        blocks = [b for s in architecture.stages for b in s.blocks]
+        accuracy = 95 - 30 * np.exp(-sum(b.expansion + b.kernel for b in blocks) / 60) + rng.normal(0, 0.2)
+        latency = float(estimate.predict([architecture])[0]) / 10
+        rows.append(Measurement(architecture, accuracy, latency * rng.normal(1, 0.01), "measured", "a board"))
+    path = tmp_path_factory.mktemp("predictors") / "predictors.json"
+    fit_predictors(rows, MINI_SPACE, target="cpu").predictors.save(path)
+    return path
+
+
+def _only_run() -> object:
+    import mlflow
+
+    (run,) = mlflow.MlflowClient().search_runs(["0"], "tags.`foxnas.stage` = 'search'")
+    return run
+
+
+def _table(run_id: str, directory: Path) -> list[dict[str, str]]:
+    import mlflow
+
+    path = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/verification.csv", dst_path=str(directory))
+    with Path(path).open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_found_network_has_weights_whose_accuracy_is_the_evaluators(
+    tracking: str, predictors: Path, tmp_path: Path
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.core.network import build_network
+    from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.data.preprocess import resize
+    from foxnas_mlflow.flavor import SubnetModel, load_model
+    from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
+    from foxnas_mlflow.tflite import fold_weights, lower, reference_forward
+
+    uri = register_mini_supernet()
+    command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "0.7", "--verify", "3"]
+    assert main([*command, "--supernet", uri, "--evaluations", "2000"]) == 0
+    run = _only_run()
+    (chosen,) = [row for row in _table(run.info.run_id, tmp_path) if row["chosen"] == "True"]
+    client = mlflow.MlflowClient()
+    version = client.get_model_version("foxnas-subnet-cpu", "1")
+    assert version.tags["weights"] == "trained"
+    assert version.tags["latency_source"] == run.data.tags["foxnas.latency_source"] == "cost_model"
+    # The predictors are the user's own: no note of the authors' board or of ImageNet.
+    assert "foxnas.latency_note" not in run.data.tags
+    page = Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/report.html", dst_path=str(tmp_path)))
+    text = re.sub("<script>.*?</script>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert "evaluated with the supernet" in text
+    assert not any(word in text for word in ("ImageNet", "of 2021", "no weights yet"))
+
+    model = load_model("models:/foxnas-subnet-cpu/1")
+    assert isinstance(model, SubnetModel)
+    assert model.architecture == Architecture.from_json(chosen["architecture"])
+    assert model.labels == tuple("0123456789")
+    assert model.preprocessing is not None
+    assert model.preprocessing.image_size == model.architecture.image_size
+    dataset = load_dataset("digits", seed=3, max_train=400)
+    supernet = Supernet.from_weights(MINI_SPACE, load_model(uri).weights)
+    evaluation = SubnetEvaluator(supernet, dataset).evaluate(model.architecture)
+    assert float(chosen["evaluated_accuracy"]) == pytest.approx(evaluation.top1_percent)
+    assert run.data.metrics["search/evaluated_accuracy"] == pytest.approx(evaluation.top1_percent)
+    assert run.data.metrics["search/evaluated_accuracy_standard_error"] == pytest.approx(evaluation.standard_error)
+    assert {"search/evaluated_accuracy", "search/predicted_latency_ms", "model/params"} <= set(version_metrics(version))
+
+    # The registered weights as they are, in another implementation of the same network.
+    operators = lower(build_network(MINI_SPACE, model.architecture))
+    images = np.stack([resize(dataset.val[i], model.architecture.image_size) for i in range(len(dataset.val))])
+    assert model.weights is not None
+    normalized = model.preprocessing.normalization(images)
+    logits = reference_forward(operators, fold_weights(operators, model.weights), normalized)[operators[-1].name]
+    right = 100 * np.mean(logits.argmax(1) == dataset.val.targets)
+    assert right == pytest.approx(evaluation.top1_percent, abs=0.6)
+
+
+def test_a_device_has_the_last_word(
+    tracking: str, predictors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "9999", "--verify", "2"]
+    status = main([*command, "--device", "local", "--evaluations", "2000"])
+    run = _only_run()
+    rows = _table(run.info.run_id, tmp_path)
+    if status == 2:
+        # A machine too busy for any measurement to be trusted chooses nothing, and says so.
+        assert "can be trusted" in capsys.readouterr().err
+        assert all(row["problems"] for row in rows)
+        return
+    assert [row["origin"] for row in rows] == ["found", "front"]
+    (chosen,) = [row for row in rows if row["chosen"] == "True"]
+    assert 0 < float(chosen["measured_latency_ms"]) <= 9999
+    assert chosen["runtime"].startswith("ai-edge-litert")
+    assert run.data.tags["foxnas.latency_source"] == "measured"
+    assert run.data.tags["foxnas.emulated"] == "false"
+    assert run.data.metrics["search/measured_latency_ms"] == float(chosen["measured_latency_ms"])
+    tags = mlflow.MlflowClient().get_model_version("foxnas-subnet-cpu", "1").tags
+    assert tags["latency_source"] == "measured"
+    assert tags["weights"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--supernet", "{uri}"], "the supernet must have the space of the predictors"),
+        (["--data", "digits"], "data is that of a supernet"),
+        (["--verify", "0"], "verify must be positive"),
+        (["--device", "teapot://here"], "teapot"),
+    ],
+)
+def test_bad_input(tracking: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = register_mini_supernet()
+    capsys.readouterr()
+    assert main(["search", "--evaluations", "1000", *[part.format(uri=uri) for part in argv]]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
+    assert message in line
