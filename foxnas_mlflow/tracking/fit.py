@@ -6,16 +6,19 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
+
 from foxnas_mlflow.core.measurements import Measurement, write_measurements
 from foxnas_mlflow.core.predictors import FitResult
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import log_model
 from foxnas_mlflow.report import write_predictor_files
 from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
-from foxnas_mlflow.tracking.registry import tag_version
+from foxnas_mlflow.tracking.registry import describe_version, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
 _LABELS = {"accuracy": "accuracy", "latency_ms": "latency"}
+_SHOWN = {"r2_adjusted": "adjusted R2", "cv_rmse": "cross-validated RMSE", "kendall_tau": "Kendall tau"}
 
 
 def log_fit(
@@ -60,13 +63,31 @@ def log_fit(
     if noise_floor is not None:
         metrics["predictor/accuracy/noise_floor"] = noise_floor
     run.log_artifacts(run.directory)
+    run.log_table(pd.read_csv(run.directory / MEASUREMENTS), "tables/measurements.json", dataset="measurements")
     run.log_json(fit.predictors.space.to_dict(), SPACE)
     registered = f"{name}-predictors-{target.name}"
     info = log_model(fit.predictors, name="predictors", registered_model_name=registered)
     run.log_metrics(metrics, model_id=info.model_id)
+    uri = f"models:/{registered}/{info.registered_model_version}"
     tag_version(registered, info.registered_model_version, {"source": source})
+    describe_version(
+        registered,
+        info.registered_model_version,
+        "predictors",
+        facts={
+            "target": target.name,
+            "fitted on": f"{len(rows)} networks of {source}",
+            **{
+                f"{_LABELS[quantity]}, {words}": report.metrics[key]
+                for quantity, report in fit.reports.items()
+                for key, words in _SHOWN.items()
+                if key in report.metrics
+            },
+        },
+        command=f"foxnas search --target {target.name} --predictors {uri}",
+    )
     print(_summary(fit, registered, info.registered_model_version, run.run_id, target, rows, noise_floor))
-    return {"run_id": run.run_id, "model_uri": f"models:/{registered}/{info.registered_model_version}"}
+    return {"run_id": run.run_id, "model_uri": uri}
 
 
 def _summary(

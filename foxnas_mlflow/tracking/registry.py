@@ -176,6 +176,40 @@ def version_metrics(version: ModelVersion) -> dict[str, float]:
     return {key: value for key, (value, _) in version_metric_sources(version).items()}
 
 
+_WHAT: Mapping[str, str] = {
+    "supernet": "Supernet: one set of weights for every network of its search space.",
+    "predictors": "Predictors: architectures in; accuracy (percent) and latency (ms) with intervals out.",
+    "subnet": "Network found by a search: its architecture, its figures, and its weights if it was trained.",
+    "tflite": "Int8 TensorFlow Lite classifier: images in, labels and probabilities out.",
+    "edgetpu": "Int8 TensorFlow Lite classifier compiled for an Edge TPU: images in, labels and probabilities out.",
+}
+
+
+def describe_version(
+    name: str, version: str | int | None, kind: str, *, facts: Mapping[str, object], command: str
+) -> None:
+    """Write what a version is on its page: what it is, its figures, and the next command.
+
+    The registered model gets a description too, unless somebody has written one.
+
+    Args:
+        name: The registered model.
+        version: The version; without one (nothing was registered) nothing is done.
+        kind: Kind of the model.
+        facts: Rows of the table; text as it is, numbers rounded for people.
+        command: What to type next.
+    """
+    if version is None:
+        return
+    rows = [f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |" for key, value in facts.items()]
+    table = ["| | |", "|---|---|", *rows]
+    text = "\n".join([_WHAT[kind], "", *table, "", "Next:", "", f"    {command}"])
+    client = MlflowClient()
+    client.update_model_version(name, str(version), description=text)
+    if not client.get_registered_model(name).description:
+        client.update_registered_model(name, description=_WHAT[kind])
+
+
 def model_id_of(version: ModelVersion) -> str | None:
     """Id of the logged model that a version was registered from, or None.
 

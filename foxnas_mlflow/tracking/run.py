@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import hashlib
 import json
 import signal
 import sys
@@ -90,6 +91,29 @@ class EntryRun:
     def log_json(self, value: Any, name: str) -> None:
         """Log a JSON artifact at the path `name`."""
         self.log_text(json.dumps(value, indent=2), name)
+
+    def log_table(self, table: Any, name: str, *, dataset: str | None = None) -> None:
+        """Log a table that MLflow's page shows and compares.
+
+        Args:
+            table: A pandas table, or values of equal length by column.
+            name: Path of the artifact, ``tables/....json``.
+            dataset: Log it as an input of the run too, under this name.
+        """
+        import pandas as pd
+        from mlflow.data.code_dataset_source import CodeDatasetSource
+        from mlflow.data.pandas_dataset import from_pandas
+
+        frame = pd.DataFrame(table)
+        # MLflow selects columns of pandas 2's type for text, at which pandas 3 warns.
+        frame = frame.astype({c: object for c in frame if pd.api.types.is_string_dtype(frame[c].dtype)})
+        self._client.log_table(self.run_id, frame, name)
+        if dataset is not None:
+            # An URI would be guessed at, with a warning: a source of this kind says what it is.
+            source = CodeDatasetSource(tags={"mlflow.source.name": f"runs:/{self.run_id}/{name}"})
+            # MLflow's own digest trips over the text columns of pandas 3.
+            digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()[:36]
+            mlflow.log_input(from_pandas(frame, source=source, name=dataset, digest=digest), context=dataset)
 
     def log_text(self, text: str, name: str) -> None:
         """Log a text artifact at the path `name`."""

@@ -17,7 +17,7 @@ from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Front, SearchOutcome, SearchResult
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import SubnetModel, log_model
-from foxnas_mlflow.tracking.registry import tag_version
+from foxnas_mlflow.tracking.registry import describe_version, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.verification import Verification
 
@@ -83,6 +83,11 @@ def log_search(
             candidates=() if verification is None else verification.candidates,
         )
     run.log_artifacts(files)
+    front = outcome.front
+    run.log_table(
+        {"image_size": front.image_size, "latency_ms": front.latency_ms, "accuracy": front.accuracy},
+        "tables/front.json",
+    )
     details = {
         "predicted_accuracy": outcome.accuracy,
         "predicted_latency_ms": outcome.latency_ms,
@@ -142,6 +147,33 @@ def log_search(
     tag_version(f"{name}-subnet-{target.name}", subnet.registered_model_version, tags)
     tag_version(f"{name}-predictors-{target.name}", fitted.registered_model_version, {"source": predictors_source})
     uri = f"models:/{name}-subnet-{target.name}/{subnet.registered_model_version}"
+    trained = tags["weights"] == "trained"
+    describe_version(
+        f"{name}-subnet-{target.name}",
+        subnet.registered_model_version,
+        "subnet",
+        facts={
+            "target": f"{target.name}, at most {params['latency_ms']:g} ms",
+            "predicted accuracy, %": outcome.accuracy,
+            "predicted latency, ms": outcome.latency_ms,
+            f"upper bound at {outcome.objective.confidence:g}, ms": outcome.latency_upper_ms,
+            **{key.replace("_", " "): value for key, value in facts.items() if isinstance(value, float)},
+            "weights": tags["weights"],
+            "parameters": f"{network.params:,}",
+            **({"note": note} if note else {}),
+        },
+        command=f"foxnas quantize --subnet {uri} --target {target.name}"
+        if trained
+        else f"foxnas search --supernet models:/{name}-supernet/1 --target {target.name}",
+    )
+    describe_version(
+        f"{name}-predictors-{target.name}",
+        fitted.registered_model_version,
+        "predictors",
+        facts={"target": target.name, "source": predictors_source, **fit_metrics},
+        command=f"foxnas search --target {target.name} "
+        f"--predictors models:/{name}-predictors-{target.name}/{fitted.registered_model_version}",
+    )
     print(_summary(outcome, target, params, uri, run.run_id, note, verification))
     return {"run_id": run.run_id, "model_uri": uri}
 

@@ -15,7 +15,7 @@ from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.files import cache_directory
 from foxnas_mlflow.data import ImageDataset
 from foxnas_mlflow.flavor import SupernetModel, log_model
-from foxnas_mlflow.tracking.registry import registered_name, tag_version
+from foxnas_mlflow.tracking.registry import describe_version, registered_name, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
 CHECKPOINT_ARTIFACTS = "checkpoint"
@@ -97,4 +97,18 @@ def log_supernet(run: EntryRun, model: SupernetModel, metrics: Mapping[str, floa
     run.log_metrics(metrics, model_id=info.model_id)
     tags: dict[str, Any] = {"weights": "trained", "space": model.space.name, "data": model.config["data"]}
     tag_version(registered, info.registered_model_version, tags)
-    return f"models:/{registered}/{info.registered_model_version}"
+    uri = f"models:/{registered}/{info.registered_model_version}"
+    describe_version(
+        registered,
+        info.registered_model_version,
+        "supernet",
+        facts={
+            "space": model.space.name,
+            "images": model.config["data"],
+            "largest subnet, % top-1": metrics["eval/top1_max"],
+            "smallest subnet, % top-1": metrics["eval/top1_min"],
+            "random subnets, % top-1": metrics["eval/top1_random"],
+        },
+        command=f"foxnas sample --supernet {uri}",
+    )
+    return uri

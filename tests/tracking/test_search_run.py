@@ -19,6 +19,7 @@ from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.predictors import reference_predictors
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
+from foxnas_mlflow.tracking.registry import model_id_of
 
 pytestmark = pytest.mark.server
 
@@ -62,6 +63,10 @@ def test_search_logs_what_the_contract_names(tracking: str, tmp_path: Path) -> N
 
     version = client.get_model_version("foxnas-subnet-rpi4", "1")
     assert version.tags["weights"] == "none"
+    assert "| predicted accuracy, % | " in version.description
+    assert "Next:" in version.description
+    shown = mlflow.load_table("tables/front.json", run_ids=[run.info.run_id])
+    assert len(shown) == metrics["search/front_size"]
     model = mlflow.pyfunc.load_model("models:/foxnas-predictors-rpi4/1")
     table = model.predict(pd.DataFrame({"architecture": [architecture.to_json()]}), params={"confidence": 0.9})
     np.testing.assert_allclose(table["accuracy"][0], metrics["search/predicted_accuracy"])
@@ -98,6 +103,12 @@ def test_fit_registers_predictors_that_search_uses(tracking: str, shared_data: P
     assert metrics["predictor/latency/cv_mape"] < metrics["predictor/latency/cv_mape_paper"]
     names = {f.path for f in client.list_artifacts(run.info.run_id, "predictor/accuracy")}
     assert "predictor/accuracy/summary.txt" in names
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.name, json.loads(data.dataset.profile)["num_rows"]) == ("measurements", 300)
+    version = client.get_model_version("foxnas-predictors-rpi4", "1")
+    assert "| accuracy, adjusted R2 | " in version.description
+    logged = client.get_logged_model(model_id_of(version) or "")
+    assert {m.key for m in logged.metrics or []} >= {"predictor/accuracy/r2_adjusted", "predictor/latency/cv_mape"}
     uri = "models:/foxnas-predictors-rpi4/1"
     assert main(["search", "--predictors", uri, "--latency-ms", "90", "--evaluations", "5000"]) == 0
     latest = client.search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
