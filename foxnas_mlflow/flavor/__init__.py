@@ -21,6 +21,7 @@ from foxnas_mlflow.flavor._mlflow import (
     save_model,
 )
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel, main_file
+from foxnas_mlflow.flavor._pyfunc import images_of
 
 __all__ = [
     "FLAVOR_NAME",
@@ -34,6 +35,7 @@ __all__ = [
     "get_default_conda_env",
     "get_default_pip_requirements",
     "image_signature",
+    "images_of",
     "load_model",
     "log_model",
     "main_file",

@@ -149,6 +149,17 @@ class Classifier:
         Returns:
             float32 (n_classes,), probabilities.
         """
+        scale, zero_point = self._output["quantization"]
+        values: NDArray[np.float32] = self.raw(image).astype(np.float32)
+        if scale:
+            values = (values - np.float32(zero_point)) * np.float32(scale)
+        if self._softmax:
+            exponentials = np.exp(values - values.max())
+            values = exponentials / exponentials.sum()
+        return values
+
+    def raw(self, image: NDArray[Any]) -> NDArray[Any]:
+        """The network's own output for an image, as quantized as the network is."""
         if image.dtype == np.uint8:
             batch = np.empty((1, *image.shape), dtype=self._table.dtype)
             for channel in range(image.shape[2]):
@@ -157,14 +168,8 @@ class Classifier:
             batch = self._quantize(self._normalization.of_unit(image))[None]
         self._interpreter.set_tensor(self._input["index"], batch)
         self._interpreter.invoke()
-        scale, zero_point = self._output["quantization"]
-        values: NDArray[np.float32] = self._interpreter.get_tensor(self._output["index"])[0].astype(np.float32)
-        if scale:
-            values = (values - np.float32(zero_point)) * np.float32(scale)
-        if self._softmax:
-            exponentials = np.exp(values - values.max())
-            values = exponentials / exponentials.sum()
-        return values
+        output: NDArray[Any] = self._interpreter.get_tensor(self._output["index"])[0]
+        return output
 
     def _quantize(self, values: NDArray[np.float32]) -> NDArray[Any]:
         dtype = np.dtype(self._input["dtype"])

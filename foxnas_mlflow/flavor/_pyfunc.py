@@ -203,19 +203,9 @@ class TflitePyfunc:
 
     def _pixels(self, image: Any, shape: tuple[int, int, int]) -> NDArray[Any]:
         """One image as uint8, or float in 0..1, of the network's input shape."""
-        if isinstance(image, str):
-            try:
-                image = base64.b64decode("".join(image.split()), validate=True)
-            except (binascii.Error, ValueError):
-                raise InvalidInputError("an image given as text must be base64", received=image[:40]) from None
-        if isinstance(image, bytes | bytearray | memoryview):
-            return self._model.preprocessing.decode(bytes(image), max_pixels=self._max_pixels)
-        if isinstance(image, list):
-            image = _array(image)
-        if not isinstance(image, np.ndarray):
-            raise InvalidInputError(
-                "an image must be bytes, base64 text or an array", received=f"a {type(image).__name__}"
-            )
+        image = _decoded(image)
+        if isinstance(image, bytes):
+            return self._model.preprocessing.decode(image, max_pixels=self._max_pixels)
         if image.shape != shape:
             raise InvalidInputError(
                 f"an image array must have the shape {shape} (height, width, channels)",
@@ -262,6 +252,35 @@ class TflitePyfunc:
 def _architectures(model_input: Any) -> list[Architecture]:
     texts = _column(model_input, "architecture")
     return [text if isinstance(text, Architecture) else Architecture.from_json(str(text)) for text in texts]
+
+
+def images_of(model_input: Any) -> list[bytes | NDArray[Any]]:
+    """The images of an input: files as bytes, arrays as uint8 or float in 0..1, of any shape.
+
+    Args:
+        model_input: As for `TflitePyfunc.predict`.
+
+    Raises:
+        InvalidInputError: If it has no column ``image``, or an item is no image.
+    """
+    images = (_decoded(image) for image in _column(model_input, "image"))
+    return [image if isinstance(image, bytes) else _checked_pixels(image) for image in images]
+
+
+def _decoded(image: Any) -> bytes | NDArray[Any]:
+    """An item of the column ``image``: base64 text as the bytes that it means, nested lists as an array."""
+    if isinstance(image, str):
+        try:
+            return base64.b64decode("".join(image.split()), validate=True)
+        except (binascii.Error, ValueError):
+            raise InvalidInputError("an image given as text must be base64", received=image[:40]) from None
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, list):
+        image = _array(image)
+    if not isinstance(image, np.ndarray):
+        raise InvalidInputError("an image must be bytes, base64 text or an array", received=f"a {type(image).__name__}")
+    return image
 
 
 def _column(model_input: Any, name: str) -> Sequence[Any]:

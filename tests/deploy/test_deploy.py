@@ -1,0 +1,298 @@
+"""The deployment target `edge` on this machine: real files, real runner processes."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.deployments import get_deploy_client
+from mlflow.exceptions import MlflowException
+
+import foxnas_mlflow.deploy as plugin
+from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
+from foxnas_mlflow.deploy._board import split_target
+from foxnas_mlflow.deploy._bundle import runner
+from foxnas_mlflow.devices import LocalConnection
+from foxnas_mlflow.flavor import TfliteModel, log_model
+from tests.colour_model import LABELS, SIZE, encoded, image_of
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture
+def versions(tracking: str, colour_model: TfliteModel, tmp_path: Path) -> tuple[str, str]:
+    """Two registered versions; the second one is given its labels in another order."""
+    import dataclasses
+
+    for labels in (LABELS, ("rouge", "vert", "bleu")):
+        with mlflow.start_run():
+            log_model(
+                dataclasses.replace(colour_model, labels=labels),
+                name="model",
+                registered_model_name="foxnas-rpi4",
+                code_paths=[],
+            )
+    mlflow.MlflowClient().set_registered_model_alias("foxnas-rpi4", "production", "1")
+    return "models:/foxnas-rpi4@production", "models:/foxnas-rpi4/2"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    return f"edge://local?root={tmp_path / 'board'}"
+
+
+def labels_of(client: Any, name: str = "camera") -> list[str]:
+    images = [encoded(image_of(colour)) for colour in LABELS]
+    return client.predict(name, pd.DataFrame({"image": images})).get_predictions()["label"].tolist()
+
+
+def test_a_deployment_from_creation_to_deletion(versions: tuple[str, str], target: str, tmp_path: Path) -> None:
+    first, second = versions
+    client = get_deploy_client(target)
+    assert client.list_deployments() == []
+    created = client.create_deployment("camera", first)
+    assert (created["name"], created["flavor"], created["version"]) == ("camera", "foxnas", "0001")
+    # The alias may move on; the board says what it has.
+    assert created["model_uri"] == "models:/foxnas-rpi4/1"
+    assert created["previous"] is None
+    assert created["smoke"]["images"] == 3
+    assert created["smoke"]["largest_difference"] == 0
+    assert labels_of(client) == list(LABELS)
+
+    with pytest.raises(MlflowException, match="a name that is free"):
+        client.create_deployment("camera", second)
+    updated = client.update_deployment("camera", second, config={"threads": "2"})
+    assert (updated["version"], updated["previous"], updated["threads"]) == ("0002", "models:/foxnas-rpi4/1", 2)
+    assert labels_of(client) == ["rouge", "vert", "bleu"]
+    assert client.list_deployments() == [updated]
+
+    back = client.update_deployment("camera", config={"rollback": "true"})
+    assert (back["version"], back["model_uri"]) == ("0001", "models:/foxnas-rpi4/1")
+    assert labels_of(client) == list(LABELS)
+    with pytest.raises(MlflowException, match="a rollback needs a version before"):
+        client.update_deployment("camera", config={"rollback": "true"})
+
+    client.update_deployment("camera", second)
+    kept = sorted(path.name for path in (tmp_path / "board" / "camera" / "versions").iterdir())
+    assert kept == ["0001", "0003"]
+    client.delete_deployment("camera")
+    client.delete_deployment("camera")
+    assert client.list_deployments() == []
+    with pytest.raises(MlflowException, match="there must be a deployment of that name"):
+        client.get_deployment("camera")
+
+
+def test_the_board_answers_as_the_pyfunc_does(versions: tuple[str, str], target: str, tmp_path: Path) -> None:
+    client = get_deploy_client(target)
+    directory = Path(client.create_deployment("camera", versions[0])["directory"])
+    images = [encoded(image_of(colour, seed=7)) for colour in LABELS]
+    expected = mlflow.pyfunc.load_model(versions[0]).predict(pd.DataFrame({"image": images}))
+    pixels = np.stack([image_of(colour, height=SIZE, width=SIZE) for colour in LABELS])
+    texts = [base64.b64encode(image).decode() for image in images]
+    for inputs in (pd.DataFrame({"image": images}), {"image": texts}):
+        rows = client.predict("camera", inputs)["predictions"]
+        assert [row["probabilities"] for row in rows] == expected["probabilities"].tolist()
+    for inputs in (pixels, pixels / np.float32(255)):
+        assert [row["label"] for row in client.predict("camera", inputs)["predictions"]] == list(LABELS)
+    # On the board itself, without MLflow.
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(images[2])
+    command = [sys.executable, str(directory / "runner.pyz"), "classify", str(photo)]
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    assert json.loads(done.stdout)["predictions"][0]["label"] == "blue"
+    for wrong, words in (
+        ({"picture": texts}, "must have the column 'image'"),
+        ({"image": [b"no image"]}, "must be a whole JPEG or PNG"),
+        (pixels[:, :8], "must be a whole JPEG or PNG, or an array of the network's input shape"),
+    ):
+        with pytest.raises(MlflowException, match=words):
+            client.predict("camera", wrong)
+
+
+@pytest.mark.parametrize("step", ["model.tflite", "deployment.json"])
+def test_an_interrupted_copy_leaves_the_old_version(
+    versions: tuple[str, str], target: str, step: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    client = get_deploy_client(target)
+    before = client.create_deployment("camera", versions[0])
+    put = LocalConnection.put
+
+    def cut(self: LocalConnection, data: bytes, path: str) -> None:
+        if path.endswith(step):
+            put(self, data[: len(data) // 2], path)
+            raise ConnectionLostError("the connection to local was lost")
+        put(self, data, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalConnection, "put", cut)
+        with pytest.raises(MlflowException, match="connection to local was lost"):
+            client.update_deployment("camera", versions[1])
+        with pytest.raises(MlflowException, match="connection to local was lost"):
+            client.create_deployment("door", versions[1])
+    assert client.get_deployment("camera") == before
+    assert labels_of(client) == list(LABELS)
+    assert [deployment["name"] for deployment in client.list_deployments()] == ["camera"]
+    assert client.create_deployment("door", versions[1])["version"] == "0001"
+
+
+def test_what_arrives_otherwise_than_sent_is_refused(
+    versions: tuple[str, str], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = get_deploy_client(target)
+    before = client.create_deployment("camera", versions[0])
+    put = LocalConnection.put
+    for name in ("model.tflite", "deployment.json"):
+
+        def flip(self: LocalConnection, data: bytes, path: str, name: str = name) -> None:
+            damaged = bytes([data[-9] ^ 1])
+            put(self, data[:-9] + damaged + data[-8:] if path.endswith(name) else data, path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalConnection, "put", flip)
+            with pytest.raises(MlflowException, match=f"must arrive .* received {name}"):
+                client.update_deployment("camera", versions[1])
+    assert client.get_deployment("camera") == before
+
+
+def test_a_board_that_answers_otherwise_is_refused(
+    versions: tuple[str, str], target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from foxnas_mlflow.deploy import _bundle
+
+    raw = _bundle.Classifier.raw
+    monkeypatch.setattr(_bundle.Classifier, "raw", lambda self, image: raw(self, image) + np.int8(3))
+    client = get_deploy_client(target)
+    with pytest.raises(MlflowException, match="must answer as this host does; received the outputs differ by 3"):
+        client.create_deployment("camera", versions[0])
+    assert client.list_deployments() == []
+    assert list((tmp_path / "board" / "camera").iterdir()) == []
+    assert client.create_deployment("camera", versions[0], config={"tolerance": "3"})["name"] == "camera"
+
+
+def test_two_updates_at_once_leave_one_active_version(versions: tuple[str, str], target: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    client = get_deploy_client(target)
+    client.create_deployment("camera", versions[0])
+    with ThreadPoolExecutor(3) as threads:
+        updates = list(threads.map(lambda uri: client.update_deployment("camera", uri), [versions[1]] * 3))
+    active = client.get_deployment("camera")
+    assert active["version"] == "0004"
+    assert sorted(update["version"] for update in updates) <= ["0002", "0003", "0004"]
+    assert client.update_deployment("camera", config={"rollback": "true"})["version"] == "0003"
+
+
+@pytest.mark.parametrize(
+    ("name", "uri", "config", "words"),
+    [
+        ("../door", "models:/foxnas-rpi4/1", {}, "1 to 64 letters"),
+        ("camera", "models:/foxnas-rpi4/1", {"thread": "1"}, "only the keys"),
+        ("camera", "models:/foxnas-rpi4/1", {"threads": "many"}, "must be numbers"),
+        ("camera", "models:/foxnas-rpi4/1", {"threads": "0"}, "1 or more"),
+        ("camera", "models:/foxnas-rpi4/1", {"delegate": "libnone.so"}, "delegate .* cannot be loaded"),
+        ("camera", "models:/foxnas-rpi4/9", {}, "not found"),
+    ],
+)
+def test_bad_input(versions: tuple[str, str], target: str, name: str, uri: str, config: Any, words: str) -> None:
+    client = get_deploy_client(target)
+    with pytest.raises(MlflowException, match=words):
+        client.create_deployment(name, uri, config=config)
+    assert client.list_deployments() == []
+
+
+def test_updates_that_contradict_themselves(versions: tuple[str, str], target: str) -> None:
+    client = get_deploy_client(target)
+    with pytest.raises(MlflowException, match="a deployment of that name"):
+        client.update_deployment("camera", versions[0])
+    with pytest.raises(MlflowException, match="a deployment of that name"):
+        client.update_deployment("camera", config={"rollback": "true"})
+    for uri, config in ((None, {}), (versions[0], {"rollback": "true"}), (None, {"rollback": "yes"})):
+        with pytest.raises(MlflowException, match="rollback"):
+            client.update_deployment("camera", uri, config=config)
+
+
+def test_targets() -> None:
+    assert split_target("edge://local") == ("local", "~/.foxnas/deployments")
+    assert split_target("edge://pi@board:2222?python=~/v/bin/python&root=/srv/models") == (
+        "ssh://pi@board:2222?python=~/v/bin/python",
+        "/srv/models",
+    )
+    for wrong in ("edge", "edge://", "edge://pi@board/path", "edge://local?python=python3"):
+        with pytest.raises(DeviceError, match="edge://local"):
+            split_target(wrong)
+
+
+def test_the_command_line(versions: tuple[str, str], target: str, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+    from mlflow.deployments.cli import commands
+
+    request = tmp_path / "images.json"
+    request.write_text(json.dumps({"image": [base64.b64encode(encoded(image_of("green"))).decode()]}))
+
+    def deployments(*arguments: str) -> str:
+        done = CliRunner().invoke(commands, list(arguments), catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.output
+
+    named = ("-t", target, "--name", "camera")
+    assert "foxnas deployment camera is created" in deployments("create", *named, "-m", versions[0])
+    assert '"label":"green"' in deployments("predict", *named, "-I", str(request)).replace(" ", "")
+
+
+def test_a_local_run(
+    versions: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    mlflow.deployments.run_local("edge", "camera", versions[0])
+    assert f"{tmp_path}/home/.foxnas/deployments/camera/current" in capsys.readouterr().out
+    assert labels_of(get_deploy_client("edge://local")) == list(LABELS)
+
+
+def test_the_plugin_is_as_mlflow_wants_it() -> None:
+    assert "edge" in mlflow.deployments.interface.plugin_store.registry
+    assert mlflow.deployments.interface._target_help("edge") == plugin.target_help()
+    code = "import sys, foxnas_mlflow.deploy; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"asyncssh", "ai_edge_litert", "PIL"} & set(done.stdout.split())
+    assert runner() == runner()
+
+
+@contextlib.contextmanager
+def ssh_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A board behind a real ssh server on loopback."""
+    import os
+
+    sshd = pytest.importorskip("tests.devices.sshd")
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    public = sshd.make_key(home / ".ssh" / "id_ed25519")
+    with sshd.ssh_server(tmp_path / "sshd", public) as server:
+        (home / ".ssh" / "known_hosts").write_text(server.known_hosts_line)
+        user = os.environ.get("USER") or "root"
+        yield f"edge://{user}@127.0.0.1:{server.port}?python={sys.executable}&root={tmp_path / 'board'}"
+
+
+@pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="no OpenSSH server (openssh-server)")
+def test_a_board_behind_ssh(versions: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("asyncssh")
+    with ssh_target(tmp_path, monkeypatch) as target:
+        client = get_deploy_client(target)
+        assert client.create_deployment("camera", versions[0])["smoke"]["largest_difference"] == 0
+        assert client.update_deployment("camera", versions[1])["version"] == "0002"
+        assert labels_of(client) == ["rouge", "vert", "bleu"]
+        assert client.update_deployment("camera", config={"rollback": "true"})["version"] == "0001"
+        assert labels_of(client) == list(LABELS)
+        client.delete_deployment("camera")
+        assert client.list_deployments() == []
