@@ -16,10 +16,10 @@ from mlflow.models import Model
 
 from foxnas_mlflow.core.errors import InvalidFormatError, PromotionError
 from foxnas_mlflow.flavor import FLAVOR_NAME, main_file, read_manifest
-from foxnas_mlflow.tracking.gates import LATENCY, Candidate, Verdict, judge, passed
+from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, Candidate, Verdict, judge, passed
 from foxnas_mlflow.tracking.history import former_versions
 from foxnas_mlflow.tracking.holders import ARCHIVED, STAGES, StageKeeper
-from foxnas_mlflow.tracking.registry import version_metric_sources
+from foxnas_mlflow.tracking.registry import describe_version, version_metric_sources
 from foxnas_mlflow.tracking.run import EntryRun
 
 PROMOTION_FORMAT = 1
@@ -107,6 +107,7 @@ def promote(
     try:
         if not dry_run:
             keeper.tag(number, _tags(promotion, run.run_id))
+            _describe(version.name, candidate)
         if promotion.error:
             raise PromotionError(
                 "a version is promoted when every gate passes",
@@ -234,6 +235,18 @@ def _is_ready(name: str, number: str) -> bool:
         return bool(MlflowClient().get_model_version(name, number).status == "READY")
     except MlflowException:
         return False
+
+
+def _describe(name: str, candidate: Candidate) -> None:
+    shown = {ACCURACY: "int8 top-1, %", DROP: "lost by quantization, points", LATENCY: "latency p90, ms"}
+    facts: dict[str, object] = {
+        words: candidate.figures[key] for key, words in shown.items() if key in candidate.figures
+    }
+    if candidate.device:
+        facts["measured on"] = candidate.device
+    facts |= {"weights": candidate.weights, "sha256": candidate.sha256}
+    command = f"mlflow models serve -m models:/{name}/{candidate.version} --env-manager local"
+    describe_version(name, candidate.version, candidate.kind, facts=facts, command=command)
 
 
 def _tags(promotion: Promotion, run_id: str) -> dict[str, str]:

@@ -190,7 +190,7 @@ def describe_version(
 ) -> None:
     """Write what a version is on its page: what it is, its figures, and the next command.
 
-    The registered model gets a description too, unless somebody has written one.
+    The registered model gets a description too. What somebody else has written stays.
 
     Args:
         name: The registered model.
@@ -205,7 +205,9 @@ def describe_version(
     table = ["| | |", "|---|---|", *rows]
     text = "\n".join([_WHAT[kind], "", *table, "", "Next:", "", f"    {command}"])
     client = MlflowClient()
-    client.update_model_version(name, str(version), description=text)
+    written = client.get_model_version(name, str(version)).description
+    if not written or written.startswith(tuple(_WHAT.values())):
+        client.update_model_version(name, str(version), description=text)
     if not client.get_registered_model(name).description:
         client.update_registered_model(name, description=_WHAT[kind])
 

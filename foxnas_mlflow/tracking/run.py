@@ -12,6 +12,7 @@ import contextvars
 import functools
 import hashlib
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -157,7 +158,9 @@ def entry_run(
     # A run inside a run (the pipeline's steps) is nested. Tags are part of its creation: a kill
     # leaves no run without them.
     nested = mlflow.active_run() is not None
-    active = mlflow.start_run(nested=nested, tags=values)
+    # A run that `mlflow run` made has its name already.
+    named = nested or "MLFLOW_RUN_ID" not in os.environ
+    active = mlflow.start_run(run_name=_run_name(stage, target) if named else None, nested=nested, tags=values)
     if not nested:
         best_effort(end_dead_runs)(active.info.experiment_id)
     status = "FINISHED"
@@ -187,6 +190,11 @@ def end_dead_runs(experiment_id: str) -> list[str]:
             client.set_terminated(run.info.run_id, "KILLED")
             ended.append(run.info.run_id)
     return ended
+
+
+def _run_name(stage: str, target: str | None) -> str:
+    """A name that says what the run is, in place of MLflow's random words."""
+    return stage if target is None else f"{stage} {target}"
 
 
 @contextlib.contextmanager

@@ -74,8 +74,13 @@ def test_a_version_goes_through_the_stages(tracking: str, tmp_path: Path, capsys
     assert tags["gate.latency"] == "pass: p90 40 ms <= 60 ms"
     assert tags["gates"] == "passed for Production"
     assert tags["promotion_run"] == run.info.run_id
+    description = mlflow.MlflowClient().get_model_version(NAME, "2").description
+    assert "| latency p90, ms | 40 |" in description
+    assert run.info.run_name == "promote"
+    mlflow.MlflowClient().update_model_version(NAME, "2", description="mine")
     # Again: nothing changes, and the history has no second entry.
     assert promote(f"models:/{NAME}/production") == 0
+    assert mlflow.MlflowClient().get_model_version(NAME, "2").description == "mine"
     assert [e.version for e in StageKeeper(NAME).history("Production")] == ["1", "2"]
 
 
