@@ -2,6 +2,16 @@
 
 from foxnas_mlflow.tflite._checks import check_classifier, check_int8
 from foxnas_mlflow.tflite._convert import Conversion, convert
+from foxnas_mlflow.tflite._edgetpu_compiler import (
+    INSTALL_HINT,
+    CompilerOutput,
+    CompilerReport,
+    EdgeTpuCompiler,
+    OperatorStatus,
+    find_compiler,
+    parse_log,
+)
+from foxnas_mlflow.tflite._edgetpu_readiness import Readiness, ReadinessIssue, edgetpu_readiness
 from foxnas_mlflow.tflite._evaluate import FloatModel, QuantizationLoss, quantization_loss
 from foxnas_mlflow.tflite._graph import Operator, lower
 from foxnas_mlflow.tflite._interpreter import (
@@ -18,23 +28,33 @@ from foxnas_mlflow.tflite._weights import FoldedWeights, fold_weights, random_we
 from foxnas_mlflow.tflite._writer import write_probe
 
 __all__ = [
+    "INSTALL_HINT",
+    "CompilerOutput",
+    "CompilerReport",
     "Conversion",
+    "EdgeTpuCompiler",
     "FloatModel",
     "FoldedWeights",
     "Int8Model",
     "LayerError",
     "Operator",
     "OperatorInfo",
+    "OperatorStatus",
     "QuantizationLoss",
+    "Readiness",
+    "ReadinessIssue",
     "TensorInfo",
     "TfliteModel",
     "check_classifier",
     "check_int8",
     "convert",
+    "edgetpu_readiness",
+    "find_compiler",
     "fold_weights",
     "layer_errors",
     "lower",
     "make_interpreter",
+    "parse_log",
     "quantization_loss",
     "quiet_tensorflow",
     "random_weights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,17 +213,19 @@ def sample_answer(data: bytes, *, seed: int = 0) -> tuple[NDArray[Any], NDArray[
     return given, interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
 
 
-def load_edgetpu(load_delegate: Callable[[str], Any]) -> Any:
+def load_edgetpu(load_delegate: Callable[[str], Any], library: str = EDGETPU_LIBRARY) -> Any:
     """Load the Edge TPU delegate.
 
     Raises:
         DeviceError: If its library is not installed, or no Edge TPU answers.
     """
     try:
-        return load_delegate(EDGETPU_LIBRARY)
+        # Tried first: the runtime's own object complains on standard error when it cannot load.
+        ctypes.CDLL(library)
+        return load_delegate(library)
     except OSError as error:
         raise DeviceError(
-            f"an Edge TPU needs the library {EDGETPU_LIBRARY}, which is not installed",
+            f"an Edge TPU needs the library {library}, which is not installed",
             remedy="install libedgetpu1-std (a build that matches the runtime), or use the target rpi4 or cpu",
         ) from error
     except ValueError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, log_model
-from foxnas_mlflow.tflite import Conversion, LayerError, QuantizationLoss
+from foxnas_mlflow.tflite import INSTALL_HINT, CompilerReport, Conversion, LayerError, QuantizationLoss, Readiness
 from foxnas_mlflow.tracking.registry import registered_name, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
@@ -48,17 +50,40 @@ class Quantized:
     provenance: Mapping[str, Any]
 
 
-def log_quantized(run: EntryRun, quantized: Quantized, *, target: Target, name: str) -> dict[str, Any]:
-    """Log a quantization to its run and register the int8 model.
+@dataclass(frozen=True)
+class EdgeTpuResult:
+    """The int8 file and the Edge TPU.
+
+    Attributes:
+        readiness: What is known without a compiler.
+        data: The compiled file; empty where there is no compiler.
+        report: What the compiler said.
+    """
+
+    readiness: Readiness
+    data: bytes = b""
+    report: CompilerReport | None = None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """All figures."""
+        return self.readiness.metrics | ({} if self.report is None else self.report.metrics)
+
+
+def log_quantized(
+    run: EntryRun, quantized: Quantized, *, target: Target, name: str, edgetpu: EdgeTpuResult | None = None
+) -> dict[str, Any]:
+    """Log a quantization to its run and register the int8 model, and its Edge TPU twin if it was compiled.
 
     Args:
         run: The open run.
         quantized: The quantization.
         target: The target.
-        name: Prefix of the registered model.
+        name: Prefix of the registered models.
+        edgetpu: What became of it for an Edge TPU.
 
     Returns:
-        ``run_id`` and ``model_uri``.
+        ``run_id``, ``model_uri``, and ``edgetpu_model_uri`` if it was compiled.
     """
     conversion, loss = quantized.conversion, quantized.loss
     architecture = quantized.subnet.architecture
@@ -80,19 +105,6 @@ def log_quantized(run: EntryRun, quantized: Quantized, *, target: Target, name: 
         "accuracy/quantization_drop_standard_error": loss.standard_error,
         "accuracy/n_images": loss.n_images,
     }
-    path = run.directory / "model.tflite"
-    conversion.save(path)
-    details = {
-        "sha256": conversion.sha256,
-        "target": target.name,
-        "provenance": dict(quantized.provenance),
-        "operators": dict(conversion.operator_counts),
-        "metrics": metrics,
-    }
-    model = TfliteModel(path, quantized.labels, quantized.preprocessing, architecture=architecture, details=details)
-    registered = registered_name(name, "tflite", target.name)
-    info = log_model(model, name="int8", kind="tflite", registered_model_name=registered)
-    run.log_metrics(metrics, model_id=info.model_id)
     tags = {
         "weights": "trained",
         "target": target.name,
@@ -100,12 +112,61 @@ def log_quantized(run: EntryRun, quantized: Quantized, *, target: Target, name: 
         "subnet": quantized.provenance["subnet"],
         "data": quantized.provenance["data"],
         "data_digest": quantized.provenance["data_digest"],
-        "sha256": conversion.sha256,
     }
+    path = run.directory / "model.tflite"
+    conversion.save(path)
+    model = TfliteModel(
+        path,
+        quantized.labels,
+        quantized.preprocessing,
+        architecture=architecture,
+        details={
+            "sha256": conversion.sha256,
+            "target": target.name,
+            "provenance": dict(quantized.provenance),
+            "operators": dict(conversion.operator_counts),
+        },
+    )
+    facts = {} if edgetpu is None else edgetpu.readiness.metrics
+    uri = _register(
+        run, model, "tflite", registered_name(name, "tflite", target.name), metrics | facts, tags | _sha256(path)
+    )
+    outputs = {"run_id": run.run_id, "model_uri": uri}
+    if edgetpu is not None and edgetpu.report is not None:
+        compiled = run.directory / "model_edgetpu.tflite"
+        compiled.write_bytes(edgetpu.data)
+        twin = dataclasses.replace(
+            model, path=compiled, fallback=path, details={**model.details, "compiler": edgetpu.report.version}
+        )
+        # Its accuracy is that of the int8 file: only an Edge TPU could tell another.
+        outputs["edgetpu_model_uri"] = _register(
+            run,
+            twin,
+            "edgetpu",
+            registered_name(name, "edgetpu", target.name),
+            metrics | edgetpu.metrics | {"model/size_bytes": len(edgetpu.data)},
+            tags | _sha256(compiled) | {"int8_model": uri, "compiler": edgetpu.report.version},
+        )
+    print(_summary(quantized, target, outputs, conversion.sha256, edgetpu))
+    return outputs
+
+
+def _register(
+    run: EntryRun,
+    model: TfliteModel,
+    kind: str,
+    registered: str,
+    metrics: Mapping[str, float],
+    tags: Mapping[str, object],
+) -> str:
+    info = log_model(model, name=kind, kind=kind, registered_model_name=registered)
+    run.log_metrics(metrics, model_id=info.model_id)
     tag_version(registered, info.registered_model_version, tags)
-    uri = f"models:/{registered}/{info.registered_model_version}"
-    print(_summary(quantized, target, uri, run.run_id))
-    return {"run_id": run.run_id, "model_uri": uri}
+    return f"models:/{registered}/{info.registered_model_version}"
+
+
+def _sha256(path: Path) -> dict[str, str]:
+    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def write_layer_errors(errors: tuple[LayerError, ...], path: Path) -> None:
@@ -117,9 +178,12 @@ def write_layer_errors(errors: tuple[LayerError, ...], path: Path) -> None:
             writer.writerow((row.name, row.kind, f"{row.own_error:.6g}", f"{row.error:.6g}", f"{row.saturated:.6g}"))
 
 
-def _summary(quantized: Quantized, target: Target, uri: str, run_id: str) -> str:
+def _summary(
+    quantized: Quantized, target: Target, outputs: Mapping[str, str], sha256: str, edgetpu: EdgeTpuResult | None
+) -> str:
     conversion, loss = quantized.conversion, quantized.loss
     n_operators = sum(conversion.operator_counts.values())
+    served = outputs.get("edgetpu_model_uri", outputs["model_uri"])
     lines = [
         f"Quantized {quantized.provenance['subnet']} for {target.name} ({target.runtime}, int8):",
         f"  file                 {conversion.size_bytes:,} bytes, {n_operators} operators",
@@ -134,9 +198,32 @@ def _summary(quantized: Quantized, target: Target, uri: str, run_id: str) -> str
             f"    {row.name:<28} {row.kind:<18} adds {100 * row.own_error:.1f} %, {100 * row.error:.1f} % in all"
             for row in quantized.errors[:_NAMED_LAYERS]
         ]
+    lines += [] if edgetpu is None else _edgetpu_lines(edgetpu)
     lines += [
-        f"  registered           {uri} (SHA-256 {conversion.sha256[:16]}...)",
-        f"  run                  {run_id}: layer_errors.csv, architecture.json",
-        f"Next: foxnas benchmark --model {uri} --target {target.name}",
+        f"  registered           {outputs['model_uri']} (SHA-256 {sha256[:16]}...)",
+        *(f"                       {uri}" for key, uri in outputs.items() if key == "edgetpu_model_uri"),
+        f"  run                  {outputs['run_id']}: layer_errors.csv, architecture.json",
+        f"Next: foxnas benchmark --model {served} --target {target.name}",
     ]
     return "\n".join(lines)
+
+
+def _edgetpu_lines(edgetpu: EdgeTpuResult) -> list[str]:
+    readiness, report = edgetpu.readiness, edgetpu.report
+    state = "ready" if readiness.ready else "not ready"
+    lines = [
+        f"  Edge TPU             {state}: {readiness.n_mappable} of {readiness.n_operators} operators can be mapped, "
+        f"{readiness.parameter_bytes / 2**20:.2f} of {readiness.cache_bytes / 2**20:.2f} MiB on-chip memory"
+    ]
+    lines += [f"    {issue.layer} ({issue.operator}): {issue.reason}" for issue in readiness.issues[:_NAMED_LAYERS]]
+    if len(readiness.issues) > _NAMED_LAYERS:
+        lines.append(f"    and {len(readiness.issues) - _NAMED_LAYERS} more in edgetpu_readiness.json")
+    if report is None:
+        lines.append(f"  compiler             none, so that no -edgetpu version is registered: {INSTALL_HINT}")
+        return lines
+    lines.append(
+        f"  compiler {report.version}: {report.n_mapped} of {report.n_operations} operators mapped, "
+        f"{report.on_chip_used_bytes / 2**20:.2f} MiB on the chip, {report.off_chip_bytes / 2**20:.2f} MiB streamed"
+    )
+    lines += [f"    {row.count} {row.operator}: {row.status}" for row in report.unmapped[:_NAMED_LAYERS]]
+    return lines

@@ -9,7 +9,6 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from foxnas_mlflow.core.errors import InvalidInputError
 
@@ -45,20 +44,6 @@ def check_name(name: str) -> str:
     if not name.strip() or "/" in name or ":" in name:
         raise InvalidInputError("a registered model's name is not empty and has no '/' or ':'", received=repr(name))
     return name
-
-
-def resolve_uri(model_uri: str) -> str:
-    """The URI with a version's number in place of an alias or ``latest``; any other URI as it is.
-
-    Raises:
-        MlflowException: If there is no such model or version.
-    """
-    if not model_uri.startswith("models:/") or model_uri.count("/") > 2:
-        return model_uri
-    if "@" not in model_uri and not model_uri.endswith("/latest"):
-        return model_uri
-    name, version = get_model_name_and_version(MlflowClient(), model_uri)
-    return f"models:/{name}/{version}"
 
 
 def register(

@@ -214,6 +214,7 @@ def _facts(verification: Verification | None) -> dict[str, float | str]:
             "supernet": verification.supernet.uri,
             "data": verification.supernet.dataset.source,
             "data_digest": verification.supernet.dataset.digest,
+            "data_seed": str(verification.supernet.model.config["seed"]),
         }
     return facts
 

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from foxnas_mlflow.data import ImageDataset
     from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
     from foxnas_mlflow.flavor import SubnetModel
-    from foxnas_mlflow.tracking.quantize import Quantized
+    from foxnas_mlflow.tracking.quantize import EdgeTpuResult, Quantized
+    from foxnas_mlflow.tracking.run import EntryRun
 
 SUMMARY = "Convert a trained subnet to int8 TensorFlow Lite, evaluate and register it."
 
@@ -24,6 +25,9 @@ PARAMETERS = (
     Parameter("max_val", 0, "Evaluate on at most so many validation images, drawn by class; 0: all.", int),
     Parameter("input_type", "int8", "Type of the network's input.", choices=("int8", "uint8")),
     Parameter("seed", "", "Seed of the split and of the calibration images; empty: that of the training.", int),
+    Parameter(
+        "compiler_image", "", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH."
+    ),
     Parameter("name", "foxnas", "Prefix of the registered model."),
 )
 
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not source:
         raise InvalidInputError("data must be given: the subnet does not tell what it was trained on", received=uri)
     # The seed decides which images are validation images where the source has no split of its own.
-    seed = int(subnet.details.get("seed", 0)) if args.seed == "" else args.seed
+    seed = int(subnet.details.get("data_seed", 0)) if args.seed == "" else args.seed
     dataset = load_dataset(source, seed=seed, max_val=args.max_val or None)
     preprocessing, labels = _fitting(subnet, network, dataset)
 
@@ -75,7 +79,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         log_dataset(run, dataset, context="quantization")
         provenance = {"subnet": uri, "run_id": run.run_id, "data": source, "data_digest": dataset.digest, "seed": seed}
         quantized = _quantize(args, target.runtime, subnet, network, dataset, preprocessing, labels, provenance)
-        return log_quantized(run, quantized, target=target, name=args.name)
+        edgetpu = _compile(run, quantized.conversion.data, args.compiler_image) if target.runtime == "edgetpu" else None
+        return log_quantized(run, quantized, target=target, name=args.name, edgetpu=edgetpu)
+
+
+def _compile(run: EntryRun, data: bytes, image: str) -> EdgeTpuResult:
+    """What the Edge TPU's compiler makes of a file, and what can be said without one."""
+    from foxnas_mlflow.tflite import edgetpu_readiness, find_compiler, read_tflite
+    from foxnas_mlflow.tracking.quantize import EdgeTpuResult
+
+    readiness = edgetpu_readiness(read_tflite(data))
+    run.log_json(readiness.to_dict(), "edgetpu_readiness.json")
+    compiler = find_compiler(image)
+    if compiler is None:
+        return EdgeTpuResult(readiness)
+    output = compiler.run(data)
+    run.log_text(output.log, "edgetpu.log")
+    return EdgeTpuResult(readiness, output.data, output.report())
 
 
 def _load_subnet(uri: str) -> tuple[SubnetModel, str]:
@@ -84,7 +104,7 @@ def _load_subnet(uri: str) -> tuple[SubnetModel, str]:
 
     from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError
     from foxnas_mlflow.flavor import SubnetModel, load_model
-    from foxnas_mlflow.tracking.registry import resolve_uri
+    from foxnas_mlflow.tracking.registry import find_version
 
     if not uri or Path(uri).is_file():
         raise InvalidInputError(
@@ -92,7 +112,9 @@ def _load_subnet(uri: str) -> tuple[SubnetModel, str]:
             received=uri or None,
             remedy="make one with: foxnas search --supernet models:/foxnas-supernet/1",
         )
-    uri = resolve_uri(uri)
+    if uri.startswith("models:/") and not uri.startswith("models:/m-"):
+        version = find_version(uri)
+        uri = f"models:/{version.name}/{version.version}"
     model = load_model(uri)
     if not isinstance(model, SubnetModel):
         raise InvalidFormatError(
@@ -114,11 +136,6 @@ def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tu
     from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.data.preprocess import Preprocessing
 
-    if dataset.channels != network.in_channels:
-        raise InvalidInputError(
-            f"data must have images of {network.in_channels} channels, as the subnet",
-            received=f"{dataset.source}: {dataset.channels}",
-        )
     if subnet.labels and subnet.labels != dataset.labels:
         differing = sorted(set(subnet.labels) ^ set(dataset.labels)) or ["another order"]
         raise InvalidInputError(
@@ -129,6 +146,11 @@ def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tu
         raise InvalidInputError(
             f"data must have {network.n_classes} classes, as the subnet",
             received=f"{dataset.n_classes} in {dataset.source}",
+        )
+    if dataset.channels != network.in_channels:
+        raise InvalidInputError(
+            f"data must have images of {network.in_channels} channels, as the subnet",
+            received=f"{dataset.source}: {dataset.channels}",
         )
     preprocessing = subnet.preprocessing
     if preprocessing is None:

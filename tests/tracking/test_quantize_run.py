@@ -1,0 +1,240 @@
+"""A real subnet through the real conversion, as MLflow sees it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.space import SearchSpace, get_space
+from foxnas_mlflow.data import ImageDataset, load_dataset, prepared_batches
+from foxnas_mlflow.data.preprocess import Preprocessing
+from foxnas_mlflow.flavor import SubnetModel, TfliteModel, load_model, log_model
+from tests.edgetpu_stand_in import write_stand_in
+
+pytestmark = [pytest.mark.server, pytest.mark.train, pytest.mark.tflite, pytest.mark.slow]
+
+SEED = 3
+
+
+def small_space() -> SearchSpace:
+    """Two stages, squeeze-excite among them: seconds to train and to convert."""
+    base = get_space("cpu")
+    return base.replace(
+        name="cpu-two",
+        stages=base.stages[:2],
+        depths=(2, 3),
+        kernels=(3, 5),
+        expansions=(2, 3),
+        image_sizes=(12, 16),
+        width_mult=0.35,
+        in_channels=1,
+        n_classes=10,
+    )
+
+
+@pytest.fixture(scope="module")
+def digits() -> ImageDataset:
+    return load_dataset("digits", seed=SEED)
+
+
+@pytest.fixture(scope="module")
+def subnet(digits: ImageDataset, tmp_path_factory: pytest.TempPathFactory) -> SubnetModel:
+    """A subnet of a supernet that was trained for a few steps."""
+    import torch
+
+    from foxnas_mlflow.supernet import Batches, SubnetEvaluator, Supernet, TrainConfig, TrainingState, train_supernet
+
+    space = small_space()
+    torch.manual_seed(0)
+    batches = Batches(
+        load_dataset("digits", seed=SEED, max_train=600).in_memory(16).train,
+        normalization=digits.normalization,
+        image_size=16,
+        batch_size=32,
+        flip=False,
+    )
+    config = TrainConfig(epochs=4, learning_rate=0.2, n_random=0, mode="float32")
+    state = TrainingState(Supernet(space), config)
+    supernet = train_supernet(state, batches, checkpoints=tmp_path_factory.mktemp("checkpoints"))
+    architecture = space.largest()
+    return SubnetModel(
+        architecture,
+        space,
+        {"data": "digits", "data_seed": str(SEED)},
+        SubnetEvaluator(supernet, digits, calibration_images=200).weights(architecture),
+        Preprocessing(architecture.image_size, 1, normalization=digits.normalization),
+        digits.labels,
+    )
+
+
+def register(model: SubnetModel, name: str = "foxnas-subnet-cpu") -> str:
+    import mlflow
+
+    with mlflow.start_run():
+        info = log_model(model, name="subnet", registered_model_name=name)
+    return f"models:/{name}/{info.registered_model_version}"
+
+
+def test_a_quantization_logs_what_the_contract_names(
+    tracking: str, subnet: SubnetModel, digits: ImageDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.tflite import Int8Model, read_tflite
+    from foxnas_mlflow.tracking.registry import version_metrics
+
+    register(subnet)
+    mlflow.MlflowClient().set_registered_model_alias("foxnas-subnet-cpu", "candidate", "1")
+    assert main(["quantize", "--subnet", "models:/foxnas-subnet-cpu@candidate", "--target", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "Next: foxnas benchmark --model models:/foxnas-cpu/1 --target cpu" in printed
+
+    client = mlflow.MlflowClient()
+    run = next(r for r in client.search_runs(["0"]) if r.data.tags.get("foxnas.stage") == "quantize")
+    assert run.info.status == "FINISHED"
+    assert run.data.params["cfg.subnet"] == "models:/foxnas-subnet-cpu/1"
+    assert run.data.params["cfg.seed"] == str(SEED)
+    assert [i.dataset.name for i in run.inputs.dataset_inputs] == ["digits"]
+    version = client.get_model_version("foxnas-cpu", "1")
+    figures = version_metrics(version)
+    model = load_model("models:/foxnas-cpu/1")
+    assert isinstance(model, TfliteModel)
+    data = model.path.read_bytes()
+    content = read_tflite(data)
+
+    images, targets = next(prepared_batches(digits.val, model.preprocessing, batch_size=10**6))
+    bare = Int8Model(data)
+    logits = bare.logits(images)
+    assert figures["accuracy/int8_top1"] == pytest.approx(100 * np.mean(logits.argmax(axis=1) == targets))
+    assert figures["accuracy/n_images"] == len(targets)
+    assert figures["accuracy/float_top1"] > 50
+    drop = figures["accuracy/float_top1"] - figures["accuracy/int8_top1"]
+    assert figures["accuracy/quantization_drop"] == pytest.approx(drop)
+    assert figures["accuracy/quantization_drop_standard_error"] >= 0
+    assert figures["model/parity_error"] < 1e-4
+    assert figures["model/size_bytes"] == len(data)
+    assert figures["model/params"] > 0
+    assert figures["model/macs"] > 0
+
+    assert version.tags["weights"] == "trained"
+    assert version.tags["sha256"] == hashlib.sha256(data).hexdigest()
+    assert version.tags["subnet"] == "models:/foxnas-subnet-cpu/1"
+    assert version.tags["data"] == "digits"
+    assert model.labels == digits.labels == bare.labels
+    assert model.architecture == subnet.architecture
+    assert content.metadata["provenance"]["run_id"] == run.info.run_id
+    assert content.metadata["provenance"]["data_digest"] == digits.digest
+
+    # What is served answers as the bare interpreter does.
+    served = mlflow.pyfunc.load_model("models:/foxnas-cpu/1").predict(images[:32])
+    assert served["label"].tolist() == [digits.labels[i] for i in logits[:32].argmax(axis=1)]
+    exact = np.exp(logits[:32] - logits[:32].max(axis=1, keepdims=True))
+    np.testing.assert_allclose(
+        np.stack(served["probabilities"]), exact / exact.sum(axis=1, keepdims=True), rtol=1e-4, atol=1e-6
+    )
+
+    path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="layer_errors.csv")
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(content.operators)
+    assert [float(row["own_error"]) for row in rows] == sorted((float(row["own_error"]) for row in rows), reverse=True)
+
+
+def test_the_edge_tpu_with_and_without_a_compiler(
+    tracking: str,
+    subnet: SubnetModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.tracking.registry import version_metrics
+
+    uri = register(subnet)
+    command = ["quantize", "--subnet", uri, "--target", "edgetpu", "--calibration-images", "16", "--max-val", "40"]
+    client = mlflow.MlflowClient()
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "Edge TPU             ready" in printed
+    assert "no -edgetpu version is registered" in printed
+    assert {m.name for m in client.search_registered_models()} == {"foxnas-subnet-cpu", "foxnas-edgetpu"}
+    figures = version_metrics(client.get_model_version("foxnas-edgetpu", "1"))
+    assert figures["edgetpu/ready"] == 1
+
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    write_stand_in(programs)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setenv("STAND_IN_MODE", "refused")
+    assert main(command) == 2
+    assert "Model not quantized" in capsys.readouterr().err
+    failed = client.search_runs(["0"])[0]
+    assert failed.info.status == "FAILED"
+    assert {"edgetpu.log", "edgetpu_readiness.json"} <= {a.path for a in client.list_artifacts(failed.info.run_id)}
+    assert len(client.search_model_versions("name='foxnas-edgetpu'")) == 1
+
+    monkeypatch.setenv("STAND_IN_MODE", "partly")
+    assert main(command) == 0
+    assert "1 FULLY_CONNECTED: More than one subgraph is not supported" in capsys.readouterr().out
+    version = client.get_model_version("foxnas-edgetpu-edgetpu", "1")
+    figures = version_metrics(version)
+    assert figures["edgetpu/operators_unmapped"] == 1
+    assert figures["edgetpu/off_chip_bytes"] == 0
+    assert version.tags["int8_model"] == "models:/foxnas-edgetpu/2"
+    assert version.tags["compiler"] == "16.0.384591198"
+    log = mlflow.artifacts.load_text(f"runs:/{client.search_runs(['0'])[0].info.run_id}/edgetpu.log")
+    assert "Edge TPU Compiler version" in log
+    # Without an Edge TPU the twin for the processor answers, and says so.
+    with pytest.warns(UserWarning, match="running on the processor"):
+        served = mlflow.pyfunc.load_model("models:/foxnas-edgetpu-edgetpu/1")
+    assert len(served.predict(np.zeros((1, 16, 16, 1), np.uint8))) == 1
+
+
+def test_bad_input(tracking: str, subnet: SubnetModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    import mlflow
+    from PIL import Image
+
+    register(subnet)
+    register(dataclasses.replace(subnet, weights=None), "bare-subnet-cpu")
+    register(dataclasses.replace(subnet, details={}), "unknown-subnet-cpu")
+    rng = np.random.default_rng(0)
+    for folder, labels in (("letters", "ab"), ("colour", "0123456789")):
+        for label in labels:
+            (tmp_path / folder / label).mkdir(parents=True)
+            for i in range(4):
+                image = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8))
+                image.save(tmp_path / folder / label / f"{i}.png")
+    file = tmp_path / "model.tflite"
+    file.write_bytes(b"no model")
+    good = "models:/foxnas-subnet-cpu/1"
+    before = len(mlflow.MlflowClient().search_runs(["0"]))
+    for argv, message in (
+        ([], "subnet must be the model URI"),
+        (["--subnet", str(file)], "subnet must be the model URI"),
+        (["--subnet", "models:/bare-subnet-cpu/1"], "the subnet must have weights"),
+        (["--subnet", "models:/foxnas-subnet-cpu/7"], "must name a registered version"),
+        (["--subnet", "models:/unknown-subnet-cpu/1"], "data must be given"),
+        (["--subnet", good, "--data", str(tmp_path / "letters")], "must have the 10 classes of the subnet"),
+        (["--subnet", good, "--data", str(tmp_path / "colour")], "images of 1 channels, as the subnet"),
+        (["--subnet", good, "--target", "gpu"], "runtime must be litert or edgetpu"),
+        (["--subnet", good, "--calibration-images", "3"], "calibration_images must be 8 or more"),
+        (["--subnet", good, "--input-type", "float"], "input_type must be one of"),
+        (["--subnet", good, "--name", "a/b"], "name is not empty and has no"),
+    ):
+        assert main(["quantize", *argv]) == 2, argv
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
+        assert message in line
+    client = mlflow.MlflowClient()
+    assert len(client.search_runs(["0"])) == before
+    assert not [m for m in client.search_registered_models() if "subnet" not in m.name]
