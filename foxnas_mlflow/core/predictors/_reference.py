@@ -88,8 +88,10 @@ def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
     source = (
         reference_predictors(target.name) if target.predictors == "reference" else load_predictors(target.predictors)
     )
+    # What is said of the published accuracies is not said of a user's own.
+    notes = tuple(note for note in source.notes if not note.startswith("Accuracy "))
     if source.space.digest == space.digest:
-        return dataclasses.replace(source, accuracy=())
+        return dataclasses.replace(source, accuracy=(), notes=notes)
     models = [p for p in source.latency if p.recipe.any_size]
     if not models:
         raise OutOfDomainError(
@@ -102,7 +104,7 @@ def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
         f"The latency cost model of {target.name} comes from networks of another space or size "
         f"({source.space.name}): in this space ({space.name}) it extrapolates."
     )
-    return PredictorSet(source.target, space, (), (model,), (*source.notes, note))
+    return PredictorSet(source.target, space, (), (model,), (*notes, note))
 
 
 def authors_predictor(
