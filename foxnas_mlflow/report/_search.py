@@ -350,7 +350,8 @@ def _regression(predictor: LinearPredictor) -> str:
         rows = [(c, f"{b:.5g}", "", "", "") for c, b in zip(predictor.columns, predictor.coefficients, strict=True)]
     else:
         errors = np.sqrt(np.diag(predictor.covariance))
-        t = predictor.coefficients / errors
+        # Columns that the fit left out have a coefficient of exactly 0.
+        t = predictor.coefficients / np.where(errors > 0, errors, np.inf)
         p = 2 * stdtr(predictor.dof, -np.abs(t))
         rows = [
             (c, f"{b:.5g}", f"{s:.2g}", f"{tt:.2f}", f"{pp:.2g}")

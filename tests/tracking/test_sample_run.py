@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -134,6 +135,42 @@ def test_two_processes_do_not_mix_their_rows(tracking: str, cache: Path, capsys:
             worked_on(cache / "lock", "the rows"),
         ):
             pass
+
+
+def test_what_was_sampled_is_fitted_and_searched(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    uri = register_mini_supernet()
+    # Random weights are right about once in ten: their accuracies are soon known to 60 points.
+    assert main(["sample", "--n-samples", "40", "--image-size", "8,12", "--stop-width", "60"]) == 0
+    (run_id,) = _runs("sample")
+    run = mlflow.get_run(run_id)
+    assert run.data.tags["foxnas.stopped_early"] == "true"
+    assert run.data.metrics["sample/front_width"] <= 60
+    assert run.data.metrics["sample/n_samples"] == len(_rows(tmp_path, run_id)) == 20
+    assert "stopped: accuracies along it are known to" in capsys.readouterr().out
+
+    # Neither the space nor the images are named again.
+    assert main(["fit", "--measurements", f"runs:/{run_id}/measurements.csv"]) == 0
+    (fit_id,) = _runs("fit")
+    fit = mlflow.get_run(fit_id)
+    assert fit.data.tags["foxnas.space"] == "cpu-mini"
+    assert fit.data.metrics["predictor/accuracy/noise_floor"] == run.data.metrics["sample/noise_floor"]
+    assert "noise floor" in capsys.readouterr().out
+    predictors = "models:/foxnas-predictors-rpi4/1"
+    command = ["search", "--predictors", predictors, "--supernet", uri, "--latency-ms", "60", "--evaluations", "1000"]
+    assert main([*command, "--verify", "2", "--measurements", predictors]) == 0
+    (search_id,) = _runs("search")
+    search = mlflow.get_run(search_id)
+    assert set(search.data.params["cfg.image_size"].split(",")) <= {"8", "12"}
+    # The cost model is the authors' board's, and said to be; the accuracies are the user's.
+    assert "2021" in search.data.tags["foxnas.latency_note"]
+    page = mlflow.artifacts.download_artifacts(f"runs:/{search_id}/report.html", dst_path=str(tmp_path / "page"))
+    text = re.sub("<script>.*?</script>", "", Path(page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert "extrapolates" in text
+    assert "ImageNet" not in text
 
 
 def test_latencies_are_measured_on_this_machine(tracking: str, tmp_path: Path) -> None:
