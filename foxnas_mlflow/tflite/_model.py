@@ -111,6 +111,18 @@ class TfliteModel:
         return counts
 
     @property
+    def structure(self) -> list[tuple[Any, ...]]:
+        """What decides the speed: operators, versions, options, and tensors but for their names and values."""
+        rows: list[tuple[Any, ...]] = []
+        for operator in self.operators:
+            tensors = [self.tensors[i] for i in (*operator.inputs, *operator.outputs)]
+            # Internal to TensorFlow's converter; a runtime does not read it.
+            options = sorted((key, value) for key, value in operator.options.items() if key != "quantSpec")
+            kinds = [(t.type, t.shape, t.constant, len(t.scale), t.dynamic) for t in tensors]
+            rows.append((operator.kind, operator.version, options, kinds))
+        return rows
+
+    @property
     def parameter_bytes(self) -> int:
         """Bytes of all constants that operators read."""
         used = {i for operator in self.operators for i in operator.inputs if i >= 0}
