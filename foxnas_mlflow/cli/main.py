@@ -15,7 +15,7 @@ from foxnas_mlflow._version import __version__
 from foxnas_mlflow.cli.parameters import resolve
 from foxnas_mlflow.core.errors import FoxNasError
 
-COMMANDS: tuple[str, ...] = ("search", "supernet", "sample", "fit", "quantize", "benchmark", "promote")
+COMMANDS: tuple[str, ...] = ("search", "supernet", "sample", "fit", "quantize", "benchmark", "estimate", "promote")
 """Subcommands in the order of their use; each is a module of `foxnas_mlflow.cli.commands`, and an entry point."""
 
 TOOLS: tuple[str, ...] = ("doctor",)

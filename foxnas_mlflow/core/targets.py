@@ -98,6 +98,15 @@ BUILTIN_TARGETS: Mapping[str, Target] = {
                 ("edgetpu-rpi4", "USB Accelerator on a Raspberry Pi 4"),
             )
         ),
+        *(
+            Target(
+                name,
+                f"Arm {name}, int8 TFLite through Vela, batch 1",
+                predictors="reference",
+                latency_note="milliseconds estimated by Arm's compiler Vela; nothing was measured",
+            )
+            for name in ("ethos-u55-128", "ethos-u65-256")
+        ),
         Target("cpu", "this host's CPU, int8 LiteRT, batch 1", device="local"),
         Target("gpu", "PyTorch fp32, batch 64 (the paper's table 3)", space="tpu", runtime="torch", batch=64),
     )

@@ -6,14 +6,18 @@ from foxnas_mlflow.devices._check import DeviceCheck, check
 from foxnas_mlflow.devices._connect import connect
 from foxnas_mlflow.devices._local import LocalConnection
 from foxnas_mlflow.devices._measure import measure
+from foxnas_mlflow.devices._vela import ACCELERATORS, VelaEstimate, estimate_latency_vela
 
 __all__ = [
+    "ACCELERATORS",
     "Benchmark",
     "Completed",
     "Connection",
     "DeviceCheck",
     "LocalConnection",
+    "VelaEstimate",
     "check",
     "connect",
+    "estimate_latency_vela",
     "measure",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.targets import Target
-from foxnas_mlflow.devices import Benchmark
+from foxnas_mlflow.devices import Benchmark, VelaEstimate
 from foxnas_mlflow.flavor import TfliteModel, load_model
 from foxnas_mlflow.tracking.registry import tag_version
 from foxnas_mlflow.tracking.run import EntryRun
@@ -100,3 +101,22 @@ def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, 
             "emulated": json.dumps(benchmark.emulated),
         }
         tag_version(model.version.name, model.version.version, tags)
+
+
+def log_estimate(run: EntryRun, estimate: VelaEstimate, model: MeasuredModel) -> None:
+    """Log what Vela says of a model. It is no measurement: no ``benchmark`` metric or tag is set.
+
+    Args:
+        run: The open run.
+        estimate: The estimate.
+        model: What was compiled.
+    """
+    run.log_json(estimate.to_dict(), "vela.json")
+    with (run.directory / "vela_layers.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(estimate.layers[0]))
+        writer.writeheader()
+        writer.writerows(estimate.layers)
+    (run.directory / "model_vela.tflite").write_bytes(estimate.compiled)
+    run.log_artifacts(run.directory)
+    run.set_tags({"foxnas.estimator": f"Vela {estimate.version}", "foxnas.model": model.source})
+    run.log_metrics(estimate.metrics(), model_id=model.model_id)

@@ -38,6 +38,7 @@ NEEDS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "search": _REPORT,
     "quantize": (*_CONVERT, ("safetensors", "safetensors", "train")),
     "benchmark": _RUNTIME,
+    "estimate": (("ethosu", "ethos-u-vela", "vela"),),
     "promote": (),
     "main": (*_TRAIN, *_FIT, *_REPORT, *_CONVERT),
     "serving": _SERVE,

@@ -52,10 +52,12 @@ def reference_predictors(target: str) -> PredictorSet:
     Raises:
         OutOfDomainError: If none are packaged for it.
     """
-    file = importlib.resources.files("foxnas_mlflow") / "reference" / f"{target}.json"
+    directory = importlib.resources.files("foxnas_mlflow") / "reference"
+    file = directory / f"{target}.json"
     if not file.is_file():
+        packaged = sorted(f.name.removesuffix(".json") for f in directory.iterdir() if f.name.endswith(".json"))
         raise OutOfDomainError(
-            "reference predictors are packaged for the targets 'rpi4' and 'edgetpu' only",
+            f"reference predictors are packaged for the targets {packaged} only",
             received=target,
             remedy="fit predictors from measurements on your target and give them with predictors=; "
             "a latency model comes from: foxnas device calibrate",
@@ -92,12 +94,13 @@ def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
     notes = tuple(note for note in source.notes if not note.startswith("Accuracy "))
     if source.space.digest == space.digest:
         return dataclasses.replace(source, accuracy=(), notes=notes)
-    models = [p for p in source.latency if p.recipe.any_size]
+    models = [p for p in source.latency if p.recipe.any_size and not p.provenance.get("own_space_only")]
     if not models:
         raise OutOfDomainError(
             f"the latency predictors of target {target.name!r} hold in space {source.space.name!r} only",
             received=space.name,
-            remedy="use the calibrated formula, or measure on the device with device=",
+            remedy="measure on the device with device=, or make a cost model of your space with: "
+            "foxnas device calibrate",
         )
     model = dataclasses.replace(models[0], space=space, image_sizes=space.image_sizes, fitted_sizes=())
     note = (
