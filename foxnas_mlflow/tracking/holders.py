@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import PromotionError
 from foxnas_mlflow.tracking.history import Entry, next_moment, read_history
-from foxnas_mlflow.tracking.registry import list_versions, newest
+from foxnas_mlflow.tracking.registry import list_versions
 
 STAGES: Mapping[str, str] = {"Production": "production", "Staging": "staging"}
 """Stages that one version holds, and their aliases."""
@@ -39,6 +39,10 @@ class _State:
     tags: Mapping[str, str]
     stages: Mapping[str, str]
 
+    def holder(self, stage: str) -> str | None:
+        in_stage = [int(version) for version, current in self.stages.items() if current == stage]
+        return self.aliases.get(STAGES[stage]) or (str(max(in_stage)) if in_stage else None)
+
 
 class StageKeeper:
     """Moves the versions of one registered model between stages.
@@ -54,9 +58,7 @@ class StageKeeper:
 
     def holder(self, stage: str) -> str | None:
         """The version that holds a stage: the alias decides, the stage only where there is none."""
-        state = self._read()
-        version = state.aliases.get(STAGES[stage])
-        return version or newest([v for v in list_versions(self.name) if v.current_stage == stage])
+        return self._read().holder(stage)
 
     def history(self, stage: str) -> list[Entry]:
         """Who held a stage, in order of time."""
@@ -84,7 +86,8 @@ class StageKeeper:
             PromotionError: If the registry refuses; what was moved is moved back.
         """
         alias = STAGES[stage]
-        now = self.holder(stage)
+        before = self._read()
+        now = before.holder(stage)
         if now != former:
             raise PromotionError(
                 "one promotion at a time moves a stage",
@@ -94,7 +97,6 @@ class StageKeeper:
         if former is not None and former != version:
             # One that was never noted here was promoted by other means, and can be rolled back to.
             self._note(alias, former, "outside", "")
-        before = self._read()
         self._do(self._client.set_registered_model_alias, self.name, alias, version)
         try:
             self.settle(version, action=action, run_id=run_id)
