@@ -16,7 +16,7 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, log_model
 from foxnas_mlflow.tflite import INSTALL_HINT, CompilerReport, Conversion, LayerError, QuantizationLoss, Readiness
-from foxnas_mlflow.tracking.registry import registered_name, tag_version
+from foxnas_mlflow.tracking.registry import describe_version, registered_name, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
 MAX_DROP_POINTS = 1.0
@@ -92,6 +92,7 @@ def log_quantized(
     (files / "architecture.json").write_text(architecture.to_json(indent=2), encoding="utf-8")
     write_layer_errors(quantized.errors, files / "layer_errors.csv")
     run.log_artifacts(files)
+    run.log_table([dataclasses.asdict(row) for row in quantized.errors], "tables/layer_errors.json")
     cost = network_cost(quantized.network)
     metrics = {
         "model/size_bytes": conversion.size_bytes,
@@ -162,7 +163,25 @@ def _register(
     info = log_model(model, name=kind, kind=kind, registered_model_name=registered)
     run.log_metrics(metrics, model_id=info.model_id)
     tag_version(registered, info.registered_model_version, tags)
-    return f"models:/{registered}/{info.registered_model_version}"
+    uri = f"models:/{registered}/{info.registered_model_version}"
+    describe_version(
+        registered,
+        info.registered_model_version,
+        kind,
+        facts={
+            "converted from": tags["subnet"],
+            "target": tags["target"],
+            "float top-1, %": metrics["accuracy/float_top1"],
+            "int8 top-1, %": metrics["accuracy/int8_top1"],
+            "lost by quantization, points": f"{metrics['accuracy/quantization_drop']:.2f} +- "
+            f"{metrics['accuracy/quantization_drop_standard_error']:.2f}",
+            "validation images": f"{metrics['accuracy/n_images']:,.0f} of {tags['data']}",
+            "file, bytes": f"{metrics['model/size_bytes']:,.0f}",
+            "SHA-256": tags["sha256"],
+        },
+        command=f"foxnas benchmark --model {uri} --target {tags['target']}",
+    )
+    return uri
 
 
 def _sha256(path: Path) -> dict[str, str]:

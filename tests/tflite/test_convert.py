@@ -19,6 +19,7 @@ from foxnas_mlflow.tflite import (
     Int8Model,
     check_int8,
     convert,
+    edgetpu_readiness,
     fold_weights,
     layer_errors,
     lower,
@@ -142,6 +143,7 @@ def test_both_spaces_convert_for_both_runtimes(runtime: Any, rng: np.random.Gene
     model = read_tflite(conversion.data)
     dense = model.tensors[model.operators[-1].inputs[1]]
     assert len(dense.scale) == (1 if runtime == "edgetpu" else 10)
+    assert edgetpu_readiness(model).ready is (runtime == "edgetpu")
 
 
 def float_file() -> bytes:

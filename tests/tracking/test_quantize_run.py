@@ -124,6 +124,7 @@ def test_a_quantization_logs_what_the_contract_names(
     assert figures["model/macs"] > 0
 
     assert version.tags["weights"] == "trained"
+    assert f"| int8 top-1, % | {figures['accuracy/int8_top1']:.4g} |" in version.description
     assert version.tags["sha256"] == hashlib.sha256(data).hexdigest()
     assert version.tags["subnet"] == "models:/foxnas-subnet-cpu/1"
     assert version.tags["data"] == "digits"
