@@ -159,11 +159,11 @@ def _best_of(
     """A family's formula with the least cross-validated error, fitted to the rows.
 
     Raises:
-        FitError: If none can be fitted: for too few rows that of the formula that needs the fewest,
-            else that of the first.
+        TooFewSamplesError: If the rows are too few for any; it names what the smallest one needs.
+        FitError: If enough rows are no good for the family's full formula: a smaller one must not hide that.
     """
     fitted: list[list[FitReport]] = []
-    errors: list[FitError] = []
+    too_few: TooFewSamplesError | None = None
     n_sizes = len({row.architecture.image_size for row in rows})
     for name in FAMILIES[family]:
         recipe = FORMULAS.get((name, quantity))
@@ -172,10 +172,14 @@ def _best_of(
             continue
         try:
             fitted.append([fit_formula(recipe, group, space, **options) for group in _groups(recipe, rows)])
-        except FitError as failed:
-            errors.append(failed)
-    if not fitted:
-        raise errors[-1] if isinstance(errors[0], TooFewSamplesError) else errors[0]
+        except TooFewSamplesError as error:
+            too_few = error
+        except FitError:
+            # Single sizes may lack what the rows of all sizes have.
+            if n_sizes == 1 or name != "calibrated" or quantity != "accuracy":
+                raise
+    if too_few is not None and not fitted:
+        raise too_few
     return min(fitted, key=_cv_rmse)
 
 
@@ -215,7 +219,7 @@ def fit_formula(
             f"the {formula.name} formula of {formula.quantity} needs at least {p + SPARE_ROWS} rows "
             f"({p} coefficients and {SPARE_ROWS} more)",
             received=f"{len(y)} rows",
-            remedy="measure more subnets, or use the calibrated formula",
+            remedy="measure more subnets" + (", or use the calibrated formula" if formula.name == "paper" else ""),
         )
     if np.ptp(y) == 0:
         raise FitError(f"{formula.quantity} must vary over the rows", received=f"{y[0]:g} in all {len(y)}")

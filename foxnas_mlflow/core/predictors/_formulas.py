@@ -285,6 +285,8 @@ class CalibratedAccuracy(Formula):
             "full_depth": np.where(depth == space.max_depth, 1.0, 0.0),
             "sum_log_K": (log_k[:, 1:] * rest).sum(axis=1),
             "log_K_first": log_k[:, 0],
+            "all_log_E": (log_e * present).sum(axis=1),
+            "all_log_K": (log_k * present).sum(axis=1),
         }
         own, shared = self._terms(space)
         q, start = len(own), space.n_stages * len(own)
@@ -330,6 +332,21 @@ class CompactAccuracy(PooledAccuracy):
         return own, shared
 
 
+class CapacityAccuracy(CompactAccuracy):
+    """The network's blocks, their expansion ratios and kernel sizes, wherever they are: for the fewest rows.
+
+    What noise leaves of a small sample, or of a supernet whose subnets hardly differ. 6 coefficients.
+    """
+
+    name = "capacity"
+
+    def _terms(self, space: SearchSpace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        shared: tuple[str, ...] = ("D",) if len(space.depths) > 1 else ()
+        shared += ("all_log_E",) if len(space.expansions) > 1 else ()
+        shared += ("all_log_K",) if len(space.kernels) > 1 else ()
+        return (), shared
+
+
 FORMULAS: Mapping[tuple[str, str], Formula] = {
     (formula.name, formula.quantity): formula
     for formula in (
@@ -338,13 +355,14 @@ FORMULAS: Mapping[tuple[str, str], Formula] = {
         CalibratedAccuracy(),
         PooledAccuracy(),
         CompactAccuracy(),
+        CapacityAccuracy(),
         CalibratedLatency(),
         EdgeTpuLatency(),
     )
 }
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "calibrated": ("calibrated", "calibrated-sizes", "compact"),
+    "calibrated": ("calibrated", "calibrated-sizes", "compact", "capacity"),
     "paper": ("paper",),
 }
 """What a user names, and the formulas that it tries: the one with the least cross-validated error is taken."""
