@@ -179,9 +179,15 @@ def _register(
             "file, bytes": f"{metrics['model/size_bytes']:,.0f}",
             "SHA-256": tags["sha256"],
         },
-        command=f"foxnas benchmark --model {uri} --target {tags['target']}",
+        command=_next_command(uri, kind, str(tags["target"]), str(tags["runtime"])),
     )
     return uri
+
+
+def _next_command(uri: str, kind: str, target: str, runtime: str) -> str:
+    """How to measure a model: one that was not compiled for its Edge TPU runs on this host only."""
+    runs_there = runtime != "edgetpu" or kind == "edgetpu"
+    return f"foxnas benchmark --model {uri} --target {target if runs_there else 'cpu'}"
 
 
 def _sha256(path: Path) -> dict[str, str]:
@@ -202,6 +208,7 @@ def _summary(
 ) -> str:
     conversion, loss = quantized.conversion, quantized.loss
     n_operators = sum(conversion.operator_counts.values())
+    kind = "edgetpu" if "edgetpu_model_uri" in outputs else "tflite"
     served = outputs.get("edgetpu_model_uri", outputs["model_uri"])
     lines = [
         f"Quantized {quantized.provenance['subnet']} for {target.name} ({target.runtime}, int8):",
@@ -222,7 +229,7 @@ def _summary(
         f"  registered           {outputs['model_uri']} (SHA-256 {sha256[:16]}...)",
         *(f"                       {uri}" for key, uri in outputs.items() if key == "edgetpu_model_uri"),
         f"  run                  {outputs['run_id']}: layer_errors.csv, architecture.json",
-        f"Next: foxnas benchmark --model {served} --target {target.name}",
+        f"Next: {_next_command(served, kind, target.name, target.runtime)}",
     ]
     return "\n".join(lines)
 
