@@ -18,7 +18,7 @@ from foxnas_mlflow.core.errors import FoxNasError
 COMMANDS: tuple[str, ...] = ("search", "supernet", "sample", "fit", "quantize", "benchmark", "estimate", "promote")
 """Subcommands in the order of their use; each is a module of `foxnas_mlflow.cli.commands`, and an entry point."""
 
-TOOLS: tuple[str, ...] = ("doctor",)
+TOOLS: tuple[str, ...] = ("doctor", "device")
 """Subcommands that make no run, so that they are no entry points."""
 
 

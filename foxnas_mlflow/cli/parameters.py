@@ -26,6 +26,7 @@ class Parameter:
         help: What it is, with its unit.
         type: str, int, float or bool.
         choices: The only values allowed.
+        positional: Given without its name, as the action of a tool is; an entry point has none.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Parameter:
     help: str
     type: type = str
     choices: tuple[str, ...] | None = None
+    positional: bool = False
 
     def parse(self, text: str) -> str | int | float | bool:
         """Convert text to the parameter's type.
@@ -72,7 +74,9 @@ class Parameter:
         shown = "" if self.default == "" else f" (default: {self.default})"
         text = (self.help + shown).replace("%", "%%")
         choices = "" if self.choices is None else f" One of: {', '.join(self.choices)}."
-        if self.type is bool:
+        if self.positional:
+            parser.add_argument(self.name, metavar=self.name.upper(), help=text + choices)
+        elif self.type is bool:
             parser.add_argument(
                 *flags, dest=self.name, default=str(self.default), nargs="?", const="true", help=text + choices
             )

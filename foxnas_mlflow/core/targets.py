@@ -22,7 +22,7 @@ class Target:
     Attributes:
         name: Name used in tags and registered models: letters, digits, ``-`` and ``_``.
         description: One line for people.
-        space: Search space: a built-in name or the path of a YAML file.
+        space: Search space: a built-in name or the path of a YAML file (in a target file: from its directory).
         runtime: What executes the network: ``litert``, ``edgetpu`` or ``torch``.
         threads: Threads of the runtime.
         batch: Images an inference.
@@ -134,4 +134,12 @@ def get_target(name_or_path: str) -> Target:
         raise UnknownTargetError("a target file must be readable", received=name_or_path) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UnknownTargetError("a target file must be YAML", received=name_or_path) from error
-    return Target.from_dict(data)
+    target = Target.from_dict(data)
+    # Files that a target names lie beside its own, wherever the command is typed.
+    return dataclasses.replace(
+        target, space=_beside(path, target.space, ".yaml", ".yml"), predictors=_beside(path, target.predictors, ".json")
+    )
+
+
+def _beside(path: Path, name: str, *suffixes: str) -> str:
+    return str(path.parent / name) if name.endswith(suffixes) and ":/" not in name else name

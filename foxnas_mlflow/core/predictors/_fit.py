@@ -203,8 +203,18 @@ def fit_formula(
     ceiling: float | None = None,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
+    spare_rows: int = SPARE_ROWS,
 ) -> FitReport:
     """Fit one formula to one quantity.
+
+    Args:
+        formula: The formula.
+        rows: Measured subnets.
+        space: Their search space.
+        ceiling: As `fit_predictors`.
+        seed: Seed of the cross-validation folds.
+        provenance: What to record of the rows' origin.
+        spare_rows: Rows beyond the number of coefficients that are needed.
 
     Raises:
         TooFewSamplesError, RankDeficientError, FitError: As `fit_predictors`.
@@ -214,10 +224,10 @@ def fit_formula(
     kept = _usable_columns(formula, all_x, space, all_columns)
     x, columns = all_x[:, kept], tuple(all_columns[i] for i in kept)
     p = x.shape[1]
-    if len(y) < p + SPARE_ROWS:
+    if len(y) < p + spare_rows:
         raise TooFewSamplesError(
-            f"the {formula.name} formula of {formula.quantity} needs at least {p + SPARE_ROWS} rows "
-            f"({p} coefficients and {SPARE_ROWS} more)",
+            f"the {formula.name} formula of {formula.quantity} needs at least {p + spare_rows} rows "
+            f"({p} coefficients and {spare_rows} more)",
             received=f"{len(y)} rows",
             remedy="measure more subnets" + (", or use the calibrated formula" if formula.name == "paper" else ""),
         )

@@ -1,0 +1,96 @@
+"""A cost model for a new board from about a dozen measured networks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.design import choose_samples
+from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError
+from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.predictors import FitReport, PredictorSet, fit_formula, get_formula, reference_predictors
+from foxnas_mlflow.core.space import SearchSpace
+
+SPARE_PROBES = 2
+"""Probes beyond the number of prices: a design that is chosen needs fewer than rows drawn at random."""
+
+_ACCURACY_SOURCES = ("rpi4",)
+"""Targets whose packaged predictors know accuracies; these do not depend on the board."""
+
+
+def choose_probes(
+    space: SearchSpace,
+    n: int,
+    *,
+    measured: Sequence[Architecture] = (),
+    image_sizes: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[Architecture]:
+    """The networks whose latencies tell the cost model's prices best (D-optimal).
+
+    Args:
+        space: The search space.
+        n: How many in all, those that are measured included.
+        measured: Networks that are measured already.
+        image_sizes: Image sizes in pixels; None: all of the space.
+        seed: Seed of the candidates.
+
+    Raises:
+        InvalidInputError: If `n` is less than the cost model needs.
+    """
+    formula = get_formula("calibrated", "latency_ms")
+    least = len(formula.columns(space)) + SPARE_PROBES
+    if n < least:
+        raise InvalidInputError(
+            f"n_probes must be {least} or more: the cost model's prices, and spare rows", received=n
+        )
+    if n <= len(measured):
+        return []
+    return choose_samples(space, [formula], n - len(measured), measured=measured, image_sizes=image_sizes, seed=seed)
+
+
+def calibrate(
+    rows: Sequence[Measurement],
+    space: SearchSpace,
+    *,
+    target: str,
+    notes: Sequence[str] = (),
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+) -> tuple[PredictorSet, FitReport]:
+    """Fit the cost model to measured rows.
+
+    Accuracy does not depend on the board: where predictors of it are packaged for this space, they
+    are part of the result, so that it can be searched.
+
+    Args:
+        rows: Measured networks.
+        space: Their search space.
+        target: Name of the new target.
+        notes: What to say wherever the predictions are shown.
+        seed: Seed of the cross-validation.
+        provenance: What to record of the rows' origin.
+
+    Raises:
+        FitError: As `fit_formula`.
+    """
+    report = fit_formula(
+        get_formula("calibrated", "latency_ms"),
+        rows,
+        space,
+        seed=seed,
+        provenance=provenance,
+        spare_rows=SPARE_PROBES,
+    )
+    predictors = PredictorSet(target, space, (), (report.predictor,), tuple(notes))
+    for name in _ACCURACY_SOURCES:
+        try:
+            known = reference_predictors(name)
+        except OutOfDomainError:
+            continue
+        if known.space.digest == space.digest:
+            note = "Accuracy is ImageNet top-1 predicted by the packaged predictors of this space."
+            return dataclasses.replace(predictors, accuracy=known.accuracy, notes=(*predictors.notes, note)), report
+    return predictors, report

@@ -1,0 +1,69 @@
+"""A cost model from a dozen measured networks, and the target file that it becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.core.calibration import calibrate, choose_probes
+from foxnas_mlflow.core.errors import InvalidInputError, TooFewSamplesError
+from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.predictors import load_predictors, reference_predictors
+from foxnas_mlflow.core.searchers import Objective
+from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.core.targets import get_target
+
+
+def measured(n: int, *, noise: float = 0.0035) -> list[Measurement]:
+    """Networks with the latencies of a board whose prices are known, and a board's noise."""
+    probes = choose_probes(CPU_SPACE, n)
+    truth = reference_predictors("rpi4").latency[0].predict(probes) / 5
+    scatter = 1 + noise * np.random.default_rng(0).standard_normal(n)
+    return [Measurement(a, None, float(t), "measured") for a, t in zip(probes, truth * scatter, strict=True)]
+
+
+def test_twelve_probes_find_the_prices() -> None:
+    pytest.importorskip("statsmodels")
+    predictors, report = calibrate(measured(12), CPU_SPACE, target="board", provenance={"device": "board"})
+    outside = CPU_SPACE.sample(np.random.default_rng(1), n=200)
+    truth = reference_predictors("rpi4").latency[0].predict(outside) / 5
+    errors = np.abs(predictors.latency[0].predict(outside) / truth - 1)
+    assert 100 * errors.mean() < 2
+    assert report.metrics["cv_mape"] < 5
+    # Accuracy comes from the packaged predictors, so the result can be searched.
+    assert predictors.image_sizes == (192, 256)
+    Objective(predictors, confidence=0.95, image_sizes=None)
+    assert any("accuracy" in note.lower() for note in predictors.notes)
+
+
+def test_too_few_probes_and_probes_that_are_there() -> None:
+    pytest.importorskip("statsmodels")
+    with pytest.raises(InvalidInputError, match="n_probes must be 10 or more"):
+        choose_probes(CPU_SPACE, 9)
+    with pytest.raises(TooFewSamplesError):
+        calibrate(measured(12)[:9], CPU_SPACE, target="board")
+    first = choose_probes(CPU_SPACE, 10)
+    assert choose_probes(CPU_SPACE, 10, measured=first) == []
+    more = choose_probes(CPU_SPACE, 12, measured=first)
+    assert len(more) == 2
+    assert not set(more) & set(first)
+
+
+def test_a_target_file_names_files_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("statsmodels")
+    predictors, _ = calibrate(measured(12), CPU_SPACE, target="board")
+    (tmp_path / "targets").mkdir()
+    predictors.save(tmp_path / "targets" / "board.json")
+    path = tmp_path / "targets" / "board.yaml"
+    path.write_text("name: board\nspace: cpu\npredictors: board.json\n")
+    monkeypatch.chdir(tmp_path)
+    target = get_target("targets/board.yaml")
+    assert target.space == "cpu"
+    assert load_predictors(target.predictors).latency[0].columns == predictors.latency[0].columns
+    path.write_text(f"name: board\npredictors: {tmp_path / 'targets' / 'board.json'}\n")
+    assert get_target(str(path)).predictors == str(tmp_path / "targets" / "board.json")
+    path.write_text("name: board\npredictors: models:/board/1.json\nspace: small.yaml\n")
+    assert get_target(str(path)).predictors == "models:/board/1.json"
+    assert get_target(str(path)).space == str(tmp_path / "targets" / "small.yaml")
