@@ -91,7 +91,8 @@ def test_an_interrupted_training_goes_on_from_its_run(tracking: str, cache: Path
     resumed = next(r for r in client.search_runs(["0"]) if r.info.run_id != killed.info.run_id)
     assert int(resumed.data.tags["foxnas.resumed_at_step"]) > 0
     assert resumed.info.status == "FINISHED"
-    assert main([*command, "--seed", "1", "--resume", killed.info.run_id]) == 2
+    for other in (["--seed", "1"], ["--space", "tpu"], ["--learning-rate", "0.5"]):
+        assert main([*command, *other, "--resume", killed.info.run_id]) == 2
 
 
 @pytest.mark.parametrize(
@@ -104,12 +105,59 @@ def test_an_interrupted_training_goes_on_from_its_run(tracking: str, cache: Path
         (["--preset", "huge"], "preset must be one of"),
         (["--ema", "1"], "ema must be in"),
         (["--max-train", "5"], "class"),
+        (["--learning-rate", "-1"], "learning_rate must be 0 or more"),
+        (["--width-mult", "100"], "width_mult must be between"),
+        (["--init", "/does/not/exist"], "once-for-all checkpoint"),
+        (["--init", "setup.cfg"], "once-for-all checkpoint"),
+        (["--init", "a", "--resume", "b"], "received both"),
     ],
 )
 def test_bad_input(tracking: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["supernet", *argv]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
     assert message in line
+
+
+def test_a_space_too_small_for_its_strides_and_a_class_without_training_images_are_refused(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+    from PIL import Image
+
+    from foxnas_mlflow.core.space import CPU_SPACE
+
+    values = CPU_SPACE.to_dict() | {"image_sizes": [16, 32]}
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(values))
+    for split, labels in {"train": "ab", "val": "abc"}.items():
+        for label in labels:
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for i in range(3):
+                Image.new("L", (8, 8), i).save(tmp_path / "data" / split / label / f"{i}.png")
+    for argv, message in (
+        (["--preset", "paper", "--space", str(tmp_path / "space.yaml")], "product of the strides"),
+        (["--data", str(tmp_path / "data")], "class"),
+    ):
+        assert main(["supernet", *argv]) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
+        assert message in line
+
+
+def test_once_for_all_weights_begin_a_training(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from tests.supernet.test_once_for_all import shapes_of, weights_of
+
+    torch.save({"state_dict": weights_of(shapes_of("mbv3", 0.35))}, tmp_path / "net")
+    argv = ["supernet", "--max-train", "200", "--epochs", "1", "--init", str(tmp_path / "net")]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "once-for-all's MobileNetV3" in out
+    assert "one input channel" in out
+    # Weights of another width do not fit.
+    assert main([*argv, "--width-mult", "1.0"]) == 2
+    assert "width_mult" in capsys.readouterr().err
 
 
 def test_two_processes_train_one_supernet(tracking: str, tmp_path: Path) -> None:

@@ -21,11 +21,14 @@ PARAMETERS = (
     Parameter(
         "data", "digits", "Images: digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
     ),
-    Parameter("space", "cpu", "Search space: cpu, tpu or the path of a YAML."),
+    Parameter("space", "cpu", "Search space: cpu, tpu, proxyless or the path of a YAML."),
     Parameter("preset", "tiny", "Size of images and schedule.", choices=("tiny", "small", "paper")),
     Parameter("strategy", "sandwich", "How to train.", choices=("sandwich", "progressive_shrinking")),
     Parameter("epochs", 0, "Passes over the training images; 0: the preset's.", int),
     Parameter("batch_size", 0, "Images a step on each process; 0: the preset's.", int),
+    Parameter("learning_rate", 0.0, "Peak learning rate on each process; 0: the preset's.", float),
+    Parameter("width_mult", 0.0, "Width multiplier of all channels; 0: the preset's.", float),
+    Parameter("init", "", "File of once-for-all's MobileNetV3 or ProxylessNAS supernet to begin with."),
     Parameter("max_train", 0, "Use at most so many training images, drawn by class; 0: all.", int),
     Parameter("flip", "auto", "Mirror half of the training images; auto: colour only.", choices=("auto", "yes", "no")),
     Parameter("ema", 0.0, "Decay of averaged weights in [0, 1); 0: none.", float),
@@ -47,7 +50,9 @@ def run(args: argparse.Namespace) -> None:
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.data import load_dataset
 
-    for name in ("epochs", "batch_size", "max_train", "seed"):
+    if args.init and args.resume:
+        raise InvalidInputError("init begins a training and resume goes on with one", received="both")
+    for name in ("epochs", "batch_size", "max_train", "learning_rate", "width_mult", "seed"):
         if getattr(args, name) < 0:
             raise InvalidInputError(f"{name} must be 0 or more", received=getattr(args, name))
     import_or_raise("torch", extra="train", feature="training a supernet")
@@ -58,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     base = get_space(args.space)
     dataset = load_dataset(args.data, seed=args.seed, max_train=args.max_train or None)
     space = preset.space(base, in_channels=dataset.channels, n_classes=dataset.n_classes)
+    if args.width_mult:
+        space = space.replace(width_mult=args.width_mult)
 
     with join_workers() as worker:
         if worker.rank:
@@ -68,7 +75,8 @@ def run(args: argparse.Namespace) -> None:
         from foxnas_mlflow.tracking.supernet import log_dataset
 
         # Logged once they are resolved.
-        given = {key: value for key, value in vars(args).items() if key not in ("epochs", "batch_size", "strategy")}
+        resolved = ("epochs", "batch_size", "learning_rate", "width_mult", "strategy")
+        given = {key: value for key, value in vars(args).items() if key not in resolved}
         with entry_run(stage="supernet", params=given, space=space.name) as run:
             log_dataset(run, dataset, context="training")
             _train_and_register(args, preset, space, dataset, worker, run)
@@ -91,8 +99,10 @@ def _train_and_register(
     size = max(space.image_sizes)
     data = dataset.in_memory(size) if _fits(dataset, size) else dataset
     state, batches = _begin(args, preset, space, data, worker, run.directory)
-    planned = {"batch_size": batches.batch_size, "learning_rate": state.config.learning_rate}
-    run.log_params(planned | {key: getattr(state.config, key) for key in ("strategy", "epochs", "n_random")})
+    planned = {"batch_size": batches.batch_size, "width_mult": space.width_mult}
+    run.log_params(
+        planned | {key: getattr(state.config, key) for key in ("strategy", "epochs", "learning_rate", "n_random")}
+    )
     if args.resume:
         run.set_tags({"foxnas.resumed_from": args.resume, "foxnas.resumed_at_step": state.step})
     checkpoints = local_checkpoints(run.run_id)
@@ -171,11 +181,19 @@ def _begin(
 ) -> tuple[TrainingState, Any]:
     """A new training, or the one to resume, and its batches."""
     import os
+    from pathlib import Path
 
     import torch
 
     from foxnas_mlflow.core.errors import InvalidInputError
-    from foxnas_mlflow.supernet import Batches, Supernet, TrainConfig, TrainingState, load_checkpoint
+    from foxnas_mlflow.supernet import (
+        Batches,
+        Supernet,
+        TrainConfig,
+        TrainingState,
+        load_checkpoint,
+        load_once_for_all,
+    )
     from foxnas_mlflow.tracking.supernet import find_checkpoints
 
     batches = Batches(
@@ -201,16 +219,24 @@ def _begin(
         config = TrainConfig(
             strategy=args.strategy,
             epochs=args.epochs or preset.epochs,
-            learning_rate=preset.learning_rate * worker.world_size,
+            learning_rate=(args.learning_rate or preset.learning_rate) * worker.world_size,
             ema=args.ema,
             seed=args.seed,
         )
-        return TrainingState(Supernet(space), config, origin=origin), batches
+        supernet = Supernet(space)
+        if args.init:
+            read = load_once_for_all(Path(args.init).expanduser(), supernet)
+            if worker.rank == 0:
+                print(f"Read {read.n_tensors} tensors of once-for-all's {read.family}. Different from there:")
+                print("\n".join(f"  {line}" for line in read.differences))
+        return TrainingState(supernet, config, origin=origin), batches
     states = [load_checkpoint(place, space) for place in find_checkpoints(args.resume, directory / "resume")]
     state = max(states, key=lambda s: s.step)
     differing = sorted(key for key, value in origin.items() if state.origin.get(key) != value)
     if args.epochs not in (0, state.config.epochs):
         differing.append("epochs")
+    if args.learning_rate not in (0, state.config.learning_rate / worker.world_size):
+        differing.append("learning_rate")
     if args.strategy != state.config.strategy:
         differing.append("strategy")
     if differing:
