@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.devices import Benchmark, VelaEstimate
 from foxnas_mlflow.flavor import TfliteModel, load_model
-from foxnas_mlflow.tracking.registry import tag_version
+from foxnas_mlflow.tracking.registry import find_version, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
 
@@ -47,18 +45,17 @@ def find_model(source: str, directory: Path) -> MeasuredModel:
         directory: Where a logged model is downloaded to.
 
     Raises:
-        InvalidInputError: If it is a model of another kind.
+        InvalidInputError: If it is a model of another kind, or names no version.
         InvalidFormatError: If a logged file was changed.
         MlflowException: If there is no such model.
     """
     if not source.startswith(("models:/", "runs:/")):
         return MeasuredModel(source, Path(source))
     version = None
-    if source.startswith("models:/"):
-        named = get_model_name_and_version(MlflowClient(), source)
-        if len(named) == 2:
-            version = MlflowClient().get_model_version(*named)
-            source = f"models:/{version.name}/{version.version}"
+    # models:/m-... is a logged model that need not be registered.
+    if source.startswith("models:/") and ("/" in source.removeprefix("models:/") or "@" in source):
+        version = find_version(source)
+        source = f"models:/{version.name}/{version.version}"
     model = load_model(source, str(directory))
     if not isinstance(model, TfliteModel):
         raise InvalidInputError(

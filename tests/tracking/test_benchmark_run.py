@@ -103,7 +103,7 @@ def test_what_cannot_be_measured_is_one_line_and_no_run(
     runs = len(mlflow.MlflowClient().search_runs(["0"]))
     capsys.readouterr()
     for argv, message in (
-        ([], "Registered Model with name=foxnas-cpu not found"),
+        ([], "no version of foxnas-cpu is registered"),
         (["--model", str(text)], "TensorFlow Lite"),
         (["--model", "/does/not/exist.tflite"], "readable"),
         (["--model", str(labels)], "one label for each of 10 outputs; received 3 labels"),

@@ -34,6 +34,9 @@ PARAMETERS = (
     Parameter("seed", 0, "calibrate: seed of the choice of networks.", int),
 )
 
+UNSURE_PERCENT = 5.0
+"""Cross-validated error above which a calibration is not good."""
+
 
 def run(args: argparse.Namespace) -> dict[str, str | float]:
     """Do the action."""
@@ -182,6 +185,11 @@ def _calibrated(report: FitReport, rows: list[Measurement], out: Path, searchabl
         f"  cross-validated error {metrics['cv_mape']:.2f} % (mean absolute), R2 {metrics['cv_r2']:.4f}",
         f"  written       {out}, {out.stem}-predictors.json, {out.stem}-measurements.csv",
     ]
+    if metrics["cv_mape"] > UNSURE_PERCENT:
+        lines.append(
+            f"UNSURE: above {UNSURE_PERCENT:g} % the search's budgets are not worth much. Quiet the machine and begin "
+            f"anew without {out.stem}-measurements.csv, or go on with a greater --n-probes."
+        )
     if searchable:
         lines.append(f"Next: foxnas search --target {out} --latency-ms {times[len(times) // 2]:.3g}")
     else:
