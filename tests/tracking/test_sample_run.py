@@ -149,7 +149,7 @@ def test_what_was_sampled_is_fitted_and_searched(
     run = mlflow.get_run(run_id)
     assert run.data.tags["foxnas.stopped_early"] == "true"
     assert run.data.metrics["sample/front_width"] <= 60
-    assert run.data.metrics["sample/n_samples"] == len(_rows(tmp_path, run_id)) == 20
+    assert run.data.metrics["sample/n_samples"] == len(_rows(tmp_path, run_id)) < 40
     assert "stopped: accuracies along it are known to" in capsys.readouterr().out
 
     # Neither the space nor the images are named again.
