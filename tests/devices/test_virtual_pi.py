@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ QUICK = {"runs": 5, "warmup": 1, "min_seconds": 0.01, "max_seconds": 0.5, "attem
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The Pi's root file system; kept in FOXNAS_VIRTUAL_PI where that is set."""
     kept = os.environ.get("FOXNAS_VIRTUAL_PI")
     directory = Path(kept) if kept else tmp_path_factory.mktemp("pi") / "root"
@@ -33,7 +34,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_virtual_pi(directory)
     except UnavailableError as error:
         pytest.skip(str(error))
-    return directory
+    yield directory
+    if not kept:
+        # 350 MB, which pytest would keep for three sessions.
+        shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")

@@ -69,10 +69,9 @@ def make_virtual_pi(root: Path) -> None:
         (root / "usr" / name).mkdir(parents=True, exist_ok=True)
         (root / name).symlink_to(f"usr/{name}")
     for package in packages:
-        archive = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE)
-        _run("tar", "-x", "--keep-directory-symlink", "-C", str(root), stdin=archive.stdout)
+        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as archive:
+            _run("tar", "-x", "--keep-directory-symlink", "-C", str(root), stdin=archive.stdout)
         package.unlink()
-        archive.wait()
     for directory in ("run/sshd", "small", "root", "tmp"):
         (root / directory).mkdir(parents=True, exist_ok=True)
     (root / "tmp").chmod(0o1777)
