@@ -69,7 +69,8 @@ def main() -> None:
                 print(f"{name} {i + 1}/{len(architectures)}: {timing.latency_ms:.2f} ms", flush=True)
 
     times = {row.architecture: row.latency_ms or 0.0 for row in done["tests"]}
-    scatter = [abs((row.latency_ms or 0.0) / times[row.architecture] - 1) for row in done["again"]]
+    again = [row for row in done["again"] if row.architecture in times]
+    scatter = [abs((row.latency_ms or 0.0) / times[row.architecture] - 1) for row in again]
     in_order = {row.architecture: row for row in done["probes"]}
     designed = [in_order[a] for a in probes if a in in_order]
     least = len(FORMULA.columns(space)) + SPARE_PROBES
