@@ -15,7 +15,17 @@ from foxnas_mlflow._version import __version__
 from foxnas_mlflow.cli.parameters import resolve
 from foxnas_mlflow.core.errors import FoxNasError
 
-COMMANDS: tuple[str, ...] = ("search", "supernet", "sample", "fit", "quantize", "benchmark", "estimate", "promote")
+COMMANDS: tuple[str, ...] = (
+    "main",
+    "supernet",
+    "sample",
+    "fit",
+    "search",
+    "quantize",
+    "benchmark",
+    "estimate",
+    "promote",
+)
 """Subcommands in the order of their use; each is a module of `foxnas_mlflow.cli.commands`, and an entry point."""
 
 TOOLS: tuple[str, ...] = ("doctor", "device")
@@ -45,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     # MLflow's default of 7 retries hides an unreachable server for several minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    # Its bars for downloads of a few files would stand between our lines.
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         values = resolve(arguments.module.PARAMETERS, arguments)
         arguments.module.run(argparse.Namespace(**values))

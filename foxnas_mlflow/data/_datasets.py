@@ -240,6 +240,27 @@ def prepared_batches(
             yield np.stack(pixels), np.asarray(targets, np.int64)
 
 
+def calibration_images(dataset: ImageDataset, preprocessing: Preprocessing, n: int, *, seed: int) -> ImageArray:
+    """Training images, drawn by class, that the ranges of a network's activations are measured on.
+
+    Args:
+        dataset: The data set.
+        preprocessing: Image size and crop.
+        n: At most so many.
+        seed: Seed of the choice and of the order.
+
+    Returns:
+        uint8 (n, image_size, image_size, channels).
+    """
+    rng = np.random.default_rng([seed, 5])
+    index = np.arange(len(dataset.train))
+    if n < len(index):
+        index = stratified_split(dataset.train.targets, n / len(index), rng)[1]
+    return np.concatenate(
+        [images for images, _ in prepared_batches(dataset.train, preprocessing, rng.permutation(index))]
+    )
+
+
 def _at_most(images: ImageSet, limit: int | None, rng: np.random.Generator) -> ImageSet:
     if limit is None or limit >= len(images):
         return images

@@ -73,9 +73,23 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+class Markup(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
 def escape(text: object) -> str:
-    """Text for HTML."""
-    return html.escape(str(text))
+    """Text for HTML; what is HTML already stays."""
+    return str(text) if isinstance(text, Markup) else html.escape(str(text))
+
+
+def link(url: str, text: str) -> Markup:
+    """A link to an http address; the text alone for any other."""
+    shown = html.escape(text)
+    if not url.startswith(("http://", "https://")):
+        return Markup(shown)
+    return Markup(f'<a href="{html.escape(url, quote=True)}">{shown}</a>')
 
 
 _PAGE = """<!doctype html>
@@ -93,6 +107,8 @@ h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; }} h3 {{ font-size: 1rem; 
 table {{ border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0; }}
 th, td {{ text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid #eef0f3; white-space: nowrap; }}
 td:not(:first-child) {{ font-variant-numeric: tabular-nums; }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 1rem; }}
+.pair > div {{ min-width: 0; }}
 .stages {{ display: flex; flex-wrap: wrap; gap: 0.8rem 2rem; }} .stage {{ max-width: 100%; }}
 .stage svg {{ max-width: 100%; height: auto; }} .stage rect {{ fill: #dbe8f6; stroke: #1f5fa8; }}
 .stage text {{ font: 12px system-ui, sans-serif; text-anchor: middle; fill: #1d2430; }}

@@ -15,7 +15,7 @@ from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.options import encode
-from foxnas_mlflow.core.predictors import LinearPredictor, marginal_effects
+from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, marginal_effects
 from foxnas_mlflow.core.searchers import Candidate, SearchOutcome, SearchResult, rank_edits
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.report._page import axes_layout, escape, plot, scatter, table, write_page
@@ -65,7 +65,7 @@ def write_search_report(
         ("Latency against accuracy", plot("front", _front_figure(outcome, request, measurements, candidates))),
         *([("Predicted and found out", _candidates_table(candidates))] if candidates else []),
         ("Searching: best so far against evaluations", plot("trace", _trace_figure(outcome, comparisons))),
-        ("The network", _drawing(outcome, outcome.architecture)),
+        ("The network", network_drawing(predictors, outcome.architecture)),
     ]
     if latency.recipe.any_size:
         shares = latency_shares(latency, outcome.architecture)
@@ -276,11 +276,11 @@ def _shares_figure(shares: Mapping[str, float]) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def _drawing(outcome: SearchOutcome, architecture: Architecture) -> str:
+def network_drawing(predictors: PredictorSet, architecture: Architecture) -> str:
     """Blocks as boxes: height shows the expansion ratio, width the kernel size."""
-    space = outcome.objective.space
+    space = predictors.space
     network = build_network(space, architecture)
-    latency = outcome.objective.predictors.of("latency_ms", architecture.image_size)
+    latency = predictors.of("latency_ms", architecture.image_size)
     constant, stage_ms = stage_latencies(latency, architecture)
     rows = []
     for j, (spec, stage) in enumerate(zip(space.stages, architecture.stages, strict=True), start=1):

@@ -3,6 +3,7 @@
 from foxnas_mlflow.supernet._batches import Batches
 from foxnas_mlflow.supernet._distributed import Worker, join_workers
 from foxnas_mlflow.supernet._evaluate import Evaluation, SubnetEvaluator, recalibrate
+from foxnas_mlflow.supernet._finetune import finetune
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, plain_logits, subnet_weights
 from foxnas_mlflow.supernet._once_for_all import Initialization, load_once_for_all
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
@@ -21,6 +22,7 @@ __all__ = [
     "TrainingState",
     "Worker",
     "fastest_mode",
+    "finetune",
     "get_preset",
     "join_workers",
     "load_checkpoint",

@@ -16,16 +16,20 @@ def process_identity() -> str:
     return f"{platform.node()} {pid} {_start(pid)}"
 
 
+def is_here(identity: str) -> bool:
+    """Whether a process is, or was, one of this host."""
+    return identity.rsplit(" ", 2)[0] == platform.node()
+
+
 def is_dead(identity: str) -> bool:
     """Whether a process is known to have ended.
 
     One on another host never is: nothing here can tell.
     """
-    host, _, rest = identity.rpartition(" ")[0].rpartition(" ")
-    start = identity.rpartition(" ")[2]
-    if host != platform.node() or not rest.isdigit():
+    if not is_here(identity):
         return False
-    return _start(int(rest)) != start
+    _, pid, start = identity.rsplit(" ", 2)
+    return _start(int(pid)) != start
 
 
 def _start(pid: int) -> str:

@@ -115,6 +115,12 @@ def find_version(model: str) -> ModelVersion:
     )
 
 
+def holds_stage(model_uri: str, stage: str) -> bool:
+    """Whether the version ``models:/name/version`` has the alias of a stage."""
+    name, _, number = model_uri.removeprefix("models:/").rpartition("/")
+    return _by_alias(MlflowClient(), name, stage.lower()) == number
+
+
 def list_versions(name: str) -> list[ModelVersion]:
     """All versions of a registered model; none if there is no such model."""
     quote = '"' if "'" in name else "'"

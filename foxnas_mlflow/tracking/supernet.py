@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.exceptions import MlflowException
@@ -25,6 +26,12 @@ CHECKPOINT_ARTIFACTS = "checkpoint"
 def local_checkpoints(run_id: str) -> Path:
     """Where this machine keeps a run's checkpoints until its supernet is registered."""
     return cache_directory("checkpoints", run_id)
+
+
+def has_checkpoint(run_id: str) -> bool:
+    """Whether a run left a checkpoint, here or in its artifacts."""
+    here = cache_directory("checkpoints") / run_id
+    return any(here.glob("*.safetensors")) or bool(MlflowClient().list_artifacts(run_id, CHECKPOINT_ARTIFACTS))
 
 
 def find_checkpoints(resume: str, destination: Path) -> list[Path]:

@@ -169,22 +169,15 @@ def _quantize(
     provenance: dict[str, Any],
 ) -> Quantized:
     """Convert the subnet and evaluate the result."""
-    import numpy as np
 
     from foxnas_mlflow.cli.progress import progress_bar
-    from foxnas_mlflow.data import prepared_batches, stratified_split
+    from foxnas_mlflow.data import calibration_images, prepared_batches
     from foxnas_mlflow.tflite import FloatModel, Int8Model, convert, layer_errors, quantization_loss
     from foxnas_mlflow.tracking.quantize import Quantized
 
     weights = subnet.weights or {}
     normalization = preprocessing.normalization
-    rng = np.random.default_rng([provenance["seed"], 5])
-    index = np.arange(len(dataset.train))
-    if args.calibration_images < len(index):
-        index = stratified_split(dataset.train.targets, args.calibration_images / len(index), rng)[1]
-    representative = np.concatenate(
-        [images for images, _ in prepared_batches(dataset.train, preprocessing, rng.permutation(index))]
-    )
+    representative = calibration_images(dataset, preprocessing, args.calibration_images, seed=provenance["seed"])
     conversion = convert(
         network,
         weights,

@@ -44,8 +44,12 @@ _EPOCH_IMAGES = 256
 _CACHED_BYTES = 2**30
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train, evaluate and register."""
+def run(args: argparse.Namespace) -> dict[str, str]:
+    """Train, evaluate and register.
+
+    Returns:
+        run_id, and model_uri of the supernet; nothing from a process that only helps to train.
+    """
     from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.data import load_dataset
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     with join_workers() as worker:
         if worker.rank:
             _train_beside(args, preset, space, dataset, worker)
-            return
+            return {}
 
         from foxnas_mlflow.tracking.run import entry_run
         from foxnas_mlflow.tracking.supernet import log_dataset
@@ -79,12 +83,12 @@ def run(args: argparse.Namespace) -> None:
         given = {key: value for key, value in vars(args).items() if key not in resolved}
         with entry_run(stage="supernet", params=given, space=space.name) as run:
             log_dataset(run, dataset, context="training")
-            _train_and_register(args, preset, space, dataset, worker, run)
+            return _train_and_register(args, preset, space, dataset, worker, run)
 
 
 def _train_and_register(
     args: argparse.Namespace, preset: Preset, space: SearchSpace, dataset: ImageDataset, worker: Worker, run: EntryRun
-) -> None:
+) -> dict[str, str]:
     import dataclasses
     import shutil
     import time
@@ -158,6 +162,7 @@ def _train_and_register(
     print("\n".join(lines))
     print(f"Registered {uri}; run {run.run_id}.")
     print(f"Next: foxnas sample --supernet {uri} --data {args.data}")
+    return {"run_id": run.run_id, "model_uri": uri}
 
 
 def _train_beside(

@@ -275,6 +275,13 @@ class PredictorSet:
             remedy="choose one of those sizes, or bring predictors fitted at that size with predictors=",
         )
 
+    def latency_bound_ms(self, architecture: Architecture, confidence: float) -> float:
+        """The latency that a search at this confidence constrains: the upper bound, at 0.5 the prediction."""
+        latency = self.of("latency_ms", architecture.image_size)
+        if confidence == 0.5:
+            return float(latency.predict([architecture])[0])
+        return float(latency.upper_bound([architecture], confidence)[0])
+
     def predict_table(self, architectures: Sequence[Architecture], confidence: float = 0.95) -> dict[str, list[float]]:
         """Columns accuracy, latency_ms and their interval ends, one row an architecture."""
         names = [f"{q}{end}" for q in ("accuracy", "latency_ms") for end in ("", "_lower", "_upper")]

@@ -240,8 +240,4 @@ def _look(
 
 def _upper(outcome: SearchOutcome, architecture: Architecture) -> float:
     """The latency bound that the search constrained."""
-    latency = outcome.objective.predictors.of("latency_ms", architecture.image_size)
-    confidence = outcome.objective.confidence
-    if confidence == 0.5:
-        return float(latency.predict([architecture])[0])
-    return float(latency.upper_bound([architecture], confidence)[0])
+    return outcome.objective.predictors.latency_bound_ms(architecture, outcome.objective.confidence)

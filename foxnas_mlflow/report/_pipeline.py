@@ -1,0 +1,296 @@
+"""The page of a pipeline: from images to a promoted model, predicted beside real."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.comparison import Comparison
+from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.predictors import PredictorSet
+from foxnas_mlflow.core.searchers import Front
+from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.report._page import axes_layout, escape, link, plot, scatter, table, write_page
+from foxnas_mlflow.report._search import network_drawing
+
+_BLUE, _GREY, _GREEN, _RED = "#1f5fa8", "#b9bec7", "#2a9d8f", "#c0392b"
+_SERIES = {"eval/top1_max": "largest subnet", "eval/top1_random": "random subnets", "eval/top1_min": "smallest subnet"}
+_METRICS = (
+    ("r2_adjusted", "adjusted R2"),
+    ("cv_rmse", "cross-validated RMSE"),
+    ("cv_mape", "MAPE, %"),
+    ("kendall_tau", "Kendall tau"),
+    ("cv_coverage", "rows in their 95 % interval"),
+    ("n_samples", "rows"),
+)
+
+
+@dataclass(frozen=True)
+class PipelinePage:
+    """What the page tells.
+
+    Attributes:
+        request: What was asked, with everything resolved.
+        target: The target.
+        model_uri: The registered int8 model.
+        steps: Of each step: name, run_id, url, reused, seconds.
+        data: What is known of the images, by name.
+        training: (step, percent) by metric of the supernet's evaluation.
+        measurements: The samples.
+        predictors: Fitted to them.
+        front: Of the predictors.
+        architecture: The found network.
+        quantization: Metrics of the quantization.
+        finetuning: ``inherited_top1`` and ``finetuned_top1`` in percent, or None when it was not asked for.
+        benchmark: Content of ``benchmark.json``, or None when nothing was measured.
+        comparisons: Networks predicted and real, the found one first.
+        agreement: How well these agree, by name.
+        gates: Of each gate: gate, passed, text.
+        stage: The stage asked for, or empty.
+        refusal: Why promotion was refused, or empty.
+    """
+
+    request: Mapping[str, Any]
+    target: Target
+    model_uri: str
+    steps: Sequence[Mapping[str, Any]]
+    data: Mapping[str, str]
+    training: Mapping[str, Sequence[tuple[int, float]]]
+    measurements: Sequence[Measurement]
+    predictors: PredictorSet
+    front: Front
+    architecture: Architecture
+    quantization: Mapping[str, float]
+    finetuning: Mapping[str, Any] | None
+    benchmark: Mapping[str, Any] | None
+    comparisons: Sequence[Comparison]
+    agreement: Mapping[str, float]
+    gates: Sequence[Mapping[str, Any]]
+    stage: str
+    refusal: str
+
+
+def write_pipeline_report(path: Path, page: PipelinePage) -> None:
+    """Write a self-contained page.
+
+    Args:
+        path: File to write.
+        page: What it tells.
+    """
+    sections = [
+        ("Predicted against real", _comparison(page)),
+        ("Front, samples and the found network", plot("front", _front_figure(page))),
+        ("The network", network_drawing(page.predictors, page.architecture)),
+        ("Quantization", _quantization(page.quantization) + _finetuning(page.finetuning)),
+        ("Latency on the device", _latency(page)),
+        ("Gates", _gates(page)),
+        ("Predictors", _predictors(page.predictors)),
+        ("Data and supernet", _training(page)),
+        ("Steps", _steps(page.steps)),
+        ("What was asked", table(("parameter", "value"), [(k, str(v)) for k, v in page.request.items() if v != ""])),
+    ]
+    write_page(path, title=f"FOX-NAS pipeline for {page.target.name}", lead=_lead(page), sections=sections)
+
+
+def _lead(page: PipelinePage) -> str:
+    found, limit = page.comparisons[0], float(page.request["latency_ms"])
+    sentence = (
+        f"From {escape(page.data['training images'])} images of <b>{escape(page.data['source'])}</b> to "
+        f"<b>{escape(page.model_uri)}</b>: <b>{found.accuracy:.2f} %</b> ± {found.standard_error:.2f} top-1 of the "
+        f"int8 file on {found.n_images:,} validation images"
+    )
+    latency = None if page.benchmark is None else float(page.benchmark["latency_ms_p50"])
+    if latency is None or page.benchmark is None:
+        sentence += (
+            f", predicted to take at most <b>{found.predicted_latency_upper_ms:.4g} ms</b>; nothing was measured. "
+        )
+    else:
+        kept = "within" if latency <= limit else "<b>above</b>"
+        machine = escape(page.benchmark["device"])
+        sentence += f" and <b>{latency:.4g} ms</b> median on {machine}, {kept} the asked {limit:.4g} ms. "
+    if page.refusal:
+        return sentence + f"The gates refused <b>{escape(page.stage)}</b>."
+    return sentence + (f"It holds the stage <b>{escape(page.stage)}</b>." if page.stage else "It was not promoted.")
+
+
+def _comparison(page: PipelinePage) -> str:
+    rows = page.comparisons
+    cells = [
+        (
+            row.role,
+            f"{row.architecture.image_size}",
+            f"{row.predicted_accuracy:.2f}",
+            f"{row.accuracy:.2f} ± {row.standard_error:.2f}",
+            f"{row.accuracy - row.predicted_accuracy:+.2f}",
+            f"{row.predicted_latency_ms:.4g} (at most {row.predicted_latency_upper_ms:.4g})",
+            "not measured"
+            if row.latency_ms is None
+            else f"{row.latency_ms:.4g}" + ("" if row.latency_valid else " (not to be trusted)"),
+            "" if row.latency_ms is None else f"{100 * (row.latency_ms / row.predicted_latency_ms - 1):+.1f} %",
+        )
+        for row in rows
+    ]
+    header = ("network", "px", "predicted %", "int8 %", "points", "predicted ms", "measured ms", "difference")
+    plots = plot(
+        "accuracies", _identity([(r.predicted_accuracy, r.accuracy) for r in rows], "accuracy (top-1, %)"), 320
+    )
+    timed = [(r.predicted_latency_ms, r.latency_ms) for r in rows if r.latency_ms is not None]
+    if timed:
+        plots = plot("latencies", _identity(timed, "latency (ms)"), 320) + plots
+    return f"<p>{_agreement(page)}</p>{table(header, cells)}<div class='pair'>{plots}</div>"
+
+
+def _agreement(page: PipelinePage) -> str:
+    values, n = page.agreement, len(page.comparisons)
+    parts = []
+    for name, unit, error in (("latency", "%", "latency_mape"), ("accuracy", "points", "accuracy_mean_error")):
+        if error not in values:
+            continue
+        tau = values.get(f"{name}_kendall_tau")
+        ranks = "ranks cannot be compared" if tau is None else f"Kendall's tau {tau:.2f}"
+        parts.append(f"{name}: {ranks}, mean error {values[error]:.3g} {unit}")
+    if "upper_bound_kept" in values:
+        kept = round(values["upper_bound_kept"] * n)
+        confidence = float(page.request["confidence"])
+        parts.append(f"{kept} of {n} networks stay within their upper latency bound (confidence {confidence:g})")
+    if "constraint_met" in values:
+        met = "meets" if values["constraint_met"] else "misses"
+        parts.append(f"the found network {met} the constraint")
+    caution = (
+        "Predicted accuracy is that of the float subnet with shared weights; networks of a front differ by less than "
+        "the standard errors of few validation images can tell apart."
+    )
+    return escape(f"{n} networks: " + "; ".join(parts) + f". {caution}")
+
+
+def _identity(pairs: Sequence[tuple[float, float]], what: str) -> dict[str, Any]:
+    """Real against predicted, with the line on which they are equal."""
+    values = np.array(pairs)
+    low, high = float(values.min()), float(values.max())
+    margin = 0.05 * (high - low or abs(high) or 1.0)
+    ends = [low - margin, high + margin]
+    data = [
+        {"x": ends, "y": ends, "mode": "lines", "name": "equal", "line": {"color": _GREY, "dash": "dash", "width": 1}},
+        scatter(values[1:, 0], values[1:, 1], "front", _BLUE, 8),
+        scatter(values[:1, 0], values[:1, 1], "found", _RED, 11),
+    ]
+    return {"data": data, "layout": axes_layout(f"predicted {what}", f"real {what}")}
+
+
+def _front_figure(page: PipelinePage) -> dict[str, Any]:
+    rows = [m for m in page.measurements if m.latency_ms is not None and m.accuracy is not None]
+    front, limit = page.front, float(page.request["latency_ms"])
+    real = [(c.latency_ms or c.predicted_latency_ms, c.accuracy) for c in page.comparisons]
+    accuracies = [*front.accuracy, *(m.accuracy for m in rows if m.accuracy is not None), *(a for _, a in real)]
+    data = [
+        scatter([m.latency_ms for m in rows], [m.accuracy for m in rows], "samples", _GREY, 5),
+        scatter(front.latency_ms, front.accuracy, "front, predicted", _BLUE, 4),
+        scatter([x for x, _ in real[1:]], [y for _, y in real[1:]], "front, real", _GREEN, 9),
+        scatter([real[0][0]], [real[0][1]], "found, real", _RED, 13),
+        {
+            "x": [limit, limit],
+            "y": [float(min(accuracies)), float(max(accuracies))],
+            "mode": "lines",
+            "name": f"constraint {limit:.4g} ms",
+            "line": {"color": _RED, "dash": "dash", "width": 1},
+        },
+    ]
+    data[3]["marker"]["symbol"] = "star"
+    return {"data": data, "layout": axes_layout("latency (ms)", "top-1 (%)")}
+
+
+def _quantization(metrics: Mapping[str, float]) -> str:
+    rows = [
+        ("float top-1", f"{metrics['accuracy/float_top1']:.2f} %"),
+        ("int8 top-1", f"{metrics['accuracy/int8_top1']:.2f} %"),
+        ("drop", f"{metrics['accuracy/quantization_drop']:.2f} points"),
+        ("file", f"{metrics['model/size_bytes'] / 1024:,.1f} KiB"),
+        ("parameters", f"{metrics['model/params']:,.0f}"),
+        ("multiply-accumulates", f"{metrics['model/macs']:,.0f}"),
+    ]
+    return table(("int8 file", ""), rows)
+
+
+def _finetuning(alone: Mapping[str, Any] | None) -> str:
+    if alone is None:
+        return ""
+    before, after = float(alone["inherited_top1"]), float(alone["finetuned_top1"])
+    used = "Its own weights" if after > before else "The shared weights"
+    return (
+        f"<p>Trained alone from its shared weights the float network reaches {after:.2f} % in place of {before:.2f} %: "
+        f"sharing costs it {after - before:.2f} points. {used} were quantized; predictions are of shared weights.</p>"
+    )
+
+
+def _latency(page: PipelinePage) -> str:
+    benchmark = page.benchmark
+    if benchmark is None:
+        return "<p>Nothing was measured: no device was given. Latencies are those of the cost model.</p>"
+    rows = [
+        ("machine", f"{benchmark['device']} ({benchmark['connection']})"),
+        ("runtime", f"{benchmark['runtime']}, {benchmark['threads']} thread(s), batch {benchmark['batch']}"),
+        ("median", f"{benchmark['latency_ms_p50']:.4g} ms of {benchmark['n_runs']} runs"),
+        ("p90, p99", f"{benchmark['latency_ms_p90']:.4g} ms, {benchmark['latency_ms_p99']:.4g} ms"),
+        ("asked for", f"at most {float(page.request['latency_ms']):.4g} ms"),
+        ("peak memory", f"{benchmark['peak_memory_bytes'] / 2**20:.1f} MiB"),
+        ("valid", "yes" if benchmark["valid"] else "; ".join(benchmark["invalid_reasons"])),
+    ]
+    if benchmark["emulated"]:
+        rows.append(("emulated", "yes: these times say nothing of real hardware"))
+    samples = [round(float(v), 5) for v in benchmark["samples_ms"][:2000]]
+    figure = {
+        "data": [{"type": "histogram", "x": samples, "marker": {"color": _BLUE}, "name": "runs"}],
+        "layout": axes_layout("latency of one run (ms)", "runs"),
+    }
+    return table(("benchmark", ""), rows) + plot("runs", figure, 260)
+
+
+def _gates(page: PipelinePage) -> str:
+    if not page.gates:
+        return "<p>No gate was asked: promotion needs a measured latency and a stage.</p>"
+    rows = [(str(g["gate"]), "pass" if g["passed"] else "FAIL", str(g["text"])) for g in page.gates]
+    refused = f"<p><b>Refused.</b> {escape(page.refusal)}</p>" if page.refusal else ""
+    return refused + table(("gate", "", "what it saw"), rows)
+
+
+def _predictors(predictors: PredictorSet) -> str:
+    rows = []
+    for name, group in (("accuracy", predictors.accuracy), ("latency", predictors.latency)):
+        for predictor in group:
+            sizes = ", ".join(map(str, predictor.fitted_sizes))
+            values = [f"{predictor.metrics[k]:.4g}" if k in predictor.metrics else "" for k, _ in _METRICS]
+            rows.append((name, predictor.formula, sizes, *values))
+    return table(("predictor", "formula", "px", *(label for _, label in _METRICS)), rows)
+
+
+def _training(page: PipelinePage) -> str:
+    facts = table(("images", ""), list(page.data.items()))
+    if not page.training:
+        return facts + "<p>The supernet was given; its own run tells of its training.</p>"
+    data = [
+        {
+            "x": [step for step, _ in page.training[key]],
+            "y": [round(value, 3) for _, value in page.training[key]],
+            "mode": "lines+markers",
+            "name": name,
+        }
+        for key, name in _SERIES.items()
+    ]
+    return facts + plot("training", {"data": data, "layout": axes_layout("training step", "top-1 (%)")}, 320)
+
+
+def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            str(step["name"]),
+            "found from before" if step["reused"] else f"{step['seconds']:.0f} s",
+            link(str(step["url"]), str(step["run_id"])),
+        )
+        for step in steps
+    ]
+    return table(("step", "time", "run"), rows)

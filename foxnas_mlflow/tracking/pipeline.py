@@ -1,0 +1,205 @@
+"""The end of a pipeline: its figures, its page and its table, gathered from the runs of its steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.comparison import read_comparisons
+from foxnas_mlflow.core.searchers import Objective, front_of
+from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.data import ImageDataset
+from foxnas_mlflow.tracking.comparison import COMPARISON
+from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
+from foxnas_mlflow.tracking.promotion import PROMOTION_FILE
+from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.steps import StepResult
+
+_LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` answers by default."""
+
+_SERIES = ("eval/top1_max", "eval/top1_random", "eval/top1_min")
+
+
+def conclude(
+    run: EntryRun,
+    done: Mapping[str, StepResult],
+    *,
+    request: Mapping[str, Any],
+    target: Target,
+    dataset: ImageDataset,
+    refusal: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """Log the figures of a finished pipeline to its run, and write its page.
+
+    Args:
+        run: The pipeline's run.
+        done: What its steps made.
+        request: What was asked, with everything resolved.
+        target: The target.
+        dataset: The images.
+        refusal: Why the gates refused promotion, or empty.
+        seconds: Time that it took in this process.
+
+    Returns:
+        run_id, model_uri of the int8 model, and the figures.
+    """
+    client = MlflowClient()
+    runs = {name: client.get_run(result.run_id) for name, result in done.items()}
+    gates_run = _refused(client, run) if refusal else runs.get("promote")
+    quantized = runs["quantize"].data.metrics
+    benchmark = _artifact(runs.get("benchmark"), "benchmark.json")
+    gates = _artifact(gates_run, PROMOTION_FILE)
+    metrics = {key: value for key, value in runs["compare"].data.metrics.items() if key.startswith("pipeline/")}
+    metrics |= {key: quantized[key] for key in ("accuracy/int8_top1", "accuracy/quantization_drop")}
+    if benchmark is not None:
+        metrics["benchmark/latency_ms_p50"] = benchmark["latency_ms_p50"]
+    alone = done["finetune"].outputs if "finetune" in done else None
+    if alone is not None:
+        metrics["pipeline/shared_weights_cost"] = alone["finetuned_top1"] - alone["inherited_top1"]
+    metrics |= {
+        "pipeline/seconds": seconds,
+        "pipeline/steps_reused": float(sum(result.reused for result in done.values())),
+        "pipeline/promoted": float(bool(gates) and not refusal),
+    }
+    run.log_metrics(metrics)
+    run.log_params({"chosen_latency_ms": request["latency_ms"]})
+    model_uri = str(done["quantize"].outputs["model_uri"])
+    run.set_tags({"foxnas.model": model_uri, **{f"foxnas.step.{name}": r.run_id for name, r in done.items()}})
+    run.log_json({"format": 1, "steps": [result.to_dict() for result in done.values()]}, "pipeline.json")
+    predictors, _ = open_predictors(str(done["fit"].outputs["model_uri"]), target.name)
+    compared = Path(
+        mlflow.artifacts.download_artifacts(
+            run_id=done["compare"].run_id, artifact_path=COMPARISON, dst_path=str(run.directory)
+        )
+    )
+    run.log_artifact(compared)
+    comparisons = read_comparisons(compared, predictors.space)
+    if importlib.util.find_spec("plotly") is not None:
+        from foxnas_mlflow.report import PipelinePage, write_pipeline_report
+
+        rows, _ = open_measurements(str(done["sample"].outputs["measurements"]), run.directory)
+        supernet = runs.get("supernet")
+        page = PipelinePage(
+            request=request,
+            target=target,
+            model_uri=model_uri,
+            steps=tuple(result.to_dict() | {"url": _url(runs[name])} for name, result in done.items()),
+            data={
+                "source": dataset.source,
+                "training images": f"{len(dataset.train):,}",
+                "validation images": f"{len(dataset.val):,}",
+                "classes": ", ".join(dataset.labels[:12]) + (", ..." if dataset.n_classes > 12 else ""),
+                "digest": dataset.digest[:16],
+            },
+            training={} if supernet is None else {key: _series(client, supernet, key) for key in _SERIES},
+            measurements=tuple(rows),
+            predictors=predictors,
+            front=front_of(Objective(predictors, confidence=float(request["confidence"]))),
+            architecture=Architecture.from_dict(mlflow.artifacts.load_dict(_uri(runs["search"], "architecture.json"))),
+            quantization=quantized,
+            finetuning=alone,
+            benchmark=benchmark,
+            comparisons=tuple(comparisons),
+            agreement={key.removeprefix("pipeline/"): value for key, value in metrics.items()},
+            gates=tuple((gates or {}).get("verdicts", ())),
+            stage="" if gates is None else str(gates["stage"]),
+            refusal=refusal,
+        )
+        path = run.directory / "report.html"
+        write_pipeline_report(path, page)
+        run.log_artifact(path)
+    print(_summary(metrics, request, target, dataset, model_uri, gates, refusal, run.run_id))
+    return {"run_id": run.run_id, "model_uri": model_uri, **metrics}
+
+
+def _refused(client: MlflowClient, run: EntryRun) -> Run | None:
+    """The newest promotion of this pipeline: the one that was refused."""
+    found = client.search_runs(
+        [run.experiment_id],
+        f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{run.run_id}' and tags.`foxnas.stage` = 'promote'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return found[0] if found else None
+
+
+def _artifact(run: Run | None, path: str) -> dict[str, Any] | None:
+    if run is None:
+        return None
+    content: dict[str, Any] = json.loads(mlflow.artifacts.load_text(_uri(run, path)))
+    return content
+
+
+def _uri(run: Run, path: str) -> str:
+    return f"runs:/{run.info.run_id}/{path}"
+
+
+def _url(run: Run) -> str:
+    """Address of a run in MLflow's pages."""
+    server = mlflow.get_tracking_uri()
+    base = server.rstrip("/") if server.startswith(("http://", "https://")) else _LOCAL_UI
+    return f"{base}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
+def _series(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key)]
+
+
+def _summary(
+    metrics: Mapping[str, float],
+    request: Mapping[str, Any],
+    target: Target,
+    dataset: ImageDataset,
+    model_uri: str,
+    gates: Mapping[str, Any] | None,
+    refusal: str,
+    run_id: str,
+) -> str:
+    limit = float(request["latency_ms"])
+    lines = [
+        f"\nFrom {len(dataset.train):,} images of {dataset.source} to {model_uri} in "
+        f"{metrics['pipeline/seconds'] / 60:.1f} minutes:",
+        f"  int8 top-1           {metrics['accuracy/int8_top1']:.2f} %, "
+        f"{metrics['accuracy/quantization_drop']:.2f} points less than float",
+    ]
+    if "benchmark/latency_ms_p50" in metrics:
+        latency = metrics["benchmark/latency_ms_p50"]
+        kept = "within" if latency <= limit else "ABOVE"
+        lines.append(f"  latency              {latency:.4g} ms median, {kept} {limit:.4g} ms")
+    else:
+        lines.append(f"  latency              not measured; at most {limit:.4g} ms by the cost model")
+    taus = [
+        f"{name} {metrics[f'pipeline/{name}_kendall_tau']:.2f}"
+        for name in ("latency", "accuracy")
+        if f"pipeline/{name}_kendall_tau" in metrics
+    ]
+    lines.append(f"  rank correlation     {', '.join(taus) or 'not known'} (Kendall tau, predicted against real)")
+    alias = ""
+    if refusal:
+        lines.append("  promotion            refused")
+    elif gates is None:
+        lines.append(
+            "  promotion            not asked for" if request["device"] else "  promotion            needs a device"
+        )
+    else:
+        name = model_uri.removeprefix("models:/").rpartition("/")[0]
+        alias = f"models:/{name}@{str(gates['stage']).lower()}"
+        lines.append(f"  promotion            {gates['stage']}, {alias}")
+    lines.append(f"  run                  {run_id}: report.html, {COMPARISON}, pipeline.json")
+    lines.append(
+        f"Next: mlflow models serve -m {alias} --env-manager local"
+        if alias
+        else "Next: mlflow ui, and open report.html of the run."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""The pipeline from images to a promoted model, killed at random moments and gone on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.errors import InvalidMeasurementsError
+from foxnas_mlflow.core.measurements import Measurement, read_measurements
+from tests.pipelines import STEPS, Running, options
+
+pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.train, pytest.mark.tflite]
+
+KILLS = int(os.environ.get("FOXNAS_KILLS", "3"))
+"""How often the pipeline is killed; 20 takes a quarter of an hour."""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "foxnas_mlflow"
+
+
+def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(tracking: str, cache: Path) -> None:
+    import mlflow
+
+    rng = np.random.default_rng(int(os.environ.get("FOXNAS_KILL_SEED", "0")))
+    argv = options(cache.parents[1])
+    rows: list[Measurement] = []
+    compared: list[dict[str, Any]] = []
+    killed = 0
+    for i in range(KILLS):
+        running = Running(argv)
+        # Every step is met by some kill, however fast the machine is.
+        assert running.begins(STEPS[i * len(STEPS) // KILLS], seconds=900), running.lines[-20:]
+        killed += running.kill(after_seconds=float(rng.uniform(0, 8)))
+        rows += _finished_rows(cache)
+        compared += [json.loads(path.read_text()) for path in cache.glob("comparisons/*/*.json")]
+    last = Running(argv)
+    status = last.end()
+    assert status in (0, 2), last.lines[-20:]
+    # On a busy machine the gates may refuse; nothing else may.
+    assert status == 0 or any("gates" in line or "every gate passes" in line for line in last.lines)
+
+    client = mlflow.MlflowClient()
+    parents = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'", order_by=["attributes.start_time DESC"])
+    assert len(parents) == KILLS + 1
+    assert [run.info.status for run in parents[1:]].count("KILLED") == killed
+    parent = parents[0]
+    steps = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}
+    assert set(steps) >= set(STEPS) - {"promote"}
+    for name, step in steps.items():
+        run = client.get_run(step["run_id"])
+        assert run.info.status == "FINISHED"
+        if killed == KILLS:
+            # A step of a killed pipeline is shown below the one that went on.
+            assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id, name
+        # Nothing that was finished was done again.
+        same = client.search_runs(["0"], f"tags.`foxnas.step_digest` = '{run.data.tags['foxnas.step_digest']}'")
+        assert [r.info.status for r in same].count("FINISHED") == 1, name
+
+    final = _rows(steps["sample"]["outputs"]["measurements"], cache.parents[1] / "final")
+    assert set(rows) <= set(final)
+    assert len({row.architecture for row in final}) == len(final) == 18
+    table = list(csv.DictReader(_text(parent.info.run_id, "predicted_vs_real.csv").splitlines()))
+    latencies = [float(row["latency_ms"]) for row in table]
+    assert {row["latency_ms"] for row in compared} <= set(latencies)
+    for name in ("report.html", "predicted_vs_real.csv", "pipeline.json"):
+        assert name in {file.path for file in client.list_artifacts(parent.info.run_id)}
+    for key in ("accuracy_mean_error", "constraint_met", "latency_mape", "seconds"):
+        assert f"pipeline/{key}" in parent.data.metrics
+
+    # Without interruption, from the same weights: the same networks and accuracies; times are the machine's.
+    shutil.rmtree(cache)
+    weights = steps["supernet"]["outputs"]["model_uri"]
+    assert main(["main", *argv, "--supernet", weights, "--stage", "none"]) == 0
+    parent = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'", order_by=["attributes.start_time DESC"])[0]
+    whole = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}
+    assert not any(step["reused"] for step in whole.values())
+    undisturbed = _rows(whole["sample"]["outputs"]["measurements"], cache.parents[1] / "undisturbed")
+    assert [(r.architecture, r.accuracy) for r in undisturbed] == [(r.architecture, r.accuracy) for r in final]
+
+    # One changed parameter: only what depends on it is done.
+    assert main(["main", *argv, "--supernet", weights, "--stage", "none", "--n-compare", "2"]) == 0
+    parent = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'", order_by=["attributes.start_time DESC"])[0]
+    changed = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}
+    assert [name for name, step in changed.items() if not step["reused"]] == ["compare"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--latency-ms", "-1"], "positive number"),
+        (["--confidence", "1"], "confidence must be"),
+        (["--target", "gpu"], "runtime must be litert or edgetpu"),
+        (["--data", "/does/not/exist"], "path of a folder"),
+        (["--device", "ftp://x"], "device must be"),
+        (["--name", "a/b"], "registered model's name"),
+        (["--seed", "-1"], "seed must be 0 or more"),
+        (["--stage", "Best"], "stage must be"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_done(
+    tracking: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    assert main(["main", *argv]) == 2
+    assert message in capsys.readouterr().err
+    assert mlflow.MlflowClient().search_runs(["0"]) == []
+
+
+def _finished_rows(cache: Path) -> list[Measurement]:
+    """Rows on disk; a last one that the kill tore was not finished."""
+    rows = []
+    for path in cache.glob("samples/*/measurements.csv"):
+        content = path.read_bytes()
+        whole = path.with_name("whole.csv")
+        whole.write_bytes(content[: content.rfind(b"\n") + 1])
+        try:
+            rows += read_measurements(whole)
+        except InvalidMeasurementsError:
+            assert content.count(b"\n") <= 1
+        whole.unlink()
+    return rows
+
+
+def _rows(uri: str, directory: Path) -> list[Measurement]:
+    import mlflow
+
+    return read_measurements(mlflow.artifacts.download_artifacts(uri, dst_path=str(directory)))
+
+
+def _text(run_id: str, path: str) -> str:
+    import mlflow
+
+    return mlflow.artifacts.load_text(f"runs:/{run_id}/{path}")
