@@ -1,0 +1,92 @@
+"""The examples run, and say what they are there to show."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from foxnas_mlflow.cli.main import build_parser
+from tests.pipelines import options
+
+
+def run(root: Path, *argv: str, timeout: float = 300) -> str:
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=root, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("example", "said"),
+    [
+        ("01_published_measurements", "0.0000  2-"),
+        ("04_custom_space", "tiny3: 1.78e+06 networks"),
+        ("05_python_api", "is predicted more accurate than"),
+    ],
+)
+def test_an_example_runs(root: Path, example: str, said: str) -> None:
+    assert said in run(root, f"examples/{example}.py")
+
+
+def test_search_from_the_authors_table(root: Path, shared_data: Path) -> None:
+    out = run(root, "examples/01_published_measurements.py", str(shared_data / "foxnas_rpi4_cpu256.csv"))
+    assert "accuracy: 300 rows, cross-validated R2 0.97" in out
+
+
+def test_the_project_for_containers_is_the_pipeline(root: Path) -> None:
+    from mlflow.projects._project_spec import load_project
+
+    whole, variant = load_project(str(root)), load_project(str(root / "examples" / "06_cluster"))
+    assert variant.docker_env["image"] == "foxnas:latest"
+    entry, same = variant.get_entry_point("main"), whole.get_entry_point("main")
+    assert (entry.command, set(entry.parameters)) == (same.command, set(same.parameters))
+    folder = root / "examples" / "06_cluster"
+    job = yaml.safe_load((folder / "job.yaml").read_text())
+    assert len(job["spec"]["template"]["spec"]["containers"]) == 1
+    config = json.loads((folder / "kubernetes_config.json").read_text())
+    assert (root / config["kube-job-template-path"]).samefile(folder / "job.yaml")
+    task = json.loads((folder / "databricks.json").read_text())["tasks"][0]["python_wheel_task"]
+    build_parser().parse_args(task["parameters"])
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.train
+@pytest.mark.tflite
+def test_own_images_to_a_served_model(
+    root: Path, tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    folder = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for label, level in (("dark", 60), ("light", 190)):
+        (folder / label).mkdir(parents=True)
+        for i in range(60):
+            pixels = np.clip(rng.normal(level, 30, (20, 20, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(root / "examples" / "02_own_images.py"),
+            str(folder),
+            *options(tmp_path),
+            "--n-compare",
+            "0",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert re.search(r"^models:/foxnas-cpu\S+: (dark|light)/\d+\.png is (dark|light) \(\d\.\d\d\)$", done.stdout, re.M)
