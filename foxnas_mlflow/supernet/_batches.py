@@ -47,7 +47,7 @@ class Batches:
         world_size: int = 1,
     ) -> None:
         augmentation = import_or_raise("kornia.augmentation", extra="train", feature="augmentation")
-        self.images = images
+        self.images, self.flip = images, flip
         self.batch_size = min(batch_size, len(images) // world_size)
         self._seed, self._workers = seed, workers
         self._rank, self._world_size = rank, world_size

@@ -103,11 +103,18 @@ class SubnetEvaluator:
 
     def evaluate(self, architecture: Architecture) -> Evaluation:
         """Extract a subnet, recalibrate it and count its right answers."""
-        plain = self.network(architecture)
+        return self._count(self.network(architecture), architecture.image_size)
+
+    def accuracy(self, plain: PlainNetwork, image_size: int) -> Evaluation:
+        """Recalibrate any network of these images' classes and count its right answers."""
+        recalibrate(plain, self._images(image_size, validation=False))
+        return self._count(plain, image_size)
+
+    def _count(self, plain: PlainNetwork, image_size: int) -> Evaluation:
         n_correct = 0
         with torch.no_grad():
             start = 0
-            for images in self._images(architecture.image_size, validation=True):
+            for images in self._images(image_size, validation=True):
                 predicted = plain(images).argmax(1).cpu()
                 n_correct += int((predicted == self._targets[start : start + len(images)]).sum())
                 start += len(images)

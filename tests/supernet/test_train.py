@@ -18,6 +18,7 @@ from foxnas_mlflow.supernet import (
     Supernet,
     TrainConfig,
     TrainingState,
+    get_preset,
     load_checkpoint,
     recalibrate,
     train_supernet,
@@ -50,6 +51,14 @@ def new_state(**changes) -> TrainingState:
     torch.manual_seed(0)
     config = TrainConfig(**{"epochs": 2, "mode": "float32"} | changes)
     return TrainingState(Supernet(SPACE), config)
+
+
+def test_a_preset_trains_fewer_epochs_of_more_images() -> None:
+    tiny = get_preset("tiny")
+    assert tiny.epochs_for(22) == tiny.epochs
+    assert tiny.epochs_for(312) == 20
+    assert tiny.epochs_for(10**6) == 1
+    assert get_preset("paper").epochs_for(10**6) == get_preset("paper").epochs
 
 
 @pytest.mark.parametrize("strategy", ["sandwich", "progressive_shrinking"])

@@ -142,6 +142,7 @@ def _train_and_register(
         "max_train": args.max_train,
         "preset": args.preset,
         "batch_size": batches.batch_size,
+        "flip": batches.flip,
         **dataclasses.asdict(state.config),
     }
     run.log_params({"mode": state.config.mode})
@@ -223,7 +224,7 @@ def _begin(
         torch.manual_seed(args.seed)
         config = TrainConfig(
             strategy=args.strategy,
-            epochs=args.epochs or preset.epochs,
+            epochs=args.epochs or preset.epochs_for(len(batches)),
             learning_rate=(args.learning_rate or preset.learning_rate) * worker.world_size,
             ema=args.ema,
             seed=args.seed,
