@@ -107,7 +107,7 @@ h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; }} h3 {{ font-size: 1rem; 
 table {{ border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0; }}
 th, td {{ text-align: left; padding: 0.25rem 0.9rem 0.25rem 0; border-bottom: 1px solid #eef0f3; white-space: nowrap; }}
 td:not(:first-child) {{ font-variant-numeric: tabular-nums; }}
-.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(280px, 1fr)); gap: 1rem; }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(400px, 100%), 1fr)); }}
 .pair > div {{ min-width: 0; }}
 .stages {{ display: flex; flex-wrap: wrap; gap: 0.8rem 2rem; }} .stage {{ max-width: 100%; }}
 .stage svg {{ max-width: 100%; height: auto; }} .stage rect {{ fill: #dbe8f6; stroke: #1f5fa8; }}

@@ -20,6 +20,9 @@ from foxnas_mlflow.report._search import network_drawing
 
 _BLUE, _GREY, _GREEN, _RED = "#1f5fa8", "#b9bec7", "#2a9d8f", "#c0392b"
 _SERIES = {"eval/top1_max": "largest subnet", "eval/top1_random": "random subnets", "eval/top1_min": "smallest subnet"}
+_LONGEST = 2.0
+"""Runs longer than so many medians are left out of the histogram."""
+
 _METRICS = (
     ("r2_adjusted", "adjusted R2"),
     ("cv_rmse", "cross-validated RMSE"),
@@ -242,12 +245,16 @@ def _latency(page: PipelinePage) -> str:
     ]
     if benchmark["emulated"]:
         rows.append(("emulated", "yes: these times say nothing of real hardware"))
-    samples = [round(float(v), 5) for v in benchmark["samples_ms"][:2000]]
+    # A few interrupted runs would squeeze the rest into one bar.
+    longest = _LONGEST * float(benchmark["latency_ms_p50"])
+    samples = [round(float(v), 5) for v in benchmark["samples_ms"] if v <= longest]
+    slower = len(benchmark["samples_ms"]) - len(samples)
+    note = f"<p>{slower} runs of more than {longest:.3g} ms are not drawn.</p>" if slower else ""
     figure = {
         "data": [{"type": "histogram", "x": samples, "marker": {"color": _BLUE}, "name": "runs"}],
         "layout": axes_layout("latency of one run (ms)", "runs"),
     }
-    return table(("benchmark", ""), rows) + plot("runs", figure, 260)
+    return table(("benchmark", ""), rows) + plot("runs", figure, 260) + note
 
 
 def _gates(page: PipelinePage) -> str:

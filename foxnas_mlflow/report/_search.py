@@ -304,7 +304,7 @@ def network_drawing(predictors: PredictorSet, architecture: Architecture) -> str
         )
     cost = network_cost(network)
     counts = (
-        f"{cost.params / 1e6:.2f} M parameters, {cost.macs / 1e6:.0f} M multiply-accumulates, int8 parameters of "
+        f"{cost.params / 1e6:.3g} M parameters, {cost.macs / 1e6:.3g} M multiply-accumulates, int8 parameters of "
         f"{cost.int8_size_bytes / 2**20:.2f} MiB, at most {cost.peak_activation_bytes / 2**10:.0f} KiB of int8 "
         "activations at once. Milliseconds are predicted; stem, head and fixed overhead take the other "
         f"{_ms(constant)}."
