@@ -54,7 +54,7 @@ class Running:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env={**os.environ, **(env or {})},
+            env={"OMP_NUM_THREADS": "1", **os.environ, **(env or {})},
         )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()

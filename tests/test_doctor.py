@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.cli.commands.doctor import NEEDS
+from foxnas_mlflow.cli.main import COMMANDS, main
 from tests.servers import free_port
 
 
@@ -37,6 +38,10 @@ def test_it_names_what_each_command_lacks_and_imports_nothing(root: Path) -> Non
     assert "lacks torch, kornia, safetensors, scikit-learn, Pillow" in lines["supernet"]
     assert "ready" in lines["promote"]
     assert result.stdout.splitlines()[-1].startswith("Next: pip install 'foxnas-mlflow[")
+
+
+def test_it_knows_every_command() -> None:
+    assert set(COMMANDS) <= set(NEEDS)
 
 
 def test_it_asks_the_tracking_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

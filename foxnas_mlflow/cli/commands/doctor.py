@@ -41,6 +41,8 @@ NEEDS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "estimate": (("ethosu", "ethos-u-vela", "vela"),),
     "promote": (),
     "main": (*_TRAIN, *_FIT, *_REPORT, *_CONVERT),
+    "boards by ssh": (("asyncssh", "asyncssh", "device"),),
+    "docker boards": (("docker", "docker", "device"),),
     "serving": _SERVE,
     "local store": _STORE,
 }
