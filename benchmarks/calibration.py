@@ -19,12 +19,10 @@ import numpy as np
 
 from foxnas_mlflow.core.calibration import SPARE_PROBES, choose_probes
 from foxnas_mlflow.core.measurements import Measurement, append_measurement, read_finished
-from foxnas_mlflow.core.predictors import fit_formula, get_formula
+from foxnas_mlflow.core.predictors import fit_family, widest_formula
 from foxnas_mlflow.core.space import SearchSpace, get_space
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.tracking.timers import open_device
-
-FORMULA = get_formula("calibrated", "latency_ms")
 
 
 def main() -> None:
@@ -73,7 +71,7 @@ def main() -> None:
     scatter = [abs((row.latency_ms or 0.0) / times[row.architecture] - 1) for row in again]
     in_order = {row.architecture: row for row in done["probes"]}
     designed = [in_order[a] for a in probes if a in in_order]
-    least = len(FORMULA.columns(space)) + SPARE_PROBES
+    least = len(widest_formula("calibrated", "latency_ms", space, len(sizes)).columns(space)) + SPARE_PROBES
     curve = []
     for n in (10, 12, 14, 16, 20, 24, 30, 40):
         if least <= n <= min(len(designed), len(done["random"])):
@@ -102,7 +100,8 @@ def main() -> None:
 
 def error(rows: Sequence[Measurement], tests: Sequence[Measurement], space: SearchSpace) -> float:
     """Mean absolute error in percent on networks outside of the fit."""
-    predictor = fit_formula(FORMULA, rows, space, spare_rows=SPARE_PROBES).predictor
+    (report,) = fit_family("calibrated", "latency_ms", rows, space, spare_rows=SPARE_PROBES)
+    predictor = report.predictor
     known = {row.architecture for row in rows}
     outside = [row for row in tests if row.architecture not in known]
     observed = np.array([row.latency_ms for row in outside], dtype=np.float64)

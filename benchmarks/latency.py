@@ -34,7 +34,7 @@ from foxnas_mlflow.core.design import choose_samples
 from foxnas_mlflow.core.files import cache_directory, write_atomically
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
-from foxnas_mlflow.core.predictors import fit_formula, get_formula, reference_predictors
+from foxnas_mlflow.core.predictors import fit_family, reference_predictors, widest_formula
 from foxnas_mlflow.core.searchers import exact_front
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.tflite import read_tflite, write_probe
@@ -120,7 +120,7 @@ def peer(name: str) -> bytes:
 def host_predictors(threads: int):
     """Packaged accuracy, and a latency cost model of this host from probes at the image sizes that it knows."""
     reference = reference_predictors("rpi4")
-    formula = get_formula("calibrated", "latency_ms")
+    formula = widest_formula("calibrated", "latency_ms", CPU_SPACE, len(reference.image_sizes))
     architectures = choose_samples(CPU_SPACE, [formula], args.probes, image_sizes=reference.image_sizes)
     probes = [write_probe(build_network(CPU_SPACE, a)) for a in architectures]
     # A low quantile: what disturbs a shared machine only ever adds time, and not to all probes alike.
@@ -129,7 +129,7 @@ def host_predictors(threads: int):
         Measurement(a, latency_ms=float(ms), latency_source="measured")
         for a, ms in zip(architectures, milliseconds, strict=True)
     ]
-    fit = fit_formula(formula, rows, CPU_SPACE)
+    (fit,) = fit_family("calibrated", "latency_ms", rows, CPU_SPACE)
     print(
         f"{threads} thread(s): cost model of this host from {len(rows)} probes, "
         f"cross-validated error {fit.metrics['cv_mape']:.1f} %",

@@ -10,7 +10,7 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.design import choose_samples
 from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError
 from foxnas_mlflow.core.measurements import Measurement
-from foxnas_mlflow.core.predictors import FitReport, PredictorSet, fit_formula, get_formula, reference_predictors
+from foxnas_mlflow.core.predictors import FitReport, PredictorSet, fit_family, reference_predictors, widest_formula
 from foxnas_mlflow.core.space import SearchSpace
 
 SPARE_PROBES = 2
@@ -40,7 +40,7 @@ def choose_probes(
     Raises:
         InvalidInputError: If `n` is less than the cost model needs.
     """
-    formula = get_formula("calibrated", "latency_ms")
+    formula = widest_formula("calibrated", "latency_ms", space, len(image_sizes or space.image_sizes))
     least = len(formula.columns(space)) + SPARE_PROBES
     if n < least:
         raise InvalidInputError(
@@ -74,10 +74,11 @@ def calibrate(
         provenance: What to record of the rows' origin.
 
     Raises:
-        FitError: As `fit_formula`.
+        FitError: As `fit_family`.
     """
-    report = fit_formula(
-        get_formula("calibrated", "latency_ms"),
+    (report,) = fit_family(
+        "calibrated",
+        "latency_ms",
         rows,
         space,
         seed=seed,

@@ -32,6 +32,9 @@ COST_TERMS: tuple[str, ...] = ("pw", "dw", "dw_in", "act", "se", "se_fc", "res")
 | `res`   | elements of residual adds                                                        |
 """
 
+FAST_TAPS = 25
+"""Most taps of a depthwise kernel that XNNPACK, which today's LiteRT runs on, has a kernel for."""
+
 _INT8_LANES = 16
 
 
@@ -138,6 +141,12 @@ def cost_terms(layers: Iterable[Layer]) -> FloatArray:
     rows = [layer_terms(layer) for layer in layers]
     total: FloatArray = np.asarray(rows, dtype=np.float64).reshape(-1, len(COST_TERMS)).sum(axis=0)
     return total
+
+
+def wide_depthwise_macs(layers: Iterable[Layer]) -> float:
+    """The part of `dw` that belongs to kernels of more than `FAST_TAPS` taps."""
+    dw = COST_TERMS.index("dw")
+    return sum(layer_terms(layer)[dw] for layer in layers if layer.op == "depthwise" and layer.kernel**2 > FAST_TAPS)
 
 
 def _macs(layer: Layer) -> int:

@@ -40,13 +40,13 @@ def test_twelve_probes_find_the_prices() -> None:
 
 def test_too_few_probes_and_probes_that_are_there() -> None:
     pytest.importorskip("statsmodels")
-    with pytest.raises(InvalidInputError, match="n_probes must be 10 or more"):
+    with pytest.raises(InvalidInputError, match="n_probes must be 11 or more"):
         choose_probes(CPU_SPACE, 9)
     with pytest.raises(TooFewSamplesError):
         calibrate(measured(12)[:9], CPU_SPACE, target="board")
-    first = choose_probes(CPU_SPACE, 10)
-    assert choose_probes(CPU_SPACE, 10, measured=first) == []
-    more = choose_probes(CPU_SPACE, 12, measured=first)
+    first = choose_probes(CPU_SPACE, 11)
+    assert choose_probes(CPU_SPACE, 11, measured=first) == []
+    more = choose_probes(CPU_SPACE, 13, measured=first)
     assert len(more) == 2
     assert not set(more) & set(first)
 

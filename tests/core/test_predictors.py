@@ -30,10 +30,12 @@ from foxnas_mlflow.core.predictors import (
     FitResult,
     authors_predictor,
     build_reference,
+    fit_family,
     fit_predictors,
     get_formula,
     load_predictors,
     reference_predictors,
+    widest_formula,
 )
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
 
@@ -272,3 +274,20 @@ def test_accuracies_at_their_ceiling_are_fitted() -> None:
     predicted = predictor.predict(CPU_SPACE.sample(rng, n=200, image_size=256))
     assert predicted.max() <= 100.5
     assert predicted.min() > 94
+
+
+def test_kernels_without_a_fast_implementation_have_a_price_of_their_own() -> None:
+    rng = np.random.default_rng(0)
+    wide, plain = (get_formula(name, "latency_ms") for name in ("calibrated-wide", "calibrated"))
+    prices = np.array([0.02, 0.1, 1.0, 0.5, 1.0, 0.2, 2.0, 8.0, 0.5])
+    architectures = CPU_SPACE.sample(rng, image_size=192, n=40)
+    slow = wide.design(CPU_SPACE, architectures) @ prices
+    fast = plain.design(CPU_SPACE, architectures) @ np.delete(prices, -2)
+    for latency, formula in ((slow, "calibrated-wide"), (fast, "calibrated")):
+        noisy = latency * rng.normal(1, 0.01, len(latency))
+        rows = [Measurement(a, None, y, "measured") for a, y in zip(architectures, noisy, strict=True)]
+        (report,) = fit_family("calibrated", "latency_ms", rows, CPU_SPACE)
+        assert report.predictor.formula == formula
+        assert report.metrics["cv_mape"] < 2
+    # No such kernel, no such column.
+    assert widest_formula("calibrated", "latency_ms", CPU_SPACE.replace(kernels=(3, 5)), 1) is plain

@@ -28,7 +28,7 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["look"], "action must be one of"),
         (["check", "--device", "board"], "a device is local"),
-        (["calibrate", "--n-probes", "3"], "n_probes must be 10 or more"),
+        (["calibrate", "--n-probes", "3"], "n_probes must be 11 or more"),
         (["calibrate", "--out", "no-such-directory/it.yaml"], "a directory that exists"),
         (["calibrate", "--target", "nope"], "target must be one of"),
         (["calibrate", "--target", "edgetpu"], "LiteRT on a processor"),
@@ -56,25 +56,25 @@ def test_calibrate_this_host_and_go_on(
     Path("small.yaml").write_text(yaml.safe_dump(TINY_CPU.to_dict()))
     Path("base.yaml").write_text("name: base\nspace: small.yaml\n")
     command = ["device", "calibrate", "--target", "base.yaml", "--out", "mine.yaml"]
-    assert main([*command, "--n-probes", "10"]) == 0
+    assert main([*command, "--n-probes", "11"]) == 0
     rows = read_measurements("mine-measurements.csv")
-    assert len(rows) == 10
+    assert len(rows) == 11
     assert {row.latency_source for row in rows} == {"measured"}
     out = capsys.readouterr().out
     assert "cross-validated error" in out
     target = get_target("mine.yaml")
     assert (target.name, target.device, target.runtime) == ("mine", "local", "litert")
     predictors = load_predictors(target.predictors)
-    assert predictors.latency[0].metrics["n_samples"] == 10
+    assert predictors.latency[0].metrics["n_samples"] == 11
     # The space is not that of the packaged accuracies: these must be sampled.
     assert predictors.accuracy == ()
     assert "foxnas sample --target mine.yaml" in out
     # One more: what is measured stays.
-    assert main([*command, "--n-probes", "11"]) == 0
-    assert read_measurements("mine-measurements.csv")[:10] == rows
-    assert load_predictors(target.predictors).latency[0].metrics["n_samples"] == 11
+    assert main([*command, "--n-probes", "12"]) == 0
+    assert read_measurements("mine-measurements.csv")[:11] == rows
+    assert load_predictors(target.predictors).latency[0].metrics["n_samples"] == 12
     # Another machine's rows are not mixed with these.
     text = Path("mine-measurements.csv").read_text()
     Path("mine-measurements.csv").write_text(text.replace(rows[0].device, "Cray-1", 1))
-    assert main([*command, "--n-probes", "12"]) == 2
+    assert main([*command, "--n-probes", "13"]) == 2
     assert "must hold measurements of" in capsys.readouterr().err

@@ -141,14 +141,13 @@ def _plan(
 ) -> list[Architecture]:
     """All subnets in order: those of the rows to go on from, then the ones chosen beside them."""
     from foxnas_mlflow.core.design import choose_samples
-    from foxnas_mlflow.core.predictors import get_formula
+    from foxnas_mlflow.core.predictors import widest_formula
 
     first = list(dict.fromkeys(row.architecture for row in given))
     n = args.n_samples - len(first)
     if n <= 0:
         return first
-    accuracy = "calibrated-sizes" if len(sizes) > 1 else "calibrated"
-    formulas = [get_formula(accuracy, "accuracy"), get_formula("calibrated", "latency_ms")]
+    formulas = [widest_formula("calibrated", quantity, space, len(sizes)) for quantity in ("accuracy", "latency_ms")]
     return first + choose_samples(
         space, formulas, n, method=args.design, measured=first, image_sizes=sizes, seed=args.seed
     )

@@ -6,11 +6,12 @@ from foxnas_mlflow.core.predictors._fit import (
     FitReport,
     FitResult,
     cross_validate,
+    fit_family,
     fit_formula,
     fit_predictors,
     has_measured_latency,
 )
-from foxnas_mlflow.core.predictors._formulas import FORMULAS, Formula, get_formula
+from foxnas_mlflow.core.predictors._formulas import FORMULAS, Formula, get_formula, widest_formula
 from foxnas_mlflow.core.predictors._linear import (
     LinearPredictor,
     Prediction,
@@ -39,6 +40,7 @@ __all__ = [
     "build_reference",
     "check_confidence",
     "cross_validate",
+    "fit_family",
     "fit_formula",
     "fit_predictors",
     "get_formula",
@@ -47,4 +49,5 @@ __all__ = [
     "marginal_effects",
     "reference_latency",
     "reference_predictors",
+    "widest_formula",
 ]

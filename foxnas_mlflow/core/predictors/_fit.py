@@ -130,7 +130,9 @@ def fit_predictors(
         errors: dict[str, FitError] = {}
         for family in FAMILIES:
             try:
-                reports[family] = _best_of(family, quantity, rows, space, ceiling=ceiling, seed=seed, provenance=origin)
+                reports[family] = fit_family(
+                    family, quantity, rows, space, ceiling=ceiling, seed=seed, provenance=origin
+                )
             except FitError as error:
                 errors[family] = error
         name = formula
@@ -153,10 +155,20 @@ def fit_predictors(
     return FitResult(predictors, result.reports, result.paper, result.refused)
 
 
-def _best_of(
+def fit_family(
     family: str, quantity: str, rows: Sequence[Measurement], space: SearchSpace, **options: Any
 ) -> list[FitReport]:
     """A family's formula with the least cross-validated error, fitted to the rows.
+
+    Args:
+        family: A key of `FAMILIES`.
+        quantity: ``accuracy`` or ``latency_ms``.
+        rows: Measured subnets.
+        space: Their search space.
+        options: As `fit_formula`.
+
+    Returns:
+        A report for all image sizes together, or one a size.
 
     Raises:
         TooFewSamplesError: If the rows are too few for any; it names what the smallest one needs.
@@ -167,8 +179,7 @@ def _best_of(
     n_sizes = len({row.architecture.image_size for row in rows})
     for name in FAMILIES[family]:
         recipe = FORMULAS.get((name, quantity))
-        # At one size the formula for several is the same as the other.
-        if recipe is None or (recipe.name == "calibrated-sizes" and n_sizes == 1):
+        if recipe is None or not recipe.applies(space, n_sizes):
             continue
         try:
             fitted.append([fit_formula(recipe, group, space, **options) for group in _groups(recipe, rows)])
@@ -176,7 +187,8 @@ def _best_of(
             too_few = error
         except FitError:
             # Single sizes may lack what the rows of all sizes have.
-            if n_sizes == 1 or name != "calibrated" or quantity != "accuracy":
+            # And rows that cannot tell what an extension adds are good for the formula that it extends.
+            if not fitted and (n_sizes == 1 or name != "calibrated" or quantity != "accuracy"):
                 raise
     if too_few is not None and not fitted:
         raise too_few
