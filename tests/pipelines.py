@@ -17,7 +17,7 @@ name: two
 image_sizes: [16, 20]
 kernels: [3, 5]
 expansions: [2, 4]
-depths: [1, 2]
+depths: [2, 3]
 stages:
   - {width: 24, stride: 2, block: mbconv}
   - {width: 40, stride: 2, block: mbconv_se}
@@ -38,7 +38,7 @@ def options(directory: Path) -> list[str]:
     """Options of `foxnas main` for a pipeline of a minute."""
     path = directory / "space.yaml"
     path.write_text(SPACE, encoding="utf-8")
-    values = {"space": path, "max-train": 200, "epochs": 1, "n-samples": 18, "n-compare": 1}
+    values = {"space": path, "max-train": 200, "epochs": 1, "n-samples": 20, "n-compare": 1}
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 

@@ -69,7 +69,7 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(track
 
     final = _rows(steps["sample"]["outputs"]["measurements"], cache.parents[1] / "final")
     assert set(rows) <= set(final)
-    assert len({row.architecture for row in final}) == len(final) == 18
+    assert len({row.architecture for row in final}) == len(final) == 20
     table = list(csv.DictReader(_text(parent.info.run_id, "predicted_vs_real.csv").splitlines()))
     latencies = [float(row["latency_ms"]) for row in table]
     assert {row["latency_ms"] for row in compared} <= set(latencies)

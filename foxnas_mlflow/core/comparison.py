@@ -79,7 +79,7 @@ def agreement(rows: Sequence[Comparison], latency_ms: float) -> dict[str, float]
         ``accuracy_kendall_tau``, ``accuracy_mean_error`` (points) and, where latencies were measured,
         ``latency_kendall_tau``, ``latency_mape`` (percent), ``upper_bound_kept`` (share of the
         networks within their predicted upper bound) and ``constraint_met`` (0 or 1, of the found
-        one). A rank correlation is left out where all values are equal.
+        one). A rank correlation is left out for fewer than three networks, or where all are equal.
     """
     metrics = {"accuracy_mean_error": float(np.mean([abs(r.accuracy - r.predicted_accuracy) for r in rows]))}
     metrics |= _tau("accuracy_kendall_tau", [(r.predicted_accuracy, r.accuracy) for r in rows])
@@ -131,6 +131,7 @@ def _tau(name: str, pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     from scipy.stats import kendalltau
 
     predicted, real = zip(*pairs, strict=True)
-    if len(set(predicted)) < 2 or len(set(real)) < 2:
+    # Of two networks the ranks agree or not: that is no correlation.
+    if len(pairs) < 3 or len(set(predicted)) < 2 or len(set(real)) < 2:
         return {}
     return {name: float(kendalltau(predicted, real).statistic)}

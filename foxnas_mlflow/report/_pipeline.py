@@ -226,7 +226,7 @@ def _finetuning(alone: Mapping[str, Any] | None) -> str:
     used = "Its own weights" if after > before else "The shared weights"
     return (
         f"<p>Trained alone from its shared weights the float network reaches {after:.2f} % in place of {before:.2f} %: "
-        f"sharing costs it {after - before:.2f} points. {used} were quantized; predictions are of shared weights.</p>"
+        f"{after - before:+.2f} points. {used} were quantized; predictions are of shared weights.</p>"
     )
 
 

@@ -1,0 +1,61 @@
+"""Predicted against real: what is told of a handful of networks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.core.comparison import Comparison, agreement, read_comparisons, spread_over, write_comparisons
+from foxnas_mlflow.core.predictors import reference_predictors
+from foxnas_mlflow.core.searchers import Objective, front_of
+from foxnas_mlflow.core.space import CPU_SPACE
+
+
+@pytest.fixture
+def rows(rng: np.random.Generator) -> list[Comparison]:
+    networks = CPU_SPACE.sample(rng, n=4)
+    return [
+        Comparison(a, "front" if i else "found", 70 + i, 10.0 + i, 11.0 + i, 71.0 + i, 400, 10.5 + i)
+        for i, a in enumerate(networks)
+    ]
+
+
+def test_agreement_of_ranks_errors_and_bounds(rows: list[Comparison]) -> None:
+    metrics = agreement(rows, latency_ms=10.5)
+    assert metrics["latency_kendall_tau"] == metrics["accuracy_kendall_tau"] == 1
+    assert metrics["accuracy_mean_error"] == 1
+    np.testing.assert_allclose(metrics["latency_mape"], 100 * np.mean([0.5 / (10.5 + i) for i in range(4)]))
+    assert (metrics["upper_bound_kept"], metrics["constraint_met"]) == (1, 1)
+    worse = [dataclasses.replace(rows[0], latency_ms=12.0), *rows[1:]]
+    metrics = agreement(worse, latency_ms=11.0)
+    assert (metrics["upper_bound_kept"], metrics["constraint_met"]) == (0.75, 0)
+    assert metrics["latency_kendall_tau"] < 1
+
+
+def test_what_cannot_be_said_is_left_out(rows: list[Comparison]) -> None:
+    assert set(agreement(rows[:1], 20)) == {"accuracy_mean_error", "latency_mape", "upper_bound_kept", "constraint_met"}
+    assert set(agreement([dataclasses.replace(r, latency_ms=None) for r in rows], 20)) == {
+        "accuracy_mean_error",
+        "accuracy_kendall_tau",
+    }
+
+
+def test_the_table_is_read_back(rows: list[Comparison], tmp_path: Path) -> None:
+    rows[1] = dataclasses.replace(rows[1], latency_ms=None, latency_valid=False)
+    write_comparisons(rows, tmp_path / "t.csv")
+    assert read_comparisons(tmp_path / "t.csv", CPU_SPACE) == rows
+
+
+def test_networks_are_spread_over_the_front_without_the_found_one() -> None:
+    front = front_of(Objective(reference_predictors("rpi4")))
+    found = front.architecture(0)
+    chosen = spread_over(front, 5, without=found)
+    assert len(set(chosen)) == 5
+    assert found not in chosen
+    latency = reference_predictors("rpi4").predict_table(chosen)["latency_ms"]
+    steps = np.diff(np.log(latency))
+    np.testing.assert_allclose(steps, steps.mean(), rtol=0.05)
+    assert spread_over(front, 0, without=found) == []
