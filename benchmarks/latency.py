@@ -189,6 +189,6 @@ for axis, (threads, (rows, front)) in zip(figure.subplots(1, len(THREADS), share
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 figure.axes[0].set_ylabel("ImageNet top-1 (%)")
-figure.axes[0].legend(frameon=False, loc="lower right", fontsize=8)
+figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
 figure.savefig(args.plot, dpi=130)
 print(f"wrote {args.plot}")
