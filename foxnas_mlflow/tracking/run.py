@@ -28,6 +28,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow._version import __version__
+from foxnas_mlflow.tracking.context import FoxnasRunContext
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, process_identity
 
 _MAX_PARAM_CHARACTERS = 6000
@@ -145,6 +146,8 @@ def entry_run(
         The run. An exception ends it as FAILED, SIGTERM and Ctrl-C as KILLED.
     """
     values = {
+        # A run that `mlflow run` has made began in a process without this package.
+        **FoxnasRunContext().tags(),
         "foxnas.stage": stage,
         "foxnas.version": __version__,
         PROCESS_TAG: process_identity(),

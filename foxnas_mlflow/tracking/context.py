@@ -1,0 +1,70 @@
+"""The run context ``foxnas``: tags that say where and with what a run was made.
+
+MLflow asks every context provider at each `start_run`, of whatever project: so this module imports
+nothing but the standard library, asks no server, and joins only where this package is at work.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import sys
+from importlib import metadata
+
+from mlflow.tracking.context.abstract_context import RunContextProvider
+
+_LIBRARIES = ("ai-edge-litert", "mlflow", "numpy", "pillow", "statsmodels", "tensorflow", "tflite-runtime", "torch")
+_AT_WORK = ("foxnas_mlflow.cli", "foxnas_mlflow.core", "foxnas_mlflow.flavor")
+
+
+class FoxnasRunContext(RunContextProvider):
+    """Host and libraries of the runs that this package has a part in."""
+
+    def in_context(self) -> bool:
+        """Whether a module of this package that does work has been imported.
+
+        An environment often holds more than one project. A run that uses nothing of this one keeps
+        the tags that it had; one that loads or logs a model of the flavor, searches or predicts
+        has imported it before.
+        """
+        return any(module in sys.modules for module in _AT_WORK)
+
+    def tags(self) -> dict[str, str]:
+        """Tags ``foxnas.host.*`` and ``foxnas.library.*``."""
+        return dict(_tags())
+
+
+@functools.cache
+def _tags() -> dict[str, str]:
+    # The name of the machine is left out: tracking servers are shared.
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    tags = {
+        "foxnas.host.cpu": _cpu_name(),
+        "foxnas.host.machine": platform.machine(),
+        "foxnas.host.system": platform.system(),
+        "foxnas.host.cores": str(os.cpu_count() or 1),
+        "foxnas.host.cores_available": str(available),
+        # What the numerical libraries were told; empty means all cores.
+        "foxnas.host.threads": os.environ.get("OMP_NUM_THREADS", ""),
+        "foxnas.library.python": platform.python_version(),
+    }
+    for name in _LIBRARIES:
+        try:
+            tags[f"foxnas.library.{name}"] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return tags
+
+
+def _cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() in ("model name", "Model"):
+                    return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
