@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from foxnas_mlflow.deploy._bundle import runner
 from foxnas_mlflow.devices import LocalConnection
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from tests.colour_model import LABELS, SIZE, encoded, image_of
+from tests.devices.sshd import make_key, ssh_server
 
 pytestmark = pytest.mark.server
 
@@ -270,15 +272,12 @@ def test_the_plugin_is_as_mlflow_wants_it() -> None:
 @contextlib.contextmanager
 def ssh_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A board behind a real ssh server on loopback."""
-    import os
-
-    sshd = pytest.importorskip("tests.devices.sshd")
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    public = sshd.make_key(home / ".ssh" / "id_ed25519")
-    with sshd.ssh_server(tmp_path / "sshd", public) as server:
+    public = make_key(home / ".ssh" / "id_ed25519")
+    with ssh_server(tmp_path / "sshd", public) as server:
         (home / ".ssh" / "known_hosts").write_text(server.known_hosts_line)
         user = os.environ.get("USER") or "root"
         yield f"edge://{user}@127.0.0.1:{server.port}?python={sys.executable}&root={tmp_path / 'board'}"
