@@ -75,7 +75,7 @@ with open_device(target, space, args.device) as timer:
         with tempfile.TemporaryDirectory() as directory:
             rows, _ = open_measurements(args.measurements, Path(directory))
     else:
-        formulas = [get_formula("calibrated", quantity) for quantity in ("accuracy", "latency_ms")]
+        formulas = [get_formula("calibrated-sizes", "accuracy"), get_formula("calibrated", "latency_ms")]
         chosen = choose_samples(space, formulas, args.samples, image_sizes=list(space.image_sizes), seed=args.seed)
         timed = latencies(chosen)
         rows = [

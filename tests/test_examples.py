@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -40,6 +41,26 @@ def test_an_example_runs(root: Path, example: str, said: str) -> None:
 def test_search_from_the_authors_table(root: Path, shared_data: Path) -> None:
     out = run(root, "examples/01_published_measurements.py", str(shared_data / "foxnas_rpi4_cpu256.csv"))
     assert "accuracy: 300 rows, cross-validated R2 0.97" in out
+
+
+@pytest.mark.slow
+@pytest.mark.tflite
+def test_a_new_board(root: Path, tmp_path: Path) -> None:
+    # Probes that something disturbed are measured by the next call; those that were steady are kept.
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, str(root / "examples" / "03_new_board.py"), "local"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if done.returncode == 0:
+            break
+        assert "must be measured without disturbance" in done.stderr, done.stderr[-3000:]
+    assert done.stdout.count("% predicted, cpu @ ") == 3
+    assert (tmp_path / "board.yaml").is_file()
 
 
 def test_the_project_for_containers_is_the_pipeline(root: Path) -> None:
