@@ -14,6 +14,9 @@ from foxnas_mlflow.core.errors import InvalidFormatError
 FORMAT = 1
 
 MAX_HALVES_DIFFERENCE = 0.05
+MIN_CPU_SHARE = 0.9
+"""Least share of the time that one thread must have had a processor: company that stays is not seen in the halves."""
+
 """Largest relative difference between the medians of the first and the second half of the runs."""
 
 MAX_CLOCK_SHARE = 0.01
@@ -141,6 +144,7 @@ def summarize(
         samples,
         throttled=answer["throttled"],
         clock_tick_ms=answer["clock_tick_ms"],
+        cpu_share=cpu_share(answer, threads=threads, edgetpu=edgetpu),
         output_difference=output_difference,
         integer_output=integer_output,
     )
@@ -188,6 +192,7 @@ def invalid_reasons(
     *,
     throttled: bool | None,
     clock_tick_ms: float,
+    cpu_share: float | None = None,
     output_difference: float | None = None,
     integer_output: bool = True,
 ) -> tuple[str, ...]:
@@ -197,12 +202,15 @@ def invalid_reasons(
         samples: Timed runs in ms, shape (n,).
         throttled: Whether the machine was throttled; None: unknown.
         clock_tick_ms: Smallest step of the clock in ms.
+        cpu_share: Share of the time that the process had a processor; None: it says nothing.
         output_difference: Largest difference from the host's output, or None.
         integer_output: Whether that difference is in 8-bit levels.
     """
     reasons = []
     if throttled:
         reasons.append("the machine was throttled")
+    if cpu_share is not None and cpu_share < MIN_CPU_SHARE:
+        reasons.append(f"other processes had the processor for {100 * (1 - cpu_share):.0f} % of the time")
     difference = halves_difference(samples)
     if difference > MAX_HALVES_DIFFERENCE:
         reasons.append(f"the two halves of the runs differ by {100 * difference:.1f} %")
@@ -213,6 +221,18 @@ def invalid_reasons(
     if output_difference is not None and not output_difference <= limit:
         reasons.append(f"the output differs from the host's by {output_difference:g}")
     return tuple(reasons)
+
+
+def cpu_share(answer: Mapping[str, Any], *, threads: int, edgetpu: bool) -> float | None:
+    """Share of the time that one computing thread had a processor; None where waiting is part of the work."""
+    return None if threads > 1 or edgetpu else float(answer["cpu_share"])
+
+
+def is_steady(answer: Mapping[str, Any], *, threads: int, edgetpu: bool) -> bool:
+    """Whether nothing else worked on the machine meanwhile, as far as can be told."""
+    share = cpu_share(answer, threads=threads, edgetpu=edgetpu)
+    alone = share is None or share >= MIN_CPU_SHARE
+    return alone and halves_difference(answer["samples_ms"]) <= MAX_HALVES_DIFFERENCE
 
 
 def halves_difference(samples: Sequence[float] | np.ndarray[Any, np.dtype[np.float64]]) -> float:

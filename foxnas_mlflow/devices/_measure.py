@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError, InvalidInputError
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._benchmark import MAX_HALVES_DIFFERENCE, Benchmark, halves_difference, summarize
+from foxnas_mlflow.devices._benchmark import Benchmark, is_steady, summarize
 from foxnas_mlflow.devices._script import prepare, run_board
 
 RECONNECT_SECONDS = (1.0, 4.0, 10.0)
@@ -72,7 +72,7 @@ def measure(
     answer: Mapping[str, Any] = {}
     for _ in range(attempts):
         answer = _with_reconnect(connection, data, None if expected is None else expected[0], options, timeout_s)
-        if halves_difference(answer["samples_ms"]) <= MAX_HALVES_DIFFERENCE:
+        if is_steady(answer, threads=threads, edgetpu=edgetpu):
             break
     difference, integer = None, True
     if expected is not None:

@@ -125,7 +125,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["first_invoke_ms"] = (time.perf_counter_ns() - start) / 1e6
         if options.input:
             result["output"] = _encode(interpreter.get_tensor(outputs[0]["index"]))
-        samples = time_invoke(interpreter.invoke, options)
+        samples, result["cpu_share"] = time_invoke(interpreter.invoke, options)
         result.update(_clock_state("end"))
     result["samples_ms"] = [round(sample / 1e6, 6) for sample in samples]
     result["clock_tick_ms"] = clock_tick_ns() / 1e6
@@ -137,8 +137,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def time_invoke(invoke: Any, options: argparse.Namespace) -> list[int]:
-    """Warm up, then time single runs in nanoseconds.
+def time_invoke(invoke: Any, options: argparse.Namespace) -> tuple[list[int], float]:
+    """Warm up, then time single runs in nanoseconds; and the share of that time that this process had a processor.
 
     Warm-up: the asked runs and one second, whichever is longer. Timed: the asked runs and the least
     time; the most time ends it sooner, once there are 20 runs.
@@ -155,7 +155,7 @@ def time_invoke(invoke: Any, options: argparse.Namespace) -> list[int]:
     least, most = options.min_seconds * 1e9, options.max_seconds * 1e9
     gc.collect()
     gc.disable()
-    begin = clock()
+    begin, busy = clock(), time.process_time_ns()
     while True:
         start = clock()
         invoke()
@@ -166,8 +166,9 @@ def time_invoke(invoke: Any, options: argparse.Namespace) -> list[int]:
             break
         if len(samples) >= min(MIN_TIMED_RUNS, options.runs) and elapsed >= most:
             break
+    share = (time.process_time_ns() - busy) / max(clock() - begin, 1)
     gc.enable()
-    return samples
+    return samples, share
 
 
 @contextlib.contextmanager

@@ -94,6 +94,22 @@ def test_figures_that_cannot_be_trusted(samples: np.ndarray, facts: dict[str, fl
     assert reason in found
 
 
+def test_company_that_stays_is_found(probe: bytes) -> None:
+    allowed = os.sched_getaffinity(0)
+    # One processor for both: children inherit it.
+    os.sched_setaffinity(0, {min(allowed)})
+    company = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        with connect("local") as connection:
+            benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=0.5, attempts=1)
+    finally:
+        company.kill()
+        company.wait()
+        os.sched_setaffinity(0, allowed)
+    assert not benchmark.valid
+    assert any("other processes had the processor" in reason for reason in benchmark.invalid_reasons)
+
+
 def test_median_interval_covers_the_median(rng: np.random.Generator) -> None:
     covered = [low <= 1.0 <= high for low, high in (median_interval(rng.lognormal(size=101)) for _ in range(2000))]
     assert 0.94 < np.mean(covered) < 0.985
