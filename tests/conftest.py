@@ -17,6 +17,10 @@ import pytest
 if TYPE_CHECKING:
     from foxnas_mlflow.flavor import TfliteModel
 
+# Networks of tests are tiny: threads that wait for each other at every layer cost more than they save, and on a
+# busy machine they wait for seconds. Torch reads it when it is first imported; subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
