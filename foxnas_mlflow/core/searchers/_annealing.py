@@ -109,7 +109,7 @@ class SimulatedAnnealing(Searcher):
 _PRICES = np.geomspace(3, 1e-3, 48)
 """Candidate prices in accuracy points a millisecond."""
 
-_EVEN_SHARE = 0.1
+_EVEN_SHARE = 0.3
 """Chance that a guided draw is even: main effects are estimates."""
 
 
