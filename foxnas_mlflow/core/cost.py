@@ -144,9 +144,11 @@ def cost_terms(layers: Iterable[Layer]) -> FloatArray:
 
 
 def wide_depthwise_macs(layers: Iterable[Layer]) -> float:
-    """The part of `dw` that belongs to kernels of more than `FAST_TAPS` taps."""
-    dw = COST_TERMS.index("dw")
-    return sum(layer_terms(layer)[dw] for layer in layers if layer.op == "depthwise" and layer.kernel**2 > FAST_TAPS)
+    """Multiply-accumulates of depthwise kernels of more than `FAST_TAPS` taps.
+
+    Taps on padding count and channels are not rounded: what runs them is no vector kernel.
+    """
+    return float(sum(_macs(layer) for layer in layers if layer.op == "depthwise" and layer.kernel**2 > FAST_TAPS))
 
 
 def _macs(layer: Layer) -> int:

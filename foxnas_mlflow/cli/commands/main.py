@@ -295,6 +295,8 @@ class _Pipeline:
         front = front_of(objective)
         low = fastest(objective).latency_upper_ms
         high = predictors.latency_bound_ms(front.architecture(len(front) - 1), self._args.confidence)
+        # A model of few or disturbed rows can promise the fastest network for nothing, or less.
+        low = max(low, high / 100)
         middle = math.sqrt(low * high)
         latency_ms = max(float(f"{middle:.3g}"), low)
         print(
