@@ -27,6 +27,7 @@ _TERM_NAMES = {
     "link": "image, scores and weights over the link",
     "dw": "depthwise convolutions: arithmetic",
     "dw_in": "depthwise convolutions: reading",
+    "dw_wide": "depthwise convolutions: kernels too wide for the fast code",
     "act": "writing activations",
     "se": "squeeze-excite gates: scaling",
     "se_fc": "squeeze-excite gates: inner layers",

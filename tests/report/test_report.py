@@ -66,3 +66,12 @@ def test_the_page_is_self_contained_and_says_what_was_found(tmp_path: Path) -> N
     assert '"x": [47.25], "y": [71.5], "mode": "markers", "name": "measured networks"' in page
     for searcher in SEARCHERS:
         assert f'"{searcher}"' in page
+
+
+def test_every_price_of_a_cost_model_has_a_name() -> None:
+    from foxnas_mlflow.core.predictors import FORMULAS
+    from foxnas_mlflow.report._search import _TERM_NAMES
+
+    terms = {term for formula in FORMULAS.values() for term in getattr(formula, "terms", ())}
+    assert "dw_wide" in terms
+    assert terms <= set(_TERM_NAMES)
