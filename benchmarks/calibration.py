@@ -59,9 +59,7 @@ def main() -> None:
                 if timing.problems:
                     unsteady += 1
                     continue
-                row = Measurement(
-                    architectures[i], None, timing.latency_ms, "measured", timing.device, timing.runtime, timing.n_runs
-                )
+                row = Measurement.of(architectures[i], timing)
                 append_measurement(row, args.out / f"{name}.csv")
                 done[name].append(row)
                 print(f"{name} {i + 1}/{len(architectures)}: {timing.latency_ms:.2f} ms", flush=True)

@@ -6,15 +6,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.design import choose_samples
 from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError
 from foxnas_mlflow.core.measurements import Measurement
-from foxnas_mlflow.core.predictors import FitReport, PredictorSet, fit_family, reference_predictors, widest_formula
+from foxnas_mlflow.core.predictors import PredictorSet, fit_family, reference_predictors, widest_formula
 from foxnas_mlflow.core.space import SearchSpace
 
 SPARE_PROBES = 2
 """Probes beyond the number of prices: a design that is chosen needs fewer than rows drawn at random."""
+
+N_CHECKS = 3
+"""Random networks that a calibration is held against."""
 
 _ACCURACY_SOURCES = ("rpi4",)
 """Targets whose packaged predictors know accuracies; these do not depend on the board."""
@@ -51,6 +56,15 @@ def choose_probes(
     return choose_samples(space, [formula], n - len(measured), measured=measured, image_sizes=image_sizes, seed=seed)
 
 
+def choose_checks(
+    space: SearchSpace, n: int, *, image_sizes: Sequence[int] | None = None, seed: int = 0
+) -> list[Architecture]:
+    """Random networks to hold the cost model against: the probes are extremes, which the others cannot tell."""
+    rng = np.random.default_rng([seed, 6])
+    sizes = tuple(image_sizes or space.image_sizes)
+    return [space.sample(rng, image_size=int(rng.choice(sizes))) for _ in range(n)]
+
+
 def calibrate(
     rows: Sequence[Measurement],
     space: SearchSpace,
@@ -59,7 +73,8 @@ def calibrate(
     notes: Sequence[str] = (),
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
-) -> tuple[PredictorSet, FitReport]:
+    outside: Sequence[Measurement] = (),
+) -> PredictorSet:
     """Fit the cost model to measured rows.
 
     Accuracy does not depend on the board: where predictors of it are packaged for this space, they
@@ -72,6 +87,8 @@ def calibrate(
         notes: What to say wherever the predictions are shown.
         seed: Seed of the cross-validation.
         provenance: What to record of the rows' origin.
+        outside: Measured networks that are not fitted: the error on them becomes the metric ``outside_mape``
+            (mean absolute, percent).
 
     Raises:
         FitError: As `fit_family`.
@@ -85,7 +102,13 @@ def calibrate(
         provenance=provenance,
         spare_rows=SPARE_PROBES,
     )
-    predictors = PredictorSet(target, space, (), (report.predictor,), tuple(notes))
+    latency = report.predictor
+    if outside:
+        observed = np.array([row.latency_ms for row in outside], dtype=np.float64)
+        errors = latency.predict([row.architecture for row in outside]) / observed - 1
+        checked = {"outside_mape": 100 * float(np.mean(np.abs(errors))), "n_outside": float(len(outside))}
+        latency = dataclasses.replace(latency, metrics=dict(latency.metrics) | checked)
+    predictors = PredictorSet(target, space, (), (latency,), tuple(notes))
     for name in _ACCURACY_SOURCES:
         try:
             known = reference_predictors(name)
@@ -93,5 +116,5 @@ def calibrate(
             continue
         if known.space.digest == space.digest:
             note = "Accuracy is ImageNet top-1 predicted by the packaged predictors of this space."
-            return dataclasses.replace(predictors, accuracy=known.accuracy, notes=(*predictors.notes, note)), report
-    return predictors, report
+            return dataclasses.replace(predictors, accuracy=known.accuracy, notes=(*predictors.notes, note))
+    return predictors

@@ -57,8 +57,7 @@ def spread_over(front: Front, n: int, *, without: Architecture) -> list[Architec
         n: How many; fewer where the front has fewer.
         without: Left out.
     """
-    # A model of few or disturbed rows can promise networks for nothing, or less.
-    latency = np.log(np.maximum(front.latency_ms, front.latency_ms[-1] / 100))
+    latency = np.log(front.latency_ms)
     chosen: list[Architecture] = []
     for wanted in np.linspace(latency[0], latency[-1], n):
         for i in np.argsort(np.abs(latency - wanted)):

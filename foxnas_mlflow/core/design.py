@@ -98,7 +98,9 @@ def choose_samples(
     for _ in range(20 * max(n_candidates, n)):
         if len(candidates) >= (n_candidates if method == "design" else n):
             break
-        drawn = space.sample(rng, image_size=int(rng.choice(sizes)))
+        # Every other candidate is of a part of the space, or nearly all would mix all of its kernels and ratios.
+        source = _part(space, rng) if method == "design" and len(candidates) % 2 else space
+        drawn = source.sample(rng, image_size=int(rng.choice(sizes)))
         if drawn not in known:
             known.add(drawn)
             candidates.append(drawn)
@@ -107,6 +109,27 @@ def choose_samples(
     if method == "random":
         return candidates
     pool = [*candidates, *measured]
-    x = np.concatenate([formula.design(space, pool) for formula in formulas], axis=1)
+    x = np.concatenate([_information_rows(formula, space, pool) for formula in formulas], axis=1)
     chosen = d_optimal(x, n, chosen=range(len(candidates), len(pool)))
     return [candidates[i] for i in chosen]
+
+
+def _part(space: SearchSpace, rng: np.random.Generator) -> SearchSpace:
+    """The space with a random choice of its kernel sizes, expansion ratios and depths."""
+
+    def some(values: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(v for v in values if rng.random() < 0.5) or (int(rng.choice(values)),)
+
+    return space.replace(kernels=some(space.kernels), expansions=some(space.expansions), depths=some(space.depths))
+
+
+def _information_rows(formula: Formula, space: SearchSpace, architectures: Sequence[Architecture]) -> FloatArray:
+    """A formula's design rows, each divided by the size of its error.
+
+    Errors in proportion to the value are weighed by a guess of it: every amount costs as much as any other, on average.
+    """
+    x = formula.design(space, architectures)
+    if not formula.relative:
+        return x
+    guess: FloatArray = (x / np.maximum(x.mean(axis=0), 1e-300)).sum(axis=1, keepdims=True)
+    return x / guess

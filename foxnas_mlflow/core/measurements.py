@@ -30,7 +30,33 @@ COLUMNS: tuple[str, ...] = (
 )
 """Columns of ``measurements.csv``."""
 
+_EMULATED = " (emulated)"
+"""What a row's device ends with where an emulator measured it."""
+
 LATENCY_SOURCES = ("measured", "cost_model", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The latency of one subnet, and what it is.
+
+    Attributes:
+        latency_ms: Median of a measurement, or an estimate.
+        source: ``measured`` or ``cost_model``.
+        device: Where it was measured.
+        runtime: Runtime and version.
+        n_runs: Timed runs behind it.
+        problems: Why a measurement is not to be trusted; empty for a valid one and for an estimate.
+        emulated: Whether the device is an emulator: its times are nobody's.
+    """
+
+    latency_ms: float
+    source: str
+    device: str = ""
+    runtime: str = ""
+    n_runs: int = 0
+    problems: tuple[str, ...] = ()
+    emulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +91,22 @@ class Measurement:
                 f"latency_source must be one of {list(LATENCY_SOURCES)}", received=self.latency_source
             )
 
+    @classmethod
+    def of(cls, architecture: Architecture, timing: Timing | None, accuracy: float | None = None) -> Measurement:
+        """A subnet's row; a latency with problems does not get into it."""
+        if timing is None or timing.problems:
+            return cls(architecture, accuracy)
+        device = timing.device + _EMULATED if timing.emulated else timing.device
+        return cls(architecture, accuracy, timing.latency_ms, timing.source, device, timing.runtime, timing.n_runs)
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """The latency of one subnet, and what it is.
-
-    Attributes:
-        latency_ms: Median of a measurement, or an estimate.
-        source: ``measured`` or ``cost_model``.
-        device: Where it was measured.
-        runtime: Runtime and version.
-        n_runs: Timed runs behind it.
-        problems: Why a measurement is not to be trusted; empty for a valid one and for an estimate.
-        emulated: Whether the device is an emulator: its times are nobody's.
-    """
-
-    latency_ms: float
-    source: str
-    device: str = ""
-    runtime: str = ""
-    n_runs: int = 0
-    problems: tuple[str, ...] = ()
-    emulated: bool = False
+    @property
+    def timing(self) -> Timing | None:
+        """Its latency, as it came to `of`."""
+        if self.latency_ms is None:
+            return None
+        emulated = self.device.endswith(_EMULATED)
+        device = self.device.removesuffix(_EMULATED)
+        return Timing(self.latency_ms, self.latency_source, device, self.runtime, self.n_runs, emulated=emulated)
 
 
 def read_measurements(path: str | Path) -> list[Measurement]:

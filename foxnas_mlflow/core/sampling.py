@@ -49,7 +49,7 @@ def collect(
             continue
         accuracy = evaluate(architecture)
         timing = time(architecture) if time is not None and architecture in timed else None
-        row = _row(architecture, accuracy, timing)
+        row = Measurement.of(architecture, timing, accuracy)
         append_measurement(row, path)
         rows.append(row)
         on_row(row, len(rows))
@@ -81,17 +81,3 @@ def front_width(
     points = np.unique(np.linspace(0, len(front) - 1, _FRONT_POINTS).astype(int))
     table = predictors.predict_table([front.architecture(int(i)) for i in points])
     return float(np.max(np.subtract(table["accuracy_upper"], table["accuracy_lower"])))
-
-
-def _row(architecture: Architecture, accuracy: float, timing: Timing | None) -> Measurement:
-    if timing is None or timing.problems:
-        return Measurement(architecture, accuracy)
-    return Measurement(
-        architecture,
-        accuracy,
-        timing.latency_ms,
-        timing.source,
-        f"{timing.device} (emulated)" if timing.emulated else timing.device,
-        timing.runtime,
-        timing.n_runs,
-    )

@@ -108,7 +108,14 @@ BUILTIN_TARGETS: Mapping[str, Target] = {
             for name in ("ethos-u55-128", "ethos-u65-256")
         ),
         Target("cpu", "this host's CPU, int8 LiteRT, batch 1", device="local"),
-        Target("gpu", "PyTorch fp32, batch 64 (the paper's table 3)", space="tpu", runtime="torch", batch=64),
+        Target(
+            "gpu",
+            "this host's GPU, PyTorch fp32, batch 64 (the paper's table 3)",
+            space="tpu",
+            runtime="torch",
+            batch=64,
+            device="local",
+        ),
     )
 }
 

@@ -1,7 +1,7 @@
 """Connections to boards, and measurements on them that say when they cannot be trusted."""
 
 from foxnas_mlflow.devices._base import Completed, Connection
-from foxnas_mlflow.devices._benchmark import Benchmark
+from foxnas_mlflow.devices._benchmark import Benchmark, invalid_reasons
 from foxnas_mlflow.devices._check import DeviceCheck, check
 from foxnas_mlflow.devices._connect import connect
 from foxnas_mlflow.devices._local import LocalConnection
@@ -19,5 +19,6 @@ __all__ = [
     "check",
     "connect",
     "estimate_latency_vela",
+    "invalid_reasons",
     "measure",
 ]

@@ -14,10 +14,10 @@ from foxnas_mlflow.core.errors import InvalidFormatError
 FORMAT = 1
 
 MAX_HALVES_DIFFERENCE = 0.05
+"""Largest relative difference between the medians of the first and the second half of the runs."""
+
 MIN_CPU_SHARE = 0.9
 """Least share of the time that one thread must have had a processor: company that stays is not seen in the halves."""
-
-"""Largest relative difference between the medians of the first and the second half of the runs."""
 
 MAX_CLOCK_SHARE = 0.01
 """Largest share of the median that one tick of the clock may be."""
@@ -43,6 +43,7 @@ class Benchmark:
         invalid_reasons: What speaks against them.
         emulated: Whether the processor is emulated: its times say nothing of real hardware.
         n_runs: Timed runs.
+        attempts: Measurements that it took: all before the last were not steady.
         threads, batch, warmup: Of the runtime; images a run; asked runs before the timed ones.
         runtime: Runtime with version.
         device: The machine in one line.
@@ -71,6 +72,7 @@ class Benchmark:
     invalid_reasons: tuple[str, ...]
     emulated: bool
     n_runs: int
+    attempts: int
     threads: int
     batch: int
     warmup: int
@@ -132,6 +134,7 @@ def summarize(
     connection: str,
     threads: int,
     warmup: int,
+    attempts: int,
     edgetpu: bool,
     output_difference: float | None,
     integer_output: bool,
@@ -161,6 +164,7 @@ def summarize(
         valid=not reasons,
         invalid_reasons=reasons,
         n_runs=len(samples),
+        attempts=attempts,
         threads=threads,
         warmup=warmup,
         connection=connection,

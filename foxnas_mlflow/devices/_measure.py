@@ -70,10 +70,11 @@ def measure(
     timeout_s = wait_seconds + 3 * max_seconds + 120
 
     answer: Mapping[str, Any] = {}
-    for _ in range(attempts):
+    attempt, steady = 0, False
+    while not steady and attempt < attempts:
         answer = _with_reconnect(connection, data, None if expected is None else expected[0], options, timeout_s)
-        if is_steady(answer, threads=threads, edgetpu=edgetpu):
-            break
+        steady = is_steady(answer, threads=threads, edgetpu=edgetpu)
+        attempt += 1
     difference, integer = None, True
     if expected is not None:
         difference, integer = _output_difference(answer["output"], expected[1])
@@ -82,6 +83,7 @@ def measure(
         connection=connection.uri,
         threads=threads,
         warmup=warmup,
+        attempts=attempt,
         edgetpu=edgetpu,
         output_difference=difference,
         integer_output=integer,

@@ -7,6 +7,7 @@ from foxnas_mlflow.supernet._finetune import finetune
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, plain_logits, subnet_weights
 from foxnas_mlflow.supernet._once_for_all import Initialization, load_once_for_all
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
+from foxnas_mlflow.supernet._timing import time_forward
 from foxnas_mlflow.supernet._train import TrainConfig, TrainingState, fastest_mode, load_checkpoint, train_supernet
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "plain_logits",
     "recalibrate",
     "subnet_weights",
+    "time_forward",
     "train_supernet",
 ]

@@ -1,4 +1,4 @@
-"""Depthwise convolution with a fast gradient of its weights on processors.
+"""Depthwise convolution with fast gradients on processors.
 
 oneDNN has a fast kernel for that gradient only where the kernel is at most 3 wide and not higher
 than the image; for 5x5 and 7x7 it takes 10 to 40 times the time of 3x3, and half of a training
@@ -7,12 +7,16 @@ k x 3 kernel over shifted columns:
 
     dW[c, i, j] = sum over n, y, x of dY[n, c, y, x] X[n, c, s y + i - p, s x + j - p]
 
-needs, for the taps j0 to j0 + 2, only a window of X's columns. Forward and the gradient of the
-input are PyTorch's own.
+needs, for the taps j0 to j0 + 2, only a window of X's columns.
+
+Where a kernel is wider than the image, as in the last stages of small images, the gradient of the
+input is slow too. There the convolution is, in each channel, a small dense matrix from the pixels
+of X to those of Y, and both gradients are products with it.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -21,6 +25,9 @@ from torch import Tensor
 
 _STRIP = 3
 """Widest kernel with a fast gradient."""
+
+_DENSE_ENTRIES = 1024
+"""Largest matrix, pixels of the output times pixels of the input, for which products beat the strips."""
 
 
 def depthwise(x: Tensor, weight: Tensor, *, stride: int, padding: int) -> Tensor:
@@ -49,10 +56,38 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]
+        if x.shape[-2:].numel() * gradient.shape[-2:].numel() <= _DENSE_ENTRIES:
+            return *_dense_gradients(gradient, x, weight, ctx.stride, ctx.padding), None, None
         padding = (ctx.padding, ctx.padding)
         dx = _backward(gradient, x, weight, ctx.stride, padding, (True, False))[0] if need_x else None
         dw = _weight_gradient(gradient, x, weight.shape[-1], ctx.stride, ctx.padding) if need_weight else None
         return dx, dw, None, None
+
+
+def _dense_gradients(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """Gradients of the input and of the weights, by products in each channel."""
+    n, c, height, width = x.shape
+    taps = _taps(x.shape[-2:], gradient.shape[-2:], weight.shape[-1], stride, padding).to(weight.dtype)
+    outputs = gradient.flatten(2).permute(1, 2, 0).contiguous()  # c, pixels of the output, n
+    inputs = x.flatten(2).permute(1, 2, 0).contiguous()  # c, pixels of the input, n
+    matrices = (weight.flatten(1) @ taps.t()).view(c, outputs.shape[1], inputs.shape[1])
+    dx = torch.bmm(matrices.transpose(1, 2), outputs).permute(2, 1, 0).contiguous()
+    dw = torch.bmm(outputs, inputs.transpose(1, 2)).flatten(1) @ taps
+    return dx.view(n, height, width, c).permute(0, 3, 1, 2), dw.view_as(weight)
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(source: torch.Size, target: torch.Size, k: int, stride: int, padding: int) -> Tensor:
+    """1 where tap (i, j) leads from a pixel of the input to one of the output: (outputs * inputs, k * k)."""
+    taps = torch.zeros(*target, *source, k, k)
+    for y in range(target[0]):
+        for x in range(target[1]):
+            for i in range(k):
+                for j in range(k):
+                    row, column = stride * y + i - padding, stride * x + j - padding
+                    if 0 <= row < source[0] and 0 <= column < source[1]:
+                        taps[y, x, row, column, i, j] = 1
+    return taps.view(-1, k * k)
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor, k: int, stride: int, padding: int) -> Tensor:

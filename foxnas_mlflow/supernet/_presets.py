@@ -2,12 +2,13 @@
 
 | preset | images         | cost                                                            |
 |--------|----------------|-----------------------------------------------------------------|
-| tiny   | 16 to 28 px    | minutes on two processor cores: 30 epochs, at most 6,400 steps  |
+| tiny   | 16 to 28 px    | minutes on two processor cores: 30 epochs, at most 5,000 steps  |
 | small  | 32 to 96 px    | hours on a processor, tens of minutes on a GPU                  |
 | paper  | 128 to 320 px  | ImageNet: the paper's epochs, about 1,200 GPU hours             |
 
 The parameter ``epochs`` of a training sets another number of passes, without a limit of steps. All
-keep the candidate kernels, expansion ratios and depths of the space that they shrink.
+keep the candidate kernels, expansion ratios and depths of the built-in space that they shrink; a space
+of one's own keeps its image sizes, strides and widths too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.core.space import SearchSpace, StageSpec
+from foxnas_mlflow.core.space import BUILTIN_SPACES, SearchSpace, StageSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +45,16 @@ class Preset:
     max_steps: int = 0
 
     def epochs_for(self, n_steps: int) -> int:
-        """Epochs of training when one has `n_steps` steps: 20 of 20,000 images with ``tiny``."""
+        """Epochs of training when one has `n_steps` steps: 16 of 20,000 images with ``tiny``."""
         return min(self.epochs, max(self.max_steps // n_steps, 1)) if self.max_steps else self.epochs
 
     def space(self, base: SearchSpace, *, in_channels: int, n_classes: int) -> SearchSpace:
-        """The base space in this size, for a data set's channels and classes."""
+        """A built-in space in this size, for a data set's channels and classes.
+
+        A space of one's own has its size already: only its channels and classes change.
+        """
+        if BUILTIN_SPACES.get(base.name) != base:
+            return base.replace(in_channels=in_channels, n_classes=n_classes)
         changes = {"in_channels": in_channels, "n_classes": n_classes, "width_mult": self.width_mult * base.width_mult}
         if not self.image_sizes:
             return base.replace(**changes)
@@ -62,7 +68,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("tiny", (16, 20, 24, 28), (1, 2, 1, 1, 2), 0.35, 30, 64, 0.2, 6400),
+        Preset("tiny", (16, 20, 24, 28), (1, 2, 1, 1, 2), 0.35, 30, 64, 0.2, 5000),
         Preset("small", (32, 48, 64, 80, 96), (2, 2, 1, 1, 2), 0.5, 100, 128, 0.2),
         # Paper 3.2: once-for-all's 180 epochs of the largest network and its shrinking phases.
         Preset("paper", (), (), 1.0, 425, 64, 0.1),

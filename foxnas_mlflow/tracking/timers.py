@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError
-from foxnas_mlflow.core.measurements import Timing
+from foxnas_mlflow.core.errors import DeviceError, InvalidInputError, OutOfDomainError, import_or_raise
+from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet, reference_latency
 from foxnas_mlflow.core.space import SearchSpace
@@ -63,15 +67,20 @@ def open_timer(target: Target, space: SearchSpace, *, device: str = "") -> Itera
 
 @contextlib.contextmanager
 def open_device(target: Target, space: SearchSpace, device: str) -> Iterator[Timer]:
-    """Measure on a device, by int8 probes with random weights: values do not change the time.
+    """Measure on a device, by networks with random weights: values do not change the time.
+
+    Those are int8 files for LiteRT, and for the runtime ``torch`` networks on this machine's GPU.
 
     Raises:
-        InvalidInputError: If the target's runtime cannot be measured by probes.
+        InvalidInputError: If the target's runtime cannot be measured so.
         DeviceError: If the device cannot be reached.
     """
+    if target.runtime == "torch":
+        yield Timer(_on_gpu(target, space, device), "measured", device)
+        return
     if target.runtime != "litert":
         raise InvalidInputError(
-            "subnets are measured by LiteRT on a processor",
+            "subnets are measured by LiteRT on a processor or by PyTorch on a GPU",
             received=f"target {target.name!r} with the runtime {target.runtime!r}",
             remedy="leave device empty for the cost model, or measure the final model with: foxnas benchmark",
         )
@@ -94,6 +103,56 @@ def open_device(target: Target, space: SearchSpace, device: str) -> Iterator[Tim
             )
 
         yield Timer(time, "measured", device)
+
+
+def _on_gpu(target: Target, space: SearchSpace, device: str) -> Callable[[Architecture], Timing]:
+    import_or_raise("torch", extra="train", feature="measuring in PyTorch")
+    import torch
+
+    if device != "local" or not torch.cuda.is_available():
+        raise DeviceError(
+            f"the target {target.name} is measured by PyTorch on a CUDA GPU of this machine",
+            received=device if device != "local" else "no GPU here",
+            remedy="type the command on the machine with the GPU, with device=local",
+        )
+    from foxnas_mlflow.devices import invalid_reasons
+    from foxnas_mlflow.supernet import time_forward
+
+    name = torch.cuda.get_device_name()
+
+    def time(architecture: Architecture) -> Timing:
+        samples = np.array(time_forward(build_network(space, architecture), batch=target.batch, device="cuda"))
+        return Timing(
+            latency_ms=float(np.median(samples)),
+            source="measured",
+            device=f"{name}, batch {target.batch}",
+            runtime=f"torch {torch.__version__}",
+            n_runs=len(samples),
+            problems=invalid_reasons(samples, throttled=None, clock_tick_ms=1e-6),
+        )
+
+    return time
+
+
+def remembered(timer: Timer, path: Path) -> Timer:
+    """The timer with its measurements kept in a table as they finish: none is made twice, whatever ends the process.
+
+    Args:
+        timer: Measures.
+        path: ``measurements.csv``; rows that are there count.
+    """
+    known = {row.architecture: row.timing for row in read_finished(path)}
+
+    def time(architecture: Architecture) -> Timing:
+        timing = known.get(architecture)
+        if timing is None:
+            timing = timer.time(architecture)
+            if not timing.problems:
+                append_measurement(Measurement.of(architecture, timing), path)
+                known[architecture] = timing
+        return timing
+
+    return dataclasses.replace(timer, time=time)
 
 
 def _estimate(predictors: PredictorSet) -> Callable[[Architecture], Timing]:

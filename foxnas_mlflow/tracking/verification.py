@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import InfeasibleConstraintError
+from foxnas_mlflow.core.files import cache_directory, worked_on
+from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Candidate, SearchOutcome, verify
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel
-from foxnas_mlflow.tracking.inputs import TrainedSupernet
+from foxnas_mlflow.tracking.inputs import MEASUREMENTS, TrainedSupernet
 from foxnas_mlflow.tracking.run import EntryRun
-from foxnas_mlflow.tracking.timers import open_device
+from foxnas_mlflow.tracking.timers import open_device, remembered
 
 if TYPE_CHECKING:
     from foxnas_mlflow.supernet import SubnetEvaluator
@@ -52,6 +58,31 @@ class Verification:
         return self.chosen.timing is not None and self.chosen.timing.emulated
 
 
+@contextlib.contextmanager
+def kept_measurements(predictors: PredictorSet, target: Target, request: Mapping[str, Any]) -> Iterator[Path]:
+    """A directory that the same search finds again until it has its answer, whatever ends the process before.
+
+    Args:
+        predictors: What is searched on.
+        target: The target.
+        request: Parameters of the search, JSON values.
+
+    Raises:
+        InvalidInputError: If another process works on the same search.
+    """
+    inputs = {"predictors": predictors.to_dict(), "target": dataclasses.asdict(target), "request": dict(request)}
+    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+    directory = cache_directory("verifications", digest)
+    with worked_on(directory / "lock", "the same search"):
+        try:
+            yield directory
+        except InfeasibleConstraintError:
+            # That is an answer too.
+            shutil.rmtree(directory)
+            raise
+        shutil.rmtree(directory)
+
+
 def verified(
     run: EntryRun,
     outcome: SearchOutcome,
@@ -61,6 +92,7 @@ def verified(
     supernet: TrainedSupernet | None,
     device: str,
     n: int,
+    kept: Path,
 ) -> tuple[SearchOutcome, Verification]:
     """Measure and evaluate the candidates of a search and choose among them.
 
@@ -72,6 +104,7 @@ def verified(
         supernet: Evaluates accuracies; None: the predicted ones count.
         device: Measures latencies; empty: the predicted upper bounds count.
         n: Networks of the front to look at.
+        kept: Directory of what the device said, so that a search that was cut off does not ask it again.
 
     Returns:
         The search with the chosen network as its outcome, and the verification.
@@ -85,7 +118,9 @@ def verified(
         evaluator = supernet.evaluator(image_sizes=outcome.objective.image_sizes)
     looked: list[Candidate] = []
     with contextlib.ExitStack() as stack:
-        time = stack.enter_context(open_device(target, space, device)).time if device else None
+        time = None
+        if device:
+            time = remembered(stack.enter_context(open_device(target, space, device)), kept / MEASUREMENTS).time
         stack.callback(lambda: _log_table(run, looked))
         looked[:] = verify(
             outcome,

@@ -138,7 +138,7 @@ def test_a_target_without_a_cost_model_is_told_how_to_get_one(tmp_path: Path) ->
     # A target file names its own model; equation 2 holds in its own space only.
     reference_predictors("rpi4").save(tmp_path / "board.json")
     board = Target("board", predictors=str(tmp_path / "board.json"))
-    assert reference_latency(board, CPU_SPACE).latency[0].formula == "calibrated"
+    assert reference_latency(board, CPU_SPACE).latency[0].formula == "calibrated-wide"
     paper = get_formula("paper", "latency_ms").columns(CPU_SPACE)
     own = LinearPredictor("paper", "latency_ms", CPU_SPACE, (256,), (256,), paper, np.ones(len(paper)), None, 0.0, 1)
     PredictorSet("board", CPU_SPACE, (), (own,)).save(tmp_path / "board.json")

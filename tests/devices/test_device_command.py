@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -31,7 +32,7 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
         (["calibrate", "--n-probes", "3"], "n_probes must be 11 or more"),
         (["calibrate", "--out", "no-such-directory/it.yaml"], "a directory that exists"),
         (["calibrate", "--target", "nope"], "target must be one of"),
-        (["calibrate", "--target", "edgetpu"], "LiteRT on a processor"),
+        (["calibrate", "--target", "edgetpu"], "a processor with LiteRT"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -61,16 +62,22 @@ def test_calibrate_this_host_and_go_on(
     assert len(rows) == 11
     assert {row.latency_source for row in rows} == {"measured"}
     out = capsys.readouterr().out
-    assert "cross-validated error" in out
+    assert "error on 3 other networks" in out
+    checks = read_measurements("mine-checks.csv")
+    assert len(checks) == 3
+    assert not {row.architecture for row in checks} & {row.architecture for row in rows}
     target = get_target("mine.yaml")
     assert (target.name, target.device, target.runtime) == ("mine", "local", "litert")
     predictors = load_predictors(target.predictors)
     assert predictors.latency[0].metrics["n_samples"] == 11
+    errors = [abs(predictors.latency[0].predict([row.architecture])[0] / row.latency_ms - 1) for row in checks]
+    assert predictors.latency[0].metrics["outside_mape"] == pytest.approx(100 * np.mean(errors))
     # The space is not that of the packaged accuracies: these must be sampled.
     assert predictors.accuracy == ()
     assert "foxnas sample --target mine.yaml" in out
     # One more: what is measured stays.
     assert main([*command, "--n-probes", "12"]) == 0
+    assert read_measurements("mine-checks.csv") == checks
     assert read_measurements("mine-measurements.csv")[:11] == rows
     assert load_predictors(target.predictors).latency[0].metrics["n_samples"] == 12
     # Another machine's rows are not mixed with these.

@@ -27,8 +27,9 @@ def test_values_and_gradients_are_those_of_a_grouped_convolution(
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_autocast_computes_in_bfloat16_and_returns_float_gradients() -> None:
-    x = torch.randn(2, 8, 7, 7).to(memory_format=torch.channels_last).requires_grad_()
+@pytest.mark.parametrize("size", [4, 7])
+def test_autocast_computes_in_bfloat16_and_returns_float_gradients(size: int) -> None:
+    x = torch.randn(2, 8, size, size).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(8, 1, 7, 7, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = depthwise(x, weight, stride=1, padding=3)

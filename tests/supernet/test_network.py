@@ -7,7 +7,7 @@ import torch
 from foxnas_mlflow.core.errors import InvalidFormatError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace
-from foxnas_mlflow.supernet import Supernet, get_preset, subnet_weights
+from foxnas_mlflow.supernet import Supernet, get_preset, subnet_weights, time_forward
 from foxnas_mlflow.tflite._graph import lower
 from foxnas_mlflow.tflite._reference import reference_forward
 from foxnas_mlflow.tflite._weights import fold_weights, weight_shapes
@@ -104,3 +104,12 @@ def test_weights_travel_as_numpy_and_another_space_is_refused() -> None:
     torch.testing.assert_close(again.double()(images), supernet(images), rtol=1e-5, atol=1e-5)
     with pytest.raises(InvalidFormatError, match="same space"):
         Supernet.from_weights(space.replace(n_classes=9), supernet.numpy_weights())
+
+
+def test_timing_takes_the_runs_that_were_asked_or_those_that_fit() -> None:
+    space = SPACES["cpu-grey"]
+    network = build_network(space, space.smallest())
+    samples = time_forward(network, batch=2, device="cpu", runs=5, warmup_seconds=0)
+    assert len(samples) == 5
+    assert min(samples) > 0
+    assert len(time_forward(network, batch=1, device="cpu", runs=100, warmup_seconds=0, max_seconds=0)) == 20

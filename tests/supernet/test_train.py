@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.space import CPU_SPACE, StageSpec
@@ -23,6 +25,7 @@ from foxnas_mlflow.supernet import (
     recalibrate,
     train_supernet,
 )
+from foxnas_mlflow.supernet._train import _learning_rate, _open_sizes
 
 pytestmark = pytest.mark.train
 
@@ -56,9 +59,79 @@ def new_state(**changes) -> TrainingState:
 def test_a_preset_trains_fewer_epochs_of_more_images() -> None:
     tiny = get_preset("tiny")
     assert tiny.epochs_for(22) == tiny.epochs
-    assert tiny.epochs_for(312) == 20
+    assert tiny.epochs_for(312) == 16
     assert tiny.epochs_for(10**6) == 1
     assert get_preset("paper").epochs_for(10**6) == get_preset("paper").epochs
+
+
+def test_a_preset_shrinks_built_in_spaces_and_leaves_ones_own_as_it_is() -> None:
+    tiny = get_preset("tiny")
+    assert tiny.space(CPU_SPACE, in_channels=1, n_classes=7).image_sizes == (16, 20, 24, 28)
+    assert tiny.space(SPACE, in_channels=3, n_classes=7) == SPACE.replace(in_channels=3, n_classes=7)
+
+
+def one_step(digits, directory, **changes) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Parameters before and after one step with all images."""
+    state = new_state(epochs=1, **changes)
+    before = {name: p.detach().clone() for name, p in state.supernet.named_parameters()}
+    after = train_supernet(state, batches_of(digits, batch_size=len(digits.train)), checkpoints=directory)
+    return before, {name: p.detach() for name, p in after.named_parameters()}
+
+
+def test_a_gradient_is_clipped_to_its_largest_norm(digits, tmp_path) -> None:
+    before, after = one_step(digits, tmp_path, clip_norm=1e-3, weight_decay=0.0, learning_rate=0.1, momentum=0.9)
+    change = torch.cat([(after[name] - p).flatten() for name, p in before.items()])
+    # Nesterov's first step is 1 + momentum gradients.
+    assert float(change.norm()) == pytest.approx(0.1 * 1.9 * 1e-3, rel=1e-3)
+
+
+def test_weight_decay_shrinks_weights_and_neither_norms_nor_biases(digits, tmp_path) -> None:
+    before, after = one_step(digits, tmp_path, clip_norm=1e-9, weight_decay=0.5, learning_rate=0.1, momentum=0.9)
+    for name, p in before.items():
+        if ".to" in name:
+            # A transform of kernels that the step's subnets may not have used.
+            continue
+        factor = 1 - 0.1 * 1.9 * 0.5 if p.ndim > 1 else 1.0
+        torch.testing.assert_close(after[name], p * factor, rtol=1e-5, atol=1e-7)
+    assert any(name.endswith("norm.weight") for name in before)
+
+
+def test_labels_are_smoothed(digits, tmp_path) -> None:
+    space = SPACE.replace(image_sizes=(12,))
+    losses = {}
+    for smoothing in (0.0, 0.3):
+        torch.manual_seed(0)
+        config = TrainConfig("progressive_shrinking", epochs=1, label_smoothing=smoothing, mode="float32")
+        state = TrainingState(Supernet(space), config)
+        plain = state.supernet.train().extract(space.largest())
+        batches = batches_of(digits)
+        images, targets = next(batches.epoch(0))
+        with torch.no_grad():
+            expected = F.cross_entropy(plain(images), targets, label_smoothing=smoothing)
+        seen: list[float] = []
+        train_supernet(state, batches, checkpoints=tmp_path, progress=lambda i, n, loss, seen=seen: seen.append(loss))
+        assert seen[0] == pytest.approx(float(expected), rel=1e-5)
+        losses[smoothing] = seen[-1]
+    assert losses[0.3] > losses[0.0]
+
+
+def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
+    config = TrainConfig(learning_rate=0.2, warmup=0.1)
+    rates = [_learning_rate(config, step, 1000) for step in range(1000)]
+    assert rates[:100] == pytest.approx([0.2 * (i + 1) / 100 for i in range(100)])
+    assert rates[550] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[100:]))
+    assert rates[-1] < 1e-5
+
+
+def test_image_sizes_grow() -> None:
+    tiny = get_preset("tiny").space(CPU_SPACE, in_channels=1, n_classes=10)
+    config = TrainConfig(growth=0.6)
+    sizes = [_open_sizes(config, tiny, progress).image_sizes for progress in (0.0, 0.14, 0.16, 0.44, 0.46, 1.0)]
+    assert [len(s) for s in sizes] == [2, 2, 3, 3, 4, 4]
+    assert all(s == tiny.image_sizes[: len(s)] for s in sizes)
+    assert _open_sizes(TrainConfig(growth=0.0), tiny, 0.0) is tiny
+    assert _open_sizes(config, tiny.replace(image_sizes=(28,)), 0.0).image_sizes == (28,)
 
 
 @pytest.mark.parametrize("strategy", ["sandwich", "progressive_shrinking"])

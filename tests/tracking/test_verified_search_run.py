@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.measurements import Measurement, read_finished
 from foxnas_mlflow.core.predictors import fit_predictors, reference_latency
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.tracking.registry import version_metrics
@@ -21,8 +26,9 @@ pytestmark = [pytest.mark.server, pytest.mark.train]
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +47,14 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _only_run() -> object:
+def _runs() -> list[Any]:
     import mlflow
 
-    (run,) = mlflow.MlflowClient().search_runs(["0"], "tags.`foxnas.stage` = 'search'")
+    return mlflow.MlflowClient().search_runs(["0"], "tags.`foxnas.stage` = 'search'")
+
+
+def _only_run() -> Any:
+    (run,) = _runs()
     return run
 
 
@@ -132,6 +142,32 @@ def test_a_device_has_the_last_word(
     tags = mlflow.MlflowClient().get_model_version("foxnas-subnet-cpu", "1").tags
     assert tags["latency_source"] == "measured"
     assert tags["weights"] == "none"
+
+
+def test_a_killed_search_asks_the_device_about_no_network_twice(
+    tracking: str, cache: Path, predictors: Path, tmp_path: Path
+) -> None:
+    command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "9999", "--verify", "6"]
+    command += ["--device", "local", "--evaluations", "2000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "foxnas_mlflow", *command], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 180
+    while not (files := list(cache.glob("foxnas_mlflow/verifications/*/measurements.csv"))):
+        assert time.monotonic() < deadline
+        if process.poll() is not None:
+            pytest.skip("the machine was too busy for a measurement that can be trusted")
+        time.sleep(0.01)
+    process.kill()
+    process.wait(timeout=60)
+    kept = {row.architecture.to_json(): row.latency_ms for row in read_finished(files[0])}
+    assert 1 <= len(kept) < 6
+    if main(command) == 0:
+        assert not list(cache.glob("foxnas_mlflow/verifications/*"))
+    run = max(_runs(), key=lambda run: run.info.start_time)
+    table = {row["architecture"]: float(row["measured_latency_ms"]) for row in _table(run.info.run_id, tmp_path)}
+    assert len(table) == 6
+    assert {architecture: table[architecture] for architecture in kept} == kept
 
 
 @pytest.mark.parametrize(

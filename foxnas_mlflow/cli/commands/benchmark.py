@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> dict[str, str | float]:
     target = get_target(args.target)
     if target.runtime == "torch":
         raise InvalidInputError(
-            "only targets that run TensorFlow Lite can be measured",
-            received=target.name,
-            remedy="choose the target cpu, rpi4 or edgetpu",
+            "a benchmark is of a TensorFlow Lite model",
+            received=f"the target {target.name}, which runs PyTorch",
+            remedy=f"its networks are measured by: foxnas sample --target {target.name} --device local",
         )
     device = args.device or target.device
     if not device:
@@ -106,6 +106,7 @@ def _read(model: MeasuredModel) -> tuple[bytes, Any]:
 
 def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id: str) -> str:
     compared = benchmark.output_difference
+    again = "" if benchmark.attempts == 1 else f", attempt {benchmark.attempts}: those before were disturbed"
     rows = [
         ("model", model.source),
         ("machine", f"{benchmark.device} ({benchmark.connection}), {benchmark.runtime}, {benchmark.threads} thread(s)"),
@@ -115,7 +116,7 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
             f"{benchmark.latency_ms_p50_high:.3f}), p90 {benchmark.latency_ms_p90:.3f}, "
             f"p99 {benchmark.latency_ms_p99:.3f}",
         ),
-        ("runs", f"{benchmark.n_runs} after {benchmark.warmup} or more for warm-up"),
+        ("runs", f"{benchmark.n_runs} after {benchmark.warmup} or more for warm-up{again}"),
         ("throughput", f"{benchmark.throughput_per_s:.1f} images/s"),
         ("peak memory", f"{benchmark.peak_memory_bytes / 2**20:.1f} MiB, Python and runtime included"),
         ("output", "not compared" if compared is None else f"at most {compared:g} levels from this host's"),

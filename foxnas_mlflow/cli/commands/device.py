@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 from foxnas_mlflow.cli.parameters import Parameter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from foxnas_mlflow.core.architecture import Architecture
     from foxnas_mlflow.core.measurements import Measurement
-    from foxnas_mlflow.core.predictors import FitReport
+    from foxnas_mlflow.core.predictors import LinearPredictor
     from foxnas_mlflow.core.space import SearchSpace
     from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.devices import DeviceCheck
@@ -61,7 +63,7 @@ def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | 
     import yaml
 
     from foxnas_mlflow.cli.parameters import image_sizes
-    from foxnas_mlflow.core.calibration import calibrate
+    from foxnas_mlflow.core.calibration import N_CHECKS, calibrate, choose_checks, choose_probes
     from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
     from foxnas_mlflow.core.files import write_atomically
     from foxnas_mlflow.core.space import get_space
@@ -75,6 +77,12 @@ def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | 
     if out.suffix not in (".yaml", ".yml") or not out.parent.is_dir():
         raise InvalidInputError("out must be the path of a .yaml file in a directory that exists", received=args.out)
     base = get_target(args.target)
+    if base.runtime != "litert":
+        raise InvalidInputError(
+            "a processor with LiteRT is calibrated; target says in which space",
+            received=f"the target {base.name} with the runtime {base.runtime}",
+            remedy="give a target with the runtime litert, such as rpi4",
+        )
     space = get_space(base.space)
     target = dataclasses.replace(
         base,
@@ -85,34 +93,66 @@ def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | 
         latency_note=f"milliseconds of a cost model calibrated on {found.device} with {found.runtime}",
     )
     table = out.with_name(f"{out.stem}-measurements.csv")
-    rows = _measure_probes(args, found, base, space, table, image_sizes(args.image_size))
-    predictors, report = calibrate(
+    sizes = image_sizes(args.image_size)
+    rows = _measure(
+        args,
+        found,
+        base,
+        space,
+        table,
+        lambda measured: choose_probes(space, args.n_probes, measured=measured, image_sizes=sizes, seed=args.seed),
+    )
+    checks = choose_checks(space, N_CHECKS, image_sizes=sizes, seed=args.seed)
+    outside = _measure(
+        args,
+        found,
+        base,
+        space,
+        out.with_name(f"{out.stem}-checks.csv"),
+        lambda measured: [architecture for architecture in checks if architecture not in measured],
+    )
+    predictors = calibrate(
         rows,
         space,
         target=target.name,
         notes=[f"Latency is calibrated on {found.device} with {found.runtime} from {len(rows)} measured networks."],
         seed=args.seed,
         provenance={"device": found.device, "runtime": found.runtime, "threads": base.threads},
+        outside=outside,
     )
     predictors.save(out.with_name(target.predictors))
     # Last: a target file that is there is whole.
     values = {key: value for key, value in dataclasses.asdict(target).items() if value != ""}
     write_atomically(out, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    print(_calibrated(report, rows, out, bool(predictors.accuracy)))
-    return {"target": str(out), "cv_mape": report.metrics["cv_mape"], "n_probes": float(len(rows))}
+    print(_calibrated(predictors.latency[0], rows, out, bool(predictors.accuracy)))
+    metrics = predictors.latency[0].metrics
+    return {
+        "target": str(out),
+        "outside_mape": metrics["outside_mape"],
+        "cv_mape": metrics["cv_mape"],
+        "n_probes": float(len(rows)),
+    }
 
 
-def _measure_probes(
+def _measure(
     args: argparse.Namespace,
     found: DeviceCheck,
     target: Target,
     space: SearchSpace,
     path: Path,
-    sizes: list[int] | None,
+    choose: Callable[[list[Architecture]], list[Architecture]],
 ) -> list[Measurement]:
-    """Measure what is not in the table yet; each row is on disk before the next one begins."""
+    """Measure networks beside those of a table; each row is on disk before the next one begins.
+
+    Args:
+        args: Of the command.
+        found: The machine.
+        target: The target.
+        space: The space.
+        path: The table; its rows count.
+        choose: Networks to measure, given those that are.
+    """
     from foxnas_mlflow.cli.progress import progress_bar
-    from foxnas_mlflow.core.calibration import choose_probes
     from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
     from foxnas_mlflow.core.measurements import Measurement, append_measurement, read_finished
     from foxnas_mlflow.tracking.timers import open_device
@@ -127,26 +167,22 @@ def _measure_probes(
         )
     for row in rows:
         space.validate(row.architecture)
-    probes = choose_probes(
-        space, args.n_probes, measured=[row.architecture for row in rows], image_sizes=sizes, seed=args.seed
-    )
+    networks = choose([row.architecture for row in rows])
     unsteady: list[str] = []
-    total = len(rows) + len(probes)
-    with open_device(target, space, args.device) as timer, progress_bar("calibrate", "probe") as show:
-        for architecture in probes:
+    total = len(rows) + len(networks)
+    with open_device(target, space, args.device) as timer, progress_bar("calibrate", "network") as show:
+        for architecture in networks:
             timing = timer.time(architecture)
             if timing.problems:
                 unsteady.append("; ".join(timing.problems))
                 continue
-            row = Measurement(
-                architecture, None, timing.latency_ms, "measured", timing.device, timing.runtime, timing.n_runs
-            )
+            row = Measurement.of(architecture, timing)
             append_measurement(row, path)
             rows.append(row)
             show(len(rows), total, f"{timing.latency_ms:.2f} ms")
-    if len(rows) < args.n_probes:
+    if len(rows) < total:
         raise DeviceError(
-            f"{args.n_probes} networks must be measured without disturbance",
+            f"{total} networks must be measured without disturbance",
             received=f"{len(rows)}, and {len(unsteady)} that were not steady ({unsteady[0]})",
             remedy="quiet and cool the machine, and run the same command again: what is finished is kept",
         )
@@ -174,18 +210,19 @@ def _found(found: DeviceCheck) -> str:
     return "\n".join(lines)
 
 
-def _calibrated(report: FitReport, rows: list[Measurement], out: Path, searchable: bool) -> str:
-    predictor, metrics = report.predictor, report.metrics
+def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, searchable: bool) -> str:
+    metrics = predictor.metrics
     times = sorted(row.latency_ms or 0.0 for row in rows)
     lines = [f"Calibrated {out.stem} from {len(rows)} networks between {times[0]:.2f} and {times[-1]:.2f} ms:"]
     for column, price in zip(predictor.columns, predictor.coefficients, strict=True):
         text = f"{price:.4f} ms" if column == "const" else f"{price:.4f} ns each"
         lines.append(f"  {column:<14}{text}")
     lines += [
-        f"  cross-validated error {metrics['cv_mape']:.2f} % (mean absolute), R2 {metrics['cv_r2']:.4f}",
+        f"  error on {metrics['n_outside']:.0f} other networks {metrics['outside_mape']:.2f} % (mean absolute)",
+        f"  cross-validated error {metrics['cv_mape']:.2f} % (without a probe the others must tell its price)",
         f"  written       {out}, {out.stem}-predictors.json, {out.stem}-measurements.csv",
     ]
-    if metrics["cv_mape"] > UNSURE_PERCENT:
+    if metrics["outside_mape"] > UNSURE_PERCENT:
         lines.append(
             f"UNSURE: above {UNSURE_PERCENT:g} % the search's budgets are not worth much. Quiet the machine and begin "
             f"anew without {out.stem}-measurements.csv, or go on with a greater --n-probes."

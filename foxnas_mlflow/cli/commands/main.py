@@ -41,7 +41,7 @@ PARAMETERS = (
     ),
     Parameter("latency_ms", "", "Latency constraint in milliseconds; empty: the middle of what is reachable.", float),
     Parameter("preset", "tiny", "Size of images and of training.", choices=("tiny", "small", "paper")),
-    Parameter("space", "", "Search space: cpu, tpu or the path of a YAML; empty: the target's."),
+    Parameter("space", "", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: the target's."),
     Parameter("supernet", "", "Model URI of a trained supernet; empty: train one."),
     Parameter("epochs", 0, "Epochs of the supernet; 0: the preset's.", int),
     Parameter("max_train", 0, "Train on at most so many images, drawn by class; 0: all.", int),
@@ -295,8 +295,6 @@ class _Pipeline:
         front = front_of(objective)
         low = fastest(objective).latency_upper_ms
         high = predictors.latency_bound_ms(front.architecture(len(front) - 1), self._args.confidence)
-        # A model of few or disturbed rows can promise the fastest network for nothing, or less.
-        low = max(low, high / 100)
         middle = math.sqrt(low * high)
         latency_ms = max(float(f"{middle:.3g}"), low)
         print(

@@ -12,7 +12,7 @@ PARAMETERS = (
     Parameter("target", "rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML."),
     Parameter("latency_ms", 60.0, "Latency constraint in milliseconds.", float),
     Parameter("confidence", 0.95, "Probability in [0.5, 1) that a measurement meets the constraint.", float),
-    Parameter("space", "", "Search space: cpu, tpu or the path of a YAML; empty: that of the predictors."),
+    Parameter("space", "", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: that of the predictors."),
     Parameter("image_size", "", "Image sizes in px, comma separated; empty: all that the predictors know."),
     Parameter("predictors", "", "Predictors: a JSON file or a model URI; empty: the target's reference predictors."),
     Parameter("supernet", "", "Model URI of a trained supernet, to evaluate networks and give the found one weights."),
@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> dict[str, str]:
     Returns:
         run_id, and model_uri of the registered subnet.
     """
+    from contextlib import nullcontext
+
     from foxnas_mlflow.cli.parameters import image_sizes
     from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.core.searchers import SEARCHERS, Objective, check_budget, search
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, str]:
 
     from foxnas_mlflow.tracking.run import entry_run
     from foxnas_mlflow.tracking.search import log_search
-    from foxnas_mlflow.tracking.verification import verified
+    from foxnas_mlflow.tracking.verification import kept_measurements, verified
 
     resolved = {
         "image_size": ",".join(map(str, objective.image_sizes)),
@@ -105,20 +107,30 @@ def run(args: argparse.Namespace) -> dict[str, str]:
             searcher.search(outcome.objective, args.latency_ms, evaluations=budget, seed=args.seed)
             for searcher in SEARCHERS.values()
         ]
-        verification = None
-        if supernet is not None or args.device:
-            outcome, verification = verified(
-                run, outcome, args.latency_ms, target=target, supernet=supernet, device=args.device, n=args.verify
+        request = vars(args) | resolved
+        keeping = kept_measurements(predictors, target, request) if args.device else nullcontext(run.directory)
+        with keeping as kept:
+            verification = None
+            if supernet is not None or args.device:
+                outcome, verification = verified(
+                    run,
+                    outcome,
+                    args.latency_ms,
+                    target=target,
+                    supernet=supernet,
+                    device=args.device,
+                    n=args.verify,
+                    kept=kept,
+                )
+            return log_search(
+                run,
+                outcome,
+                comparisons,
+                target=target,
+                predictors=predictors,
+                predictors_source=source,
+                params=request,
+                name=args.name,
+                measurements=measurements,
+                verification=verification,
             )
-        return log_search(
-            run,
-            outcome,
-            comparisons,
-            target=target,
-            predictors=predictors,
-            predictors_source=source,
-            params=vars(args) | resolved,
-            name=args.name,
-            measurements=measurements,
-            verification=verification,
-        )

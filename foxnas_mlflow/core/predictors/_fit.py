@@ -23,7 +23,7 @@ from foxnas_mlflow.core.errors import (
     import_or_raise,
 )
 from foxnas_mlflow.core.measurements import Measurement, measurements_digest
-from foxnas_mlflow.core.predictors._formulas import FAMILIES, FORMULAS, FloatArray, Formula, get_formula
+from foxnas_mlflow.core.predictors._formulas import FAMILIES, FloatArray, Formula, applicable_formulas, get_formula
 from foxnas_mlflow.core.predictors._linear import LinearPredictor, PredictorSet
 from foxnas_mlflow.core.space import SearchSpace
 
@@ -160,6 +160,8 @@ def fit_family(
 ) -> list[FitReport]:
     """A family's formula with the least cross-validated error, fitted to the rows.
 
+    Of cost models the one with most terms that the rows allow is taken: a price that is none comes out as 0.
+
     Args:
         family: A key of `FAMILIES`.
         quantity: ``accuracy`` or ``latency_ms``.
@@ -177,10 +179,9 @@ def fit_family(
     fitted: list[list[FitReport]] = []
     too_few: TooFewSamplesError | None = None
     n_sizes = len({row.architecture.image_size for row in rows})
-    for name in FAMILIES[family]:
-        recipe = FORMULAS.get((name, quantity))
-        if recipe is None or not recipe.applies(space, n_sizes):
-            continue
+    for recipe in applicable_formulas(family, quantity, space, n_sizes):
+        if fitted and recipe.non_negative:
+            break
         try:
             fitted.append([fit_formula(recipe, group, space, **options) for group in _groups(recipe, rows)])
         except TooFewSamplesError as error:
@@ -188,7 +189,7 @@ def fit_family(
         except FitError:
             # Single sizes may lack what the rows of all sizes have.
             # And rows that cannot tell what an extension adds are good for the formula that it extends.
-            if not fitted and (n_sizes == 1 or name != "calibrated" or quantity != "accuracy"):
+            if not fitted and (n_sizes == 1 or recipe.name != "calibrated" or quantity != "accuracy"):
                 raise
     if too_few is not None and not fitted:
         raise too_few
@@ -235,7 +236,7 @@ def fit_formula(
     all_x, y, sizes, all_columns = design_of(formula, rows, space)
     kept = _usable_columns(formula, all_x, space, all_columns)
     x, columns = all_x[:, kept], tuple(all_columns[i] for i in kept)
-    p = x.shape[1]
+    p = len(kept)
     if len(y) < p + spare_rows:
         raise TooFewSamplesError(
             f"the {formula.name} formula of {formula.quantity} needs at least {p + spare_rows} rows "
@@ -249,6 +250,9 @@ def fit_formula(
     top = _ceiling(formula, x, y, ceiling)
     linear = y if top is None else -np.log(top - y)
     weights = 1.0 / y**2 if formula.relative else np.ones_like(y)
+    cv = cross_validate(formula, x, y, ceiling=top, seed=seed)
+    used, _ = _solve(formula, x * np.sqrt(weights)[:, None], linear * np.sqrt(weights))
+    kept, x, columns, p = kept[used], x[:, used], tuple(all_columns[i] for i in kept[used]), len(used)
     model = sm.WLS(linear, _frame(x, columns), weights=weights)
     fit = model.fit()
     influence = x * np.sqrt(weights)[:, None]
@@ -256,7 +260,6 @@ def fit_formula(
     fitted = np.asarray(x @ np.asarray(fit.params))
     residuals = np.asarray(fit.wresid) / (np.sqrt(fit.scale) * np.sqrt(np.maximum(1 - leverage, 1e-12)))
     back = fitted if top is None else top - np.exp(-fitted)
-    cv = cross_validate(formula, x, y, ceiling=top, seed=seed)
     metrics = {
         "r2": _r2(y, back),
         "r2_adjusted": 1 - (1 - _r2(y, back)) * (len(y) - 1) / (len(y) - p),
@@ -334,15 +337,16 @@ def cross_validate(
             test = order[fold::folds]
             train = np.setdiff1d(order, test, assume_unique=True)
             xw = x[train] * root_weights[train, None]
-            beta, _, rank, _ = np.linalg.lstsq(xw, linear[train] * root_weights[train], rcond=None)
-            dof = len(train) - rank
-            z = x[test] @ beta
+            used, beta = _solve(formula, xw, linear[train] * root_weights[train])
+            xw, x_test = xw[:, used], x[np.ix_(test, used)]
+            dof = len(train) - int(np.linalg.matrix_rank(xw))
+            z = x_test @ beta
             predicted[repeat, test] = z if ceiling is None else ceiling - np.exp(-z)
             if dof < 1:
                 continue
             s2 = float(np.sum((linear[train] * root_weights[train] - xw @ beta) ** 2)) / dof
             scale = np.abs(z) if formula.relative else np.ones_like(z)
-            projected = np.linalg.lstsq(xw.T, x[test].T, rcond=None)[0]
+            projected = np.linalg.lstsq(xw.T, x_test.T, rcond=None)[0]
             sd = np.sqrt(s2 * ((projected**2).sum(axis=0) + scale**2))
             covered[repeat, test] = np.abs(linear[test] - z) <= stdtrit(dof, 0.975) * sd
         taus.append(float(kendalltau(predicted[repeat], y).statistic))
@@ -355,6 +359,23 @@ def cross_validate(
         "cv_coverage": float(covered.mean()),
     }
     return CrossValidation(metrics, predicted.mean(axis=0))
+
+
+def _solve(formula: Formula, x: FloatArray, y: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
+    """Least squares: indices of the columns that it uses, and their coefficients.
+
+    Prices below 0 are none. Without the columns whose price would be, the others are those of
+    ordinary least squares, so that its errors and intervals hold for them.
+    """
+    if not formula.non_negative:
+        return np.arange(x.shape[1], dtype=np.int64), np.asarray(np.linalg.lstsq(x, y, rcond=None)[0], np.float64)
+    from scipy.optimize import nnls
+
+    scale = np.maximum(np.sqrt((x**2).sum(axis=0)), 1e-300)
+    beta = nnls(x / scale, y)[0] / scale
+    used = np.flatnonzero(beta)
+    positive: FloatArray = beta[used]
+    return used, positive
 
 
 def design_of(

@@ -44,6 +44,7 @@ class Formula(ABC):
         relative: Whether errors are proportional to the value, so that rows are weighted 1 / y^2.
         any_size: Whether one fit holds for image sizes that it has not seen.
         pooled: Whether one fit takes rows of several image sizes together.
+        non_negative: Whether coefficients are prices, which are 0 or more.
         optional: Columns to leave out where the rows cannot tell them from others.
     """
 
@@ -53,6 +54,7 @@ class Formula(ABC):
     relative: bool = False
     any_size: bool = False
     pooled: bool = False
+    non_negative: bool = False
     optional: tuple[str, ...] = ()
 
     def applies(self, space: SearchSpace, n_sizes: int) -> bool:
@@ -164,6 +166,7 @@ class _CostModel(Formula):
     relative = True
     any_size = True
     pooled = True
+    non_negative = True
     terms: tuple[str, ...]
 
     @abstractmethod
@@ -211,6 +214,7 @@ class WideCalibratedLatency(CalibratedLatency):
 
     name = "calibrated-wide"
     terms = (*COST_TERMS, "dw_wide")
+    optional = ("dw_wide",)
 
     def amounts(self, layers: Iterable[Layer]) -> FloatArray:
         layers = list(layers)
@@ -391,10 +395,10 @@ FORMULAS: Mapping[tuple[str, str], Formula] = {
 }
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "calibrated": ("calibrated", "calibrated-wide", "calibrated-sizes", "compact", "capacity"),
+    "calibrated": ("calibrated-wide", "calibrated", "calibrated-sizes", "compact", "capacity"),
     "paper": ("paper",),
 }
-"""What a user names, and the formulas that it tries: the one with the least cross-validated error is taken."""
+"""What a user names, and the formulas that it tries."""
 
 
 def get_formula(name: str, quantity: str) -> Formula:
@@ -427,5 +431,10 @@ def _block_amounts(model: _CostModel, space: SearchSpace, stage: int, image_size
 
 def widest_formula(family: str, quantity: str, space: SearchSpace, n_sizes: int) -> Formula:
     """The formula of a family with most columns among those that apply: what a design must tell apart."""
-    formulas = [FORMULAS[name, quantity] for name in FAMILIES[family] if (name, quantity) in FORMULAS]
-    return max((f for f in formulas if f.applies(space, n_sizes)), key=lambda f: len(f.columns(space)))
+    return max(applicable_formulas(family, quantity, space, n_sizes), key=lambda f: len(f.columns(space)))
+
+
+def applicable_formulas(family: str, quantity: str, space: SearchSpace, n_sizes: int) -> list[Formula]:
+    """The formulas of a family that say something of their own in a space, for rows of `n_sizes` image sizes."""
+    known = [FORMULAS[name, quantity] for name in FAMILIES[family] if (name, quantity) in FORMULAS]
+    return [formula for formula in known if formula.applies(space, n_sizes)]
