@@ -24,7 +24,7 @@ from scipy.stats import kendalltau
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.design import choose_samples
 from foxnas_mlflow.core.measurements import Measurement
-from foxnas_mlflow.core.predictors import fit_predictors, get_formula
+from foxnas_mlflow.core.predictors import fit_predictors, widest_formula
 from foxnas_mlflow.core.searchers import Objective, exact_optimum, fastest, front_of
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.tracking.inputs import open_measurements, open_supernet
@@ -75,7 +75,8 @@ with open_device(target, space, args.device) as timer:
         with tempfile.TemporaryDirectory() as directory:
             rows, _ = open_measurements(args.measurements, Path(directory))
     else:
-        formulas = [get_formula("calibrated-sizes", "accuracy"), get_formula("calibrated", "latency_ms")]
+        n_sizes = len(space.image_sizes)
+        formulas = [widest_formula("calibrated", q, space, n_sizes) for q in ("accuracy", "latency_ms")]
         chosen = choose_samples(space, formulas, args.samples, image_sizes=list(space.image_sizes), seed=args.seed)
         timed = latencies(chosen)
         rows = [

@@ -18,6 +18,9 @@ from foxnas_mlflow.core.space import SearchSpace
 SPARE_PROBES = 2
 """Probes beyond the number of prices: a design that is chosen needs fewer than rows drawn at random."""
 
+N_DRAWN = 2
+"""Random networks among the probes."""
+
 N_CHECKS = 3
 """Random networks that a calibration is held against."""
 
@@ -33,7 +36,9 @@ def choose_probes(
     image_sizes: Sequence[int] | None = None,
     seed: int = 0,
 ) -> list[Architecture]:
-    """The networks whose latencies tell the cost model's prices best (D-optimal).
+    """The networks whose latencies tell the cost model's prices best: D-optimal ones, and `N_DRAWN` random ones.
+
+    A design takes extremes, on which a price is known best if it is one price; the random ones stand for the rest.
 
     Args:
         space: The search space.
@@ -51,16 +56,23 @@ def choose_probes(
         raise InvalidInputError(
             f"n_probes must be {least} or more: the cost model's prices, and spare rows", received=n
         )
-    if n <= len(measured):
-        return []
-    return choose_samples(space, [formula], n - len(measured), measured=measured, image_sizes=image_sizes, seed=seed)
+    drawn = [a for a in _drawn(space, N_DRAWN, image_sizes, [seed, 7]) if a not in measured]
+    n -= len(measured) + len(drawn)
+    if n < 1:
+        return drawn[: max(n + len(drawn), 0)]
+    known = [*measured, *drawn]
+    return drawn + choose_samples(space, [formula], n, measured=known, image_sizes=image_sizes, seed=seed)
 
 
 def choose_checks(
     space: SearchSpace, n: int, *, image_sizes: Sequence[int] | None = None, seed: int = 0
 ) -> list[Architecture]:
     """Random networks to hold the cost model against: the probes are extremes, which the others cannot tell."""
-    rng = np.random.default_rng([seed, 6])
+    return _drawn(space, n, image_sizes, [seed, 6])
+
+
+def _drawn(space: SearchSpace, n: int, image_sizes: Sequence[int] | None, seed: Sequence[int]) -> list[Architecture]:
+    rng = np.random.default_rng(seed)
     sizes = tuple(image_sizes or space.image_sizes)
     return [space.sample(rng, image_size=int(rng.choice(sizes))) for _ in range(n)]
 

@@ -4,8 +4,9 @@ Both are one loop over steps; they differ in the subnets that a step trains and 
 
 - ``progressive_shrinking``: the largest network first, then elastic kernel, depth and expansion,
   one random subnet a step, taught by the largest network as it was when its phase ended.
-- ``sandwich``: largest, smallest and random subnets in every step; the largest learns from the
-  labels, the others from the largest's answers in the same step (in-place distillation).
+- ``sandwich``: largest, smallest and random subnets in every step, both ends at any image size half of
+  the time; the largest learns from the labels, the others from the largest's answers in the same
+  step (in-place distillation).
 
 A checkpoint is one safetensors file with everything that training needs to go on to the same
 losses; what is drawn depends on (seed, step) only, so no generator's state is in it.
@@ -384,7 +385,10 @@ def _update_average(state: TrainingState) -> None:
 def _subnets(config: TrainConfig, space: SearchSpace, phase: int, rng: np.random.Generator) -> list[Architecture]:
     if config.strategy == "sandwich":
         drawn = space.sample(rng, n=config.n_random)
-        return [space.largest(), space.smallest(), *drawn]
+        # Half of the time at any size: else small kernels would learn small images only, and large ones large images.
+        any_size = [int(size) for size in rng.choice(space.image_sizes, 2)]
+        largest, smallest = (None if rng.random() < 0.5 else size for size in any_size)
+        return [space.largest(largest), space.smallest(smallest), *drawn]
     open_kernels, open_depths, open_expansions = phase >= 1, phase >= 2, phase >= 3
     limited = space.replace(
         kernels=space.kernels if open_kernels else space.kernels[-1:],

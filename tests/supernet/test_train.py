@@ -25,7 +25,7 @@ from foxnas_mlflow.supernet import (
     recalibrate,
     train_supernet,
 )
-from foxnas_mlflow.supernet._train import _learning_rate, _open_sizes
+from foxnas_mlflow.supernet._train import _learning_rate, _open_sizes, _subnets
 
 pytestmark = pytest.mark.train
 
@@ -132,6 +132,19 @@ def test_image_sizes_grow() -> None:
     assert all(s == tiny.image_sizes[: len(s)] for s in sizes)
     assert _open_sizes(TrainConfig(growth=0.0), tiny, 0.0) is tiny
     assert _open_sizes(config, tiny.replace(image_sizes=(28,)), 0.0).image_sizes == (28,)
+
+
+def test_a_sandwich_has_both_ends_at_every_image_size() -> None:
+    space = SPACE.replace(image_sizes=(8, 12, 16))
+    seen: dict[str, set[int]] = {"largest": set(), "smallest": set()}
+    for step in range(60):
+        largest, smallest, *drawn = _subnets(TrainConfig(n_random=2), space, 0, np.random.default_rng(step))
+        assert largest == space.largest(largest.image_size)
+        assert smallest == space.smallest(smallest.image_size)
+        assert len(drawn) == 2
+        seen["largest"].add(largest.image_size)
+        seen["smallest"].add(smallest.image_size)
+    assert seen == {"largest": {8, 12, 16}, "smallest": {8, 12, 16}}
 
 
 @pytest.mark.parametrize("strategy", ["sandwich", "progressive_shrinking"])
