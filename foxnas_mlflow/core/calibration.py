@@ -56,12 +56,13 @@ def choose_probes(
         raise InvalidInputError(
             f"n_probes must be {least} or more: the cost model's prices, and spare rows", received=n
         )
-    drawn = [a for a in _drawn(space, N_DRAWN, image_sizes, [seed, 7]) if a not in measured]
-    n -= len(measured) + len(drawn)
-    if n < 1:
-        return drawn[: max(n + len(drawn), 0)]
+    missing = max(n - len(measured), 0)
+    drawn = [a for a in _drawn(space, N_DRAWN, image_sizes, [seed, 7]) if a not in measured][:missing]
+    n_designed = missing - len(drawn)
+    if not n_designed:
+        return drawn
     known = [*measured, *drawn]
-    return drawn + choose_samples(space, [formula], n, measured=known, image_sizes=image_sizes, seed=seed)
+    return drawn + choose_samples(space, [formula], n_designed, measured=known, image_sizes=image_sizes, seed=seed)
 
 
 def choose_checks(

@@ -1,8 +1,10 @@
-"""Files written in one step, and files that one process works on at a time."""
+"""Files written in one step, files that one process works on at a time, and digests that find them again."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,11 @@ def cache_directory(*parts: str) -> Path:
     directory = Path(root, "foxnas_mlflow", *parts)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def json_digest(value: object) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:

@@ -9,8 +9,6 @@ MobileNet-EdgeTPU for ``tpu``). A user's own space is the same dataclass, writte
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture, Block, Stage
 from foxnas_mlflow.core.errors import InvalidArchitectureError, InvalidSpaceError
+from foxnas_mlflow.core.files import json_digest
 
 SPACE_FORMAT = 1
 
@@ -202,7 +201,7 @@ class SearchSpace:
     @property
     def digest(self) -> str:
         """SHA-256 of the space's JSON: two spaces with the same digest build the same networks."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        return json_digest(self.to_dict())
 
     def replace(self, **changes: Any) -> SearchSpace:
         """A copy with some fields changed, for example ``space.replace(n_classes=10)``."""

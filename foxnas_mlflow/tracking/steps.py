@@ -13,7 +13,6 @@ offered to the step, which goes on from what it left (a checkpoint, measured row
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead
 from foxnas_mlflow.tracking.run import EntryRun, tags_of_next_run
 from foxnas_mlflow.tracking.run import end_dead_runs as end_dead_runs
@@ -52,8 +52,7 @@ class Step:
     @property
     def digest(self) -> str:
         """SHA-256 that identifies the step's result."""
-        text = json.dumps({"format": _FORMAT, "step": self.name, "inputs": dict(self.inputs)}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return json_digest({"format": _FORMAT, "step": self.name, "inputs": dict(self.inputs)})
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InfeasibleConstraintError
-from foxnas_mlflow.core.files import cache_directory, worked_on
+from foxnas_mlflow.core.files import cache_directory, json_digest, worked_on
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Candidate, SearchOutcome, verify
 from foxnas_mlflow.core.targets import Target
@@ -71,8 +69,7 @@ def kept_measurements(predictors: PredictorSet, target: Target, request: Mapping
         InvalidInputError: If another process works on the same search.
     """
     inputs = {"predictors": predictors.to_dict(), "target": dataclasses.asdict(target), "request": dict(request)}
-    digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
-    directory = cache_directory("verifications", digest)
+    directory = cache_directory("verifications", json_digest(inputs)[:32])
     with worked_on(directory / "lock", "the same search"):
         try:
             yield directory

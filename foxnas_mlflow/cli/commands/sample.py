@@ -162,9 +162,8 @@ def _digest(
 ) -> str:
     """Of everything that the rows and their order depend on: the same command finds its own rows."""
     import dataclasses
-    import hashlib
-    import json
 
+    from foxnas_mlflow.core.files import json_digest
     from foxnas_mlflow.core.measurements import measurements_digest
 
     inputs = {
@@ -174,4 +173,4 @@ def _digest(
         "given": measurements_digest(given),
         **{key: getattr(args, key) for key in ("device", "design", "n_measurements", "validation_images", "seed")},
     }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+    return json_digest(inputs)[:32]

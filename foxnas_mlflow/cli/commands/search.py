@@ -79,14 +79,14 @@ def run(args: argparse.Namespace) -> dict[str, str]:
     from foxnas_mlflow.tracking.search import log_search
     from foxnas_mlflow.tracking.verification import kept_measurements, verified
 
-    resolved = {
+    request = vars(args) | {
         "image_size": ",".join(map(str, objective.image_sizes)),
         "data": "" if supernet is None else supernet.dataset.source,
     }
     # The run is open while the search works, so that SIGTERM finds it and ends it as KILLED.
     with entry_run(
         stage="search",
-        params=vars(args) | resolved,
+        params=request,
         target=target.name,
         space=predictors.space.name,
         latency_source="cost_model",
@@ -107,7 +107,6 @@ def run(args: argparse.Namespace) -> dict[str, str]:
             searcher.search(outcome.objective, args.latency_ms, evaluations=budget, seed=args.seed)
             for searcher in SEARCHERS.values()
         ]
-        request = vars(args) | resolved
         keeping = kept_measurements(predictors, target, request) if args.device else nullcontext(run.directory)
         with keeping as kept:
             verification = None

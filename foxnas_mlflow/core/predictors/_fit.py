@@ -339,14 +339,14 @@ def cross_validate(
             xw = x[train] * root_weights[train, None]
             used, beta = _solve(formula, xw, linear[train] * root_weights[train])
             xw, x_test = xw[:, used], x[np.ix_(test, used)]
-            dof = len(train) - int(np.linalg.matrix_rank(xw))
             z = x_test @ beta
             predicted[repeat, test] = z if ceiling is None else ceiling - np.exp(-z)
+            projected, _, rank, _ = np.linalg.lstsq(xw.T, x_test.T, rcond=None)
+            dof = len(train) - rank
             if dof < 1:
                 continue
             s2 = float(np.sum((linear[train] * root_weights[train] - xw @ beta) ** 2)) / dof
             scale = np.abs(z) if formula.relative else np.ones_like(z)
-            projected = np.linalg.lstsq(xw.T, x_test.T, rcond=None)[0]
             sd = np.sqrt(s2 * ((projected**2).sum(axis=0) + scale**2))
             covered[repeat, test] = np.abs(linear[test] - z) <= stdtrit(dof, 0.975) * sd
         taus.append(float(kendalltau(predicted[repeat], y).statistic))
