@@ -21,7 +21,8 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.flavor import SupernetModel, load_model
 from foxnas_mlflow.supernet import Batches, PlainNetwork, SubnetEvaluator, Supernet, TrainConfig
-from foxnas_mlflow.supernet._train import _autocast, _layout, _learning_rate, _resized
+from foxnas_mlflow.supernet._step import _resized, autocast, layout
+from foxnas_mlflow.supernet._train import _learning_rate
 
 
 def train_alone(model: SupernetModel, data: ImageDataset, architecture: Architecture) -> PlainNetwork:
@@ -47,9 +48,9 @@ def train_alone(model: SupernetModel, data: ImageDataset, architecture: Architec
         for images, targets in batches.epoch(epoch):
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(config, step, n_steps)
-            x = _resized(images.to(memory_format=_layout(config.mode)), architecture.image_size)
+            x = _resized(images.to(memory_format=layout(config.mode)), architecture.image_size)
             optimizer.zero_grad(set_to_none=True)
-            with _autocast(config.mode, x):
+            with autocast(config.mode, x):
                 logits = plain(x)
             F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing).backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)

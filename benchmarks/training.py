@@ -31,7 +31,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.supernet import Supernet, fastest_mode
-from foxnas_mlflow.supernet._train import _autocast, _layout
+from foxnas_mlflow.supernet._step import autocast, layout
 
 
 def import_once_for_all() -> Any:
@@ -49,11 +49,11 @@ def import_once_for_all() -> Any:
 def step_of(network: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, mode: Any) -> Callable[[], None]:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True, foreach=True)
     network.train()
-    images = images.to(memory_format=_layout(mode))
+    images = images.to(memory_format=layout(mode))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with _autocast(mode, images):
+        with autocast(mode, images):
             loss = F.cross_entropy(network(images).float(), targets)
         loss.backward()
         optimizer.step()

@@ -7,8 +7,10 @@ from foxnas_mlflow.supernet._finetune import finetune
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, plain_logits, subnet_weights
 from foxnas_mlflow.supernet._once_for_all import Initialization, load_once_for_all
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
+from foxnas_mlflow.supernet._state import TrainConfig, TrainingState, load_checkpoint
+from foxnas_mlflow.supernet._step import fastest_mode
 from foxnas_mlflow.supernet._timing import time_forward
-from foxnas_mlflow.supernet._train import TrainConfig, TrainingState, fastest_mode, load_checkpoint, train_supernet
+from foxnas_mlflow.supernet._train import train_supernet
 
 __all__ = [
     "PRESETS",

@@ -3,11 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from foxnas_mlflow.core.errors import InvalidFormatError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace
 from foxnas_mlflow.supernet import Supernet, get_preset, subnet_weights, time_forward
+from foxnas_mlflow.supernet._network import _relu6
 from foxnas_mlflow.tflite._graph import lower
 from foxnas_mlflow.tflite._reference import reference_forward
 from foxnas_mlflow.tflite._weights import fold_weights, weight_shapes
@@ -113,3 +115,14 @@ def test_timing_takes_the_runs_that_were_asked_or_those_that_fit() -> None:
     assert len(samples) == 5
     assert min(samples) > 0
     assert len(time_forward(network, batch=1, device="cpu", runs=100, warmup_seconds=0, max_seconds=0)) == 20
+
+
+def test_relu6_has_the_values_and_gradients_of_pytorchs() -> None:
+    values = torch.tensor([-1.0, 0.0, 1e-6, 3.0, 6.0, 7.0])
+    results = []
+    for function in (_relu6, F.relu6):
+        leaf = values.clone().requires_grad_()
+        y = function(leaf * 1)
+        (gradient,) = torch.autograd.grad((y * y).sum() + y.sum(), leaf)
+        results.append((y.detach(), gradient))
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -25,7 +25,8 @@ from foxnas_mlflow.supernet import (
     recalibrate,
     train_supernet,
 )
-from foxnas_mlflow.supernet._train import _learning_rate, _open_sizes, _subnets
+from foxnas_mlflow.supernet._step import Workers, draw_subnets, fastest_workers, open_sizes, subnet_gradients
+from foxnas_mlflow.supernet._train import _learning_rate
 
 pytestmark = pytest.mark.train
 
@@ -127,24 +128,82 @@ def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
 def test_image_sizes_grow() -> None:
     tiny = get_preset("tiny").space(CPU_SPACE, in_channels=1, n_classes=10)
     config = TrainConfig(growth=0.6)
-    sizes = [_open_sizes(config, tiny, progress).image_sizes for progress in (0.0, 0.14, 0.16, 0.44, 0.46, 1.0)]
+    sizes = [open_sizes(config, tiny, progress).image_sizes for progress in (0.0, 0.14, 0.16, 0.44, 0.46, 1.0)]
     assert [len(s) for s in sizes] == [2, 2, 3, 3, 4, 4]
     assert all(s == tiny.image_sizes[: len(s)] for s in sizes)
-    assert _open_sizes(TrainConfig(growth=0.0), tiny, 0.0) is tiny
-    assert _open_sizes(config, tiny.replace(image_sizes=(28,)), 0.0).image_sizes == (28,)
+    assert open_sizes(TrainConfig(growth=0.0), tiny, 0.0) is tiny
+    assert open_sizes(config, tiny.replace(image_sizes=(28,)), 0.0).image_sizes == (28,)
 
 
 def test_a_sandwich_has_both_ends_at_every_image_size() -> None:
     space = SPACE.replace(image_sizes=(8, 12, 16))
     seen: dict[str, set[int]] = {"largest": set(), "smallest": set()}
     for step in range(60):
-        largest, smallest, *drawn = _subnets(TrainConfig(n_random=2), space, 0, np.random.default_rng(step))
+        largest, *drawn, smallest = draw_subnets(TrainConfig(n_random=2), space, 0, np.random.default_rng(step))
         assert largest == space.largest(largest.image_size)
         assert smallest == space.smallest(smallest.image_size)
         assert len(drawn) == 2
         seen["largest"].add(largest.image_size)
         seen["smallest"].add(smallest.image_size)
     assert seen == {"largest": {8, 12, 16}, "smallest": {8, 12, 16}}
+
+
+def sandwich_gradients(n_workers: int, digits) -> tuple[float, list[torch.Tensor | None], dict[str, torch.Tensor]]:
+    """Loss, gradients and statistics of one step's subnets."""
+    state = new_state()
+    state.supernet.double().train()
+    images, targets = next(batches_of(digits).epoch(0))
+    with Workers(n_workers) as workers:
+        loss, gradients = subnet_gradients(state, SPACE, images.double(), targets, 0, None, workers)
+    return float(loss), gradients, dict(state.supernet.named_buffers())
+
+
+def test_subnets_side_by_side_have_the_gradients_of_one_after_another(digits) -> None:
+    state = new_state()
+    supernet = state.supernet.double().train()
+    images, targets = next(batches_of(digits).epoch(0))
+    images = images.double()
+    soft = None
+    total = 0.0
+    largest, *others = draw_subnets(state.config, SPACE, 0, np.random.default_rng([0, 3, 0]))
+    for architecture in (largest, *others):
+        supernet.set_subnet(architecture)
+        x = F.interpolate(images, (architecture.image_size,) * 2, mode="bilinear", antialias=True)
+        logits = supernet(images if architecture.image_size == 12 else x).float()
+        if soft is None:
+            soft = logits.detach().softmax(1)
+            loss = F.cross_entropy(logits, targets, label_smoothing=0.1)
+            statistics = {name: t.clone() for name, t in supernet.named_buffers()}
+        else:
+            loss = F.cross_entropy(logits, soft)
+        (loss / 4).backward()
+        total += float(loss.detach()) / 4
+    for n_workers in (1, 3):
+        mean, gradients, buffers = sandwich_gradients(n_workers, digits)
+        assert mean == pytest.approx(total, rel=1e-6)
+        for parameter, gradient in zip(supernet.parameters(), gradients, strict=True):
+            assert (parameter.grad is None) == (gradient is None)
+            if gradient is not None:
+                # Logits are single precision, for the loss.
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+        # Several subnets at a time would spoil each other's statistics: they are the largest one's.
+        torch.testing.assert_close(buffers, statistics)
+
+
+def test_a_subnet_that_fails_ends_the_step(digits) -> None:
+    state = new_state()
+    images, targets = next(batches_of(digits).epoch(0))
+    with Workers(2) as workers, pytest.raises(RuntimeError, match="channels"):
+        subnet_gradients(state, SPACE, images.repeat(1, 2, 1, 1), targets, 0, None, workers)
+
+
+def test_timing_of_workers_leaves_no_trace(digits, monkeypatch) -> None:
+    state = new_state()
+    before = {name: t.clone() for name, t in state.supernet.train().state_dict().items()}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert fastest_workers(state, *next(batches_of(digits).epoch(0)), None) in (1, 2)
+    torch.testing.assert_close(dict(state.supernet.state_dict()), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in state.supernet.parameters())
 
 
 @pytest.mark.parametrize("strategy", ["sandwich", "progressive_shrinking"])

@@ -1,0 +1,186 @@
+"""How a supernet is trained, how far it is, and the checkpoints of that.
+
+A checkpoint is one safetensors file with everything that training needs to go on to the same
+losses; what is drawn depends on (seed, step) only, so no generator's state is in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError
+from foxnas_mlflow.core.files import write_atomically
+from foxnas_mlflow.core.space import SearchSpace
+from foxnas_mlflow.supernet._network import Supernet
+
+Strategy = Literal["progressive_shrinking", "sandwich"]
+Mode = Literal["auto", "float32", "channels_last", "bfloat16"]
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINTS = ("a.safetensors", "b.safetensors")
+"""Written in turn: a torn or missing one leaves the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        strategy: See the module.
+        epochs: Passes over the training images.
+        learning_rate: Peak of the cosine schedule.
+        momentum: Of SGD with Nesterov's correction.
+        weight_decay: Of weights; batch norm and biases have none.
+        label_smoothing: Share of the target spread over all classes.
+        warmup: Share of the steps with a rising learning rate.
+        clip_norm: Largest norm of the gradient.
+        n_random: Random subnets in a sandwich step.
+        growth: Share of the steps over which the image sizes grow, from the smaller half of them to all:
+            a small image teaches as much at first and costs less (EfficientNetV2's progressive
+            learning; a deviation from the paper). 0: all sizes from the start.
+        ema: Decay of the averaged weights that training returns; 0 returns the last weights.
+        mode: Number format and memory layout; ``auto`` times them at the start.
+        workers: Subnets of a step that are computed at the same time, on threads of their own; 0
+            times it at the start.
+        seed: Seed of the subnets.
+    """
+
+    strategy: Strategy = "sandwich"
+    epochs: int = 40
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 3e-5
+    label_smoothing: float = 0.1
+    warmup: float = 0.1
+    clip_norm: float = 2.0
+    n_random: int = 2
+    growth: float = 2 / 3
+    ema: float = 0.0
+    mode: Mode = "auto"
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise InvalidInputError(f"strategy must be one of {list(get_args(Strategy))}", received=self.strategy)
+        if self.mode not in get_args(Mode):
+            raise InvalidInputError(f"mode must be one of {list(get_args(Mode))}", received=self.mode)
+        if self.epochs < 1:
+            raise InvalidInputError("epochs must be positive", received=self.epochs)
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InvalidInputError("learning_rate must be a positive number", received=self.learning_rate)
+        if self.workers < 0:
+            raise InvalidInputError("workers must not be negative", received=self.workers)
+        if not 0 <= self.ema < 1:
+            raise InvalidInputError("ema must be in [0, 1)", received=self.ema)
+        if not 0 <= self.growth <= 1:
+            raise InvalidInputError("growth must be in [0, 1]", received=self.growth)
+
+
+@dataclass
+class TrainingState:
+    """A supernet in training.
+
+    Attributes:
+        supernet: The network.
+        config: How it is trained.
+        step: Steps done.
+        velocity: SGD's momentum by parameter name.
+        teacher: Parameters of the largest network that teaches the later phases.
+        average: Averaged parameters by name, with `TrainConfig.ema`.
+        origin: What the batches are drawn from (data digest, batch size, seed), JSON values; a
+            resumed training must have the same.
+    """
+
+    supernet: Supernet
+    config: TrainConfig
+    step: int = 0
+    velocity: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    teacher: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    average: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint atomically."""
+        tensors = {f"model.{name}": t for name, t in self.supernet.state_dict().items()}
+        tensors |= {f"velocity.{name}": t for name, t in self.velocity.items()}
+        tensors |= {f"teacher.{name}": t for name, t in self.teacher.items()}
+        tensors |= {f"average.{name}": t for name, t in self.average.items()}
+        state = {
+            "format": CHECKPOINT_FORMAT,
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "space": self.supernet.space.to_dict(),
+            "origin": dict(self.origin),
+        }
+        contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_atomically(path, save(contiguous, metadata={"foxnas": json.dumps(state)}))
+
+
+def load_checkpoint(directory: Path, space: SearchSpace | None = None) -> TrainingState:
+    """The newest whole checkpoint of a directory.
+
+    Args:
+        directory: Holds the files of `CHECKPOINTS`, or is one such file.
+        space: Refuse a checkpoint of another space.
+
+    Raises:
+        InvalidInputError: If there is no whole checkpoint, or it belongs to another space.
+    """
+    paths = [directory] if directory.is_file() else [directory / name for name in CHECKPOINTS]
+    states, damaged = [], []
+    for path in paths:
+        if path.is_file():
+            try:
+                states.append(_read(path))
+            except (SafetensorError, InvalidFormatError, KeyError, ValueError, OSError) as error:
+                damaged.append(f"{path.name}: {error}")
+    if not states:
+        raise InvalidInputError(
+            "resume must name a run or directory with a whole checkpoint", received="; ".join(damaged) or str(directory)
+        )
+    state = max(states, key=lambda s: s.step)
+    if space is not None and state.supernet.space.digest != space.digest:
+        raise InvalidInputError(
+            "a checkpoint must belong to the space that is trained",
+            received=f"{state.supernet.space.name!r} with other settings",
+            remedy="resume with the data, space and preset that it was begun with",
+        )
+    return state
+
+
+def _read(path: Path) -> TrainingState:
+    with safe_open(str(path), framework="pt") as file:
+        metadata = json.loads((file.metadata() or {})["foxnas"])
+        if metadata["format"] != CHECKPOINT_FORMAT:
+            raise InvalidFormatError(
+                f"a checkpoint must have format {CHECKPOINT_FORMAT}",
+                received=metadata["format"],
+                remedy="read it with the release of foxnas-mlflow that wrote it",
+            )
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "velocity": {}, "teacher": {}, "average": {}}
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            part, _, name = key.partition(".")
+            parts[part][name] = file.get_tensor(key)
+    supernet = Supernet(SearchSpace.from_dict(metadata["space"]))
+    supernet.load_state_dict(parts["model"])
+    config = TrainConfig(**metadata["config"])
+    return TrainingState(
+        supernet,
+        config,
+        metadata["step"],
+        parts["velocity"],
+        parts["teacher"],
+        parts["average"],
+        metadata.get("origin", {}),
+    )

@@ -1,0 +1,274 @@
+"""One update of the supernet: its subnets, their gradients, and the fastest way to compute them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812 - the field's own name
+from torch import Tensor, nn
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.space import SearchSpace
+from foxnas_mlflow.supernet._network import PlainNetwork, Supernet
+from foxnas_mlflow.supernet._state import Mode, TrainConfig, TrainingState
+
+_T = TypeVar("_T")
+
+
+class Workers:
+    """Threads that share the processor and compute one subnet each.
+
+    PyTorch divides every operator among all threads. On small images most operators are too small
+    for that: one thread for each of two subnets trains 1.5 times as fast as two threads for both.
+
+    Args:
+        n: Number of workers; 1 computes one subnet after another with all threads.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._threads = torch.get_num_threads()
+        self._pool = (
+            ThreadPoolExecutor(n, "foxnas", torch.set_num_threads, (max(self._threads // n, 1),)) if n > 1 else None
+        )
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            # Threads that start later would take the workers' number.
+            torch.set_num_threads(self._threads)
+
+    def map(self, function: Callable[[int], _T], n: int, awaited: Future[Tensor]) -> Iterator[_T]:
+        """Results for 0 to n - 1, in that order.
+
+        Args:
+            function: Computes one of them.
+            n: How many.
+            awaited: A value that the first call sets and the others may wait for.
+        """
+        if self._pool is None:
+            yield from map(function, range(n))
+            return
+        tasks = [self._pool.submit(function, i) for i in range(n)]
+        # Nobody waits for a value that a failed call did not set.
+        tasks[0].add_done_callback(lambda _: awaited.cancel())
+        for task in tasks:
+            yield task.result()
+
+
+def train_step(
+    state: TrainingState,
+    space: SearchSpace,
+    images: Tensor,
+    targets: Tensor,
+    phase: int,
+    teacher: PlainNetwork | None,
+    optimizer: torch.optim.Optimizer,
+    workers: Workers,
+) -> float:
+    """One update with subnets of a space.
+
+    Returns:
+        The mean loss over the subnets; NaN if it or the gradient is not finite, and nothing is
+        updated then: the next checkpoint saves these weights.
+    """
+    loss, gradients = subnet_gradients(state, space, images, targets, phase, teacher, workers)
+    parameters = []
+    for parameter, gradient in zip(state.supernet.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+        if gradient is not None:
+            parameters.append(parameter)
+    if distributed():
+        _average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, state.config.clip_norm, foreach=True)
+    # One transfer from the device a step.
+    total, length = torch.stack([loss, norm]).tolist()
+    if math.isfinite(total) and math.isfinite(length):
+        optimizer.step()
+        if state.config.ema:
+            _update_average(state)
+        return float(total)
+    return math.nan
+
+
+def subnet_gradients(
+    state: TrainingState,
+    space: SearchSpace,
+    images: Tensor,
+    targets: Tensor,
+    phase: int,
+    teacher: PlainNetwork | None,
+    workers: Workers,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Mean loss over a step's subnets and its gradients by parameter; None where no subnet uses it."""
+    config, supernet = state.config, state.supernet
+    subnets = draw_subnets(config, space, phase, np.random.default_rng([config.seed, 3, state.step]))
+    parameters = list(supernet.parameters())
+    answers: Future[Tensor] = Future()
+
+    def of_subnet(i: int) -> tuple[Tensor, Sequence[Tensor | None]]:
+        x = _resized(images, subnets[i].image_size)
+        soft: Tensor | None = None
+        with autocast(config.mode, x):
+            if teacher is not None:
+                with torch.no_grad():
+                    soft = F.softmax(teacher(x).float(), 1)
+            # The statistics are those of the first subnet, the largest in a sandwich.
+            logits = supernet(x, build_network(space, subnets[i]), track=i == 0).float()
+        if config.strategy == "sandwich" and i:
+            soft = answers.result()
+        else:
+            answers.set_result(F.softmax(logits.detach(), 1))
+        terms = []
+        if soft is None or config.strategy == "progressive_shrinking":
+            terms.append(F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing))
+        if soft is not None:
+            terms.append(F.cross_entropy(logits, soft))
+        loss = torch.stack(terms).sum() / len(subnets)
+        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    losses = []
+    total: list[Tensor | None] = [None] * len(parameters)
+    # Added in one order, so that a resumed training comes to the same sums.
+    for loss, gradients in workers.map(of_subnet, len(subnets), answers):
+        losses.append(loss)
+        for i, gradient in enumerate(gradients):
+            sum_so_far = total[i]
+            total[i] = gradient if sum_so_far is None else sum_so_far if gradient is None else sum_so_far.add_(gradient)
+    return torch.stack(losses).sum(), total
+
+
+def draw_subnets(config: TrainConfig, space: SearchSpace, phase: int, rng: np.random.Generator) -> list[Architecture]:
+    """The subnets of a step; the first of a sandwich teaches the others."""
+    if config.strategy == "sandwich":
+        drawn = space.sample(rng, n=config.n_random)
+        # Half of the time at any size: else small kernels would learn small images only, and large ones large images.
+        any_size = [int(size) for size in rng.choice(space.image_sizes, 2)]
+        largest, smallest = (None if rng.random() < 0.5 else size for size in any_size)
+        return [space.largest(largest), *drawn, space.smallest(smallest)]
+    open_kernels, open_depths, open_expansions = phase >= 1, phase >= 2, phase >= 3
+    limited = space.replace(
+        kernels=space.kernels if open_kernels else space.kernels[-1:],
+        depths=space.depths if open_depths else space.depths[-1:],
+        expansions=space.expansions if open_expansions else space.expansions[-1:],
+    )
+    return list(limited.sample(rng, n=1))
+
+
+def open_sizes(config: TrainConfig, space: SearchSpace, progress: float) -> SearchSpace:
+    """The space with the image sizes that are trained when a share of the steps is done."""
+    sizes = space.image_sizes
+    if progress >= config.growth:
+        return space
+    half = -(-len(sizes) // 2)
+    return space.replace(image_sizes=sizes[: half + int((len(sizes) - half) * progress / config.growth + 0.5)])
+
+
+def layout(mode: Mode) -> torch.memory_format:
+    """Memory layout of a mode's images."""
+    return torch.contiguous_format if mode == "float32" else torch.channels_last
+
+
+def autocast(mode: Mode, x: Tensor) -> torch.autocast:
+    """Number format of a mode."""
+    return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=mode == "bfloat16")
+
+
+def fastest_mode(supernet: Supernet, images: Tensor, targets: Tensor, device: str) -> Mode:
+    """Time forward and backward of the largest network in each mode; another must win by 5 %."""
+    network = build_network(supernet.space, supernet.space.largest())
+    y = targets.to(device)
+
+    def run(mode: Mode) -> None:
+        x = images.to(device, memory_format=layout(mode))
+        with autocast(mode, x):
+            loss = F.cross_entropy(supernet(x, network, track=False).float(), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    modes: tuple[Mode, ...] = ("float32", "channels_last", "bfloat16")
+    best = _fastest(run, modes, rounds=6)
+    supernet.zero_grad(set_to_none=True)
+    return best
+
+
+def fastest_workers(state: TrainingState, images: Tensor, targets: Tensor, teacher: PlainNetwork | None) -> int:
+    """Time a step's gradients with one subnet after another and with subnets side by side."""
+    n_subnets = len(draw_subnets(state.config, state.supernet.space, 0, np.random.default_rng(0)))
+    n = min(torch.get_num_threads(), n_subnets)
+    if n == 1 or images.is_cuda:
+        return 1
+    # The timed subnets must leave no trace in the statistics.
+    statistics = {name: t.clone() for name, t in state.supernet.named_buffers()}
+
+    def run(n_workers: int) -> None:
+        with Workers(n_workers) as workers:
+            subnet_gradients(state, state.supernet.space, images, targets, 0, teacher, workers)
+
+    best = _fastest(run, (1, n), rounds=3)
+    for name, buffer in state.supernet.named_buffers():
+        buffer.copy_(statistics[name])
+    return best
+
+
+def _fastest(run: Callable[[_T], None], choices: Sequence[_T], *, rounds: int) -> _T:
+    """The choice with the least median time; one after the first must win by 5 %."""
+    times: list[list[float]] = [[] for _ in choices]
+    # In turns, so that a slow moment of the machine meets all of them; the first round warms up.
+    for _ in range(rounds):
+        for choice, taken in zip(choices, times, strict=True):
+            start = time.perf_counter()
+            run(choice)
+            taken.append(time.perf_counter() - start)
+    seconds = [float(np.median(taken[1:])) for taken in times]
+    best = int(np.argmin(seconds))
+    return choices[best if seconds[best] < 0.95 * seconds[0] else 0]
+
+
+def distributed() -> bool:
+    """Whether this process trains with others."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def _average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average over ranks in one message; all ranks used the same layers, so the lists agree."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    start = 0
+    for gradient in gradients:
+        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+        start += gradient.numel()
+
+
+def _update_average(state: TrainingState) -> None:
+    parameters = {name: p.detach() for name, p in state.supernet.named_parameters()}
+    if not state.average:
+        state.average = {name: p.clone() for name, p in parameters.items()}
+        return
+    # A short memory at first: the beginning must not weigh on a short training.
+    decay = min(state.config.ema, (state.step + 1) / (state.step + 10))
+    averages = [state.average[name] for name in parameters]
+    torch._foreach_lerp_(averages, list(parameters.values()), 1 - decay)
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
