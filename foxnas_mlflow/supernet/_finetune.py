@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from foxnas_mlflow.core.errors import InvalidInputError, TrainingError
+from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.supernet._batches import Batches
 from foxnas_mlflow.supernet._network import PlainNetwork
 
@@ -23,6 +28,8 @@ def finetune(
     epochs: int,
     learning_rate: float,
     progress: Callable[[int, int, float], None] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 120.0,
     device: str = "cpu",
 ) -> PlainNetwork:
     """Go on training a network from the weights that it has, with those of no other network in between.
@@ -35,6 +42,9 @@ def finetune(
         epochs: Passes over the training images.
         learning_rate: The first, largest learning rate.
         progress: Called with steps done, all steps and the loss.
+        checkpoint: A file of this training alone, which is written as it goes and, where it is there
+            already, gone on from.
+        checkpoint_seconds: Seconds between two writes of it.
         device: Where to compute.
 
     Returns:
@@ -56,9 +66,10 @@ def finetune(
         momentum=_MOMENTUM,
         nesterov=True,
     )
-    n_steps, step = epochs * len(batches), 0
-    for epoch in range(epochs):
-        for images, targets in batches.epoch(epoch):
+    n_steps, saved = epochs * len(batches), time.monotonic()
+    step = 0 if checkpoint is None else _read(checkpoint, plain, optimizer)
+    for epoch in range(step // len(batches), epochs):
+        for images, targets in batches.epoch(epoch, start=step % len(batches)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / n_steps))
             optimizer.zero_grad(set_to_none=True)
@@ -72,4 +83,32 @@ def finetune(
                 raise TrainingError("the loss must stay finite", received=value, remedy="take fewer epochs")
             if progress is not None:
                 progress(step, n_steps, value)
+            if checkpoint is not None and time.monotonic() - saved >= checkpoint_seconds:
+                _write(checkpoint, plain, optimizer, step)
+                saved = time.monotonic()
     return plain.to("cpu").eval()
+
+
+def _write(path: Path, plain: PlainNetwork, optimizer: torch.optim.SGD, step: int) -> None:
+    tensors = {f"model.{name}": t for name, t in plain.state_dict().items()}
+    for name, parameter in plain.named_parameters():
+        tensors[f"velocity.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save(contiguous, metadata={"step": str(step)}))
+
+
+def _read(path: Path, plain: PlainNetwork, optimizer: torch.optim.SGD) -> int:
+    """Go to where a checkpoint is; the steps done, 0 where there is none that is whole."""
+    if not path.is_file():
+        return 0
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            step = int((file.metadata() or {})["step"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, KeyError, ValueError, OSError):
+        return 0
+    plain.load_state_dict({k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")})
+    for name, parameter in plain.named_parameters():
+        optimizer.state[parameter]["momentum_buffer"] = tensors[f"velocity.{name}"].to(parameter.device)
+    return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from foxnas_mlflow.core.errors import InvalidFormatError
@@ -27,6 +28,7 @@ def finetuned(
     epochs: int,
     seed: int,
     progress: Callable[[int, int, float], None],
+    checkpoint: Path,
 ) -> dict[str, Any]:
     """Train a registered subnet alone, from the weights that it shared, and register the result.
 
@@ -38,6 +40,7 @@ def finetuned(
         epochs: Passes over the training images.
         seed: Seed of the batches.
         progress: Called with steps done, all steps and the loss.
+        checkpoint: File of this training; one that was killed goes on from it.
 
     Returns:
         run_id, model_uri of the new version, inherited_top1 and finetuned_top1 in percent, of float
@@ -64,6 +67,7 @@ def finetuned(
         epochs=epochs,
         learning_rate=LEARNING_RATE_SHARE * preset.learning_rate,
         progress=progress,
+        checkpoint=checkpoint,
     )
     better = SubnetModel(
         model.architecture,

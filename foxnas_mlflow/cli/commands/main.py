@@ -305,6 +305,9 @@ class _Pipeline:
 
     def _finetune(self, subnet_uri: str) -> str:
         """Train the found network alone; the URI of the better one of the two."""
+        import shutil
+
+        from foxnas_mlflow.core.files import cache_directory
         from foxnas_mlflow.tracking.steps import Step, run_step
 
         args = self._args
@@ -319,11 +322,15 @@ class _Pipeline:
         }
         self._announce("finetune")
         step = Step("finetune", inputs)
-        self._finish(run_step(self._run, step, lambda cut_off: self._finetuned(subnet_uri)))
+        directory = cache_directory("finetunes", step.digest[:32])
+        checkpoint = directory / "checkpoint.safetensors"
+        self._finish(run_step(self._run, step, lambda cut_off: self._finetuned(subnet_uri, checkpoint)))
+        # Only now that the step is known as done.
+        shutil.rmtree(directory)
         outputs = self.done["finetune"].outputs
         return str(outputs["model_uri"]) if outputs["finetuned_top1"] > outputs["inherited_top1"] else subnet_uri
 
-    def _finetuned(self, subnet_uri: str) -> Mapping[str, Any]:
+    def _finetuned(self, subnet_uri: str, checkpoint: Path) -> Mapping[str, Any]:
         from foxnas_mlflow.cli.progress import progress_bar
         from foxnas_mlflow.supernet import get_preset
         from foxnas_mlflow.tracking.finetune import finetuned
@@ -343,6 +350,7 @@ class _Pipeline:
                 epochs=args.finetune_epochs,
                 seed=args.seed,
                 progress=lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
+                checkpoint=checkpoint,
             )
 
     def _compare(self, supernet: str, predictors_uri: str, model: str, latency_ms: float) -> None:
