@@ -83,3 +83,12 @@ def colour_model(tmp_path_factory: pytest.TempPathFactory) -> TfliteModel:
     if importlib.util.find_spec("tensorflow") is None:
         pytest.skip("converting the test network needs tensorflow")
     return build_colour_model(tmp_path_factory.mktemp("colour") / "colour.tflite")
+
+
+@pytest.fixture(scope="session")
+def board_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Docker image with LiteRT and the stand-in for Google's compiler, where a daemon answers."""
+    from tests.containers import board_image
+
+    with board_image(tmp_path_factory.mktemp("image")) as name:
+        yield name

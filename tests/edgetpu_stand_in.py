@@ -83,9 +83,9 @@ sys.exit(1)  # nobody may look at it
 '''
 
 
-def write_stand_in(directory: Path) -> Path:
-    """Put the program into a directory, which is then one for PATH."""
+def write_stand_in(directory: Path, python: str = sys.executable) -> Path:
+    """Put the program into a directory, which is then one for PATH; `python` runs it."""
     path = directory / "edgetpu_compiler"
-    path.write_text(_PROGRAM.format(python=sys.executable), encoding="utf-8")
+    path.write_text(_PROGRAM.format(python=python), encoding="utf-8")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path

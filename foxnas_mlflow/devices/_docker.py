@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tarfile
+import threading
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -15,6 +16,9 @@ from foxnas_mlflow.devices.board import LOCK
 
 LIFETIME_SECONDS = 86_400
 """A container that is left behind by a killed process ends after a day."""
+
+SETTLE_SECONDS = 2
+"""How long a container may take to end after its last command did."""
 
 
 class DockerConnection(Connection):
@@ -82,22 +86,34 @@ class DockerConnection(Connection):
 
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
         api = self._client.api
-        # Commands of ours print at their end: the time between two reads is that of the command.
-        api.timeout = timeout_s
+        late = threading.Event()
+
+        def end() -> None:
+            # The SDK waits for output without end, and Docker cannot end one command of a container.
+            late.set()
+            self._kill()
+
+        timer = threading.Timer(timeout_s, end)
+        timer.start()
         try:
             command = api.exec_create(self._container.id, list(argv))["Id"]
             output, errors = api.exec_start(command, demux=True)
             status = api.exec_inspect(command)["ExitCode"]
-        except self._docker.errors.DockerException as error:
-            raise self._failure(error) from error
-        except OSError as error:
+        except (self._docker.errors.DockerException, OSError) as error:
             # requests' errors are OSErrors.
-            if "timed out" in str(error).lower():
+            if late.is_set():
                 raise timed_out(argv, timeout_s, self.uri) from None
             raise self._failure(error) from error
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise timed_out(argv, timeout_s, self.uri)
+        if status in (None, 137) and not self._is_running():
+            # Killed with its container.
+            raise self._failure(f"exit status {status}")
         out, err = ((stream or b"").decode(errors="replace") for stream in (output, errors))
         # A program that is missing is told on standard output, in the daemon's words.
-        return Completed(int(status), "" if status in (126, 127) else out, err or (out if status else ""))
+        return Completed(int(status or 0), "" if status in (126, 127) else out, err or (out if status else ""))
 
     def put(self, data: bytes, path: str) -> None:
         place, buffer = PurePosixPath(path), io.BytesIO()
@@ -119,20 +135,31 @@ class DockerConnection(Connection):
         except (self._docker.errors.DockerException, tarfile.TarError, OSError) as error:
             raise self._failure(error, "reading a file") from error
 
-    def _failure(self, error: Exception, action: str = "") -> DeviceError:
+    def _failure(self, error: Exception | str, action: str = "running a command") -> DeviceError:
         """A refusal, or the loss of the container."""
         text = str(getattr(error, "explanation", None) or error)
-        with contextlib.suppress(self._docker.errors.DockerException, OSError):
-            self._container.reload()
-            if self._container.status == "running":
-                return refused(action or "running a command", text, self.uri)
+        if self._is_running():
+            return refused(action, text, self.uri)
         return ConnectionLostError(
             f"the container of {self.uri} went away",
             received=text,
             remedy="look at the Docker daemon and its memory; what was measured before is kept",
         )
 
+    def _is_running(self) -> bool:
+        errors = (self._docker.errors.DockerException, OSError)
+        with contextlib.suppress(*errors):
+            # The end of a command is told before that of the container that ended it.
+            self._container.wait(timeout=SETTLE_SECONDS)
+        with contextlib.suppress(*errors):
+            self._container.reload()
+            return bool(self._container.status == "running")
+        return False
+
     def _disconnect(self) -> None:
+        self._kill()
+        self._client.close()
+
+    def _kill(self) -> None:
         with contextlib.suppress(self._docker.errors.DockerException, OSError):
             self._container.kill()
-        self._client.close()

@@ -2,67 +2,138 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
-import socket
-import tarfile
-from collections.abc import Iterator
+import os
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from foxnas_mlflow.core.errors import DeviceError
-from foxnas_mlflow.devices import check, connect, measure
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.errors import ConnectionLostError, ConversionError, DeviceError
+from foxnas_mlflow.devices import _measure as measuring
+from foxnas_mlflow.devices import board, check, connect, measure
+from foxnas_mlflow.tflite import EdgeTpuCompiler, find_compiler, read_tflite
+from foxnas_mlflow.tflite._edgetpu_compiler import COMPILER
 from tests.servers import free_port
 
 docker = pytest.importorskip("docker")
 
-IMAGE = "foxnas-test-board:latest"
-RECIPE = b"FROM python:3.11-slim\nRUN pip install --no-cache-dir numpy ai-edge-litert\n"
 
-
-@pytest.fixture(scope="module")
-def image() -> Iterator[str]:
-    # Asked first: the SDK leaves sockets open where none answers.
-    daemon = socket.socket(socket.AF_UNIX)
-    try:
-        daemon.connect("/var/run/docker.sock")
-    except OSError:
-        pytest.skip("no Docker daemon answers")
-    finally:
-        daemon.close()
-    client = docker.from_env(timeout=600)
-    context = io.BytesIO()
-    with tarfile.open(fileobj=context, mode="w") as archive:
-        entry = tarfile.TarInfo("Dockerfile")
-        entry.size = len(RECIPE)
-        archive.addfile(entry, io.BytesIO(RECIPE))
-    context.seek(0)
-    try:
-        # One that was imported under this name serves where none can be pulled.
-        if not client.images.list(name=IMAGE):
-            client.images.build(fileobj=context, custom_context=True, tag=IMAGE)
-        yield IMAGE
-    except docker.errors.DockerException as error:
-        pytest.skip(f"the image cannot be built: {error}")
-    finally:
-        client.close()
-
-
-def test_measure_in_a_container(image: str, probe: bytes, expected: tuple[np.ndarray, np.ndarray]) -> None:
-    with connect(f"docker://{image}") as connection:
+def test_measure_in_a_container(board_image: str, probe: bytes, expected: tuple[np.ndarray, np.ndarray]) -> None:
+    with connect(f"docker://{board_image}") as connection:
         assert check(connection).ready
         benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=0.1, expected=expected)
         assert benchmark.output_difference == 0
         data = bytes(range(256))
         connection.put(data, f"{connection.workspace({})}/file")
         assert connection.get(f"{connection.workspace({})}/file") == data
-    with connect(f"docker://{image}?python=/no/python") as connection, pytest.raises(DeviceError, match="must have Py"):
+        with pytest.raises(DeviceError, match=r"reading a file on docker://\S+ was refused"):
+            connection.get("/no/such/file")
+        assert connection.run(["sh", "-c", "exit 7"], timeout_s=60).status == 7
+        with pytest.raises(DeviceError, match="must end within 1 s"):
+            connection.run(["sleep", "60"], timeout_s=1)
+    bare = f"docker://{board_image}?python=/no/python"
+    with connect(bare) as connection, pytest.raises(DeviceError, match="must have Python"):
         check(connection)
 
 
-def test_images_that_are_not_there(image: str) -> None:
+def test_a_container_and_this_machine_wait_for_each_other(board_image: str, probe: bytes) -> None:
+    os.makedirs(board.LOCK, exist_ok=True)
+    descriptor = os.open(board.LOCK, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        message = "another measurement holds docker://"
+        with connect(f"docker://{board_image}") as connection, pytest.raises(DeviceError, match=message):
+            measure(connection, probe, runs=1, warmup=1, wait_seconds=0.1)
+    finally:
+        os.close(descriptor)
+
+
+def test_a_container_that_dies_is_replaced(board_image: str, probe: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", (0.1,))
+    client = docker.from_env()
+    killed: list[str] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for container in client.containers.list(filters={"ancestor": board_image}):
+                if any("measure" in " ".join(row) for row in container.top()["Processes"]):
+                    container.kill()
+                    killed.append(container.id)
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    with connect(f"docker://{board_image}") as connection:
+        killer.start()
+        benchmark = measure(connection, probe, runs=10**6, warmup=1, max_seconds=0.5)
+        killer.join()
+        assert len(killed) == 1
+        assert benchmark.n_runs >= 20
+    # Outside a measurement, and for good.
+    with connect(f"docker://{board_image}") as connection:
+        connection.workspace({})
+        for container in client.containers.list(filters={"ancestor": board_image}):
+            container.kill()
+        with pytest.raises(ConnectionLostError, match="went away"):
+            connection.run(["sleep", "0"], timeout_s=60)
+    # The daemon removes them in its own time.
+    deadline = time.monotonic() + 30
+    while client.containers.list(all=True, filters={"ancestor": board_image}) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not client.containers.list(all=True, filters={"ancestor": board_image})
+    client.close()
+
+
+@pytest.mark.server
+def test_the_commands_measure_in_a_container(
+    board_image: str, probe: bytes, tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    device = f"docker://{board_image}"
+    assert main(["device", "check", "--device", device]) == 0
+    assert f"Found at {device}" in capsys.readouterr().out
+    (tmp_path / "probe.tflite").write_bytes(probe)
+    assert main(["benchmark", "--model", str(tmp_path / "probe.tflite"), "--device", device, "--runs", "20"]) == 0
+    assert "at most 0 levels from this host's" in capsys.readouterr().out
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert run.data.tags["foxnas.device"] == device
+    assert run.data.metrics["benchmark/latency_ms_p50"] > 0
+
+
+def test_the_edge_tpu_compiler_in_a_container(board_image: str, probe: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = find_compiler(board_image)
+    assert compiler is not None
+    output = compiler.run(probe)
+    assert output.report().n_mapped == sum(read_tflite(probe).operator_counts.values())
+    assert read_tflite(output.data).operator_counts == {"edgetpu-custom-op": 1}
+    with pytest.raises(ConversionError, match="must make a file"):
+        compiler.run(b"no model").report()
+    client = docker.from_env()
+    recipe = f"FROM {board_image}\nENV STAND_IN_MODE=slow STAND_IN_PID=/tmp/pid\n"
+    slow, _ = client.images.build(fileobj=io.BytesIO(recipe.encode()), tag="foxnas-test-slow:latest", rm=True)
+    try:
+        monkeypatch.setattr("foxnas_mlflow.tflite._edgetpu_compiler._GRACE_S", 0)
+        with pytest.raises(ConversionError, match="must end within 2 s"):
+            EdgeTpuCompiler(COMPILER, slow.tags[0]).run(probe, timeout_s=2)
+        assert not client.containers.list(all=True, filters={"ancestor": board_image})
+    finally:
+        client.images.remove(slow.id, force=True)
+        client.close()
+
+
+def test_images_that_are_not_there(board_image: str, probe: bytes) -> None:
     with pytest.raises(DeviceError, match=r"must name an image that is there|must start"):
         connect("docker://foxnas-no-such-image:none")
+    compiler = find_compiler("foxnas-no-such-image:none")
+    assert compiler is not None
+    with pytest.raises(DeviceError, match="Docker must be able to run the Edge TPU compiler's image"):
+        compiler.run(probe)
 
 
 def test_no_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
