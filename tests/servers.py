@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import importlib.util
 import ipaddress
@@ -23,6 +24,8 @@ from typing import Any
 
 import pytest
 
+ADMIN = ("admin", "password of the admin")
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -30,10 +33,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def request(url: str, body: Any = None, *, timeout: float = 60) -> tuple[int, str]:
-    """POST JSON (or GET without a body); the status and the answer's text."""
+def request(url: str, body: Any = None, *, timeout: float = 60, user: tuple[str, str] | None = None) -> tuple[int, str]:
+    """POST JSON (or GET without a body), as a user with a password; the status and the answer's text."""
     data = None if body is None else json.dumps(body).encode()
     message = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    if user is not None:
+        message.add_header("Authorization", f"Basic {base64.b64encode(':'.join(user).encode()).decode()}")
     try:
         with urllib.request.urlopen(message, timeout=timeout) as response:
             return response.status, response.read().decode()
@@ -166,11 +171,13 @@ def s3(*, log: Path) -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def tracking_server(store: str, artifacts: str, *, log: Path, env: Mapping[str, str] | None = None) -> Iterator[str]:
+def tracking_server(
+    store: str, artifacts: str, *, log: Path, env: Mapping[str, str] | None = None, options: Sequence[str] = ()
+) -> Iterator[str]:
     """`mlflow server` on loopback that hands artifacts through; yields its URL."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", store, "--serve-artifacts", "--artifacts-destination", artifacts]
+    command += ["--backend-store-uri", store, "--serve-artifacts", "--artifacts-destination", artifacts, *options]
     with running(
         command,
         f"http://127.0.0.1:{port}/health",
@@ -178,6 +185,33 @@ def tracking_server(store: str, artifacts: str, *, log: Path, env: Mapping[str, 
         env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **(env or {})},
     ):
         yield f"http://127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def login_server(store: str, directory: Path, *users: tuple[str, str]) -> Iterator[str]:
+    """A tracking server that asks who is there: `ADMIN`, or users who may only read what is not their own.
+
+    Skips where MLflow's basic-auth application lacks its package.
+    """
+    if importlib.util.find_spec("flask_wtf") is None:
+        pytest.skip("Flask-WTF is not installed")
+    settings = directory / "auth.ini"
+    lines = ["[mlflow]", "default_permission = READ", f"database_uri = sqlite:///{directory}/auth.db"]
+    # Without it every request hashes the password anew.
+    lines += ["auth_cache_ttl_seconds = 600"]
+    settings.write_text("\n".join(lines) + "\n")
+    env = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+        "MLFLOW_AUTH_ADMIN_USERNAME": ADMIN[0],
+        "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN[1],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "of a test",
+    }
+    options = ["--app-name", "basic-auth"]
+    with tracking_server(store, str(directory / "served"), log=directory / "log", env=env, options=options) as url:
+        for name, password in users:
+            made = request(f"{url}/api/2.0/mlflow/users/create", {"username": name, "password": password}, user=ADMIN)
+            assert made[0] == 200, made
+        yield url
 
 
 @contextlib.contextmanager

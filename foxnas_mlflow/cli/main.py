@@ -9,7 +9,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.cli.parameters import resolve
@@ -30,6 +30,12 @@ COMMANDS: tuple[str, ...] = (
 
 TOOLS: tuple[str, ...] = ("doctor", "device")
 """Subcommands that make no run, so that they are no entry points."""
+
+_REMEDIES: Mapping[str, str] = {
+    "UNAUTHENTICATED": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    "PERMISSION_DENIED": "ask for that right; for runs, MLFLOW_EXPERIMENT_NAME can name an experiment of your own",
+}
+"""What to do about errors of MLflow; their codes, because importing MLflow is heavy."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,8 +92,11 @@ def _one_line(error: Exception) -> str | None:
     # user's mistake in their first line; the classes are named, because importing them is heavy.
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"MlflowException", "SQLAlchemyError"}:
-        first = str(error).strip().splitlines()[0].rstrip(".")
-        return f"the tracking store refused: {first}; check MLFLOW_TRACKING_URI, the server and the rights."
+        from foxnas_mlflow.tracking.registry import reason
+
+        first = reason(error).rstrip(".")
+        remedy = _REMEDIES.get(getattr(error, "error_code", ""), "check MLFLOW_TRACKING_URI, the server and the rights")
+        return f"the tracking store refused: {first}; {remedy}."
     if isinstance(error, OSError):
         place = f" ({error.filename})" if error.filename else ""
         return f"the operating system refused: {error.strerror or error}{place}; check space, rights and the path."

@@ -20,6 +20,7 @@ received, and the remedy. The command line prints that line and exits with statu
     +-- ConversionError                a network cannot be converted, or a check on it failed
     +-- DeviceError                    a board, a connection to it, or a measurement on it
     |   +-- ConnectionLostError        the board went away; finished measurements are kept
+    +-- RegistrationError              the registry does not take a model that is logged
     +-- PromotionError                 a version does not pass the gates, or cannot be moved
 """
 
@@ -125,6 +126,10 @@ class DeviceError(FoxNasError):
 
 class ConnectionLostError(DeviceError):
     """The board went away; what was measured before is kept."""
+
+
+class RegistrationError(FoxNasError):
+    """The registry does not take a model; the run and the logged model are kept."""
 
 
 class PromotionError(FoxNasError):

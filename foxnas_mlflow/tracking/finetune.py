@@ -12,7 +12,7 @@ from foxnas_mlflow.data import ImageDataset, prepared_batches
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, load_model, log_model
 from foxnas_mlflow.supernet import Batches, PlainNetwork, Preset, finetune, plain_logits, subnet_weights
-from foxnas_mlflow.tracking.registry import find_version, tag_version
+from foxnas_mlflow.tracking.registry import find_version, register
 from foxnas_mlflow.tracking.run import EntryRun
 
 LEARNING_RATE_SHARE = 0.1
@@ -79,7 +79,7 @@ def finetuned(
     )
     before, after = (_top1(m, dataset, m.preprocessing or model.preprocessing) for m in (model, better))
     version = find_version(subnet_uri)
-    info = log_model(better, name="subnet", registered_model_name=version.name)
+    info = log_model(better, name="subnet")
     figures = {
         "finetune/inherited_top1": before,
         "finetune/top1": after,
@@ -87,9 +87,18 @@ def finetuned(
     }
     run.log_metrics(figures, model_id=info.model_id)
     kept = {key: value for key, value in version.tags.items() if not key.startswith("gate")}
-    tags = {**kept, "finetuned_from": subnet_uri, "finetuned_epochs": epochs}
-    tag_version(version.name, info.registered_model_version, tags)
-    uri = f"models:/{version.name}/{info.registered_model_version}"
+    uri = register(
+        info.model_uri,
+        version.name,
+        "subnet",
+        tags={**kept, "finetuned_from": subnet_uri, "finetuned_epochs": epochs},
+        facts={
+            "trained alone from": f"{subnet_uri}, for {epochs} epochs",
+            "float top-1, %": after,
+            "with shared weights, %": before,
+        },
+        command=lambda uri: f"foxnas quantize --subnet {uri}",
+    )
     print(
         f"Trained {subnet_uri} alone for {epochs} epochs: {before:.2f} % with shared weights, {after:.2f} % with "
         f"its own ({after - before:+.2f} points); registered {uri}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
@@ -14,7 +13,7 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import log_model
 from foxnas_mlflow.report import write_predictor_files
 from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
-from foxnas_mlflow.tracking.registry import describe_version, tag_version
+from foxnas_mlflow.tracking.registry import register, registered_name
 from foxnas_mlflow.tracking.run import EntryRun
 
 _LABELS = {"accuracy": "accuracy", "latency_ms": "latency"}
@@ -65,15 +64,14 @@ def log_fit(
     run.log_artifacts(run.directory)
     run.log_table(pd.read_csv(run.directory / MEASUREMENTS), "tables/measurements.json", dataset="measurements")
     run.log_json(fit.predictors.space.to_dict(), SPACE)
-    registered = f"{name}-predictors-{target.name}"
-    info = log_model(fit.predictors, name="predictors", registered_model_name=registered)
+    registered = registered_name(name, "predictors", target.name)
+    info = log_model(fit.predictors, name="predictors")
     run.log_metrics(metrics, model_id=info.model_id)
-    uri = f"models:/{registered}/{info.registered_model_version}"
-    tag_version(registered, info.registered_model_version, {"source": source})
-    describe_version(
+    uri = register(
+        info.model_uri,
         registered,
-        info.registered_model_version,
         "predictors",
+        tags={"source": source},
         facts={
             "target": target.name,
             "fitted on": f"{len(rows)} networks of {source}",
@@ -84,16 +82,15 @@ def log_fit(
                 if key in report.metrics
             },
         },
-        command=f"foxnas search --target {target.name} --predictors {uri}",
+        command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",
     )
-    print(_summary(fit, registered, info.registered_model_version, run.run_id, target, rows, noise_floor))
+    print(_summary(fit, uri, run.run_id, target, rows, noise_floor))
     return {"run_id": run.run_id, "model_uri": uri}
 
 
 def _summary(
     fit: FitResult,
-    registered: str,
-    version: Any,
+    uri: str,
     run_id: str,
     target: Target,
     rows: Sequence[Measurement],
@@ -115,10 +112,7 @@ def _summary(
         lines.append(f"{'latency_ms':<22}cost model of {target.name}: no row has a measured latency")
         lines += [f"  note: {note}" for note in fit.predictors.notes]
     lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
-    lines.append(f"Registered {registered} version {version}; run {run_id}.")
+    lines.append(f"Registered {uri}; run {run_id}.")
     middle = statistics.median([m.latency_ms for m in rows if m.latency_ms is not None] or [60.0])
-    lines.append(
-        f"Next: foxnas search --target {target.name} --predictors models:/{registered}/{version} "
-        f"--latency-ms {middle:.3g}"
-    )
+    lines.append(f"Next: foxnas search --target {target.name} --predictors {uri} --latency-ms {middle:.3g}")
     return "\n".join(lines)

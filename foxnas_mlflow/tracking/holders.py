@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import PromotionError
 from foxnas_mlflow.tracking.history import Entry, next_moment, read_history
-from foxnas_mlflow.tracking.registry import list_versions
+from foxnas_mlflow.tracking.registry import lacks_right, list_versions, reason
 
 STAGES: Mapping[str, str] = {"Production": "production", "Staging": "staging"}
 """Stages that one version holds, and their aliases."""
@@ -29,7 +29,6 @@ ARCHIVED = "Archived"
 
 _ROUNDS = 50
 _ATTEMPTS = 6
-_RIGHTS = ("permission", "readonly", "read-only", "denied", "privilege", "forbidden", "unauthor", "not authorized")
 _NO_STAGES = ("unsupported", "not supported", "not implemented")
 
 
@@ -212,8 +211,7 @@ class StageKeeper:
                     action(*args)
                 return
             except MlflowException as error:
-                text = str(error)
-                refused = any(word in text.lower() for word in _RIGHTS)
+                refused = lacks_right(error)
                 again = error.error_code in ("TEMPORARILY_UNAVAILABLE", "BAD_REQUEST") and not refused
                 if again and attempt + 1 < _ATTEMPTS:
                     time.sleep(0.05 * 2**attempt)
@@ -221,11 +219,11 @@ class StageKeeper:
                 if refused:
                     raise PromotionError(
                         "promoting needs the right to change the registered model",
-                        received=f"{self.name}: {text.strip().splitlines()[0]}",
+                        received=f"{self.name}: {reason(error)}",
                         remedy="nothing was moved; ask for that right, or let someone who has it promote",
                     ) from error
                 raise PromotionError(
-                    "the registry must take the change", received=f"{self.name}: {text.strip().splitlines()[0]}"
+                    "the registry must take the change", received=f"{self.name}: {reason(error)}"
                 ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,26 +105,12 @@ def promote(
     if not passed(verdicts):
         failed = "; ".join(f"{v.gate}: {v.text}" for v in verdicts if not v.passed)
         promotion = dataclasses.replace(promotion, error=failed)
-    try:
-        if not dry_run:
-            keeper.tag(number, _tags(promotion, run.run_id))
-            _describe(version.name, candidate)
-        if promotion.error:
-            raise PromotionError(
-                "a version is promoted when every gate passes",
-                received=f"{version.name} version {number} fails {promotion.error}",
-                remedy="nothing was moved",
-            )
-        if not dry_run:
-            holder = keeper.move(number, stage, former=former, action="promote", run_id=run.run_id)
-            promotion = dataclasses.replace(promotion, holder=holder, stages=keeper.has_stages)
-            _check_holder(promotion)
-    except PromotionError as error:
-        promotion = dataclasses.replace(promotion, error=str(error))
-        raise
-    finally:
-        run.log_json(promotion.to_dict(run.run_id), PROMOTION_FILE)
-    return promotion
+
+    def mark() -> None:
+        keeper.tag(number, _tags(promotion, run.run_id))
+        _describe(version.name, candidate)
+
+    return _carry_out(run, keeper, promotion, mark=mark)
 
 
 def rollback(run: EntryRun, name: str, stage: str, *, leaving: str | None, dry_run: bool) -> Promotion:
@@ -158,37 +145,60 @@ def rollback(run: EntryRun, name: str, stage: str, *, leaving: str | None, dry_r
             received=f"{name} has none for {stage}",
             remedy="see foxnas promote --history",
         )
-    promotion = Promotion(name, former, stage, "rollback", holder, holder, (), dry_run)
+    return _carry_out(run, keeper, Promotion(name, former, stage, "rollback", holder, holder, (), dry_run))
+
+
+def archive(run: EntryRun, version: ModelVersion, *, dry_run: bool) -> Promotion:
+    """Withdraw a version from whatever it holds."""
+    promotion = Promotion(version.name, str(version.version), ARCHIVED, "archive", None, None, (), dry_run)
+    return _carry_out(run, StageKeeper(version.name), promotion)
+
+
+def _carry_out(
+    run: EntryRun, keeper: StageKeeper, promotion: Promotion, *, mark: Callable[[], None] = lambda: None
+) -> Promotion:
+    """Move what is to be moved, see who holds the stage then, and write down how it went.
+
+    Args:
+        run: The open run; it gets ``promotion.json`` however this ends.
+        keeper: Moves the versions.
+        promotion: What was asked; with an `error` nothing is moved.
+        mark: Writes the verdicts to the version, before a move and also where none is made.
+    """
     try:
-        if not dry_run:
-            now = keeper.move(former, stage, former=holder, action="rollback", run_id=run.run_id)
-            promotion = dataclasses.replace(promotion, holder=now, stages=keeper.has_stages)
-            _check_holder(promotion)
+        if not promotion.dry_run:
+            mark()
+        if promotion.error:
+            raise PromotionError(
+                "a version is promoted when every gate passes",
+                received=f"{promotion.name} version {promotion.version} fails {promotion.error}",
+                remedy="nothing was moved",
+            )
+        if not promotion.dry_run:
+            holder = None
+            if promotion.stage == ARCHIVED:
+                keeper.archive(promotion.version, run_id=run.run_id)
+            else:
+                holder = keeper.move(
+                    promotion.version,
+                    promotion.stage,
+                    former=promotion.former,
+                    action=promotion.action,
+                    run_id=run.run_id,
+                )
+            promotion = dataclasses.replace(promotion, holder=holder, stages=keeper.has_stages)
+            if promotion.stage != ARCHIVED and holder != promotion.version:
+                raise PromotionError(
+                    "one promotion at a time moves a stage",
+                    received=f"version {holder or 'none'} took {promotion.stage} in the meantime",
+                    remedy="see foxnas promote --history, and promote again if this version is the better one",
+                )
     except PromotionError as error:
         promotion = dataclasses.replace(promotion, error=str(error))
         raise
     finally:
         run.log_json(promotion.to_dict(run.run_id), PROMOTION_FILE)
     return promotion
-
-
-def archive(run: EntryRun, version: ModelVersion, *, dry_run: bool) -> Promotion:
-    """Withdraw a version from whatever it holds."""
-    keeper, number = StageKeeper(version.name), str(version.version)
-    if not dry_run:
-        keeper.archive(number, run_id=run.run_id)
-    promotion = Promotion(version.name, number, ARCHIVED, "archive", None, None, (), dry_run, keeper.has_stages)
-    run.log_json(promotion.to_dict(run.run_id), PROMOTION_FILE)
-    return promotion
-
-
-def _check_holder(promotion: Promotion) -> None:
-    if promotion.holder != promotion.version:
-        raise PromotionError(
-            "one promotion at a time moves a stage",
-            received=f"version {promotion.holder or 'none'} took {promotion.stage} in the meantime",
-            remedy="see foxnas promote --history, and promote again if this version is the better one",
-        )
 
 
 def _candidate(version: ModelVersion, directory: Path) -> Candidate:

@@ -16,7 +16,7 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, log_model
 from foxnas_mlflow.tflite import INSTALL_HINT, CompilerReport, Conversion, LayerError, QuantizationLoss, Readiness
-from foxnas_mlflow.tracking.registry import describe_version, registered_name, tag_version
+from foxnas_mlflow.tracking.registry import register, registered_name
 from foxnas_mlflow.tracking.run import EntryRun
 
 MAX_DROP_POINTS = 1.0
@@ -160,14 +160,13 @@ def _register(
     metrics: Mapping[str, float],
     tags: Mapping[str, object],
 ) -> str:
-    info = log_model(model, name=kind, kind=kind, registered_model_name=registered)
+    info = log_model(model, name=kind, kind=kind)
     run.log_metrics(metrics, model_id=info.model_id)
-    tag_version(registered, info.registered_model_version, tags)
-    uri = f"models:/{registered}/{info.registered_model_version}"
-    describe_version(
+    return register(
+        info.model_uri,
         registered,
-        info.registered_model_version,
         kind,
+        tags=tags,
         facts={
             "converted from": tags["subnet"],
             "target": tags["target"],
@@ -179,9 +178,8 @@ def _register(
             "file, bytes": f"{metrics['model/size_bytes']:,.0f}",
             "SHA-256": tags["sha256"],
         },
-        command=_next_command(uri, kind, str(tags["target"]), str(tags["runtime"])),
+        command=lambda uri: _next_command(uri, kind, str(tags["target"]), str(tags["runtime"])),
     )
-    return uri
 
 
 def _next_command(uri: str, kind: str, target: str, runtime: str) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
+
+_RIGHTS = ("permission", "readonly", "read-only", "denied", "privilege", "forbidden", "unauthor", "not authorized")
 
 
 def registered_name(prefix: str, kind: str, target: str = "") -> str:
@@ -47,30 +49,65 @@ def check_name(name: str) -> str:
 
 
 def register(
-    model_uri: str, name: str, *, tags: Mapping[str, object] | None = None, description: str | None = None
-) -> ModelVersion:
-    """Register a logged model as a new version.
+    model_uri: str,
+    name: str,
+    kind: str,
+    *,
+    tags: Mapping[str, object],
+    facts: Mapping[str, object],
+    command: Callable[[str], str],
+) -> str:
+    """Register a logged model as a new version that says what it is.
+
+    Log its figures before: a registry may refuse, and what is logged stays.
 
     Args:
-        model_uri: ``models:/<model id>`` (`ModelInfo.model_uri`) or ``runs:/...``.
+        model_uri: ``models:/<model id>`` (`ModelInfo.model_uri`).
         name: Name of the registered model; it is made if there is none.
+        kind: Kind of the model.
         tags: Tags of the version.
-        description: Text shown with the version.
+        facts: Rows of its page, see `describe_version`.
+        command: What to type next, given the version's URI.
 
     Returns:
-        The version.
+        URI of the version.
 
     Raises:
         InvalidInputError: If the name cannot be one.
-        MlflowException: If there is no such model, or the registry refuses.
+        RegistrationError: If the registry refuses.
     """
-    version = mlflow.register_model(
-        model_uri, check_name(name), tags={key: str(value) for key, value in (tags or {}).items()}
-    )
-    client = MlflowClient()
-    if description is not None:
-        client.update_model_version(name, version.version, description=description)
-    return client.get_model_version(name, version.version)
+    check_name(name)
+    try:
+        version = mlflow.register_model(model_uri, name, tags={key: str(value) for key, value in tags.items()})
+        uri = f"models:/{name}/{version.version}"
+        describe_version(name, version.version, kind, facts=facts, command=command(uri))
+    except MlflowException as error:
+        kept = f"the run is kept, and the model in it as {model_uri}"
+        if lacks_right(error):
+            raise RegistrationError(
+                "registering a model needs the right to change the registered model of its name",
+                received=f"{name}: {reason(error)}",
+                remedy=f"{kept}; ask for that right, or register under another --name",
+            ) from error
+        raise RegistrationError(
+            "the registry must take a finished model",
+            received=f"{name}: {reason(error)}",
+            remedy=f"{kept}; register it once the registry answers",
+        ) from error
+    return uri
+
+
+def lacks_right(error: MlflowException) -> bool:
+    """Whether a server refused because of who asks; some stores say so in words alone."""
+    text = str(error).lower()
+    return error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or any(word in text for word in _RIGHTS)
+
+
+def reason(error: Exception) -> str:
+    """The first line of a refusal, without the address that a client asked and the status that it expected."""
+    first = str(error).strip().splitlines()[0]
+    found = re.fullmatch(r"API request to endpoint (\S+) failed with error code (\d+) .*Response body: '(.*)'", first)
+    return first if found is None else f"{found[1].rpartition('/mlflow/')[2]}: HTTP {found[2]}: {found[3]}"
 
 
 def find_version(model: str) -> ModelVersion:
@@ -150,10 +187,8 @@ def _by_alias(client: MlflowClient, name: str, alias: str) -> str | None:
         raise
 
 
-def tag_version(name: str, version: str | int | None, tags: Mapping[str, object]) -> None:
-    """Set tags of a registered version; without a version (nothing was registered) do nothing."""
-    if version is None:
-        return
+def tag_version(name: str, version: str | int, tags: Mapping[str, object]) -> None:
+    """Set tags of a registered version."""
     client = MlflowClient()
     for key, value in tags.items():
         client.set_model_version_tag(name, str(version), key, str(value))
@@ -176,22 +211,18 @@ _WHAT: Mapping[str, str] = {
 }
 
 
-def describe_version(
-    name: str, version: str | int | None, kind: str, *, facts: Mapping[str, object], command: str
-) -> None:
+def describe_version(name: str, version: str | int, kind: str, *, facts: Mapping[str, object], command: str) -> None:
     """Write what a version is on its page: what it is, its figures, and the next command.
 
     The registered model gets a description too. What somebody else has written stays.
 
     Args:
         name: The registered model.
-        version: The version; without one (nothing was registered) nothing is done.
+        version: The version.
         kind: Kind of the model.
         facts: Rows of the table; text as it is, numbers rounded for people.
         command: What to type next.
     """
-    if version is None:
-        return
     rows = [f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |" for key, value in facts.items()]
     table = ["| | |", "|---|---|", *rows]
     text = "\n".join([_WHAT[kind], "", *table, "", "Next:", "", f"    {command}"])

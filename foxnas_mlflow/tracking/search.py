@@ -17,7 +17,7 @@ from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Front, SearchOutcome, SearchResult
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import SubnetModel, log_model
-from foxnas_mlflow.tracking.registry import describe_version, tag_version
+from foxnas_mlflow.tracking.registry import register, registered_name
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.verification import Verification
 
@@ -103,16 +103,8 @@ def log_search(
     found = SubnetModel(outcome.architecture, space)
     if verification is not None and verification.model is not None:
         found = verification.model
-    fitted = log_model(
-        predictors,
-        name="predictors",
-        registered_model_name=f"{name}-predictors-{target.name}",
-    )
-    subnet = log_model(
-        dataclasses.replace(found, details=details),
-        name="subnet",
-        registered_model_name=f"{name}-subnet-{target.name}",
-    )
+    fitted = log_model(predictors, name="predictors")
+    subnet = log_model(dataclasses.replace(found, details=details), name="subnet")
     run.log_metrics(
         {
             "search/predicted_accuracy": outcome.accuracy,
@@ -144,14 +136,12 @@ def log_search(
         "confidence": f"{outcome.objective.confidence:g}",
         "latency_ms": f"{params['latency_ms']:g}",
     }
-    tag_version(f"{name}-subnet-{target.name}", subnet.registered_model_version, tags)
-    tag_version(f"{name}-predictors-{target.name}", fitted.registered_model_version, {"source": predictors_source})
-    uri = f"models:/{name}-subnet-{target.name}/{subnet.registered_model_version}"
     trained = tags["weights"] == "trained"
-    describe_version(
-        f"{name}-subnet-{target.name}",
-        subnet.registered_model_version,
+    uri = register(
+        subnet.model_uri,
+        registered_name(name, "subnet", target.name),
         "subnet",
+        tags=tags,
         facts={
             "target": f"{target.name}, at most {params['latency_ms']:g} ms",
             "predicted accuracy, %": outcome.accuracy,
@@ -162,17 +152,19 @@ def log_search(
             "parameters": f"{network.params:,}",
             **({"note": note} if note else {}),
         },
-        command=f"foxnas quantize --subnet {uri} --target {target.name}"
-        if trained
-        else f"foxnas search --supernet models:/{name}-supernet/1 --target {target.name}",
+        command=lambda uri: (
+            f"foxnas quantize --subnet {uri} --target {target.name}"
+            if trained
+            else f"foxnas search --supernet models:/{name}-supernet/1 --target {target.name}"
+        ),
     )
-    describe_version(
-        f"{name}-predictors-{target.name}",
-        fitted.registered_model_version,
+    register(
+        fitted.model_uri,
+        registered_name(name, "predictors", target.name),
         "predictors",
+        tags={"source": predictors_source},
         facts={"target": target.name, "source": predictors_source, **fit_metrics},
-        command=f"foxnas search --target {target.name} "
-        f"--predictors models:/{name}-predictors-{target.name}/{fitted.registered_model_version}",
+        command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",
     )
     print(_summary(outcome, target, params, uri, run.run_id, note, verification))
     return {"run_id": run.run_id, "model_uri": uri}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -16,7 +15,7 @@ from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.files import cache_directory
 from foxnas_mlflow.data import ImageDataset
 from foxnas_mlflow.flavor import SupernetModel, log_model
-from foxnas_mlflow.tracking.registry import describe_version, registered_name, tag_version
+from foxnas_mlflow.tracking.registry import register, registered_name
 from foxnas_mlflow.tracking.run import EntryRun
 
 CHECKPOINT_ARTIFACTS = "checkpoint"
@@ -99,16 +98,13 @@ def log_supernet(run: EntryRun, model: SupernetModel, metrics: Mapping[str, floa
     Returns:
         URI of the registered version.
     """
-    registered = registered_name(name, "supernet")
-    info = log_model(model, name="supernet", registered_model_name=registered)
+    info = log_model(model, name="supernet")
     run.log_metrics(metrics, model_id=info.model_id)
-    tags: dict[str, Any] = {"weights": "trained", "space": model.space.name, "data": model.config["data"]}
-    tag_version(registered, info.registered_model_version, tags)
-    uri = f"models:/{registered}/{info.registered_model_version}"
-    describe_version(
-        registered,
-        info.registered_model_version,
+    return register(
+        info.model_uri,
+        registered_name(name, "supernet"),
         "supernet",
+        tags={"weights": "trained", "space": model.space.name, "data": model.config["data"]},
         facts={
             "space": model.space.name,
             "images": model.config["data"],
@@ -116,6 +112,5 @@ def log_supernet(run: EntryRun, model: SupernetModel, metrics: Mapping[str, floa
             "smallest subnet, % top-1": metrics["eval/top1_min"],
             "random subnets, % top-1": metrics["eval/top1_random"],
         },
-        command=f"foxnas sample --supernet {uri}",
+        command=lambda uri: f"foxnas sample --supernet {uri}",
     )
-    return uri
