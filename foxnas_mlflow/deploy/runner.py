@@ -30,8 +30,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STALE_SECONDS = 3600.0
-"""An interrupted copy of this age is removed by the next deployment."""
+STALE_SECONDS = 900.0
+"""What nothing has been written to for so long was interrupted: the next deployment removes it. One file takes less."""
 
 
 class RunnerError(Exception):
@@ -110,6 +110,8 @@ def begin(root: Path, name: str, *, new: bool) -> dict[str, Any]:
     check_taken(root, name, new=new)
     place = root / name
     place.mkdir(parents=True, exist_ok=True)
+    # First, because what was interrupted may have filled the disk.
+    remove_stale(root)
     return {"directory": tempfile.mkdtemp(prefix=".incoming-", dir=place)}
 
 
@@ -133,10 +135,16 @@ def activate(root: Path, name: str, incoming: Path, *, sha256: str, new: bool) -
         for path in versions.iterdir():
             if path.name not in (target.name, replaces):
                 shutil.rmtree(path, ignore_errors=True)
-        for path in (root / name).glob(".incoming-*"):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
     return describe(root, name)
+
+
+def remove_stale(root: Path) -> None:
+    """Remove what interrupted copies and deletions left."""
+    for path in (*root.glob("*/.incoming-*"), *root.glob(".deleted-*")):
+        with contextlib.suppress(FileNotFoundError):
+            written = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+            if time.time() - written > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def roll_back(root: Path, name: str) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import base64
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from foxnas_mlflow.deploy._bundle import runner
 from foxnas_mlflow.devices import LocalConnection
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from tests.colour_model import LABELS, SIZE, encoded, image_of
-from tests.devices.sshd import make_key, ssh_server
+from tests.devices.sshd import Server, make_key, ssh_server
 
 pytestmark = pytest.mark.server
 
@@ -270,23 +272,43 @@ def test_the_plugin_is_as_mlflow_wants_it() -> None:
 
 
 @contextlib.contextmanager
-def ssh_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A board behind a real ssh server on loopback."""
-    home = tmp_path / "home"
+def ssh_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, slow: Path | None = None
+) -> Iterator[tuple[str, Server]]:
+    """A board behind a real ssh server on loopback.
+
+    While there is a file `slow`, a model stops half a kilobyte after it began to arrive.
+    """
+    pytest.importorskip("asyncssh")
+    home, tools = tmp_path / "home", tmp_path / "tools"
     (home / ".ssh").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     public = make_key(home / ".ssh" / "id_ed25519")
-    with ssh_server(tmp_path / "sshd", public) as server:
+    if slow is not None:
+        tools.mkdir()
+        # Files travel through `cat`.
+        (tools / "cat").write_text(
+            f"""#!/bin/sh
+case $(readlink /proc/$$/fd/1) in */.incoming-*/model.tflite)
+  if test -e {slow}; then head -c 512; while test -e {slow}; do sleep 0.1; done; exit 1; fi
+esac
+exec /bin/cat "$@"
+"""
+        )
+        (tools / "cat").chmod(0o755)
+    with ssh_server(tmp_path / "sshd", public, env={"PATH": f"{tools}:{os.environ['PATH']}"}) as server:
         (home / ".ssh" / "known_hosts").write_text(server.known_hosts_line)
         user = os.environ.get("USER") or "root"
-        yield f"edge://{user}@127.0.0.1:{server.port}?python={sys.executable}&root={tmp_path / 'board'}"
+        yield f"edge://{user}@127.0.0.1:{server.port}?python={sys.executable}&root={tmp_path / 'board'}", server
 
 
-@pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="no OpenSSH server (openssh-server)")
+needs_sshd = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="no OpenSSH server (openssh-server)")
+
+
+@needs_sshd
 def test_a_board_behind_ssh(versions: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("asyncssh")
-    with ssh_target(tmp_path, monkeypatch) as target:
+    with ssh_target(tmp_path, monkeypatch) as (target, _):
         client = get_deploy_client(target)
         assert client.create_deployment("camera", versions[0])["smoke"]["largest_difference"] == 0
         assert client.update_deployment("camera", versions[1])["version"] == "0002"
@@ -295,3 +317,63 @@ def test_a_board_behind_ssh(versions: tuple[str, str], tmp_path: Path, monkeypat
         assert labels_of(client) == list(LABELS)
         client.delete_deployment("camera")
         assert client.list_deployments() == []
+
+
+@needs_sshd
+def test_a_copy_that_is_cut_off_changes_nothing(
+    versions: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host is killed in the middle of a model; then the cable is pulled."""
+    slow, board = tmp_path / "slow", tmp_path / "board"
+    with ssh_target(tmp_path, monkeypatch, slow=slow) as (target, server):
+        client = get_deploy_client(target)
+        before = client.create_deployment("camera", versions[0])
+        for name, verb, cut in (
+            ("camera", "update", "host"),
+            ("camera", "update", "cable"),
+            ("door", "create", "host"),
+        ):
+            slow.touch()
+            command = [sys.executable, "-m", "mlflow", "deployments", verb, "-t", target, "--name", name]
+            host = subprocess.Popen([*command, "-m", versions[1]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            half = await_half_a_model(board / name, host)
+            if cut == "host":
+                host.kill()
+                host.communicate(timeout=60)
+            else:
+                server.stop()
+                _, error = host.communicate(timeout=120)
+                assert host.returncode != 0
+                assert b"the connection to ssh://" in error.splitlines()[-1]
+                server.start()
+            slow.unlink()
+            # On the board itself nothing but whole versions is found.
+            done = subprocess.run(
+                [sys.executable, str(board / "camera" / "current" / "runner.pyz"), "list", str(board)],
+                capture_output=True,
+                check=True,
+            )
+            assert [d["version"] for d in json.loads(done.stdout)["deployments"]] == ["0001"]
+            assert client.get_deployment("camera") == before
+            assert labels_of(client) == list(LABELS)
+            assert half.stat().st_size == 512
+            for path in (half.parent, *half.parent.iterdir()):
+                os.utime(path, (0, 0))
+        # A version that was copied, and not made active before the power went.
+        shutil.copytree(board / "camera" / "versions" / "0001", board / "camera" / "versions" / "0007")
+        assert client.create_deployment("door", versions[1])["version"] == "0001"
+        assert client.update_deployment("camera", versions[1])["version"] == "0008"
+        assert labels_of(client) == ["rouge", "vert", "bleu"]
+        assert sorted(path.name for path in (board / "camera" / "versions").iterdir()) == ["0001", "0008"]
+        assert not list(board.glob("*/.incoming-*"))
+
+
+def await_half_a_model(place: Path, host: subprocess.Popen[bytes]) -> Path:
+    """The newest model that is being copied to a deployment."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and host.poll() is None:
+        for path in place.glob(".incoming-*/model.tflite"):
+            if path.stat().st_mtime > 0 and path.stat().st_size == 512:
+                return path
+        time.sleep(0.02)
+    raise AssertionError(host.communicate())
