@@ -46,6 +46,8 @@ A version is copied aside, its checksums are compared, and it must answer as thi
 becomes the active one in one step. The version before stays for a rollback. On the board:
 
     python3 ~/.foxnas/deployments/camera/current/runner.pyz classify photo.jpg
+
+A board without Pillow classifies .npy files there, and `predict` decodes on this host instead.
 """
 
 
@@ -159,6 +161,9 @@ class EdgeDeploymentClient(BaseDeploymentClient):
 
     def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
         """Name, flavor, kind, model, checksum, directory, version and smoke test of a deployment.
+
+        ``decodes_images`` is false where the board has no Pillow: it classifies arrays only, and
+        `predict` decodes on this host.
 
         Raises:
             MlflowException: If there is none of that name.

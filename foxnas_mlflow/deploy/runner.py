@@ -3,7 +3,8 @@
     python3 runner.pyz list ROOT
     python3 ROOT/NAME/current/runner.pyz classify photo.jpg
 
-It needs Python 3.10, NumPy and a TFLite runtime, and Pillow to decode images. Every command prints
+It needs Python 3.10, NumPy and a TFLite runtime, and Pillow to decode images; without it an image is
+a .npy file of the network's input: (height, width, channels), uint8 or float in 0..1. Every command prints
 one JSON document; an error is JSON too, ``{"error": kind, "message": text}``, with exit status 3.
 
     ROOT/.lock                           held while something changes
@@ -19,6 +20,7 @@ import base64
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -83,7 +85,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """The answer to a command."""
     if options.command == "classify":
         here = Path(sys.argv[0]).resolve().parent
-        return {"predictions": classify(here, [Path(image).read_bytes() for image in options.images])}
+        return {"predictions": classify(here, [read_file(Path(image)) for image in options.images])}
     root = Path(options.root).expanduser()
     if options.command == "list":
         return {"deployments": [describe(root, path.parent.name) for path in sorted(root.glob("*/current"))]}
@@ -188,6 +190,7 @@ def describe(root: Path, name: str) -> dict[str, Any]:
         "activated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(state["activated"])),
         "previous": read_json(previous)["model_uri"] if previous is not None and previous.is_file() else None,
         "smoke": state["smoke"],
+        "decodes_images": decodes_images(),
     }
 
 
@@ -229,7 +232,11 @@ def classify(version: Path, images: list[Any]) -> list[dict[str, Any]]:
         try:
             pixels = preprocessing.decode(image) if isinstance(image, bytes) else image
         except MissingDependencyError as error:
-            raise RunnerError("no_pillow", str(error)) from error
+            raise RunnerError(
+                "no_pillow",
+                f"decoding JPEG and PNG needs Pillow, which {sys.executable} lacks; install it with: "
+                f"{sys.executable} -m pip install Pillow, or give .npy files of shape {classifier.input_shape}",
+            ) from error
         except InvalidInputError as error:
             raise RunnerError("bad_image", str(error)) from error
         if pixels.shape != classifier.input_shape or pixels.dtype.kind not in "uf":
@@ -270,7 +277,30 @@ def open_classifier(version: Path, deployment: dict[str, Any]) -> Any:
 def read_image(item: dict[str, str]) -> Any:
     """An image of a request: a file's bytes, or an array in NumPy's format."""
     data = base64.b64decode(next(iter(item.values())))
-    return numpy().load(io.BytesIO(data), allow_pickle=False) if "array" in item else data
+    return read_array(data) if "array" in item else data
+
+
+def read_file(path: Path) -> Any:
+    """An image of a file: its bytes, or the array of a ``.npy`` file."""
+    data = path.read_bytes()
+    return read_array(data) if path.suffix == ".npy" else data
+
+
+def read_array(data: bytes) -> Any:
+    """An array in NumPy's format."""
+    try:
+        return numpy().load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise RunnerError("bad_image", f"no array of NumPy: {error}") from error
+
+
+def decodes_images() -> bool:
+    """Whether there is Pillow."""
+    try:
+        importlib.import_module("PIL.Image")
+    except ImportError:
+        return False
+    return True
 
 
 def numpy() -> Any:

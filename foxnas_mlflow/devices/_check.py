@@ -21,7 +21,7 @@ class DeviceCheck:
         machine: Its instruction set, as `uname -m` says it.
         system: Kernel and C library.
         cores: Processors.
-        python, numpy, runtime: Versions; empty where missing.
+        python, numpy, runtime, pillow: Versions; empty where missing.
         edgetpu: Whether an Edge TPU answers.
         emulated: Whether the processor is emulated.
         governor: Of the CPU's frequency; empty where the machine does not tell.
@@ -39,6 +39,7 @@ class DeviceCheck:
     python: str
     numpy: str
     runtime: str
+    pillow: str
     edgetpu: bool
     emulated: bool
     governor: str
@@ -77,6 +78,11 @@ def check(connection: Connection) -> DeviceCheck:
         )
     if answer["emulated"]:
         notes.append("the processor is emulated: results are right, times mean nothing")
+    if not answer["pillow"]:
+        notes.append(
+            "no Pillow, which measuring does not need: deployed models take arrays there, no JPEG or PNG; "
+            "install it there with: pip install Pillow"
+        )
     if not answer["edgetpu"]:
         notes.append("no Edge TPU answers (needed for the target edgetpu only)")
     facts = {key: answer[key] for key in DeviceCheck.__dataclass_fields__ if key in answer}

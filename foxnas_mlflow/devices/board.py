@@ -81,10 +81,12 @@ def check() -> dict[str, Any]:
     """What this machine has."""
     facts = describe_machine()
     facts["free_bytes"] = shutil.disk_usage(os.path.dirname(os.path.abspath(__file__))).free
-    facts["numpy"] = facts["runtime"] = ""
+    facts["runtime"] = ""
     facts["edgetpu"] = False
-    with contextlib.suppress(ImportError):
-        facts["numpy"] = str(importlib.import_module("numpy").__version__)
+    for name, module in (("numpy", "numpy"), ("pillow", "PIL")):
+        facts[name] = ""
+        with contextlib.suppress(ImportError):
+            facts[name] = str(importlib.import_module(module).__version__)
     try:
         facts["runtime"], runtime = load_runtime()
     except BoardError as error:

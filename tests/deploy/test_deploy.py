@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -25,7 +26,7 @@ import foxnas_mlflow.deploy as plugin
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.deploy._board import split_target
 from foxnas_mlflow.deploy._bundle import runner
-from foxnas_mlflow.devices import LocalConnection
+from foxnas_mlflow.devices import LocalConnection, check
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from tests.colour_model import LABELS, SIZE, encoded, image_of
 from tests.devices.sshd import Server, make_key, ssh_server
@@ -269,6 +270,59 @@ def test_the_plugin_is_as_mlflow_wants_it() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"asyncssh", "ai_edge_litert", "PIL"} & set(done.stdout.split())
     assert runner() == runner()
+
+
+def python_without_pillow(directory: Path) -> str:
+    """A Python that has what measuring needs: NumPy and LiteRT."""
+    import venv
+
+    venv.create(directory, symlinks=True)
+    (packages,) = directory.glob("lib/python*/site-packages")
+    for name in ("numpy", "ai_edge_litert", "flatbuffers", "typing_extensions"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        path = Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
+        for found in (path, path.with_name(f"{name}.libs")):
+            if found.exists():
+                (packages / found.name).symlink_to(found)
+    return str(directory / "bin" / "python")
+
+
+def test_a_board_without_pillow(
+    versions: tuple[str, str], target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(LocalConnection, "python", python_without_pillow(tmp_path / "venv"))
+    with LocalConnection() as connection:
+        found = check(connection)
+    assert found.ready
+    assert found.pillow == ""
+    assert any("pip install Pillow" in note for note in found.notes)
+    client = get_deploy_client(target)
+    # The test at the deployment is made with arrays.
+    created = client.create_deployment("camera", versions[0])
+    assert created["smoke"]["largest_difference"] == 0
+    assert not created["decodes_images"]
+    # This host decodes for it.
+    assert labels_of(client) == list(LABELS)
+    photo, pixels = tmp_path / "photo.jpg", tmp_path / "pixels.npy"
+    photo.write_bytes(encoded(image_of("blue")))
+    np.save(pixels, image_of("blue", height=SIZE, width=SIZE))
+
+    def classify(path: Path) -> dict[str, Any]:
+        command = [LocalConnection.python, str(Path(created["directory"]) / "runner.pyz"), "classify", str(path)]
+        done = subprocess.run(command, capture_output=True, check=False, text=True)
+        (line,) = done.stdout.splitlines()
+        assert done.returncode == (3 if "error" in json.loads(line) else 0)
+        return json.loads(line)
+
+    assert classify(pixels)["predictions"][0]["label"] == "blue"
+    refused = classify(photo)
+    assert refused["error"] == "no_pillow"
+    assert refused["message"] == (
+        f"decoding JPEG and PNG needs Pillow, which {LocalConnection.python} lacks; install it with: "
+        f"{LocalConnection.python} -m pip install Pillow, or give .npy files of shape {(SIZE, SIZE, 3)}"
+    )
 
 
 @contextlib.contextmanager

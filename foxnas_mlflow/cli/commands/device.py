@@ -197,6 +197,7 @@ def _found(found: DeviceCheck) -> str:
         ("Python", found.python),
         ("NumPy", found.numpy or "missing"),
         ("runtime", found.runtime or "missing"),
+        ("Pillow", found.pillow or "none"),
         ("Edge TPU", "answers" if found.edgetpu else "none"),
         ("governor", found.governor or "not told"),
         ("temperature", temperature),
