@@ -13,8 +13,8 @@ from mlflow.entities.model_registry import ModelVersion
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.devices import Benchmark, VelaEstimate
-from foxnas_mlflow.flavor import TfliteModel, load_model
-from foxnas_mlflow.tracking.registry import find_version, tag_version
+from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
+from foxnas_mlflow.tracking.registry import describe_version, find_version, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
 
@@ -26,6 +26,7 @@ class MeasuredModel:
         source: What the user named.
         path: The file.
         twin: For a file compiled for an Edge TPU: the same network for a processor, if there is one.
+        kind: Kind of the logged model.
         model_id: Id of the logged model, or None for a plain file.
         version: Its registered version, or None.
     """
@@ -33,6 +34,7 @@ class MeasuredModel:
     source: str
     path: Path
     twin: Path | None = None
+    kind: str = "tflite"
     model_id: str | None = None
     version: ModelVersion | None = None
 
@@ -63,9 +65,9 @@ def find_model(source: str, directory: Path) -> MeasuredModel:
             received=f"{source}: {type(model).__name__}",
             remedy="convert a subnet with: foxnas quantize",
         )
-    # From the model itself: SQL stores leave it out of the version.
-    model_id = mlflow.models.get_model_info(source).model_id
-    return MeasuredModel(source, model.path, model.fallback, model_id, version)
+    # From the model itself: SQL stores leave its id out of the version.
+    info = mlflow.models.get_model_info(source)
+    return MeasuredModel(source, model.path, model.fallback, info.flavors[FLAVOR_NAME]["kind"], info.model_id, version)
 
 
 def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, target: Target) -> None:
@@ -98,6 +100,28 @@ def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, 
             "emulated": json.dumps(benchmark.emulated),
         }
         tag_version(model.version.name, model.version.version, tags)
+        describe_version(
+            model.version.name,
+            model.version.version,
+            model.kind,
+            facts={
+                "latency median, ms": benchmark.latency_ms_p50,
+                "latency p90, ms": benchmark.latency_ms_p90,
+                "measured on": benchmark.device,
+                "measured with": f"{benchmark.runtime}, {benchmark.threads} thread(s)",
+                "measurement": f"not valid: {'; '.join(benchmark.invalid_reasons)}"
+                if benchmark.invalid_reasons
+                else "emulated: no real time"
+                if benchmark.emulated
+                else "valid",
+            },
+            command=promote_command(model),
+        )
+
+
+def promote_command(model: MeasuredModel) -> str:
+    """What to type after a measurement of a registered version."""
+    return f"foxnas promote --stage staging --model {model.source}"
 
 
 def log_estimate(run: EntryRun, estimate: VelaEstimate, model: MeasuredModel) -> None:

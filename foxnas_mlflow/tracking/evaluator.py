@@ -99,6 +99,7 @@ def _evaluate(dataset: Any, run_id: str, evaluator_config: Mapping[str, Any], mo
 
     from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.report import draw_confusion_matrix
+    from foxnas_mlflow.tracking.run import EntryRun
 
     config = {**_DEFAULTS, **evaluator_config}
     unknown = sorted(set(config) - set(_DEFAULTS))
@@ -136,6 +137,9 @@ def _evaluate(dataset: Any, run_id: str, evaluator_config: Mapping[str, Any], mo
             client.set_tag(run_id, "foxnas.board", benchmark.device)
             artifacts["benchmark"] = JsonEvaluationArtifact(f"{root}/evaluation/benchmark.json", benchmark.to_dict())
         client.log_artifacts(run_id, directory, "evaluation")
+        EntryRun(run_id, client.get_run(run_id).info.experiment_id, Path(directory)).log_table(
+            table.assign(model_id=model.metadata.model_id), "tables/classes.json"
+        )
     return EvaluationResult(metrics, artifacts, run_id)
 
 

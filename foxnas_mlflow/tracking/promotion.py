@@ -254,7 +254,7 @@ def _describe(name: str, candidate: Candidate) -> None:
     }
     if candidate.device:
         facts["measured on"] = candidate.device
-    facts |= {"weights": candidate.weights, "sha256": candidate.sha256}
+    facts |= {"weights": candidate.weights, "SHA-256": candidate.sha256}
     command = f"mlflow models serve -m models:/{name}/{candidate.version} --env-manager local"
     describe_version(name, candidate.version, candidate.kind, facts=facts, command=command)
 

@@ -214,7 +214,8 @@ _WHAT: Mapping[str, str] = {
 def describe_version(name: str, version: str | int, kind: str, *, facts: Mapping[str, object], command: str) -> None:
     """Write what a version is on its page: what it is, its figures, and the next command.
 
-    The registered model gets a description too. What somebody else has written stays.
+    Rows that are there already stay unless a new one has their key. The registered model gets a
+    description too. What somebody else has written stays.
 
     Args:
         name: The registered model.
@@ -223,12 +224,13 @@ def describe_version(name: str, version: str | int, kind: str, *, facts: Mapping
         facts: Rows of the table; text as it is, numbers rounded for people.
         command: What to type next.
     """
-    rows = [f"| {key} | {f'{value:.4g}' if isinstance(value, float) else value} |" for key, value in facts.items()]
-    table = ["| | |", "|---|---|", *rows]
-    text = "\n".join([_WHAT[kind], "", *table, "", "Next:", "", f"    {command}"])
     client = MlflowClient()
     written = client.get_model_version(name, str(version)).description
     if not written or written.startswith(tuple(_WHAT.values())):
+        rows = dict(re.findall(r"^\| (.+?) \| (.*) \|$", written or "", re.MULTILINE))
+        rows |= {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in facts.items()}
+        table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
+        text = "\n".join([_WHAT[kind], "", *table, "", "Next:", "", f"    {command}"])
         client.update_model_version(name, str(version), description=text)
     if not client.get_registered_model(name).description:
         client.update_registered_model(name, description=_WHAT[kind])

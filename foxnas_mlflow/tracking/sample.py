@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.measurements import Measurement, Timing
@@ -45,7 +46,8 @@ class SampleLog:
         self.emulated = False
         self.width: float | None = None
         self.stopped = False
-        self._run, self._path = run, path
+        self.path = path
+        self._run = run
         self._uploaded = time.monotonic()
         self._metrics, self._artifact = best_effort(run.log_metrics), best_effort(run.log_artifact)
 
@@ -63,13 +65,13 @@ class SampleLog:
         known = {f"sample/{key}": value for key, value in values.items() if value is not None}
         self._metrics({**known, "sample/standard_error": self.standard_error([row])}, step=n)
         if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
-            self._artifact(self._path)
+            self._artifact(self.path)
             self._uploaded = time.monotonic()
 
     def upload(self) -> None:
         """Copy the rows to the run."""
-        if self._path.exists():
-            self._run.log_artifact(self._path)
+        if self.path.exists():
+            self._run.log_artifact(self.path)
 
     def narrow(self, rows: Sequence[Measurement], space: SearchSpace, width: float, seed: int) -> bool:
         """Whether predictors fitted to the rows know accuracies along their front to `width` points."""
@@ -96,6 +98,7 @@ def log_samples(
         run_id, and measurements: the URI of the table.
     """
     log.upload()
+    run.log_table(pd.read_csv(log.path), "tables/measurements.json")
     floor = log.standard_error(rows)
     run.log_metrics({"sample/n_samples": len(rows), NOISE_FLOOR: floor})
     run.set_tags(

@@ -37,6 +37,7 @@ def test_a_registered_model_gets_its_figures(
 
     from foxnas_mlflow.devices import Benchmark
     from foxnas_mlflow.flavor import TfliteModel, log_model
+    from foxnas_mlflow.tracking.registry import describe_version
 
     preprocessing = Preprocessing(32, 3, normalization=Normalization((0.5,) * 3, (0.25,) * 3))
     with mlflow.start_run():
@@ -46,6 +47,8 @@ def test_a_registered_model_gets_its_figures(
             kind="tflite",
             registered_model_name="mine-cpu",
         )
+    described = {"facts": {"file, bytes": "1,234", "latency median, ms": 1e9}, "command": "foxnas benchmark"}
+    describe_version("mine-cpu", "1", "tflite", **described)
     assert main(["benchmark", "--name", "mine", *QUICK]) == 0
     out = capsys.readouterr().out
     client = mlflow.MlflowClient()
@@ -60,6 +63,12 @@ def test_a_registered_model_gets_its_figures(
     version = client.get_model_version("mine-cpu", "1")
     assert version.tags["emulated"] == "false"
     assert version.tags["benchmark_device"] == tags["foxnas.board"]
+    # Its page has what was said before, and what was measured.
+    assert "| file, bytes | 1,234 |" in version.description
+    median = run.data.metrics["benchmark/latency_ms_p50"]
+    assert version.description.count(f"| latency median, ms | {median:.4g} |") == 1
+    assert version.description.count("latency median") == 1
+    assert version.description.endswith("foxnas promote --stage staging --model models:/mine-cpu/1")
     figures = {metric.key: metric.value for metric in mlflow.get_logged_model(info.model_id).metrics}
     names = ("latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "latency_ms_mean", "latency_ms_std")
     names += ("throughput_per_s", "peak_memory_bytes", "valid")

@@ -63,6 +63,8 @@ def test_an_evaluation_with_latency(uri: str, tmp_path: Path) -> None:
     rows = pd.read_csv(path).set_index("label")
     assert rows.loc["green", "recall"] == 80
     assert rows.loc["green", "taken_for"] == "red"
+    shown = mlflow.load_table("tables/classes.json", run_ids=[run.info.run_id])
+    assert shown["recall"].tolist() == rows["recall"].tolist()
     assert result.artifacts["confusion_matrix"].content.size[0] > 300
     data = mlflow.get_run(run.info.run_id).data
     assert data.metrics == pytest.approx(result.metrics)

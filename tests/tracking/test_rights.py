@@ -143,3 +143,16 @@ def test_what_cannot_be_registered_is_kept(
     log_in(monkeypatch, ADMIN)
     figures = {key: value for key, value in run.data.metrics.items() if not key.startswith("predictor/")}
     assert version_metrics(mlflow.register_model(uri, SUBNET)) == figures
+
+
+def test_a_measurement_of_what_may_only_be_read_is_kept(reader: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = everything(NAME)
+    capsys.readouterr()
+    command = ["benchmark", "--target", "cpu", "--model", f"models:/{NAME}/2", "--runs", "20", "--warmup", "1"]
+    assert main(command) == 2
+    assert "HTTP 403: Permission denied; ask for that right" in one_line(capsys)
+    run = runs_of_the_reader()[0]
+    assert run.info.status == "FAILED"
+    benchmark = json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/benchmark.json"))
+    assert run.data.metrics["benchmark/latency_ms_p50"] == benchmark["latency_ms_p50"]
+    assert everything(NAME) == before

@@ -69,6 +69,8 @@ def test_rows_are_accuracies_of_the_evaluator_and_estimates_of_the_cost_model(tr
     np.testing.assert_allclose([row.accuracy for row in rows], [e.top1_percent for e in evaluations])
     floor = np.sqrt(np.mean([e.standard_error**2 for e in evaluations]))
     np.testing.assert_allclose(run.data.metrics["sample/noise_floor"], floor)
+    shown = mlflow.load_table("tables/measurements.json", run_ids=[run_id])
+    np.testing.assert_allclose(shown["accuracy"], [row.accuracy for row in rows])
     history = mlflow.MlflowClient().get_metric_history(run_id, "sample/accuracy")
     assert [m.value for m in sorted(history, key=lambda m: m.step)] == [row.accuracy for row in rows]
 

@@ -105,6 +105,8 @@ def _read(model: MeasuredModel) -> tuple[bytes, Any]:
 
 
 def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id: str) -> str:
+    from foxnas_mlflow.tracking.benchmark import promote_command
+
     compared = benchmark.output_difference
     again = "" if benchmark.attempts == 1 else f", attempt {benchmark.attempts}: those before were disturbed"
     rows = [
@@ -129,6 +131,6 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
         lines.append("EMULATED: the processor is emulated; these times say nothing of real hardware.")
     if not benchmark.valid:
         lines.append(f"INVALID: {'; '.join(benchmark.invalid_reasons)}. Measure again on a quiet, cool machine.")
-    following = "foxnas promote --stage staging --model "
-    lines.append(f"Next: {following}{model.source}" if model.version else "Next: mlflow ui, and compare the run.")
+    following = promote_command(model) if model.version else "mlflow ui, and compare the run."
+    lines.append(f"Next: {following}")
     return "\n".join(lines)
