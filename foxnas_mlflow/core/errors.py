@@ -20,7 +20,7 @@ received, and the remedy. The command line prints that line and exits with statu
     +-- ConversionError                a network cannot be converted, or a check on it failed
     +-- DeviceError                    a board, a connection to it, or a measurement on it
     |   +-- ConnectionLostError        the board went away; finished measurements are kept
-    +-- RegistrationError              the registry does not take a model that is logged
+    +-- RegistrationError              the registry does not take a model, or its figures; the run is kept
     +-- PromotionError                 a version does not pass the gates, or cannot be moved
 """
 
@@ -129,7 +129,7 @@ class ConnectionLostError(DeviceError):
 
 
 class RegistrationError(FoxNasError):
-    """The registry does not take a model; the run and the logged model are kept."""
+    """The registry does not take a model, or figures of one; the run and what is logged in it are kept."""
 
 
 class PromotionError(FoxNasError):

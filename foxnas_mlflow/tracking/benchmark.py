@@ -9,12 +9,13 @@ from pathlib import Path
 
 import mlflow
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
 
-from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.devices import Benchmark, VelaEstimate
 from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
-from foxnas_mlflow.tracking.registry import describe_version, find_version, tag_version
+from foxnas_mlflow.tracking.registry import describe_version, find_version, lacks_right, reason, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
 
@@ -78,6 +79,9 @@ def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, 
         benchmark: The measurement.
         model: What was measured.
         target: The target that it was measured for.
+
+    Raises:
+        RegistrationError: If this user may not change the model; the run keeps the measurement.
     """
     run.log_json(benchmark.to_dict(), "benchmark.json")
     run.set_tags(
@@ -91,32 +95,42 @@ def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, 
             **({} if benchmark.valid else {"foxnas.invalid": "; ".join(benchmark.invalid_reasons)}),
         }
     )
-    run.log_metrics(benchmark.metrics(), model_id=model.model_id)
-    if model.version is not None:
-        tags = {
-            "benchmark_device": benchmark.device,
-            "benchmark_target": target.name,
-            "benchmark_valid": json.dumps(benchmark.valid),
-            "emulated": json.dumps(benchmark.emulated),
-        }
-        tag_version(model.version.name, model.version.version, tags)
-        describe_version(
-            model.version.name,
-            model.version.version,
-            model.kind,
-            facts={
-                "latency median, ms": benchmark.latency_ms_p50,
-                "latency p90, ms": benchmark.latency_ms_p90,
-                "measured on": benchmark.device,
-                "measured with": f"{benchmark.runtime}, {benchmark.threads} thread(s)",
-                "measurement": f"not valid: {'; '.join(benchmark.invalid_reasons)}"
-                if benchmark.invalid_reasons
-                else "emulated: no real time"
-                if benchmark.emulated
-                else "valid",
-            },
-            command=promote_command(model),
-        )
+    try:
+        _log_to_model(run, benchmark, model, target)
+    except MlflowException as error:
+        if not lacks_right(error):
+            raise
+        raise RegistrationError(
+            "writing a measurement to its model needs the right to change that model",
+            received=f"{model.source}: {reason(error)}",
+            remedy=f"the measurement is kept in run {run.run_id}; ask for that right",
+        ) from error
+
+
+def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, target: Target) -> None:
+    try:
+        run.log_metrics(benchmark.metrics(), model_id=model.model_id)
+    except MlflowException:
+        run.log_metrics(benchmark.metrics())
+        raise
+    if model.version is None:
+        return
+    tags = {
+        "benchmark_device": benchmark.device,
+        "benchmark_target": target.name,
+        "benchmark_valid": json.dumps(benchmark.valid),
+        "emulated": json.dumps(benchmark.emulated),
+    }
+    tag_version(model.version.name, model.version.version, tags)
+    words = "valid" if benchmark.valid else f"not valid: {'; '.join(benchmark.invalid_reasons)}"
+    facts = {
+        "latency median, ms": benchmark.latency_ms_p50,
+        "latency p90, ms": benchmark.latency_ms_p90,
+        "measured on": benchmark.device,
+        "measured with": f"{benchmark.runtime}, {benchmark.threads} thread(s)",
+        "measurement": "emulated: no real time" if benchmark.emulated else words,
+    }
+    describe_version(model.version.name, model.version.version, model.kind, facts=facts, command=promote_command(model))
 
 
 def promote_command(model: MeasuredModel) -> str:
