@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from foxnas_mlflow.cli.commands.device import UNSURE_PERCENT
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.predictors import load_predictors
@@ -63,6 +64,10 @@ def test_calibrate_this_host_and_go_on(
     assert {row.latency_source for row in rows} == {"measured"}
     out = capsys.readouterr().out
     assert "error on 3 other networks" in out
+    assert "written       mine.yaml, mine-predictors.json, mine-measurements.csv, mine-checks.csv" in out
+    # Whether a calibration is good, the check decides; both tables make place for a new one.
+    sure = "UNSURE" not in out
+    assert sure or "without mine-measurements.csv and mine-checks.csv" in out
     checks = read_measurements("mine-checks.csv")
     assert len(checks) == 3
     assert not {row.architecture for row in checks} & {row.architecture for row in rows}
@@ -72,6 +77,7 @@ def test_calibrate_this_host_and_go_on(
     assert predictors.latency[0].metrics["n_samples"] == 11
     errors = [abs(predictors.latency[0].predict([row.architecture])[0] / row.latency_ms - 1) for row in checks]
     assert predictors.latency[0].metrics["outside_mape"] == pytest.approx(100 * np.mean(errors))
+    assert sure == (100 * np.mean(errors) <= UNSURE_PERCENT)
     # The space is not that of the packaged accuracies: these must be sampled.
     assert predictors.accuracy == ()
     assert "foxnas sample --target mine.yaml" in out

@@ -37,7 +37,10 @@ PARAMETERS = (
 )
 
 UNSURE_PERCENT = 5.0
-"""Cross-validated error above which a calibration is not good."""
+"""Error on other networks above which a calibration is not good."""
+
+PREDICTORS, MEASUREMENTS, CHECKS = "predictors.json", "measurements.csv", "checks.csv"
+"""What lies beside a target file, after its name and a dash."""
 
 
 def run(args: argparse.Namespace) -> dict[str, str | float]:
@@ -89,10 +92,10 @@ def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | 
         name=out.stem,
         description=f"{found.device}, {found.runtime}, {base.threads} thread(s), int8, batch {base.batch}",
         device=args.device,
-        predictors=f"{out.stem}-predictors.json",
+        predictors=f"{out.stem}-{PREDICTORS}",
         latency_note=f"milliseconds of a cost model calibrated on {found.device} with {found.runtime}",
     )
-    table = out.with_name(f"{out.stem}-measurements.csv")
+    table = out.with_name(f"{out.stem}-{MEASUREMENTS}")
     sizes = image_sizes(args.image_size)
     rows = _measure(
         args,
@@ -108,7 +111,7 @@ def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | 
         found,
         base,
         space,
-        out.with_name(f"{out.stem}-checks.csv"),
+        out.with_name(f"{out.stem}-{CHECKS}"),
         lambda measured: [architecture for architecture in checks if architecture not in measured],
     )
     predictors = calibrate(
@@ -221,12 +224,12 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
     lines += [
         f"  error on {metrics['n_outside']:.0f} other networks {metrics['outside_mape']:.2f} % (mean absolute)",
         f"  cross-validated error {metrics['cv_mape']:.2f} % (without a probe the others must tell its price)",
-        f"  written       {out}, {out.stem}-predictors.json, {out.stem}-measurements.csv",
+        f"  written       {out}, {', '.join(f'{out.stem}-{name}' for name in (PREDICTORS, MEASUREMENTS, CHECKS))}",
     ]
     if metrics["outside_mape"] > UNSURE_PERCENT:
         lines.append(
             f"UNSURE: above {UNSURE_PERCENT:g} % the search's budgets are not worth much. Quiet the machine and begin "
-            f"anew without {out.stem}-measurements.csv, or go on with a greater --n-probes."
+            f"anew without {out.stem}-{MEASUREMENTS} and {out.stem}-{CHECKS}, or go on with a greater --n-probes."
         )
     if searchable:
         lines.append(f"Next: foxnas search --target {out} --latency-ms {times[len(times) // 2]:.3g}")
