@@ -138,6 +138,7 @@ def summarize(
     edgetpu: bool,
     output_difference: float | None,
     integer_output: bool,
+    max_output_levels: float,
 ) -> Benchmark:
     """Turn the board script's answer into figures, and judge them."""
     samples = np.asarray(answer["samples_ms"], dtype=np.float64)
@@ -150,6 +151,7 @@ def summarize(
         cpu_share=cpu_share(answer, threads=threads, edgetpu=edgetpu),
         output_difference=output_difference,
         integer_output=integer_output,
+        max_output_levels=max_output_levels,
     )
     mean = float(samples.mean())
     return Benchmark(
@@ -199,6 +201,7 @@ def invalid_reasons(
     cpu_share: float | None = None,
     output_difference: float | None = None,
     integer_output: bool = True,
+    max_output_levels: float = MAX_OUTPUT_LEVELS,
 ) -> tuple[str, ...]:
     """Why figures cannot be trusted; empty when they can.
 
@@ -209,6 +212,7 @@ def invalid_reasons(
         cpu_share: Share of the time that the process had a processor; None: it says nothing.
         output_difference: Largest difference from the host's output, or None.
         integer_output: Whether that difference is in 8-bit levels.
+        max_output_levels: How many of these it may be; of a float output a thousandth of it.
     """
     reasons = []
     if throttled:
@@ -221,7 +225,7 @@ def invalid_reasons(
     median = float(np.median(samples))
     if clock_tick_ms > MAX_CLOCK_SHARE * median:
         reasons.append(f"the clock ticks every {1000 * clock_tick_ms:g} us, the median is {1000 * median:g} us")
-    limit = MAX_OUTPUT_LEVELS if integer_output else MAX_OUTPUT_LEVELS / 1000
+    limit = max_output_levels if integer_output else max_output_levels / 1000
     if output_difference is not None and not output_difference <= limit:
         reasons.append(f"the output differs from the host's by {output_difference:g}")
     return tuple(reasons)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError, InvalidInputError
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._benchmark import Benchmark, is_steady, summarize
+from foxnas_mlflow.devices._benchmark import MAX_OUTPUT_LEVELS, Benchmark, is_steady, summarize
 from foxnas_mlflow.devices._script import prepare, run_board
 
 RECONNECT_SECONDS = (1.0, 4.0, 10.0)
@@ -30,6 +30,7 @@ def measure(
     warmup: int = 10,
     edgetpu: bool = False,
     expected: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    max_output_levels: float = MAX_OUTPUT_LEVELS,
     min_seconds: float = 0.5,
     max_seconds: float = 10.0,
     wait_seconds: float = 600.0,
@@ -48,6 +49,7 @@ def measure(
         warmup: Runs before them, at least; they also last one second at least.
         edgetpu: Run on the Edge TPU.
         expected: An input and the output that the host computed for it; the machine's is compared.
+        max_output_levels: Largest difference from it, in 8-bit levels.
         min_seconds: Least time of the timed runs.
         max_seconds: Time after which they end even when there are fewer than `runs` (but 20).
         wait_seconds: How long to wait while another measurement holds the machine.
@@ -87,6 +89,7 @@ def measure(
         edgetpu=edgetpu,
         output_difference=difference,
         integer_output=integer,
+        max_output_levels=max_output_levels,
     )
 
 

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
+from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.devices import check, connect, measure
 from foxnas_mlflow.devices._ssh import lost, unreachable
+from foxnas_mlflow.tracking.timers import open_device
 
+from .conftest import TINY_CPU
 from .sshd import Server, board_processes, make_key, ssh_server
 
 asyncssh = pytest.importorskip("asyncssh")
@@ -142,6 +145,23 @@ def test_no_python_on_the_machine(server: Server) -> None:
     message = r"must have Python 3\.7 or newer at /opt/no/python3"
     with connect(address(server, python="/opt/no/python3")) as connection, pytest.raises(DeviceError, match=message):
         check(connection)
+
+
+def test_probes_are_held_against_this_host(server: Server, tmp_path: Path) -> None:
+    """A board whose kernels compute something else teaches nothing: its times are left out."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(
+        "from ai_edge_litert.interpreter import Interpreter\n"
+        "right = Interpreter.get_tensor\n"
+        "Interpreter.get_tensor = lambda *arguments: ~right(*arguments)\n"
+    )
+    (broken / "python").write_text(f'#!/bin/sh\nPYTHONPATH={broken} exec {sys.executable} "$@"\n')
+    (broken / "python").chmod(0o755)
+    for python, is_right in ((sys.executable, True), (str(broken / "python"), False)):
+        with open_device(get_target("cpu"), TINY_CPU, address(server, python=python)) as timer:
+            problems = timer.time(TINY_CPU.smallest(32)).problems
+        assert any("differs from the host's" in problem for problem in problems) is not is_right
 
 
 def test_addresses_that_lead_nowhere(home: Path) -> None:
