@@ -63,11 +63,15 @@ def decode_image(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS
             pixels = np.asarray(opened.convert("RGB" if channels == 3 else "L"), dtype=np.uint8)
     except InvalidInputError:
         raise
+    except (image.DecompressionBombError, image.DecompressionBombWarning) as error:
+        raise InvalidInputError(
+            f"an image has at most {max_pixels} pixels", received=str(error), remedy="scale it down"
+        ) from error
     except pillow.UnidentifiedImageError:
         raise InvalidInputError(
             f"an image must be {' or '.join(FORMATS)}", received=f"{len(data)} bytes of something else"
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         # Pillow raises these for truncated and damaged files.
         raise InvalidInputError("an image must be whole and undamaged", received=str(error)) from error
     return pixels.reshape(height, width, channels)
@@ -83,11 +87,20 @@ def resize(image: NDArray[np.uint8], size: int, *, crop: float = 1.0) -> NDArray
 
     Returns:
         uint8 (size, size, channels). An image that already has the scaled size is not resampled.
+
+    Raises:
+        InvalidInputError: If it is so narrow that it would have more than `MAX_PIXELS` when scaled.
     """
     height, width, channels = image.shape
     shorter = math.floor(size / crop + 0.5)
     scale = shorter / min(height, width)
     scaled = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise InvalidInputError(
+            f"an image has at most {MAX_PIXELS} pixels when its shorter side is scaled to {shorter}",
+            received=f"{width} x {height}",
+            remedy="cut out a part that is closer to a square",
+        )
     if scaled != (width, height):
         pillow = import_or_raise("PIL.Image", extra="serve", feature="resizing images")
         source = pillow.fromarray(image if channels == 3 else image[..., 0])

@@ -14,6 +14,7 @@ from foxnas_mlflow.flavor import SubnetModel, load_model, log_model
 from foxnas_mlflow.supernet import Batches, PlainNetwork, Preset, finetune, plain_logits, subnet_weights
 from foxnas_mlflow.tracking.registry import find_version, register
 from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.supernet import log_dataset
 
 LEARNING_RATE_SHARE = 0.1
 """Share of the preset's learning rate that a network starts with which is trained already."""
@@ -52,6 +53,7 @@ def finetuned(
     model = load_model(subnet_uri)
     if not isinstance(model, SubnetModel) or model.weights is None or model.preprocessing is None:
         raise InvalidFormatError("only a subnet with weights can be trained further", received=subnet_uri)
+    log_dataset(run, dataset, context="training")
     network = build_network(model.space, model.architecture)
     batches = Batches(
         dataset.train,

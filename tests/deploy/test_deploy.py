@@ -250,8 +250,16 @@ def test_the_command_line(versions: tuple[str, str], target: str, tmp_path: Path
         return done.output
 
     named = ("-t", target, "--name", "camera")
+    assert "edge://user@host[:port]" in deployments("help", "-t", "edge")
     assert "foxnas deployment camera is created" in deployments("create", *named, "-m", versions[0])
     assert '"label":"green"' in deployments("predict", *named, "-I", str(request)).replace(" ", "")
+    assert "is updated" in deployments("update", *named, "-m", versions[1], "-C", "threads=2")
+    assert "'threads': 2" in deployments("list", "-t", target)
+    assert "version: 0002" in deployments("get", *named)
+    assert "is updated" in deployments("update", *named, "-C", "rollback=true")
+    assert "version: 0001" in deployments("get", *named)
+    assert "is deleted" in deployments("delete", *named)
+    assert "camera" not in deployments("list", "-t", target)
 
 
 def test_a_local_run(
@@ -374,6 +382,7 @@ def test_a_board_behind_ssh(versions: tuple[str, str], tmp_path: Path, monkeypat
 
 
 @needs_sshd
+@pytest.mark.slow
 def test_a_copy_that_is_cut_off_changes_nothing(
     versions: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -342,6 +342,53 @@ def test_10_wrong_shape_is_a_clear_error(saved: dict[str, Path], wrong: Any, wor
         mlflow.pyfunc.load_model(str(saved["tflite"])).predict(wrong)
 
 
+def png_header(width: int, height: int, depth: int = 8) -> bytes:
+    """A PNG that claims a size, and has almost nothing of it."""
+    import struct
+    import zlib
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+UNTRUSTED = {
+    "empty": (b"", "must be JPEG or PNG"),
+    "truncated JPEG": (jpegs()[0][:-40], "must be whole and undamaged"),
+    "truncated PNG": (encoded(image_of("red"), "PNG")[:200], "must be whole and undamaged"),
+    "another format": (encoded(image_of("red"), "BMP"), "must be JPEG or PNG"),
+    "16 bits": (encoded(np.zeros((9, 9), np.uint16), "PNG"), "has 8 bits a channel"),
+    "above the limit": (png_header(8000, 6000), "at most 40000000 pixels; received 8000 x 6000"),
+    "far above the limit": (png_header(60_000, 60_000), "at most 40000000 pixels"),
+    "a line": (encoded(np.zeros((1, 60_000), np.uint8), "PNG"), "received 60000 x 1"),
+}
+
+
+@pytest.mark.parametrize("name", UNTRUSTED)
+def test_10_untrusted_images_are_refused(saved: dict[str, Path], name: str) -> None:
+    data, words = UNTRUSTED[name]
+    model = mlflow.pyfunc.load_model(str(saved["tflite"]))
+    for inputs in (pd.DataFrame({"image": [data]}), {"image": [base64_of(data)]}):
+        with pytest.raises(MlflowException, match=words) as caught:
+            model.predict(inputs)
+        assert len(str(caught.value).splitlines()) == 1
+        assert str(saved["tflite"]) not in str(caught.value)
+
+
+def test_10_the_limit_of_pixels_is_the_model_s(saved: dict[str, Path]) -> None:
+    image = encoded(image_of("red", height=100, width=60))
+    for limit, words in ((6000, None), (5999, "at most 5999 pixels; received 60 x 100")):
+        model = mlflow.pyfunc.load_model(str(saved["tflite"]), model_config={"max_pixels": limit})
+        if words is None:
+            assert model.predict(pd.DataFrame({"image": [image]}))["label"].tolist() == ["red"]
+        else:
+            with pytest.raises(MlflowException, match=words):
+                model.predict(pd.DataFrame({"image": [image]}))
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int64])
 def test_11_whole_numbers_are_cast(saved: dict[str, Path], dtype: Any) -> None:
     model = mlflow.pyfunc.load_model(str(saved["tflite"]))

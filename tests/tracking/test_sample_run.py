@@ -54,6 +54,8 @@ def test_rows_are_accuracies_of_the_evaluator_and_estimates_of_the_cost_model(tr
     assert run.data.tags["foxnas.latency_source"] == "cost_model"
     assert run.data.tags["foxnas.space"] == "cpu-mini"
     assert run.data.params["cfg.supernet"] == uri
+    (given,) = run.inputs.dataset_inputs
+    assert given.dataset.name == "digits"
     rows = _rows(tmp_path, run_id)
     assert len({row.architecture for row in rows}) == 5
     assert {row.architecture.image_size for row in rows} == {8, 16}

@@ -80,10 +80,12 @@ def _sample(
     from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
     from foxnas_mlflow.tracking.run import best_effort
     from foxnas_mlflow.tracking.sample import SampleLog, log_samples
+    from foxnas_mlflow.tracking.supernet import log_dataset
     from foxnas_mlflow.tracking.timers import open_timer
 
     space = supernet.space
     run.log_json(space.to_dict(), SPACE)
+    log_dataset(run, supernet.dataset, context="evaluation")
     given = _given_rows(args.resume, space, run.directory)
     plan = _plan(args, space, sizes, given)
     directory = cache_directory("samples", _digest(args, supernet, target, sizes, given))

@@ -92,6 +92,10 @@ def run(args: argparse.Namespace) -> dict[str, str]:
         latency_source="cost_model",
         tags={"foxnas.predictors": source},
     ) as run:
+        if supernet is not None:
+            from foxnas_mlflow.tracking.supernet import log_dataset
+
+            log_dataset(run, supernet.dataset, context="evaluation")
         measurements = open_measurements(args.measurements, run.directory)[0] if args.measurements else []
         outcome = search(
             predictors,
