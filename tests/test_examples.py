@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from foxnas_mlflow.cli.main import build_parser
+from foxnas_mlflow.cli.main import build_parser, main
 from tests.pipelines import options
 
 
@@ -44,8 +44,11 @@ def test_search_from_the_authors_table(root: Path, shared_data: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.server
 @pytest.mark.tflite
-def test_a_new_board(root: Path, tmp_path: Path) -> None:
+def test_a_new_board(root: Path, tracking: str, tmp_path: Path) -> None:
+    import mlflow
+
     # Probes that something disturbed are measured by the next call; those that were steady are kept.
     for _ in range(4):
         done = subprocess.run(
@@ -60,7 +63,18 @@ def test_a_new_board(root: Path, tmp_path: Path) -> None:
             break
         assert "must be measured without disturbance" in done.stderr, done.stderr[-3000:]
     assert done.stdout.count("% predicted, cpu @ ") == 3
-    assert (tmp_path / "board.yaml").is_file()
+    # The calibrated target is one that foxnas search takes, and it says whose milliseconds these are.
+    following = re.search(r"^Next: foxnas (search --target board.yaml --latency-ms (\S+))$", done.stdout, re.M)
+    assert following is not None
+    assert main([*following[1].split(), "--evaluations", "2000"]) == 0
+    client = mlflow.MlflowClient()
+    (found,) = client.search_runs(["0"])
+    tags = found.data.tags
+    assert (tags["foxnas.target"], tags["foxnas.latency_source"]) == ("board", "cost_model")
+    assert tags["foxnas.predictors"] == "board-predictors.json"
+    assert tags["foxnas.latency_note"].startswith("milliseconds of a cost model calibrated on ")
+    assert found.data.metrics["search/predicted_latency_upper_ms"] <= float(following[2])
+    assert client.get_model_version("foxnas-subnet-board", "1").tags["latency_source"] == "cost_model"
 
 
 def test_the_project_for_containers_is_the_pipeline(root: Path) -> None:
