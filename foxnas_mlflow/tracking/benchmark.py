@@ -151,6 +151,7 @@ def log_estimate(run: EntryRun, estimate: VelaEstimate, model: MeasuredModel) ->
         writer = csv.DictWriter(file, list(estimate.layers[0]))
         writer.writeheader()
         writer.writerows(estimate.layers)
+    run.log_table(list(estimate.layers), "tables/vela_layers.json")
     (run.directory / "model_vela.tflite").write_bytes(estimate.compiled)
     run.log_artifacts(run.directory)
     run.set_tags({"foxnas.estimator": f"Vela {estimate.version}", "foxnas.model": model.source})

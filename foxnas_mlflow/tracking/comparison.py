@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.comparison import Comparison, agreement, write_comparisons
 from foxnas_mlflow.core.errors import InvalidFormatError
@@ -74,6 +76,7 @@ def log_comparison(run: EntryRun, rows: Sequence[Comparison], latency_ms: float)
     path = run.directory / COMPARISON
     write_comparisons(rows, path)
     run.log_artifact(path)
+    run.log_table(pd.read_csv(path), "tables/predicted_vs_real.json")
     metrics = agreement(rows, latency_ms)
     run.log_metrics({f"pipeline/{key}": value for key, value in metrics.items()})
     lines = [f"{'':<8}{'px':>4}{'predicted %':>13}{'int8 %':>9}{'predicted ms':>14}{'at most':>9}{'measured ms':>13}"]

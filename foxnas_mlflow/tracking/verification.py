@@ -164,6 +164,7 @@ def _log_table(run: EntryRun, looked: Sequence[Candidate]) -> None:
     if looked:
         write_verification(looked, run.directory / TABLE)
         run.log_artifact(run.directory / TABLE)
+        run.log_table([candidate.to_row() for candidate in looked], "tables/verification.json")
 
 
 def _evaluate(evaluator: SubnetEvaluator) -> Callable[[Architecture], tuple[float, float]]:

@@ -280,13 +280,13 @@ def test_the_plugin_is_as_mlflow_wants_it() -> None:
     assert runner() == runner()
 
 
-def python_without_pillow(directory: Path) -> str:
-    """A Python that has what measuring needs: NumPy and LiteRT."""
+def python_with(directory: Path, *names: str) -> str:
+    """A Python that has some packages of this one, and no others."""
     import venv
 
     venv.create(directory, symlinks=True)
     (packages,) = directory.glob("lib/python*/site-packages")
-    for name in ("numpy", "ai_edge_litert", "flatbuffers", "typing_extensions"):
+    for name in names:
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.origin is not None
@@ -300,7 +300,8 @@ def python_without_pillow(directory: Path) -> str:
 def test_a_board_without_pillow(
     versions: tuple[str, str], target: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(LocalConnection, "python", python_without_pillow(tmp_path / "venv"))
+    measures = ("numpy", "ai_edge_litert", "flatbuffers", "typing_extensions")
+    monkeypatch.setattr(LocalConnection, "python", python_with(tmp_path / "venv", *measures))
     with LocalConnection() as connection:
         found = check(connection)
     assert found.ready
@@ -331,6 +332,33 @@ def test_a_board_without_pillow(
         f"decoding JPEG and PNG needs Pillow, which {LocalConnection.python} lacks; install it with: "
         f"{LocalConnection.python} -m pip install Pillow, or give .npy files of shape {(SIZE, SIZE, 3)}"
     )
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ((), "received NumPy: No module named 'numpy'"),
+        (("numpy",), "received running a TFLite model needs one of the packages"),
+    ],
+)
+def test_a_board_without_a_runtime(
+    versions: tuple[str, str],
+    target: str,
+    names: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    client = get_deploy_client(target)
+    before = client.create_deployment("camera", versions[0])
+    monkeypatch.setattr(LocalConnection, "python", python_with(tmp_path / "venv", *names))
+    with pytest.raises(MlflowException, match=words) as caught:
+        client.update_deployment("camera", versions[1])
+    assert "lacks what the runner needs" in str(caught.value)
+    assert "pip install numpy ai-edge-litert Pillow" in str(caught.value)
+    monkeypatch.undo()
+    assert get_deploy_client(target).get_deployment("camera") == before
+    assert not list(tmp_path.glob("board/camera/.incoming-*"))
 
 
 @contextlib.contextmanager

@@ -83,6 +83,9 @@ def test_the_found_network_has_weights_whose_accuracy_is_the_evaluators(
     assert main([*command, "--supernet", uri, "--evaluations", "2000"]) == 0
     run = _only_run()
     (chosen,) = [row for row in _table(run.info.run_id, tmp_path) if row["chosen"] == "True"]
+    shown = mlflow.load_table("tables/verification.json", run_ids=[run.info.run_id])
+    assert shown["architecture"][shown["chosen"]].tolist() == [chosen["architecture"]]
+    assert [given.dataset.name for given in mlflow.get_run(run.info.run_id).inputs.dataset_inputs] == ["digits"]
     client = mlflow.MlflowClient()
     version = client.get_model_version("foxnas-subnet-cpu", "1")
     assert version.tags["weights"] == "trained"
