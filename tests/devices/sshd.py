@@ -39,12 +39,20 @@ class Server:
     def stop(self) -> None:
         """End it and every connection; the commands that they run go on, as after a cut cable."""
         if self.process is not None:
-            pids = [pid for pid in _below(self.process.pid) if "sshd" in _command(pid)]
-            for pid in (self.process.pid, *pids):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            self._signal(signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+    def freeze(self) -> None:
+        """Let it answer nothing any more while its connections stay open, as a board that hangs."""
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        assert self.process is not None
+        pids = [pid for pid in _below(self.process.pid) if "sshd" in _command(pid)]
+        for pid in (self.process.pid, *pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 @contextlib.contextmanager

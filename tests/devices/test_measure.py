@@ -94,6 +94,33 @@ def test_figures_that_cannot_be_trusted(samples: np.ndarray, facts: dict[str, fl
     assert reason in found
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "throttled"),
+    [
+        ("0x0", "0x0", False),
+        ("0x50000", "0x50000", False),  # since boot, but not since the measurement began
+        ("0x0", "0x4", True),
+        ("0x50005", "0x50000", True),
+        ("0x0", "0x40000", True),
+        ("12", "12", False),
+        ("12", "13", True),
+        ("", "", None),
+        ("0x0", "", None),
+    ],
+)
+def test_flags_and_counts_of_throttling(before: str, after: str, throttled: bool | None) -> None:
+    assert board._throttled(before, after) is throttled
+
+
+def test_a_raspberry_pi_tells_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vcgencmd").write_text("#!/bin/sh\necho throttled=0x50005\n")
+    (tmp_path / "vcgencmd").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert board.throttle_state() == "0x50005"
+    (tmp_path / "vcgencmd").write_text("#!/bin/sh\nexit 1\n")
+    assert not board.throttle_state().startswith("0x")
+
+
 def test_company_that_stays_is_found(probe: bytes) -> None:
     allowed = os.sched_getaffinity(0)
     # One processor for both: children inherit it.

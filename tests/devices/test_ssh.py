@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import _measure as measuring
@@ -103,7 +105,9 @@ def test_no_space_on_the_machine(home: Path, tmp_path: Path, probe: bytes) -> No
         subprocess.run(["umount", str(tmp_path / "small")], check=True)
 
 
-def test_hosts_and_users_that_are_refused(server: Server, home: Path, tmp_path: Path) -> None:
+def test_hosts_and_users_that_are_refused(
+    server: Server, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     n_threads = threading.active_count()
     known_hosts = home / ".ssh" / "known_hosts"
     other = make_key(tmp_path / "other")
@@ -123,9 +127,11 @@ def test_hosts_and_users_that_are_refused(server: Server, home: Path, tmp_path: 
         (lambda: (home / ".ssh" / "config").write_text("Port many\n"), address(server), "config must be valid"),
     ):
         prepare()
-        with pytest.raises(DeviceError, match=message) as caught:
+        with pytest.raises(DeviceError, match=message):
             connect(uri)
-        assert len(str(caught.value).splitlines()) == 1
+        assert main(["device", "check", "--device", uri]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(message, line)
     assert threading.active_count() == n_threads
 
 
@@ -178,6 +184,24 @@ def test_addresses_that_lead_nowhere(home: Path) -> None:
     ):
         with pytest.raises(DeviceError, match=message):
             connect(uri)
+
+
+def test_an_address_without_a_route() -> None:
+    if subprocess.run(["sh", "-c", "unshare --net true"], capture_output=True).returncode:
+        pytest.skip("a network of its own needs the right to make one")
+    command = [sys.executable, "-m", "foxnas_mlflow", "device", "check", "--device", "ssh://pi@10.1.2.3"]
+    done = subprocess.run(["unshare", "--net", *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("foxnas: there must be a route to ssh://pi@10.1.2.3")
+
+
+def test_a_board_that_hangs_is_noticed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foxnas_mlflow.devices._ssh.KEEPALIVE_SECONDS", 0.2)
+    with connect(address(server)) as connection:
+        server.freeze()
+        with pytest.raises(ConnectionLostError, match=r"was lost.*check the board's power"):
+            connection.run(["true"], timeout_s=600)
 
 
 def test_a_lost_board_comes_back_and_is_measured(
