@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import mlflow
 
@@ -58,3 +59,11 @@ def register_version(
     for key, value in {"weights": weights, "emulated": "false", "benchmark_device": "board", **tags}.items():
         client.set_model_version_tag(name, number, key, value)
     return number
+
+
+def state(name: str = NAME) -> dict[str, Any]:
+    """Aliases, and the stage of every version."""
+    client = mlflow.MlflowClient()
+    model = client.get_registered_model(name)
+    stages = {str(v.version): v.current_stage for v in client.search_model_versions(f"name='{name}'")}
+    return {"aliases": {k: str(v) for k, v in model.aliases.items()}, "stages": stages}

@@ -26,7 +26,7 @@ import foxnas_mlflow.deploy as plugin
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.deploy._board import split_target
 from foxnas_mlflow.deploy._bundle import runner
-from foxnas_mlflow.devices import LocalConnection, check
+from foxnas_mlflow.devices import LocalConnection, check, measure
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from tests.colour_model import LABELS, SIZE, encoded, image_of
 from tests.devices.sshd import Server, make_key, ssh_server
@@ -335,10 +335,10 @@ def test_a_board_without_pillow(
 
 
 @pytest.mark.parametrize(
-    ("names", "words"),
+    ("names", "words", "lacks"),
     [
-        ((), "received NumPy: No module named 'numpy'"),
-        (("numpy",), "received running a TFLite model needs one of the packages"),
+        ((), "received NumPy: No module named 'numpy'", "NumPy"),
+        (("numpy",), "received running a TFLite model needs one of the packages", "ai-edge-litert or tflite-runtime"),
     ],
 )
 def test_a_board_without_a_runtime(
@@ -346,6 +346,8 @@ def test_a_board_without_a_runtime(
     target: str,
     names: tuple[str, ...],
     words: str,
+    lacks: str,
+    colour_model: TfliteModel,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -356,6 +358,10 @@ def test_a_board_without_a_runtime(
         client.update_deployment("camera", versions[1])
     assert "lacks what the runner needs" in str(caught.value)
     assert "pip install numpy ai-edge-litert Pillow" in str(caught.value)
+    with LocalConnection() as connection:
+        assert any(text.startswith(f"{lacks}: install it there") for text in check(connection).missing)
+        with pytest.raises(DeviceError, match=f"must have {lacks}.*install it there"):
+            measure(connection, colour_model.path.read_bytes(), runs=1, warmup=1)
     monkeypatch.undo()
     assert get_deploy_client(target).get_deployment("camera") == before
     assert not list(tmp_path.glob("board/camera/.incoming-*"))

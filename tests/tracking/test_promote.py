@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.tracking.holders import StageKeeper
-from tests.versions import NAME, register_version
+from tests.versions import NAME, register_version, state
 
 pytestmark = pytest.mark.server
 
@@ -22,14 +22,6 @@ LIMITS = ["--max-latency-ms", "60", "--max-accuracy-drop", "1"]
 
 def promote(model: str, stage: str = "Production", *more: str) -> int:
     return main(["promote", "--model", model, "--stage", stage, *LIMITS, *more])
-
-
-def state(name: str = NAME) -> dict[str, Any]:
-    """Aliases, and the stage of every version."""
-    client = mlflow.MlflowClient()
-    model = client.get_registered_model(name)
-    stages = {str(v.version): v.current_stage for v in client.search_model_versions(f"name='{name}'")}
-    return {"aliases": {k: str(v) for k, v in model.aliases.items()}, "stages": stages}
 
 
 def last_run() -> mlflow.entities.Run:

@@ -15,8 +15,7 @@ import pytest
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.tracking.registry import version_metrics
 from tests.servers import ADMIN, login_server
-from tests.tracking.test_promote import state
-from tests.versions import NAME, register_version
+from tests.versions import NAME, register_version, state
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
