@@ -11,6 +11,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
+from foxnas_mlflow.tracking.run import best_effort
 
 _RIGHTS = ("permission", "readonly", "read-only", "denied", "privilege", "forbidden", "unauthor", "not authorized")
 
@@ -79,8 +80,6 @@ def register(
     check_name(name)
     try:
         version = mlflow.register_model(model_uri, name, tags={key: str(value) for key, value in tags.items()})
-        uri = f"models:/{name}/{version.version}"
-        describe_version(name, version.version, kind, facts=facts, command=command(uri))
     except MlflowException as error:
         kept = f"the run is kept, and the model in it as {model_uri}"
         if lacks_right(error):
@@ -94,6 +93,8 @@ def register(
             received=f"{name}: {reason(error)}",
             remedy=f"{kept}; register it once the registry answers",
         ) from error
+    uri = f"models:/{name}/{version.version}"
+    describe_version(name, version.version, kind, facts=facts, command=command(uri))
     return uri
 
 
@@ -215,7 +216,7 @@ def describe_version(name: str, version: str | int, kind: str, *, facts: Mapping
     """Write what a version is on its page: what it is, its figures, and the next command.
 
     Rows that are there already stay unless a new one has their key. The registered model gets a
-    description too. What somebody else has written stays.
+    description too. What somebody else has written stays. A registry that takes no text stops no work.
 
     Args:
         name: The registered model.
@@ -224,14 +225,18 @@ def describe_version(name: str, version: str | int, kind: str, *, facts: Mapping
         facts: Rows of the table; text as it is, numbers rounded for people.
         command: What to type next.
     """
+    best_effort(_describe_version)(name, str(version), kind, facts, command)
+
+
+def _describe_version(name: str, version: str, kind: str, facts: Mapping[str, object], command: str) -> None:
     client = MlflowClient()
-    written = client.get_model_version(name, str(version)).description
+    written = client.get_model_version(name, version).description
     if not written or written.startswith(tuple(_WHAT.values())):
         rows = dict(re.findall(r"^\| (.+?) \| (.*) \|$", written or "", re.MULTILINE))
         rows |= {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in facts.items()}
         table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
         text = "\n".join([_WHAT[kind], "", *table, "", "Next:", "", f"    {command}"])
-        client.update_model_version(name, str(version), description=text)
+        client.update_model_version(name, version, description=text)
     if not client.get_registered_model(name).description:
         client.update_registered_model(name, description=_WHAT[kind])
 

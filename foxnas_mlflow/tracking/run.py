@@ -230,7 +230,7 @@ def _sigterm_raises() -> Iterator[None]:
 def best_effort(action: Callable[P, object]) -> Callable[P, None]:
     """Let hours of work survive a tracking server that is away: say so once and go on.
 
-    For what can be done without (a metric of one step, a copy of a checkpoint that is on disk).
+    For what can be done without (a metric of one step, a copy of a checkpoint that is on disk, a text).
     """
     told = False
 
@@ -243,6 +243,8 @@ def best_effort(action: Callable[P, object]) -> Callable[P, None]:
             if not told:
                 told = True
                 first = str(error).strip().splitlines()[0]
-                print(f"foxnas: the tracking server took no progress: {first}; the work goes on.", file=sys.stderr)
+                print(
+                    f"foxnas: the tracking server did not take everything: {first}; the work goes on.", file=sys.stderr
+                )
 
     return attempt

@@ -253,6 +253,20 @@ def test_with_half_the_rights_the_alias_goes_back(
     assert state() == before
 
 
+def test_a_registry_that_takes_no_text_stops_nothing(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise MlflowException("Permission denied", error_code=7)
+
+    monkeypatch.setattr(mlflow.store.model_registry.sqlalchemy_store.SqlAlchemyStore, "update_registered_model", refuse)
+    assert promote(f"models:/{NAME}/1") == 0
+    assert "did not take everything: Permission denied; the work goes on." in capsys.readouterr().err
+    assert state()["aliases"] == {"production": "1"}
+
+
 def test_bad_input(tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     register_version(tmp_path)
     cases = [
