@@ -50,6 +50,7 @@ class PlainNetwork(nn.Module):
         for layer in network.layers:
             if layer.op not in ("add", "pool"):
                 _put(self, layer.name, _PlainGate(layer) if layer.op == "se" else _PlainLayer(layer))
+        _begin_as_identity(self, network)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, n_classes) of normalised images (n, channels, height, width)."""
@@ -80,11 +81,13 @@ class Supernet(nn.Module):
     def __init__(self, space: SearchSpace) -> None:
         super().__init__()
         self.space = space
-        for layer in build_network(space, space.largest()).layers:
+        network = build_network(space, space.largest())
+        for layer in network.layers:
             if layer.op not in ("add", "pool"):
                 kernels = space.kernels if _is_elastic(layer) else (layer.kernel,)
                 gate = layer.op == "se"
                 _put(self, layer.name, _ElasticGate(layer) if gate else _ElasticLayer(layer, kernels))
+        _begin_as_identity(self, network)
         self.set_subnet(space.largest())
 
     def set_subnet(self, architecture: Architecture) -> None:
@@ -400,6 +403,14 @@ def _initial(layer: Layer) -> Tensor:
     if layer.op == "depthwise":
         return torch.randn(layer.out_channels, 1, k, k) * math.sqrt(2 / (k * k))
     return torch.randn(layer.out_channels, layer.in_channels, k, k) * math.sqrt(2 / (k * k * layer.out_channels))
+
+
+def _begin_as_identity(module: nn.Module, network: Network) -> None:
+    """Zero the last norm's weights in residual units: a network learns as fast as a shallow one at first."""
+    with torch.no_grad():
+        for unit in network.units:
+            if unit.layers[-1].op == "add":
+                _at(module, unit.layers[-2].name).norm.weight.zero_()
 
 
 def _put(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -133,9 +133,7 @@ def subnet_gradients(
             soft = answers.result()
         else:
             answers.set_result(F.softmax(logits.detach(), 1))
-        terms = []
-        if soft is None or config.strategy == "progressive_shrinking":
-            terms.append(F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing))
+        terms = [F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)]
         if soft is not None:
             terms.append(F.cross_entropy(logits, soft))
         loss = torch.stack(terms).sum() / len(subnets)

@@ -5,8 +5,8 @@ Both are one loop over steps; they differ in the subnets that a step trains and 
 - ``progressive_shrinking``: the largest network first, then elastic kernel, depth and expansion,
   one random subnet a step, taught by the largest network as it was when its phase ended.
 - ``sandwich``: largest, smallest and random subnets in every step, both ends at any image size half of
-  the time; the largest learns from the labels, the others from the largest's answers in the same
-  step (in-place distillation).
+  the time; all learn from the labels, the others also from the largest's answers in the same step
+  (in-place distillation).
 
 A checkpoint is one safetensors file with everything that training needs to go on to the same
 losses; what is drawn depends on (seed, step) only, so no generator's state is in it.

@@ -226,6 +226,7 @@ def _begin(
             strategy=args.strategy,
             epochs=args.epochs or preset.epochs_for(len(batches)),
             learning_rate=(args.learning_rate or preset.learning_rate) * worker.world_size,
+            weight_decay=preset.weight_decay,
             ema=args.ema,
             seed=args.seed,
         )
