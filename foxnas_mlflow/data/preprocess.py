@@ -7,6 +7,7 @@ Needs NumPy, and Pillow where an image is decoded or resized; never torch or ten
 | decode    | bytes, JPEG or PNG         | uint8 (height, width, channels), 0..255           |
 | resize    | uint8 (height, width, c)   | uint8 (image_size, image_size, c)                 |
 | normalise | uint8 (..., c)             | float32 (..., c), (value / 255 - mean) / std      |
+| quantize  | float32 (..., c)           | int8 or uint8 (..., c), for a quantized network   |
 """
 
 from __future__ import annotations
@@ -136,11 +137,27 @@ class Normalization:
         """Normalise uint8 (..., channels) to float32 of the same shape."""
         return self.of_unit(image.astype(np.float32) / np.float32(255))
 
+    def of_levels(self) -> NDArray[np.float32]:
+        """float32 (256, channels): what becomes of each value that a pixel can have."""
+        return self(np.repeat(np.arange(256, dtype=np.uint8)[:, None], len(self.mean), axis=1))
+
     def of_unit(self, image: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
         """Normalise floats in 0..1 (..., channels)."""
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         normalized: NDArray[np.float32] = (image.astype(np.float32, copy=False) - mean) / std
         return normalized
+
+
+def quantize(values: NDArray[np.floating[Any]], dtype: Any, scale: float, zero_point: int) -> NDArray[Any]:
+    """Real values as a quantized network's integers: round half away from zero, saturated.
+
+    Halves are no rare case: of -1..1 at the scale 1 / 127.5, every sixth pixel value lies between two integers.
+    """
+    limits = np.iinfo(dtype)
+    scaled = values.astype(np.float64) / scale
+    rounded = np.trunc(scaled + np.copysign(0.5, scaled)) + zero_point
+    levels: NDArray[Any] = np.clip(rounded, limits.min, limits.max).astype(dtype)
+    return levels
 
 
 @dataclass(frozen=True, slots=True)

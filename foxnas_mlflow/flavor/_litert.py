@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, MissingDependencyError
-from foxnas_mlflow.data.preprocess import Normalization
+from foxnas_mlflow.data.preprocess import Normalization, quantize
 
 RUNTIMES = ("ai_edge_litert", "tflite_runtime")
 """Runtimes in order of preference; full tensorflow is never loaded to serve."""
@@ -130,9 +130,8 @@ class Classifier:
         (self._output,) = self._interpreter.get_output_details()
         self._normalization = normalization
         self._softmax = output == "logits"
-        # A uint8 pixel has 256 values: what normalising and quantizing do to each is looked up.
-        levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], len(normalization.mean), axis=1)
-        self._table = self._quantize(normalization(levels))
+        # What normalising and quantizing do to each value of a uint8 pixel is looked up.
+        self._table = self._quantize(normalization.of_levels())
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -173,12 +172,7 @@ class Classifier:
 
     def _quantize(self, values: NDArray[np.float32]) -> NDArray[Any]:
         dtype = np.dtype(self._input["dtype"])
-        if dtype == np.float32:
-            return values
-        scale, zero_point = self._input["quantization"]
-        limits = np.iinfo(dtype)
-        levels: NDArray[Any] = np.clip(np.rint(values / np.float32(scale)) + zero_point, limits.min, limits.max)
-        return levels.astype(dtype)
+        return values if dtype == np.float32 else quantize(values, dtype, *self._input["quantization"])
 
 
 class ClassifierPool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import DeviceError, InvalidInputError, MissingDependencyError
 from foxnas_mlflow.core.network import Network
-from foxnas_mlflow.data.preprocess import Normalization
+from foxnas_mlflow.data.preprocess import Normalization, quantize
 from foxnas_mlflow.tflite._checks import body_operators, check_classifier
 from foxnas_mlflow.tflite._graph import INPUT, lower
 from foxnas_mlflow.tflite._model import TensorInfo, TfliteModel, read_tflite
@@ -60,9 +60,9 @@ class Int8Model:
                 tuple(metadata["normalization"]["mean"]), tuple(metadata["normalization"]["std"])
             )
         self.labels: tuple[str, ...] | None = tuple(metadata["labels"]) if metadata.get("labels") else None
-        # A pixel has 256 values: what normalising and quantizing do to each is looked up.
-        levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], len(normalization.mean), axis=1)
-        self._table = quantize(normalization(levels), self.model.input)
+        # What normalising and quantizing do to each value of a pixel is looked up.
+        given = self.model.input
+        self._table = quantize(normalization.of_levels(), given.type, given.scale[0], given.zero_point[0])
         self._interpreter = make_interpreter(self.model.data, threads=threads, edgetpu=edgetpu)
 
     def quantize(self, images: NDArray[np.uint8]) -> NDArray[np.int8] | NDArray[np.uint8]:
@@ -234,16 +234,6 @@ def load_edgetpu(load_delegate: Callable[[str], Any], library: str = EDGETPU_LIB
             received="no device answered",
             remedy="plug it in, check the udev rules of libedgetpu and that no other process holds it",
         ) from error
-
-
-def quantize(values: FloatArray, tensor: TensorInfo) -> NDArray[np.int8] | NDArray[np.uint8]:
-    """Real values as a tensor's integers: round half away from zero, saturated."""
-    dtype: type[np.uint8] | type[np.int8] = np.uint8 if tensor.type == "uint8" else np.int8
-    scaled = values.astype(np.float64) / tensor.scale[0]
-    rounded = np.trunc(scaled + np.copysign(0.5, scaled)) + tensor.zero_point[0]
-    limits = np.iinfo(dtype)
-    values8: NDArray[np.int8] | NDArray[np.uint8] = np.clip(rounded, limits.min, limits.max).astype(dtype)
-    return values8
 
 
 def dequantize(values: NDArray[Any], tensor: TensorInfo) -> FloatArray:

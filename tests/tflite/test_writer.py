@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace
+from foxnas_mlflow.data.preprocess import Normalization, quantize
+from foxnas_mlflow.flavor._litert import Classifier
 from foxnas_mlflow.tflite import (
+    Int8Model,
     check_int8,
     convert,
     lower,
@@ -69,3 +73,20 @@ def test_probe_of_the_deepest_tpu_network_has_the_papers_operators() -> None:
     counts = read_tflite(write_probe(network)).operator_counts
     # The authors' compiler log (design.md section 1); their AVERAGE_POOL_2D + RESHAPE is our MEAN.
     assert counts == {"CONV_2D": 34, "DEPTHWISE_CONV_2D": 8, "ADD": 10, "MEAN": 1, "FULLY_CONNECTED": 1}
+
+
+def test_evaluation_and_serving_give_a_network_the_same_integers(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Also where every pixel value lies in the middle between two of them."""
+    data = write_probe(sample_network(SMALL_CPU, 48))
+    (tmp_path / "probe.tflite").write_bytes(data)
+    given = read_tflite(data).input
+    halves = Normalization((0.5,) * 3, (1 / (255 * given.scale[0]),) * 3)
+    np.testing.assert_array_equal(
+        quantize(np.array([0.5, 1.5, -0.5, -2.5, 0.4, 900.0, -900.0]), "int8", 1.0, 1), [2, 3, 0, -2, 1, 127, -128]
+    )
+    image = rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    evaluated = Int8Model(data, normalization=halves)
+    served = Classifier(tmp_path / "probe.tflite", halves, "logits")
+    output = evaluated.model.output
+    logits = (served.raw(image).astype(np.float32) - output.zero_point[0]) * np.float32(output.scale[0])
+    np.testing.assert_array_equal(evaluated.logits(image[None])[0], logits)
