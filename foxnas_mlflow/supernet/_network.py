@@ -15,6 +15,7 @@ A subnet of the supernet uses, of the largest network,
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -99,16 +100,19 @@ class Supernet(nn.Module):
         self.architecture = architecture
         self.network = build_network(self.space, architecture)
 
-    def forward(self, images: Tensor, network: Network | None = None, *, track: bool = True) -> Tensor:
-        """Logits (n, n_classes) of normalised images (n, channels, height, width).
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, n_classes) of normalised images (n, channels, height, width)."""
+        return _walk(self.network, images, lambda layer, x: self.get_submodule(layer.name)(x, layer))
 
-        Args:
-            images: The images.
-            network: The subnet's description; None: that of the last `set_subnet`.
-            track: Whether batch norm updates its running statistics in training mode. Subnets that
-                are computed at the same time must not.
+    def alias(self) -> Supernet:
+        """A supernet with the same memory for its weights, and gradients, statistics and a subnet of its own.
+
+        Several threads can compute with aliases of one supernet, not with the supernet itself.
         """
-        return _walk(network or self.network, images, lambda layer, x: self.get_submodule(layer.name)(x, layer, track))
+        other = copy.deepcopy(self)
+        for mine, its in zip(self.parameters(), other.parameters(), strict=True):
+            its.data, its.grad = mine.data, None
+        return other
 
     def extract(self, architecture: Architecture) -> PlainNetwork:
         """A plain network with copies of a subnet's weights, in this supernet's mode and on its device."""
@@ -212,13 +216,12 @@ class _Norm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.momentum = NORM_MOMENTUM
 
-    def forward(self, x: Tensor, track: bool = True) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         c = x.shape[1]
-        used = track or not self.training
         return F.batch_norm(
             x,
-            _first(self.running_mean, c) if used else None,
-            _first(self.running_var, c) if used else None,
+            _first(self.running_mean, c),
+            _first(self.running_var, c),
             _first(self.weight, c),
             _first(self.bias, c),
             self.training,
@@ -272,11 +275,11 @@ class _ElasticLayer(nn.Module):
         for small in kernels[:-1]:
             self.register_parameter(f"to{small}", nn.Parameter(torch.eye(small * small)))
 
-    def forward(self, x: Tensor, layer: Layer, track: bool) -> Tensor:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         bias = None if self.bias is None else _first(self.bias, layer.out_channels)
         y = _convolve(x, layer, self._kernel(layer), bias)
         if layer.norm:
-            y = self.norm(y, track)
+            y = self.norm(y)
         return _relu6(y) if layer.activation == "relu6" else y
 
     def tensors(self, layer: Layer) -> dict[str, Tensor]:
@@ -307,7 +310,7 @@ class _ElasticLayer(nn.Module):
 
 
 class _ElasticGate(_Gate):
-    def forward(self, x: Tensor, layer: Layer, track: bool) -> Tensor:
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
         return self._scale(x, layer.squeeze)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,6 @@ import torch.nn.functional as F  # noqa: N812 - the field's own name
 from torch import Tensor, nn
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet
 from foxnas_mlflow.supernet._state import Mode, TrainConfig, TrainingState
@@ -25,17 +25,18 @@ _T = TypeVar("_T")
 
 
 class Workers:
-    """Threads that share the processor and compute one subnet each.
+    """Threads that share the processor and compute one subnet of a step each.
 
     PyTorch divides every operator among all threads. On small images most operators are too small
-    for that: one thread for each of two subnets trains 1.5 times as fast as two threads for both.
+    for that: one thread for each of two subnets is faster than two threads for both.
 
     Args:
+        supernet: The supernet that is trained, on its device.
         n: Number of workers; 1 computes one subnet after another with all threads.
     """
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, supernet: Supernet, n: int) -> None:
+        self._supernets = [supernet]
         self._threads = torch.get_num_threads()
         self._pool = (
             ThreadPoolExecutor(n, "foxnas", torch.set_num_threads, (max(self._threads // n, 1),)) if n > 1 else None
@@ -52,22 +53,33 @@ class Workers:
             # Threads that start later would take the workers' number.
             torch.set_num_threads(self._threads)
 
-    def map(self, function: Callable[[int], _T], n: int, awaited: Future[Tensor]) -> Iterator[_T]:
-        """Results for 0 to n - 1, in that order.
+    def supernets(self, n: int) -> list[Supernet]:
+        """One for each of n subnets, the trained one and aliases of it.
+
+        Threads with parameters in common would wait for each other for ever: PyTorch locks a parameter
+        to join it to a graph, and takes Python's lock in there.
+        """
+        while len(self._supernets) < n:
+            self._supernets.append(self._supernets[0].alias())
+        return self._supernets[:n]
+
+    def run(self, function: Callable[[int], None], n: int, awaited: Future[Tensor]) -> None:
+        """Call a function with 0 to n - 1.
 
         Args:
-            function: Computes one of them.
-            n: How many.
+            function: What to call.
+            n: How often.
             awaited: A value that the first call sets and the others may wait for.
         """
         if self._pool is None:
-            yield from map(function, range(n))
+            for i in range(n):
+                function(i)
             return
         tasks = [self._pool.submit(function, i) for i in range(n)]
         # Nobody waits for a value that a failed call did not set.
         tasks[0].add_done_callback(lambda _: awaited.cancel())
         for task in tasks:
-            yield task.result()
+            task.result()
 
 
 def train_step(
@@ -86,12 +98,8 @@ def train_step(
         The mean loss over the subnets; NaN if it or the gradient is not finite, and nothing is
         updated then: the next checkpoint saves these weights.
     """
-    loss, gradients = subnet_gradients(state, space, images, targets, phase, teacher, workers)
-    parameters = []
-    for parameter, gradient in zip(state.supernet.parameters(), gradients, strict=True):
-        parameter.grad = gradient
-        if gradient is not None:
-            parameters.append(parameter)
+    loss = set_gradients(state, space, images, targets, phase, teacher, workers)
+    parameters = [p for p in state.supernet.parameters() if p.grad is not None]
     if distributed():
         _average_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, state.config.clip_norm, foreach=True)
@@ -105,7 +113,7 @@ def train_step(
     return math.nan
 
 
-def subnet_gradients(
+def set_gradients(
     state: TrainingState,
     space: SearchSpace,
     images: Tensor,
@@ -113,22 +121,27 @@ def subnet_gradients(
     phase: int,
     teacher: PlainNetwork | None,
     workers: Workers,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Mean loss over a step's subnets and its gradients by parameter; None where no subnet uses it."""
-    config, supernet = state.config, state.supernet
+) -> Tensor:
+    """Compute a step's subnets; the mean loss, its gradient left in the supernet's parameters.
+
+    Running statistics are those of the first subnet, the largest in a sandwich.
+    """
+    config = state.config
     subnets = draw_subnets(config, space, phase, np.random.default_rng([config.seed, 3, state.step]))
-    parameters = list(supernet.parameters())
+    supernets = workers.supernets(len(subnets))
+    losses: list[Tensor] = [torch.zeros(())] * len(subnets)
     answers: Future[Tensor] = Future()
 
-    def of_subnet(i: int) -> tuple[Tensor, Sequence[Tensor | None]]:
-        x = _resized(images, subnets[i].image_size)
+    def compute(i: int) -> None:
+        supernet, x = supernets[i], _resized(images, subnets[i].image_size)
+        supernet.zero_grad(set_to_none=True)
+        supernet.set_subnet(subnets[i])
         soft: Tensor | None = None
         with autocast(config.mode, x):
             if teacher is not None:
                 with torch.no_grad():
                     soft = F.softmax(teacher(x).float(), 1)
-            # The statistics are those of the first subnet, the largest in a sandwich.
-            logits = supernet(x, build_network(space, subnets[i]), track=i == 0).float()
+            logits = supernet(x).float()
         if config.strategy == "sandwich" and i:
             soft = answers.result()
         else:
@@ -137,17 +150,16 @@ def subnet_gradients(
         if soft is not None:
             terms.append(F.cross_entropy(logits, soft))
         loss = torch.stack(terms).sum() / len(subnets)
-        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses[i] = loss.detach()
 
-    losses = []
-    total: list[Tensor | None] = [None] * len(parameters)
-    # Added in one order, so that a resumed training comes to the same sums.
-    for loss, gradients in workers.map(of_subnet, len(subnets), answers):
-        losses.append(loss)
-        for i, gradient in enumerate(gradients):
-            sum_so_far = total[i]
-            total[i] = gradient if sum_so_far is None else sum_so_far if gradient is None else sum_so_far.add_(gradient)
-    return torch.stack(losses).sum(), total
+    workers.run(compute, len(subnets), answers)
+    for parameter, *others in zip(*(supernet.parameters() for supernet in supernets), strict=True):
+        # In one order, so that a resumed training comes to the same sums.
+        for other in others:
+            if other.grad is not None:
+                parameter.grad = other.grad if parameter.grad is None else parameter.grad.add_(other.grad)
+    return torch.stack(losses).sum()
 
 
 def draw_subnets(config: TrainConfig, space: SearchSpace, phase: int, rng: np.random.Generator) -> list[Architecture]:
@@ -188,21 +200,20 @@ def autocast(mode: Mode, x: Tensor) -> torch.autocast:
 
 def fastest_mode(supernet: Supernet, images: Tensor, targets: Tensor, device: str) -> Mode:
     """Time forward and backward of the largest network in each mode; another must win by 5 %."""
-    network = build_network(supernet.space, supernet.space.largest())
+    supernet.set_subnet(supernet.space.largest())
     y = targets.to(device)
 
     def run(mode: Mode) -> None:
         x = images.to(device, memory_format=layout(mode))
         with autocast(mode, x):
-            loss = F.cross_entropy(supernet(x, network, track=False).float(), y)
+            loss = F.cross_entropy(supernet(x).float(), y)
         loss.backward()  # type: ignore[no-untyped-call]
         if x.is_cuda:
             torch.cuda.synchronize()
 
     modes: tuple[Mode, ...] = ("float32", "channels_last", "bfloat16")
-    best = _fastest(run, modes, rounds=6)
-    supernet.zero_grad(set_to_none=True)
-    return best
+    with _no_trace(supernet):
+        return _fastest(run, modes, rounds=6)
 
 
 def fastest_workers(state: TrainingState, images: Tensor, targets: Tensor, teacher: PlainNetwork | None) -> int:
@@ -211,17 +222,23 @@ def fastest_workers(state: TrainingState, images: Tensor, targets: Tensor, teach
     n = min(torch.get_num_threads(), n_subnets)
     if n == 1 or images.is_cuda:
         return 1
-    # The timed subnets must leave no trace in the statistics.
-    statistics = {name: t.clone() for name, t in state.supernet.named_buffers()}
 
     def run(n_workers: int) -> None:
-        with Workers(n_workers) as workers:
-            subnet_gradients(state, state.supernet.space, images, targets, 0, teacher, workers)
+        with Workers(state.supernet, n_workers) as workers:
+            set_gradients(state, state.supernet.space, images, targets, 0, teacher, workers)
 
-    best = _fastest(run, (1, n), rounds=3)
-    for name, buffer in state.supernet.named_buffers():
+    with _no_trace(state.supernet):
+        return _fastest(run, (1, n), rounds=3)
+
+
+@contextlib.contextmanager
+def _no_trace(supernet: Supernet) -> Iterator[None]:
+    """Leave gradients and statistics as they are."""
+    statistics = {name: t.clone() for name, t in supernet.named_buffers()}
+    yield
+    supernet.zero_grad(set_to_none=True)
+    for name, buffer in supernet.named_buffers():
         buffer.copy_(statistics[name])
-    return best
 
 
 def _fastest(run: Callable[[_T], None], choices: Sequence[_T], *, rounds: int) -> _T:

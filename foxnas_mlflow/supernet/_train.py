@@ -113,7 +113,7 @@ def train_supernet(
         if on_checkpoint is not None:
             on_checkpoint(path)
 
-    with _held_signals() as arrived, Workers(config.workers) as workers:
+    with _held_signals() as arrived, Workers(supernet, config.workers) as workers:
         for epoch in range(state.step // len(batches), config.epochs):
             for images, targets in batches.epoch(epoch, start=state.step % len(batches)):
                 now = _phase(config, state.step, n_steps)

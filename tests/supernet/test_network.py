@@ -126,3 +126,18 @@ def test_relu6_has_the_values_and_gradients_of_pytorchs() -> None:
         (gradient,) = torch.autograd.grad((y * y).sum() + y.sum(), leaf)
         results.append((y.detach(), gradient))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_an_alias_has_the_weights_and_gradients_of_its_own() -> None:
+    space = SPACES["cpu-grey"]
+    supernet = noisy(space)
+    alias = supernet.alias()
+    images = images_for(space, 16)
+    with torch.no_grad():
+        next(supernet.parameters()).mul_(2)
+    torch.testing.assert_close(alias(images), supernet(images), rtol=0, atol=0)
+    alias.set_subnet(space.smallest(16))
+    assert supernet.architecture != alias.architecture
+    alias(images).sum().backward()
+    assert all(p.grad is None for p in supernet.parameters())
+    assert next(alias.parameters()).grad is not None

@@ -25,7 +25,7 @@ from foxnas_mlflow.supernet import (
     recalibrate,
     train_supernet,
 )
-from foxnas_mlflow.supernet._step import Workers, draw_subnets, fastest_workers, open_sizes, subnet_gradients
+from foxnas_mlflow.supernet._step import Workers, draw_subnets, fastest_workers, open_sizes, set_gradients
 from foxnas_mlflow.supernet._train import _learning_rate
 
 pytestmark = pytest.mark.train
@@ -153,9 +153,9 @@ def sandwich_gradients(n_workers: int, digits) -> tuple[float, list[torch.Tensor
     state = new_state()
     state.supernet.double().train()
     images, targets = next(batches_of(digits).epoch(0))
-    with Workers(n_workers) as workers:
-        loss, gradients = subnet_gradients(state, SPACE, images.double(), targets, 0, None, workers)
-    return float(loss), gradients, dict(state.supernet.named_buffers())
+    with Workers(state.supernet, n_workers) as workers:
+        loss = set_gradients(state, SPACE, images.double(), targets, 0, None, workers)
+    return float(loss), [p.grad for p in state.supernet.parameters()], dict(state.supernet.named_buffers())
 
 
 def test_subnets_side_by_side_have_the_gradients_of_one_after_another(digits) -> None:
@@ -186,15 +186,14 @@ def test_subnets_side_by_side_have_the_gradients_of_one_after_another(digits) ->
             if gradient is not None:
                 # Logits are single precision, for the loss.
                 torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
-        # Several subnets at a time would spoil each other's statistics: they are the largest one's.
         torch.testing.assert_close(buffers, statistics)
 
 
 def test_a_subnet_that_fails_ends_the_step(digits) -> None:
     state = new_state()
     images, targets = next(batches_of(digits).epoch(0))
-    with Workers(2) as workers, pytest.raises(RuntimeError, match="channels"):
-        subnet_gradients(state, SPACE, images.repeat(1, 2, 1, 1), targets, 0, None, workers)
+    with Workers(state.supernet, 2) as workers, pytest.raises(RuntimeError, match="channels"):
+        set_gradients(state, SPACE, images.repeat(1, 2, 1, 1), targets, 0, None, workers)
 
 
 def test_timing_of_workers_leaves_no_trace(digits, monkeypatch) -> None:
