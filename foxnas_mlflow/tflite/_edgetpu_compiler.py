@@ -191,8 +191,15 @@ class EdgeTpuCompiler:
 
 
 def find_compiler(image: str = "") -> EdgeTpuCompiler | None:
-    """The compiler of a Docker image, or the one on PATH; None if there is none."""
+    """The compiler of a Docker image, or the one on PATH; None if there is none.
+
+    Raises:
+        DeviceError: If Docker has no such image, or does not answer.
+    """
     if image:
+        docker = import_or_raise("docker", extra="device", feature="the Edge TPU compiler in a container")
+        with _docker_answers(docker, image), contextlib.closing(docker.from_env()) as client:
+            client.images.get(image)
         return EdgeTpuCompiler(COMPILER, image)
     path = shutil.which(COMPILER)
     return None if path is None else EdgeTpuCompiler(path)
@@ -285,20 +292,25 @@ def _run_here(arguments: list[str], directory: Path, timeout_s: int, image: str)
 def _run_in_container(arguments: list[str], directory: Path, timeout_s: int, image: str) -> str:
     docker = import_or_raise("docker", extra="device", feature="the Edge TPU compiler in a container")
     requests = import_or_raise("requests", extra="device", feature="the Edge TPU compiler in a container")
+    with _docker_answers(docker, image), _container(docker, image, arguments) as container:
+        # Archives, not a mounted directory: the daemon may be on another machine.
+        container.put_archive("/", _packed(directory))
+        container.start()
+        try:
+            container.wait(timeout=timeout_s + _GRACE_S)
+        except requests.exceptions.RequestException:
+            raise _too_slow(timeout_s) from None
+        printed: str = container.logs().decode("utf-8", "replace")
+        chunks, _ = container.get_archive(f"/{_ROOT}/out")
+        with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
+            archive.extractall(directory, filter="data")
+        return printed
+
+
+@contextlib.contextmanager
+def _docker_answers(docker: Any, image: str) -> Iterator[None]:
     try:
-        with _container(docker, image, arguments) as container:
-            # Archives, not a mounted directory: the daemon may be on another machine.
-            container.put_archive("/", _packed(directory))
-            container.start()
-            try:
-                container.wait(timeout=timeout_s + _GRACE_S)
-            except requests.exceptions.RequestException:
-                raise _too_slow(timeout_s) from None
-            printed: str = container.logs().decode("utf-8", "replace")
-            chunks, _ = container.get_archive(f"/{_ROOT}/out")
-            with tarfile.open(fileobj=io.BytesIO(b"".join(chunks))) as archive:
-                archive.extractall(directory, filter="data")
-            return printed
+        yield
     except docker.errors.DockerException as error:
         raise DeviceError(
             "Docker must be able to run the Edge TPU compiler's image",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.data import ImageDataset
     from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
     from foxnas_mlflow.flavor import SubnetModel
+    from foxnas_mlflow.tflite import EdgeTpuCompiler
     from foxnas_mlflow.tracking.quantize import EdgeTpuResult, Quantized
     from foxnas_mlflow.tracking.run import EntryRun
 
@@ -61,6 +62,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from foxnas_mlflow.tracking.run import entry_run
 
     registered_name(args.name, "tflite", target.name)
+    compiler = None
+    if target.runtime == "edgetpu":
+        from foxnas_mlflow.tflite import find_compiler
+
+        # Before the conversion: an image that is not there shall cost no wait.
+        compiler = find_compiler(args.compiler_image)
     subnet, uri = _load_subnet(args.subnet)
     network = build_network(subnet.space, subnet.architecture)
     source = args.data or str(subnet.details.get("data", ""))
@@ -79,18 +86,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         log_dataset(run, dataset, context="quantization")
         provenance = {"subnet": uri, "run_id": run.run_id, "data": source, "data_digest": dataset.digest, "seed": seed}
         quantized = _quantize(args, target.runtime, subnet, network, dataset, preprocessing, labels, provenance)
-        edgetpu = _compile(run, quantized.conversion.data, args.compiler_image) if target.runtime == "edgetpu" else None
+        edgetpu = _compile(run, quantized.conversion.data, compiler) if target.runtime == "edgetpu" else None
         return log_quantized(run, quantized, target=target, name=args.name, edgetpu=edgetpu)
 
 
-def _compile(run: EntryRun, data: bytes, image: str) -> EdgeTpuResult:
+def _compile(run: EntryRun, data: bytes, compiler: EdgeTpuCompiler | None) -> EdgeTpuResult:
     """What the Edge TPU's compiler makes of a file, and what can be said without one."""
-    from foxnas_mlflow.tflite import edgetpu_readiness, find_compiler, read_tflite
+    from foxnas_mlflow.tflite import edgetpu_readiness, read_tflite
     from foxnas_mlflow.tracking.quantize import EdgeTpuResult
 
     readiness = edgetpu_readiness(read_tflite(data))
     run.log_json(readiness.to_dict(), "edgetpu_readiness.json")
-    compiler = find_compiler(image)
     if compiler is None:
         return EdgeTpuResult(readiness)
     output = compiler.run(data)
