@@ -56,6 +56,8 @@ with tempfile.TemporaryDirectory() as directory:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
                 break
             except OSError:
+                if server.poll() is not None:
+                    sys.exit(f"{model} cannot be served; see above")
                 time.sleep(1)
         answer = ask(f"http://127.0.0.1:{port}/invocations", image)
         print(f"{model}: {image.parent.name}/{image.name} is {answer['label']} ({answer['probability']:.2f})")
