@@ -115,7 +115,9 @@ class EntryRun:
             source = CodeDatasetSource(tags={"mlflow.source.name": f"runs:/{self.run_id}/{name}"})
             # MLflow's own digest trips over the text columns of pandas 3.
             digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()[:36]
-            mlflow.log_input(from_pandas(frame, source=source, name=dataset, digest=digest), context=dataset)
+            # At integers MLflow warns that they cannot tell what is missing.
+            numbers = frame.astype({c: float for c in frame if pd.api.types.is_integer_dtype(frame[c].dtype)})
+            mlflow.log_input(from_pandas(numbers, source=source, name=dataset, digest=digest), context=dataset)
 
     def log_text(self, text: str, name: str) -> None:
         """Log a text artifact at the path `name`."""
