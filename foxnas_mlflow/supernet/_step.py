@@ -82,37 +82,6 @@ class Workers:
             task.result()
 
 
-def train_step(
-    state: TrainingState,
-    space: SearchSpace,
-    images: Tensor,
-    targets: Tensor,
-    phase: int,
-    teacher: PlainNetwork | None,
-    optimizer: torch.optim.Optimizer,
-    workers: Workers,
-) -> float:
-    """One update with subnets of a space.
-
-    Returns:
-        The mean loss over the subnets; NaN if it or the gradient is not finite, and nothing is
-        updated then: the next checkpoint saves these weights.
-    """
-    loss = set_gradients(state, space, images, targets, phase, teacher, workers)
-    parameters = [p for p in state.supernet.parameters() if p.grad is not None]
-    if distributed():
-        _average_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, state.config.clip_norm, foreach=True)
-    # One transfer from the device a step.
-    total, length = torch.stack([loss, norm]).tolist()
-    if math.isfinite(total) and math.isfinite(length):
-        optimizer.step()
-        if state.config.ema:
-            _update_average(state)
-        return float(total)
-    return math.nan
-
-
 def set_gradients(
     state: TrainingState,
     space: SearchSpace,
@@ -142,10 +111,11 @@ def set_gradients(
                 with torch.no_grad():
                     soft = F.softmax(teacher(x).float(), 1)
             logits = supernet(x).float()
-        if config.strategy == "sandwich" and i:
-            soft = answers.result()
-        else:
-            answers.set_result(F.softmax(logits.detach(), 1))
+        if config.strategy == "sandwich":
+            if i:
+                soft = answers.result()
+            else:
+                answers.set_result(F.softmax(logits.detach(), 1))
         terms = [F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)]
         if soft is not None:
             terms.append(F.cross_entropy(logits, soft))
@@ -160,6 +130,32 @@ def set_gradients(
             if other.grad is not None:
                 parameter.grad = other.grad if parameter.grad is None else parameter.grad.add_(other.grad)
     return torch.stack(losses).sum()
+
+
+def update(state: TrainingState, loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    """Change the weights by the gradients that `set_gradients` left.
+
+    Args:
+        state: What is trained.
+        loss: The step's mean loss.
+        optimizer: Of the supernet's parameters.
+
+    Returns:
+        The loss; NaN if it or the gradient is not finite, and nothing is updated then: the next
+        checkpoint saves these weights.
+    """
+    parameters = [p for p in state.supernet.parameters() if p.grad is not None]
+    if distributed():
+        _average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, state.config.clip_norm, foreach=True)
+    # One transfer from the device a step.
+    total, length = torch.stack([loss, norm]).tolist()
+    if math.isfinite(total) and math.isfinite(length):
+        optimizer.step()
+        if state.config.ema:
+            _update_average(state)
+        return float(total)
+    return math.nan
 
 
 def draw_subnets(config: TrainConfig, space: SearchSpace, phase: int, rng: np.random.Generator) -> list[Architecture]:

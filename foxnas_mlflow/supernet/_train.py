@@ -39,7 +39,8 @@ from foxnas_mlflow.supernet._step import (
     fastest_workers,
     layout,
     open_sizes,
-    train_step,
+    set_gradients,
+    update,
 )
 
 # Where the phases of progressive shrinking begin, as shares of the epochs (once-for-all's
@@ -81,16 +82,17 @@ def train_supernet(
     """
     config, supernet = state.config, state.supernet.to(device).train()
     n_steps = config.epochs * len(batches)
-    if config.mode == "auto":
-        sample, targets = next(batches.epoch(0))
-        config = state.config = dataclasses.replace(config, mode=fastest_mode(supernet, sample, targets, device))
     optimizer = _optimizer(state)
     teacher = _teacher(state, device)
-    if not config.workers:
+    if config.mode == "auto" or not config.workers:
         sample, targets = next(batches.epoch(0))
-        sample = sample.to(device, memory_format=layout(config.mode))
-        n_workers = fastest_workers(state, sample, targets.to(device), teacher)
-        config = state.config = dataclasses.replace(config, workers=n_workers)
+        if config.mode == "auto":
+            mode = fastest_mode(supernet, sample, targets, device)
+            config = state.config = dataclasses.replace(config, mode=mode)
+        if not config.workers:
+            sample = sample.to(device, memory_format=layout(config.mode))
+            n_workers = fastest_workers(state, sample, targets.to(device), teacher)
+            config = state.config = dataclasses.replace(config, workers=n_workers)
     state.average = {name: t.to(device) for name, t in state.average.items()}
     phase = _phase(config, state.step, n_steps)
     written = state.step // max(len(batches), 1)
@@ -130,7 +132,8 @@ def train_supernet(
                     group["lr"] = rate
                 images = images.to(device, memory_format=layout(config.mode))
                 space = open_sizes(config, supernet.space, state.step / n_steps)
-                loss = train_step(state, space, images, targets.to(device), phase, teacher, optimizer, workers)
+                mean = set_gradients(state, space, images, targets.to(device), phase, teacher, workers)
+                loss = update(state, mean, optimizer)
                 if not math.isfinite(loss):
                     raise InvalidInputError(
                         "the loss must be finite",
