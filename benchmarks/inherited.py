@@ -21,6 +21,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.flavor import SupernetModel, load_model
 from foxnas_mlflow.supernet import Batches, PlainNetwork, SubnetEvaluator, Supernet, TrainConfig
+from foxnas_mlflow.supernet._optimizer import sgd
 from foxnas_mlflow.supernet._step import _resized, autocast, layout
 from foxnas_mlflow.supernet._train import _learning_rate
 
@@ -29,12 +30,9 @@ def train_alone(model: SupernetModel, data: ImageDataset, architecture: Architec
     config = TrainConfig(**{name: model.config[name] for name in TrainConfig.__dataclass_fields__})
     torch.manual_seed(config.seed)
     plain = PlainNetwork(build_network(model.space, architecture)).train()
-    parameters = list(plain.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
+    optimizer = sgd(
+        plain, learning_rate=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     batches = Batches(
         data.train,
         normalization=data.normalization,
@@ -53,7 +51,7 @@ def train_alone(model: SupernetModel, data: ImageDataset, architecture: Architec
             with autocast(config.mode, x):
                 logits = plain(x)
             F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), config.clip_norm)
             optimizer.step()
             step += 1
     return plain

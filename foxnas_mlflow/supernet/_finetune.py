@@ -17,6 +17,7 @@ from foxnas_mlflow.core.errors import InvalidInputError, TrainingError
 from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.supernet._batches import Batches
 from foxnas_mlflow.supernet._network import PlainNetwork
+from foxnas_mlflow.supernet._optimizer import set_velocities, sgd, velocities
 
 _MOMENTUM, _WEIGHT_DECAY, _SMOOTHING, _CLIP = 0.9, 3e-5, 0.1, 2.0
 
@@ -57,15 +58,7 @@ def finetune(
     if epochs < 1:
         raise InvalidInputError("epochs must be positive", received=epochs)
     plain = plain.to(device).train()
-    optimizer = torch.optim.SGD(
-        [
-            {"params": [p for p in plain.parameters() if p.ndim > 1], "weight_decay": _WEIGHT_DECAY},
-            {"params": [p for p in plain.parameters() if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        lr=learning_rate,
-        momentum=_MOMENTUM,
-        nesterov=True,
-    )
+    optimizer = sgd(plain, learning_rate=learning_rate, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY)
     n_steps, saved = epochs * len(batches), time.monotonic()
     step = 0 if checkpoint is None else _read(checkpoint, plain, optimizer)
     for epoch in range(step // len(batches), epochs):
@@ -91,8 +84,7 @@ def finetune(
 
 def _write(path: Path, plain: PlainNetwork, optimizer: torch.optim.SGD, step: int) -> None:
     tensors = {f"model.{name}": t for name, t in plain.state_dict().items()}
-    for name, parameter in plain.named_parameters():
-        tensors[f"velocity.{name}"] = optimizer.state[parameter]["momentum_buffer"]
+    tensors |= {f"velocity.{name}": t for name, t in velocities(plain, optimizer).items()}
     contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(contiguous, metadata={"step": str(step)}))
@@ -108,7 +100,10 @@ def _read(path: Path, plain: PlainNetwork, optimizer: torch.optim.SGD) -> int:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except (SafetensorError, KeyError, ValueError, OSError):
         return 0
-    plain.load_state_dict({k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")})
-    for name, parameter in plain.named_parameters():
-        optimizer.state[parameter]["momentum_buffer"] = tensors[f"velocity.{name}"].to(parameter.device)
+    weights, saved = (
+        {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        for prefix in ("model.", "velocity.")
+    )
+    plain.load_state_dict(weights)
+    set_velocities(plain, optimizer, saved)
     return step

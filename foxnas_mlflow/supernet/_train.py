@@ -26,11 +26,11 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.supernet._batches import Batches
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet
+from foxnas_mlflow.supernet._optimizer import set_velocities, sgd, velocities
 from foxnas_mlflow.supernet._state import CHECKPOINTS, TrainConfig, TrainingState
 from foxnas_mlflow.supernet._step import (
     Workers,
@@ -82,7 +82,13 @@ def train_supernet(
     """
     config, supernet = state.config, state.supernet.to(device).train()
     n_steps = config.epochs * len(batches)
-    optimizer = _optimizer(state)
+    optimizer = sgd(
+        supernet,
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    set_velocities(supernet, optimizer, state.velocity)
     teacher = _teacher(state, device)
     if config.mode == "auto" or not config.workers:
         sample, targets = next(batches.epoch(0))
@@ -104,10 +110,7 @@ def train_supernet(
         saved = time.monotonic()
         if rank:
             return
-        names: dict[Tensor, str] = {parameter: name for name, parameter in supernet.named_parameters()}
-        state.velocity = {
-            names[p]: s["momentum_buffer"] for p, s in optimizer.state.items() if s.get("momentum_buffer") is not None
-        }
+        state.velocity = velocities(supernet, optimizer)
         checkpoints.mkdir(parents=True, exist_ok=True)
         path = checkpoints / CHECKPOINTS[written % len(CHECKPOINTS)]
         state.save(path)
@@ -185,21 +188,6 @@ def _learning_rate(config: TrainConfig, step: int, n_steps: int) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(n_steps - warmup, 1)))
-
-
-def _optimizer(state: TrainingState) -> torch.optim.SGD:
-    decayed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for parameter in state.supernet.parameters():
-        (decayed if parameter.ndim > 1 else rest).append(parameter)
-    config = state.config
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True, foreach=True)
-    parameters = dict(state.supernet.named_parameters())
-    for name, velocity in state.velocity.items():
-        parameter = parameters[name]
-        optimizer.state[parameter]["momentum_buffer"] = velocity.to(parameter.device)
-    return optimizer
 
 
 def _largest(supernet: Supernet) -> PlainNetwork:
