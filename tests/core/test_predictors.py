@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import (
     FitError,
     InvalidFormatError,
@@ -234,6 +235,26 @@ def test_rows_of_several_sizes_are_fitted_together() -> None:
     (two,) = fit_predictors(_sized(60, sizes=(160, 256)), CPU_SPACE).predictors.accuracy
     assert two.coefficients[two.columns.index("log_size_squared")] == 0.0
     assert two.coefficients[two.columns.index("log_size")] > 0.3
+
+
+def test_capacity_may_matter_on_large_images_only() -> None:
+    rng = np.random.default_rng(0)
+    sizes = (128, 192, 256, 320)
+
+    def accuracy(a: Architecture) -> float:
+        log_k = sum(np.log(b.kernel) for s in a.stages for b in s.blocks)
+        return 70 + 2 * np.log(a.image_size / 128) + 0.1 * log_k * np.log(a.image_size / 128)
+
+    rows = [
+        Measurement(a, accuracy(a) + rng.normal(0, 0.1), 1.0 + i, "measured")
+        for i, a in enumerate(a for size in sizes for a in CPU_SPACE.sample(rng, n=12, image_size=size))
+    ]
+    (report,) = fit_family("calibrated", "accuracy", rows, CPU_SPACE)
+    assert report.predictor.formula == "capacity-sizes"
+    test = [a for size in sizes for a in CPU_SPACE.sample(rng, n=50, image_size=size)]
+    errors = report.predictor.predict(test) - [accuracy(a) for a in test]
+    # Without prices that change with the size the best formula is 0.4 points off.
+    assert np.sqrt(np.mean(errors**2)) < 0.12
 
 
 def test_many_rows_of_each_size_may_have_predictors_of_their_own() -> None:

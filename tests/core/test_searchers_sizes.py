@@ -25,22 +25,25 @@ _STAGES = [list(s) for d in SMALL.depths for s in itertools.product(_KINDS, repe
 EVERY = {size: [SMALL.architecture(size, list(c)) for c in itertools.product(_STAGES, repeat=2)] for size in SIZES}
 
 
-def _predictors(seed: int) -> PredictorSet:
-    """One random equation 2 per size and quantity: slower, larger blocks are not assumed."""
+def _predictors(seed: int, *, pooled: str = "") -> PredictorSet:
+    """One random equation 2 per size and quantity: slower, larger blocks are not assumed.
+
+    With `pooled`, a formula for all sizes together predicts accuracy.
+    """
     rng = np.random.default_rng(seed)
 
-    def make(quantity: str, size: int) -> LinearPredictor:
-        columns = get_formula("paper", quantity).columns(SMALL)
+    def make(quantity: str, *sizes: int, formula: str = "paper") -> LinearPredictor:
+        columns = get_formula(formula, quantity).columns(SMALL)
         p = len(columns)
         beta = rng.normal(0, 0.3, p) if quantity == "accuracy" else rng.normal(0, 2.0, p)
         beta[-1] = 60.0
         root = rng.normal(0, 0.05, (p, p))
-        return LinearPredictor("paper", quantity, SMALL, (size,), (size,), columns, beta, root @ root.T, 0.05, dof=20)  # type: ignore[arg-type]
+        return LinearPredictor(formula, quantity, SMALL, sizes, sizes, columns, beta, root @ root.T, 0.05, dof=20)  # type: ignore[arg-type]
 
     return PredictorSet(
         "t",
         SMALL,
-        tuple(make("accuracy", size) for size in SIZES),
+        (make("accuracy", *SIZES, formula=pooled),) if pooled else tuple(make("accuracy", size) for size in SIZES),
         tuple(make("latency_ms", size) for size in SIZES),
     )
 
@@ -58,9 +61,10 @@ def _table(predictors: PredictorSet, confidence: float) -> tuple[np.ndarray, np.
     return accuracy, latency, upper
 
 
+@pytest.mark.parametrize("pooled", ["", "calibrated-sizes", "capacity-sizes"])
 @pytest.mark.parametrize("seed", range(8))
-def test_front_and_optimum_over_two_sizes_equal_brute_force(seed: int) -> None:
-    predictors = _predictors(seed)
+def test_front_and_optimum_over_two_sizes_equal_brute_force(seed: int, pooled: str) -> None:
+    predictors = _predictors(seed, pooled=pooled)
     accuracy, latency, upper = _table(predictors, 0.95)
     front = exact_front(predictors)
     for ms, percent in zip(front.latency_ms, front.accuracy, strict=True):

@@ -339,8 +339,7 @@ class PooledAccuracy(CalibratedAccuracy):
 
     def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
         values = super().constant(space, image_size)
-        # Both are 0 at the largest size, so that the constant is that size's.
-        log_size = np.log(image_size / space.image_sizes[-1])
+        log_size = _log_size(space, image_size)
         values[-3:-1] = log_size, log_size**2
         return values
 
@@ -379,6 +378,39 @@ class CapacityAccuracy(CompactAccuracy):
         return (), shared
 
 
+class CapacityOfSizes(CapacityAccuracy):
+    """The same with prices of capacity that change with the image size: large images have more to show.
+
+    9 coefficients, and a tenth for a size's own part where the rows have four sizes.
+    """
+
+    name = "capacity-sizes"
+    optional = ("log_size_squared", "log_size_cubed")
+
+    def applies(self, space: SearchSpace, n_sizes: int) -> bool:
+        return n_sizes > 1 and len(self._terms(space)[1]) > 0
+
+    def columns(self, space: SearchSpace) -> tuple[str, ...]:
+        terms = self._terms(space)[1]
+        sizes = ("log_size", "log_size_squared", "log_size_cubed")
+        return (*terms, *(f"{term}:log_size" for term in terms), *sizes, "const")
+
+    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
+        columns, values = super().stage(space, stage, kinds, image_size)
+        shifted = [len(columns) + column for column in columns]
+        return columns + shifted, np.concatenate([values, values * _log_size(space, image_size)], axis=1)
+
+    def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
+        values = Formula.constant(self, space, image_size)
+        values[-4:-1] = _log_size(space, image_size) ** np.arange(1, 4)
+        return values
+
+
+def _log_size(space: SearchSpace, image_size: int) -> float:
+    """0 at the largest size, so that other coefficients are that size's."""
+    return float(np.log(image_size / space.image_sizes[-1]))
+
+
 FORMULAS: Mapping[tuple[str, str], Formula] = {
     (formula.name, formula.quantity): formula
     for formula in (
@@ -388,6 +420,7 @@ FORMULAS: Mapping[tuple[str, str], Formula] = {
         PooledAccuracy(),
         CompactAccuracy(),
         CapacityAccuracy(),
+        CapacityOfSizes(),
         CalibratedLatency(),
         WideCalibratedLatency(),
         EdgeTpuLatency(),
@@ -395,7 +428,7 @@ FORMULAS: Mapping[tuple[str, str], Formula] = {
 }
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
-    "calibrated": ("calibrated-wide", "calibrated", "calibrated-sizes", "compact", "capacity"),
+    "calibrated": ("calibrated-wide", "calibrated", "calibrated-sizes", "compact", "capacity-sizes", "capacity"),
     "paper": ("paper",),
 }
 """What a user names, and the formulas that it tries."""
