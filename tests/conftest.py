@@ -76,6 +76,25 @@ def tracking(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(scope="session")
+def edgetpu_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with stand-ins for the Edge TPU's compiler and library."""
+    from tests.edgetpu_stand_in import build_library, write_stand_in
+
+    directory = tmp_path_factory.mktemp("edgetpu")
+    if build_library(directory) is None:
+        pytest.skip("a stand-in for libedgetpu.so.1 needs a C compiler (cc)")
+    write_stand_in(directory)
+    return directory
+
+
+@pytest.fixture
+def edgetpu(edgetpu_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that are started now find an Edge TPU and its compiler; this process finds the compiler only."""
+    monkeypatch.setenv("PATH", str(edgetpu_directory), prepend=os.pathsep)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(edgetpu_directory))
+
+
+@pytest.fixture(scope="session")
 def colour_model(tmp_path_factory: pytest.TempPathFactory) -> TfliteModel:
     """A tiny int8 classifier of colours, converted once a session."""
     from tests.colour_model import build_colour_model

@@ -1,12 +1,17 @@
-"""A program that speaks edgetpu_compiler's command line and writes what it writes, for tests.
+"""Stand-ins for the Edge TPU's compiler and its library, for tests.
+
+The compiler is a program that speaks edgetpu_compiler's command line and writes what it writes.
 
 `STAND_IN_MODE` in the environment says how it goes: ``mapped``, ``partly`` (the last operator stays
-on the processor), ``unmapped``, ``refused`` (status 0, no file, as the real one), ``slow``.
+on the processor), ``unmapped``, ``refused`` (status 0, no file, as the real one), ``slow``. The library is
+edgetpu_delegate.c; with `STAND_IN_NO_DEVICE` in the environment no device answers.
 """
 
 from __future__ import annotations
 
+import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +53,8 @@ if n_tpu:
     entry = schema.OperatorT()
     entry.opcodeIndex = len(model.operatorCodes) - 1
     entry.inputs, entry.outputs = graph.inputs, graph.operators[n_tpu - 1].outputs
+    if not n_cpu:
+        entry.customOptions = np.frombuffer(data, np.uint8)
     graph.operators = [entry, *graph.operators[n_tpu:]]
 builder = flatbuffers.Builder(len(data) + 2**16)
 builder.Finish(model.Pack(builder), b"TFL3")
@@ -88,4 +95,15 @@ def write_stand_in(directory: Path, python: str = sys.executable) -> Path:
     path = directory / "edgetpu_compiler"
     path.write_text(_PROGRAM.format(python=python), encoding="utf-8")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def build_library(directory: Path) -> Path | None:
+    """Compile libedgetpu.so.1 into a directory, for LD_LIBRARY_PATH; None without a C compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None
+    path = directory / "libedgetpu.so.1"
+    source = Path(__file__).with_name("edgetpu_delegate.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", str(path), str(source)], check=True)
     return path

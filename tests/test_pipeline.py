@@ -95,6 +95,32 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(track
     assert [name for name, step in changed.items() if not step["reused"]] == ["compare"]
 
 
+@pytest.mark.usefixtures("edgetpu")
+def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str, cache: Path) -> None:
+    import mlflow
+
+    argv = ["main", *options(cache.parents[1]), "--target", "edgetpu", "--device", "local", "--max-accuracy-drop", "99"]
+    status = main(argv)
+    client = mlflow.MlflowClient()
+    (parent,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'")
+    steps = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}
+    compiled = steps["quantize"]["outputs"]["edgetpu_model_uri"]
+    assert compiled == "models:/foxnas-edgetpu-edgetpu/1"
+    assert parent.data.tags["foxnas.model"] == compiled
+    rows = _rows(steps["sample"]["outputs"]["measurements"], cache.parents[1] / "rows")
+    assert {row.latency_source for row in rows} == {"measured"}
+    for name in ("sample", "search", "benchmark"):
+        assert client.get_run(steps[name]["run_id"]).data.tags["foxnas.latency_source"] == "measured", name
+    measured = json.loads(_text(steps["benchmark"]["run_id"], "benchmark.json"))
+    assert measured["edgetpu"]
+    assert measured["output_difference"] == 0
+    table = list(csv.DictReader(_text(parent.info.run_id, "predicted_vs_real.csv").splitlines()))
+    assert all(float(row["latency_ms"]) > 0 for row in table)
+    # The gates may refuse on a busy machine; where they do not, the compiled file is what is served.
+    if status == 0:
+        assert client.get_model_version_by_alias("foxnas-edgetpu-edgetpu", "staging").version == "1"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

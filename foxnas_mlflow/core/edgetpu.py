@@ -29,6 +29,9 @@ FloatArray = NDArray[np.float64]
 EDGETPU_TERMS: tuple[str, ...] = ("array", "depthwise", "link")
 """Names of the cost terms, in the order of `edgetpu_terms`."""
 
+COMPILED_OPERATOR = "edgetpu-custom-op"
+"""The operator of a compiled file that stands for everything that the Edge TPU runs."""
+
 CACHE_BYTES = 8 * 2**20
 """On-chip memory for parameters; what exceeds it is sent over the link in every inference."""
 

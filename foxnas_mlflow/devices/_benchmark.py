@@ -88,7 +88,7 @@ class Benchmark:
     edgetpu: bool
     output_difference: float | None
     model_sha256: str
-    samples_ms: tuple[float, ...]
+    samples_ms: tuple[float, ...] = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``benchmark.json``."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from foxnas_mlflow.core.edgetpu import COMPILED_OPERATOR
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError, InvalidInputError
 from foxnas_mlflow.devices._base import Connection
 from foxnas_mlflow.devices._benchmark import MAX_OUTPUT_LEVELS, Benchmark, is_steady, summarize
@@ -47,7 +48,7 @@ def measure(
         threads: Threads of the runtime.
         runs: Timed runs, at least.
         warmup: Runs before them, at least; they also last one second at least.
-        edgetpu: Run on the Edge TPU.
+        edgetpu: Run on the Edge TPU; the file must be compiled for it.
         expected: An input and the output that the host computed for it; the machine's is compared.
         max_output_levels: Largest difference from it, in 8-bit levels.
         min_seconds: Least time of the timed runs.
@@ -56,11 +57,13 @@ def measure(
         attempts: Measurements until one is steady, at most.
 
     Raises:
-        InvalidInputError: If the model is no TensorFlow Lite file, or a count is not positive.
+        InvalidInputError: If the model is no TensorFlow Lite file, is compiled for an Edge TPU and shall run
+            elsewhere or the other way round, or a count is not positive.
         DeviceError: If the machine lacks something, refuses, or cannot run the model.
         ConnectionLostError: If the machine went away and did not come back.
     """
     data = read_model(model)
+    _check_compiled(data, edgetpu)
     for name, value in (("threads", threads), ("runs", runs), ("warmup", warmup), ("attempts", attempts)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInputError(f"{name} must be a positive integer", received=repr(value))
@@ -113,6 +116,22 @@ def read_model(model: str | Path | bytes) -> bytes:
             "a model must be a TensorFlow Lite file", received=name, remedy="convert a subnet with: foxnas quantize"
         )
     return model
+
+
+def _check_compiled(data: bytes, edgetpu: bool) -> None:
+    """An Edge TPU's delegate leaves a file that is not compiled to the processor, whose time would be taken for its."""
+    compiled = COMPILED_OPERATOR.encode() in data
+    if edgetpu and not compiled:
+        raise InvalidInputError(
+            "an Edge TPU runs only what was compiled for it",
+            received=f"a model without the operator {COMPILED_OPERATOR}",
+            remedy="compile it with: foxnas quantize --target edgetpu",
+        )
+    if compiled and not edgetpu:
+        raise InvalidInputError(
+            "a model that was compiled for an Edge TPU runs only there",
+            remedy="give --target edgetpu, or the int8 model that it was compiled from",
+        )
 
 
 def _with_reconnect(

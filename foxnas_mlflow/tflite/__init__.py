@@ -10,6 +10,7 @@ from foxnas_mlflow.tflite._edgetpu_compiler import (
     OperatorStatus,
     find_compiler,
     parse_log,
+    require_compiler,
 )
 from foxnas_mlflow.tflite._edgetpu_readiness import Readiness, ReadinessIssue, edgetpu_readiness
 from foxnas_mlflow.tflite._evaluate import FloatModel, QuantizationLoss, quantization_loss
@@ -60,6 +61,7 @@ __all__ = [
     "random_weights",
     "read_tflite",
     "reference_forward",
+    "require_compiler",
     "sample_answer",
     "weight_shapes",
     "write_probe",

@@ -31,13 +31,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foxnas_mlflow.core.edgetpu import COMPILED_OPERATOR
 from foxnas_mlflow.core.errors import ConversionError, DeviceError, import_or_raise
 from foxnas_mlflow.tflite._model import read_tflite
 
 COMPILER = "edgetpu_compiler"
-COMPILED_OPERATOR = "edgetpu-custom-op"
-"""The operator that stands for everything that was mapped."""
-
 INSTALL_HINT = (
     f"install Google's {COMPILER} (x86-64 Linux; package edgetpu-compiler of Google's archive), "
     "or give a Docker image that has it; the docstring of foxnas_mlflow.tflite._edgetpu_compiler has its Dockerfile"
@@ -189,6 +187,16 @@ class EdgeTpuCompiler:
                 printed += "\n" + table.read_text(encoding="utf-8", errors="replace")
             return CompilerOutput(compiled.read_bytes() if compiled.is_file() else b"", printed)
 
+    def compile(self, data: bytes) -> bytes:
+        """The compiled file of a model of which the Edge TPU can run something.
+
+        Raises:
+            ConversionError, DeviceError: As `run` and `CompilerOutput.report`.
+        """
+        output = self.run(data)
+        output.report()
+        return output.data
+
 
 def find_compiler(image: str = "") -> EdgeTpuCompiler | None:
     """The compiler of a Docker image, or the one on PATH; None if there is none.
@@ -203,6 +211,20 @@ def find_compiler(image: str = "") -> EdgeTpuCompiler | None:
         return EdgeTpuCompiler(COMPILER, image)
     path = shutil.which(COMPILER)
     return None if path is None else EdgeTpuCompiler(path)
+
+
+def require_compiler(image: str = "") -> EdgeTpuCompiler:
+    """The compiler, where nothing can be done without one.
+
+    Raises:
+        DeviceError: If there is none.
+    """
+    compiler = find_compiler(image)
+    if compiler is None:
+        raise DeviceError(
+            "a network must be compiled before an Edge TPU can run it", received=f"no {COMPILER}", remedy=INSTALL_HINT
+        )
+    return compiler
 
 
 def parse_log(text: str) -> CompilerReport:

@@ -101,6 +101,7 @@ def compare(
     confidence: float,
     target: Target,
     device: str,
+    compiler_image: str = "",
     seed: int,
     directory: Path,
     on_row: Callable[[int, int], None] = lambda done, total: None,
@@ -115,6 +116,7 @@ def compare(
         confidence: Of the search.
         target: The target.
         device: Where to measure; empty: nowhere.
+        compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
         seed: Seed of the choice of calibration images.
         directory: Where the results are kept; those that are there are not made again.
         on_row: Told of networks done and all networks.
@@ -125,8 +127,8 @@ def compare(
     plan = [found.architecture, *others]
     rows = []
     with contextlib.ExitStack() as stack:
-        measure = _measure(stack, target, device)
-        int8 = _Int8(supernet, seed)
+        measure = _measure(stack, target, device, compiler_image)
+        int8 = _Int8(supernet, target, seed)
         for i, architecture in enumerate(plan):
             path = directory / f"{i}.json"
             if not path.exists():
@@ -152,8 +154,8 @@ def compare(
 class _Int8:
     """Int8 files of a supernet's subnets; what only they need is made when the first is asked for."""
 
-    def __init__(self, supernet: TrainedSupernet, seed: int) -> None:
-        self._supernet, self._seed = supernet, seed
+    def __init__(self, supernet: TrainedSupernet, target: Target, seed: int) -> None:
+        self._supernet, self._target, self._seed = supernet, target, seed
         self._evaluator: Any = None
 
     def convert(self, architecture: Architecture) -> bytes:
@@ -171,6 +173,7 @@ class _Int8:
             normalization=dataset.normalization,
             labels=dataset.labels,
             architecture=architecture,
+            runtime="edgetpu" if self._target.runtime == "edgetpu" else "litert",
         )
         return conversion.data
 
@@ -190,17 +193,21 @@ class _Int8:
         return Preprocessing(architecture.image_size, dataset.channels, normalization=dataset.normalization)
 
 
-def _measure(stack: contextlib.ExitStack, target: Target, device: str) -> Callable[[bytes], dict[str, Any]]:
+def _measure(
+    stack: contextlib.ExitStack, target: Target, device: str, compiler_image: str
+) -> Callable[[bytes], dict[str, Any]]:
     """Latency of an int8 file on the device, as values of a `Comparison`; nothing without a device."""
-    # A file for an Edge TPU must be compiled first: only the found network is, and has its benchmark.
-    if not device or target.runtime != "litert":
+    if not device:
         return lambda data: {}
     from foxnas_mlflow.devices import connect, measure
+    from foxnas_mlflow.tflite import require_compiler
 
+    compiler = require_compiler(compiler_image) if target.runtime == "edgetpu" else None
     connection = stack.enter_context(connect(device))
 
     def timed(data: bytes) -> dict[str, Any]:
-        benchmark = measure(connection, data, threads=target.threads)
+        runnable = data if compiler is None else compiler.compile(data)
+        benchmark = measure(connection, runnable, threads=target.threads, edgetpu=compiler is not None)
         return {"latency_ms": benchmark.latency_ms_p50, "latency_valid": benchmark.valid}
 
     return timed

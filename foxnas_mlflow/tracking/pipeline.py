@@ -74,7 +74,8 @@ def conclude(
     }
     run.log_metrics(metrics)
     run.log_params({"chosen_latency_ms": request["latency_ms"]})
-    model_uri = str(done["quantize"].outputs["model_uri"])
+    quantization = done["quantize"].outputs
+    model_uri = str(quantization.get("edgetpu_model_uri", quantization["model_uri"]))
     run.set_tags({"foxnas.model": model_uri, **{f"foxnas.step.{name}": r.run_id for name, r in done.items()}})
     run.log_json({"format": 1, "steps": [result.to_dict() for result in done.values()]}, "pipeline.json")
     predictors, _ = open_predictors(str(done["fit"].outputs["model_uri"]), target.name)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.errors import DeviceError, InvalidInputError, OutOfDomainError, import_or_raise
+from foxnas_mlflow.core.errors import DeviceError, OutOfDomainError, import_or_raise
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet, reference_latency
@@ -37,7 +37,7 @@ class Timer:
 
 
 @contextlib.contextmanager
-def open_timer(target: Target, space: SearchSpace, *, device: str = "") -> Iterator[Timer]:
+def open_timer(target: Target, space: SearchSpace, *, device: str = "", compiler_image: str = "") -> Iterator[Timer]:
     """A device's latencies, or without one those of the target's cost model.
 
     A target that has no cost model but a device of its own (``cpu``: this host) is measured there.
@@ -46,6 +46,7 @@ def open_timer(target: Target, space: SearchSpace, *, device: str = "") -> Itera
         target: The target.
         space: The space whose subnets are timed.
         device: Connection; empty: none.
+        compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
 
     Raises:
         OutOfDomainError: If there is neither a device nor a cost model.
@@ -61,42 +62,44 @@ def open_timer(target: Target, space: SearchSpace, *, device: str = "") -> Itera
         else:
             yield Timer(_estimate(predictors), "cost_model", f"cost model of {target.name}", predictors)
             return
-    with open_device(target, space, device) as timer:
+    with open_device(target, space, device, compiler_image=compiler_image) as timer:
         yield timer
 
 
 @contextlib.contextmanager
-def open_device(target: Target, space: SearchSpace, device: str) -> Iterator[Timer]:
+def open_device(target: Target, space: SearchSpace, device: str, *, compiler_image: str = "") -> Iterator[Timer]:
     """Measure on a device, by networks with random weights: values do not change the time.
 
-    Those are int8 files for LiteRT, and for the runtime ``torch`` networks on this machine's GPU.
+    Those are int8 files for LiteRT, compiled for an Edge TPU, and for the runtime ``torch`` networks on this
+    machine's GPU.
+
+    Args:
+        target: The target.
+        space: The space whose subnets are timed.
+        device: Connection.
+        compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
 
     Raises:
-        InvalidInputError: If the target's runtime cannot be measured so.
-        DeviceError: If the device cannot be reached.
+        DeviceError: If the device cannot be reached, or there is no compiler for its Edge TPU.
     """
     if target.runtime == "torch":
         yield Timer(_on_gpu(target, space, device), "measured", device)
         return
-    if target.runtime != "litert":
-        raise InvalidInputError(
-            "subnets are measured by LiteRT on a processor or by PyTorch on a GPU",
-            received=f"target {target.name!r} with the runtime {target.runtime!r}",
-            remedy="leave device empty for the cost model, or measure the final model with: foxnas benchmark",
-        )
     from foxnas_mlflow.devices import connect, measure
-    from foxnas_mlflow.tflite import sample_answer, write_probe
+    from foxnas_mlflow.tflite import require_compiler, sample_answer, write_probe
 
+    compiler = require_compiler(compiler_image) if target.runtime == "edgetpu" else None
     with connect(device) as connection:
 
         def time(architecture: Architecture) -> Timing:
-            probe = write_probe(build_network(space, architecture))
-            # On this machine it would be the same runtime's.
-            expected = None if device == "local" else sample_answer(probe)
+            probe = write_probe(build_network(space, architecture), per_channel_dense=compiler is None)
+            # This machine's processor would answer with the same runtime.
+            expected = None if device == "local" and compiler is None else sample_answer(probe)
             benchmark = measure(
                 connection,
-                probe,
+                probe if compiler is None else compiler.compile(probe),
                 threads=target.threads,
+                edgetpu=compiler is not None,
                 expected=expected,
                 # Random weights carry through all layers what kernels round differently: LiteRT with and without
                 # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.

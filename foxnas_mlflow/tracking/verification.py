@@ -88,6 +88,7 @@ def verified(
     target: Target,
     supernet: TrainedSupernet | None,
     device: str,
+    compiler_image: str = "",
     n: int,
     kept: Path,
 ) -> tuple[SearchOutcome, Verification]:
@@ -100,6 +101,7 @@ def verified(
         target: The target.
         supernet: Evaluates accuracies; None: the predicted ones count.
         device: Measures latencies; empty: the predicted upper bounds count.
+        compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
         n: Networks of the front to look at.
         kept: Directory of what the device said, so that a search that was cut off does not ask it again.
 
@@ -117,7 +119,8 @@ def verified(
     with contextlib.ExitStack() as stack:
         time = None
         if device:
-            time = remembered(stack.enter_context(open_device(target, space, device)), kept / MEASUREMENTS).time
+            timer = stack.enter_context(open_device(target, space, device, compiler_image=compiler_image))
+            time = remembered(timer, kept / MEASUREMENTS).time
         stack.callback(lambda: _log_table(run, looked))
         looked[:] = verify(
             outcome,

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -780,6 +781,38 @@ def test_25_a_missing_runtime_fails_clearly(saved: dict[str, Path], monkeypatch:
 def test_25_a_missing_delegate_fails_clearly(saved: dict[str, Path]) -> None:
     with pytest.raises(MlflowException, match=r"delegate .* cannot be loaded; received libnone\.so"):
         mlflow.pyfunc.load_model(str(saved["tflite"]), model_config={"delegate": "/opt/lib/libnone.so"})
+
+
+def test_25_an_edge_tpu_answers_where_there_is_one(
+    colour_model: TfliteModel, edgetpu_directory: Path, tmp_path: Path
+) -> None:
+    import dataclasses
+
+    from foxnas_mlflow.tflite import EdgeTpuCompiler
+
+    compiled = tmp_path / "compiled.tflite"
+    compiler = EdgeTpuCompiler(str(edgetpu_directory / "edgetpu_compiler"))
+    compiled.write_bytes(compiler.compile(colour_model.path.read_bytes()))
+    # No twin for the processor: what answers is the device.
+    save_model(dataclasses.replace(colour_model, path=compiled), tmp_path / "model", kind="edgetpu")
+    images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    program = (
+        "import mlflow, numpy\n"
+        f"model = mlflow.pyfunc.load_model({str(tmp_path / 'model')!r})\n"
+        f"print(model.predict(numpy.load({str(tmp_path / 'images.npy')!r})).to_json(orient='records'))\n"
+    )
+    completed = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "LD_LIBRARY_PATH": str(edgetpu_directory)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    save_model(colour_model, tmp_path / "int8")
+    expected = mlflow.pyfunc.load_model(str(tmp_path / "int8")).predict(images)
+    answers = pd.DataFrame(json.loads(completed.stdout.splitlines()[-1]))
+    pd.testing.assert_frame_equal(answers, expected, check_dtype=False)
 
 
 def test_25_a_missing_edge_tpu_falls_back_with_a_warning(colour_model: TfliteModel, tmp_path: Path) -> None:

@@ -90,13 +90,14 @@ def run(args: argparse.Namespace) -> dict[str, str | float]:
 
 def _read(model: MeasuredModel) -> tuple[bytes, Any]:
     """The bytes of a checked model, and an input with the output that this host computes for it."""
+    from foxnas_mlflow.core.edgetpu import COMPILED_OPERATOR
     from foxnas_mlflow.core.errors import MissingDependencyError
     from foxnas_mlflow.tflite import check_classifier, read_tflite, sample_answer
 
     content = read_tflite(model.path)
     check_classifier(content)
     comparable = model.twin
-    if comparable is None and "edgetpu-custom-op" not in content.operator_counts:
+    if comparable is None and COMPILED_OPERATOR not in content.operator_counts:
         comparable = model.path
     try:
         return content.data, None if comparable is None else sample_answer(comparable.read_bytes())

@@ -39,6 +39,9 @@ PARAMETERS = (
     Parameter(
         "device", "", "Where to measure: local, ssh://user@host, docker://image, none; empty: the target's own device."
     ),
+    Parameter(
+        "compiler_image", "", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH."
+    ),
     Parameter("latency_ms", "", "Latency constraint in milliseconds; empty: the middle of what is reachable.", float),
     Parameter("preset", "tiny", "Size of images and of training.", choices=("tiny", "small", "paper")),
     Parameter("space", "", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: the target's."),
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ("ai_edge_litert", "tflite", "running an int8 model"),
     ):
         _require(module, extra, feature)
-    machine = _machine(device) if device else ""
+    machine = _machine(device, target, args.compiler_image) if device else ""
     dataset = load_dataset(args.data, seed=args.seed, max_train=args.max_train or None)
 
     from foxnas_mlflow.core.space import get_space
@@ -169,7 +172,9 @@ class _Pipeline:
         )["model_uri"]
         if args.finetune_epochs:
             subnet = self._finetune(subnet)
-        model = self._step("quantize", ("search", "finetune"), subnet=subnet, data=args.data)["model_uri"]
+        quantized = self._step("quantize", ("search", "finetune"), subnet=subnet, data=args.data)
+        # What runs on the target: for an Edge TPU the compiled file.
+        model = quantized.get("edgetpu_model_uri", quantized["model_uri"])
         if self._device:
             self._step("benchmark", ("quantize",), model=model, device=self._device)
         self._compare(supernet, predictors, model, latency_ms)
@@ -218,7 +223,7 @@ class _Pipeline:
         from foxnas_mlflow.tracking.steps import Step, run_step
 
         module = importlib.import_module(f"foxnas_mlflow.cli.commands.{name}")
-        own = {key: getattr(self._args, key) for key in ("name", "seed")} | {"target": self._args.target}
+        own = {key: getattr(self._args, key) for key in ("name", "seed", "target", "compiler_image")}
         known = {p.name: p.parse(str(p.default)) for p in module.PARAMETERS}
         arguments = known | {key: value for key, value in own.items() if key in known} | values
         # Data and target count by their content, wherever they are; what is resumed changes no result.
@@ -411,6 +416,7 @@ class _Pipeline:
                 confidence=args.confidence,
                 target=self._target,
                 device=self._device,
+                compiler_image=args.compiler_image,
                 seed=args.seed,
                 directory=directory,
                 on_row=lambda done, total: show(done, total, ""),
@@ -446,17 +452,27 @@ def _require(module: str, extra: str, feature: str) -> None:
         import_or_raise(module, extra=extra, feature=feature)
 
 
-def _machine(device: str) -> str:
-    """The machine behind an address, which must be ready to measure.
+def _machine(device: str, target: Target, compiler_image: str) -> str:
+    """The machine behind an address, which must be ready to measure for the target.
 
     Raises:
-        DeviceError: If it does not answer, or lacks something.
+        DeviceError: If it does not answer, or lacks something; without the compiler that its Edge TPU needs.
     """
     from foxnas_mlflow.core.errors import DeviceError
     from foxnas_mlflow.devices import check, connect
+    from foxnas_mlflow.tflite import require_compiler
+
+    if target.runtime == "edgetpu":
+        require_compiler(compiler_image)
 
     with connect(device) as connection:
         found = check(connection)
     if not found.ready:
         raise DeviceError("a device must have what measuring needs", received=f"{device} lacks {found.missing[0]}")
+    if target.runtime == "edgetpu" and not found.edgetpu:
+        raise DeviceError(
+            f"the target {target.name} is measured on an Edge TPU",
+            received=f"none that answers on {device}",
+            remedy="plug it in and install libedgetpu1-std there, or give --device none for the cost model",
+        )
     return found.device

@@ -27,6 +27,9 @@ PARAMETERS = (
     Parameter("data", "", "The images that it was trained on, where they are now; empty: where they were."),
     Parameter("target", "rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML."),
     Parameter("device", "", "Where to measure: local, ssh://user@host, docker://image; empty: the cost model."),
+    Parameter(
+        "compiler_image", "", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH."
+    ),
     Parameter("n_samples", 60, "Subnets in all, those of resume included.", int),
     Parameter("design", "design", "How to choose: D-optimal, or random as in the paper.", choices=("design", "random")),
     Parameter("n_measurements", 0, "Measure the latency of only so many of them; 0: of all.", int),
@@ -90,7 +93,10 @@ def _sample(
     plan = _plan(args, space, sizes, given)
     directory = cache_directory("samples", _digest(args, supernet, target, sizes, given))
     path = directory / MEASUREMENTS
-    with worked_on(directory / "lock", "the same samples"), open_timer(target, space, device=args.device) as timer:
+    with (
+        worked_on(directory / "lock", "the same samples"),
+        open_timer(target, space, device=args.device, compiler_image=args.compiler_image) as timer,
+    ):
         run.set_tags({"foxnas.latency_source": timer.source})
         evaluator = supernet.evaluator(image_sizes=sizes, validation_images=args.validation_images, seed=args.seed)
         known = {row.architecture for row in read_finished(path)}

@@ -18,6 +18,9 @@ PARAMETERS = (
     Parameter("supernet", "", "Model URI of a trained supernet, to evaluate networks and give the found one weights."),
     Parameter("data", "", "The images that it was trained on, where they are now; empty: where they were."),
     Parameter("device", "", "Where to measure: local, ssh://user@host, docker://image; empty: the cost model."),
+    Parameter(
+        "compiler_image", "", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH."
+    ),
     Parameter("verify", 5, "Networks of the front to measure and evaluate before one is chosen.", int),
     Parameter("measurements", "", "Table of measured networks to draw in the report: measurements.csv."),
     Parameter(
@@ -122,6 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, str]:
                     target=target,
                     supernet=supernet,
                     device=args.device,
+                    compiler_image=args.compiler_image,
                     n=args.verify,
                     kept=kept,
                 )

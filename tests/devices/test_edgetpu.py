@@ -1,0 +1,84 @@
+"""Measuring on an Edge TPU, which a library with the interface of the real one stands in for."""
+
+from __future__ import annotations
+
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.errors import ConversionError, DeviceError, InvalidInputError
+from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.space import TPU_SPACE
+from foxnas_mlflow.core.targets import get_target
+from foxnas_mlflow.devices import check, connect, measure
+from foxnas_mlflow.tflite import require_compiler, sample_answer, write_probe
+from foxnas_mlflow.tracking.timers import open_device
+
+pytestmark = [pytest.mark.tflite, pytest.mark.usefixtures("edgetpu")]
+
+SPACE = TPU_SPACE.replace(image_sizes=(32,), width_mult=0.25)
+
+
+@pytest.fixture(scope="module")
+def int8() -> bytes:
+    return write_probe(build_network(SPACE, SPACE.smallest()), per_channel_dense=False)
+
+
+def test_a_compiled_model_runs_there_and_answers_as_the_processor_does(int8: bytes) -> None:
+    compiled = require_compiler().compile(int8)
+    with connect("local") as connection:
+        assert check(connection).edgetpu
+        benchmark = measure(
+            connection, compiled, edgetpu=True, expected=sample_answer(int8), runs=20, warmup=1, min_seconds=0.01
+        )
+    assert benchmark.edgetpu
+    assert benchmark.output_difference == 0
+
+
+def test_what_does_not_run_there_is_never_measured_as_if_it_did(int8: bytes) -> None:
+    # The delegate would leave it to the processor, whose time would pass for the Edge TPU's.
+    with connect("local") as connection, pytest.raises(InvalidInputError, match="runs only what was compiled for it"):
+        measure(connection, int8, edgetpu=True)
+    with connect("local") as connection, pytest.raises(InvalidInputError, match="runs only there"):
+        measure(connection, require_compiler().compile(int8))
+
+
+def test_no_device_and_no_library(int8: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = require_compiler().compile(int8)
+    monkeypatch.setenv("STAND_IN_NO_DEVICE", "1")
+    with connect("local") as connection:
+        assert not check(connection).edgetpu
+        with pytest.raises(DeviceError, match="plug it in"):
+            measure(connection, compiled, edgetpu=True)
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    with connect("local") as connection, pytest.raises(DeviceError, match=r"needs the library libedgetpu\.so\.1"):
+        measure(connection, compiled, edgetpu=True)
+
+
+def test_subnets_are_compiled_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_device(get_target("edgetpu"), SPACE, "local") as timer:
+        timing = timer.time(SPACE.largest())
+    assert timer.source == timing.source == "measured"
+    assert timing.latency_ms > 0
+    assert not any("differ from" in problem for problem in timing.problems), timing.problems
+    monkeypatch.setenv("STAND_IN_MODE", "refused")
+    with (
+        open_device(get_target("edgetpu"), SPACE, "local") as timer,
+        pytest.raises(ConversionError, match="Model not quantized"),
+    ):
+        timer.time(SPACE.smallest())
+
+
+def test_without_a_compiler_nothing_is_measured(
+    tracking: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert main(["main", "--target", "edgetpu", "--device", "local"]) == 2
+    assert "must be compiled before an Edge TPU can run it" in capsys.readouterr().err
+
+
+def test_a_pipeline_begins_only_where_an_edge_tpu_answers(
+    tracking: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STAND_IN_NO_DEVICE", "1")
+    assert main(["main", "--target", "edgetpu", "--device", "local"]) == 2
+    assert "none that answers on local" in capsys.readouterr().err
