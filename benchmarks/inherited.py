@@ -39,6 +39,7 @@ def train_alone(model: SupernetModel, data: ImageDataset, architecture: Architec
         image_size=max(model.space.image_sizes),
         batch_size=model.config["batch_size"],
         flip=model.config["flip"],
+        augment=model.config["augment"],
         seed=config.seed,
     )
     step, n_steps = 0, config.epochs * len(batches)

@@ -1,6 +1,6 @@
 """The supernet in PyTorch: network, training, evaluation of its subnets (paper section 3.2)."""
 
-from foxnas_mlflow.supernet._batches import Batches
+from foxnas_mlflow.supernet._batches import AUGMENTED_EPOCHS, Batches
 from foxnas_mlflow.supernet._distributed import Worker, join_workers
 from foxnas_mlflow.supernet._evaluate import Evaluation, SubnetEvaluator, recalibrate
 from foxnas_mlflow.supernet._finetune import finetune
@@ -13,6 +13,7 @@ from foxnas_mlflow.supernet._timing import time_forward
 from foxnas_mlflow.supernet._train import train_supernet
 
 __all__ = [
+    "AUGMENTED_EPOCHS",
     "PRESETS",
     "Batches",
     "Evaluation",

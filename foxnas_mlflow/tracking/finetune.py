@@ -11,7 +11,15 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.data import ImageDataset, prepared_batches
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, load_model, log_model
-from foxnas_mlflow.supernet import Batches, PlainNetwork, Preset, finetune, plain_logits, subnet_weights
+from foxnas_mlflow.supernet import (
+    AUGMENTED_EPOCHS,
+    Batches,
+    PlainNetwork,
+    Preset,
+    finetune,
+    plain_logits,
+    subnet_weights,
+)
 from foxnas_mlflow.tracking.registry import find_version, register
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.supernet import log_dataset
@@ -61,6 +69,7 @@ def finetuned(
         image_size=model.architecture.image_size,
         batch_size=preset.batch_size,
         flip=dataset.channels == 3,
+        augment=epochs > AUGMENTED_EPOCHS,
         seed=seed,
     )
     plain = finetune(

@@ -31,6 +31,12 @@ PARAMETERS = (
     Parameter("init", "", "File of once-for-all's MobileNetV3 or ProxylessNAS supernet to begin with."),
     Parameter("max_train", 0, "Use at most so many training images, drawn by class; 0: all.", int),
     Parameter("flip", "auto", "Mirror half of the training images; auto: colour only.", choices=("auto", "yes", "no")),
+    Parameter(
+        "augment",
+        "auto",
+        "Crop, colour and erase parts of training images at random; auto: where they are seen more than 12 times.",
+        choices=("auto", "yes", "no"),
+    ),
     Parameter("ema", 0.0, "Decay of averaged weights in [0, 1); 0: none.", float),
     Parameter("resume", "", "Run id, or path of a checkpoint, of a training to go on with."),
     Parameter("seed", 0, "Seed of split, initial weights, batches and subnets.", int),
@@ -143,6 +149,7 @@ def _train_and_register(
         "preset": args.preset,
         "batch_size": batches.batch_size,
         "flip": batches.flip,
+        "augment": batches.augment,
         **dataclasses.asdict(state.config),
     }
     run.log_params({"mode": state.config.mode})
@@ -236,6 +243,7 @@ def _begin(
             if worker.rank == 0:
                 print(f"Read {read.n_tensors} tensors of once-for-all's {read.family}. Different from there:")
                 print("\n".join(f"  {line}" for line in read.differences))
+        batches.augment = _augmented(args, config.epochs)
         return TrainingState(supernet, config, origin=origin), batches
     states = [load_checkpoint(place, space) for place in find_checkpoints(args.resume, directory / "resume")]
     state = max(states, key=lambda s: s.step)
@@ -252,7 +260,14 @@ def _begin(
             received=f"other {', '.join(differing)}",
             remedy="repeat the first command and add resume",
         )
+    batches.augment = _augmented(args, state.config.epochs)
     return state, batches
+
+
+def _augmented(args: argparse.Namespace, epochs: int) -> bool:
+    from foxnas_mlflow.supernet import AUGMENTED_EPOCHS
+
+    return epochs > AUGMENTED_EPOCHS if args.augment == "auto" else args.augment == "yes"
 
 
 def _accuracies(
