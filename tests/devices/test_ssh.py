@@ -18,11 +18,13 @@ import pytest
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
+from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.devices import check, connect, measure
 from foxnas_mlflow.devices._ssh import lost, unreachable
 from foxnas_mlflow.tracking.timers import open_device
+from tests.supernets import register_mini_supernet
 
 from .conftest import TINY_CPU
 from .sshd import Server, board_processes, make_key, ssh_server
@@ -58,6 +60,65 @@ def server(home: Path, tmp_path: Path) -> Iterator[Server]:
 def address(server: Server, **options: str) -> str:
     query = "&".join(f"{key}={value}" for key, value in {"python": sys.executable, **options}.items())
     return f"ssh://{os.environ.get('USER') or 'root'}@127.0.0.1:{server.port}?{query}"
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.train
+def test_a_sampling_whose_board_goes_away_goes_on_when_it_is_back(
+    server: Server,
+    tracking: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import mlflow
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", (0.1, 0.1))
+    register_mini_supernet()
+    command = ["sample", "--n-samples", "6", "--image-size", "8", "--target", "cpu", "--device", address(server)]
+
+    def rows_on_disk() -> list[Path]:
+        return [
+            p
+            for p in tmp_path.glob("cache/foxnas_mlflow/samples/*/measurements.csv")
+            if p.read_bytes().count(b"\n") > 2
+        ]
+
+    def cut() -> None:
+        deadline = time.monotonic() + 120
+        while not rows_on_disk() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        server.stop()
+
+    cutting = threading.Thread(target=cut)
+    cutting.start()
+    status = main(command)
+    cutting.join()
+    assert status == 2
+    assert "went away and did not come back" in capsys.readouterr().err
+    client = mlflow.MlflowClient()
+    (failed,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'sample'")
+    assert failed.info.status == "FAILED"
+    kept = read_measurements(rows_on_disk()[0])
+    assert 2 <= len(kept) < 6
+    # Others can go on from them too.
+    uploaded = mlflow.artifacts.download_artifacts(
+        f"runs:/{failed.info.run_id}/measurements.csv", dst_path=str(tmp_path)
+    )
+    assert read_measurements(uploaded) == kept
+
+    server.start()
+    assert main(command) == 0
+    finished = client.search_runs(["0"], "tags.`foxnas.stage` = 'sample'", order_by=["start_time DESC"])[0]
+    final = mlflow.artifacts.download_artifacts(
+        f"runs:/{finished.info.run_id}/measurements.csv", dst_path=str(tmp_path / "final")
+    )
+    rows = read_measurements(final)
+    assert rows[: len(kept)] == kept
+    assert len(rows) == 6
+    assert {row.latency_source for row in rows} == {"measured"}
 
 
 def test_measure_through_ssh(

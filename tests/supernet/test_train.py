@@ -263,7 +263,9 @@ def test_batches_that_are_not_varied_are_the_images(digits) -> None:
     plain = Batches(images, normalization=digits.normalization, image_size=12, batch_size=64, flip=False, augment=False)
     order = np.random.default_rng([0, 2]).permutation(len(images))[:64]
     x, targets = next(plain.epoch(2))
-    np.testing.assert_allclose(x, digits.normalization(images.images[order]).transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        x, digits.normalization(images.images[order]).transpose(0, 3, 1, 2), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_array_equal(targets, images.targets[order])
     plain.augment = True
     assert not torch.equal(next(plain.epoch(2))[0], x)
