@@ -45,9 +45,6 @@ class TrainConfig:
         warmup: Share of the steps with a rising learning rate.
         clip_norm: Largest norm of the gradient.
         n_random: Random subnets in a sandwich step.
-        growth: Share of the steps over which the image sizes grow, from the smaller half of them to all:
-            a small image teaches as much at first and costs less (EfficientNetV2's progressive
-            learning; a deviation from the paper). 0: all sizes from the start.
         ema: Decay of the averaged weights that training returns; 0 returns the last weights.
         mode: Number format and memory layout; ``auto`` times them at the start.
         workers: Subnets of a step that are computed at the same time, on threads of their own; 0
@@ -64,7 +61,6 @@ class TrainConfig:
     warmup: float = 0.1
     clip_norm: float = 2.0
     n_random: int = 2
-    growth: float = 2 / 3
     ema: float = 0.0
     mode: Mode = "auto"
     workers: int = 0
@@ -83,8 +79,6 @@ class TrainConfig:
             raise InvalidInputError("workers must not be negative", received=self.workers)
         if not 0 <= self.ema < 1:
             raise InvalidInputError("ema must be in [0, 1)", received=self.ema)
-        if not 0 <= self.growth <= 1:
-            raise InvalidInputError("growth must be in [0, 1]", received=self.growth)
 
 
 @dataclass

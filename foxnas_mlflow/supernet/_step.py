@@ -175,15 +175,6 @@ def draw_subnets(config: TrainConfig, space: SearchSpace, phase: int, rng: np.ra
     return list(limited.sample(rng, n=1))
 
 
-def open_sizes(config: TrainConfig, space: SearchSpace, progress: float) -> SearchSpace:
-    """The space with the image sizes that are trained when a share of the steps is done."""
-    sizes = space.image_sizes
-    if progress >= config.growth:
-        return space
-    half = -(-len(sizes) // 2)
-    return space.replace(image_sizes=sizes[: half + int((len(sizes) - half) * progress / config.growth + 0.5)])
-
-
 def layout(mode: Mode) -> torch.memory_format:
     """Memory layout of a mode's images."""
     return torch.contiguous_format if mode == "float32" else torch.channels_last

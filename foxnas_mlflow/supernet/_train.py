@@ -38,7 +38,6 @@ from foxnas_mlflow.supernet._step import (
     fastest_mode,
     fastest_workers,
     layout,
-    open_sizes,
     set_gradients,
     update,
 )
@@ -134,8 +133,7 @@ def train_supernet(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 images = images.to(device, memory_format=layout(config.mode))
-                space = open_sizes(config, supernet.space, state.step / n_steps)
-                mean = set_gradients(state, space, images, targets.to(device), phase, teacher, workers)
+                mean = set_gradients(state, supernet.space, images, targets.to(device), phase, teacher, workers)
                 loss = update(state, mean, optimizer)
                 if not math.isfinite(loss):
                     raise InvalidInputError(

@@ -25,7 +25,7 @@ from foxnas_mlflow.supernet import (
     recalibrate,
     train_supernet,
 )
-from foxnas_mlflow.supernet._step import Workers, draw_subnets, fastest_workers, open_sizes, set_gradients
+from foxnas_mlflow.supernet._step import Workers, draw_subnets, fastest_workers, set_gradients
 from foxnas_mlflow.supernet._train import _learning_rate
 
 pytestmark = pytest.mark.train
@@ -123,16 +123,6 @@ def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
     assert rates[550] == pytest.approx(0.1)
     assert all(a > b for a, b in itertools.pairwise(rates[100:]))
     assert rates[-1] < 1e-5
-
-
-def test_image_sizes_grow() -> None:
-    tiny = get_preset("tiny").space(CPU_SPACE, in_channels=1, n_classes=10)
-    config = TrainConfig(growth=0.6)
-    sizes = [open_sizes(config, tiny, progress).image_sizes for progress in (0.0, 0.14, 0.16, 0.44, 0.46, 1.0)]
-    assert [len(s) for s in sizes] == [2, 2, 3, 3, 4, 4]
-    assert all(s == tiny.image_sizes[: len(s)] for s in sizes)
-    assert open_sizes(TrainConfig(growth=0.0), tiny, 0.0) is tiny
-    assert open_sizes(config, tiny.replace(image_sizes=(28,)), 0.0).image_sizes == (28,)
 
 
 def test_a_sandwich_has_both_ends_at_every_image_size() -> None:
