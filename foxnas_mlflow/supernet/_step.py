@@ -84,7 +84,6 @@ class Workers:
 
 def set_gradients(
     state: TrainingState,
-    space: SearchSpace,
     images: Tensor,
     targets: Tensor,
     phase: int,
@@ -96,7 +95,7 @@ def set_gradients(
     Running statistics are those of the first subnet, the largest in a sandwich.
     """
     config = state.config
-    subnets = draw_subnets(config, space, phase, np.random.default_rng([config.seed, 3, state.step]))
+    subnets = draw_subnets(config, state.supernet.space, phase, np.random.default_rng([config.seed, 3, state.step]))
     supernets = workers.supernets(len(subnets))
     losses: list[Tensor] = [torch.zeros(())] * len(subnets)
     answers: Future[Tensor] = Future()
@@ -212,7 +211,7 @@ def fastest_workers(state: TrainingState, images: Tensor, targets: Tensor, teach
 
     def run(n_workers: int) -> None:
         with Workers(state.supernet, n_workers) as workers:
-            set_gradients(state, state.supernet.space, images, targets, 0, teacher, workers)
+            set_gradients(state, images, targets, 0, teacher, workers)
 
     with _no_trace(state.supernet):
         return _fastest(run, (1, n), rounds=3)

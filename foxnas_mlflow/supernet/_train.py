@@ -133,7 +133,7 @@ def train_supernet(
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 images = images.to(device, memory_format=layout(config.mode))
-                mean = set_gradients(state, supernet.space, images, targets.to(device), phase, teacher, workers)
+                mean = set_gradients(state, images, targets.to(device), phase, teacher, workers)
                 loss = update(state, mean, optimizer)
                 if not math.isfinite(loss):
                     raise InvalidInputError(

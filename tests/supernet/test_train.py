@@ -144,7 +144,7 @@ def sandwich_gradients(n_workers: int, digits) -> tuple[float, list[torch.Tensor
     state.supernet.double().train()
     images, targets = next(batches_of(digits).epoch(0))
     with Workers(state.supernet, n_workers) as workers:
-        loss = set_gradients(state, SPACE, images.double(), targets, 0, None, workers)
+        loss = set_gradients(state, images.double(), targets, 0, None, workers)
     return float(loss), [p.grad for p in state.supernet.parameters()], dict(state.supernet.named_buffers())
 
 
@@ -183,7 +183,7 @@ def test_a_subnet_that_fails_ends_the_step(digits) -> None:
     state = new_state()
     images, targets = next(batches_of(digits).epoch(0))
     with Workers(state.supernet, 2) as workers, pytest.raises(RuntimeError, match="channels"):
-        set_gradients(state, SPACE, images.repeat(1, 2, 1, 1), targets, 0, None, workers)
+        set_gradients(state, images.repeat(1, 2, 1, 1), targets, 0, None, workers)
 
 
 def test_timing_of_workers_leaves_no_trace(digits, monkeypatch) -> None:
