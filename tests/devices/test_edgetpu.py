@@ -68,17 +68,22 @@ def test_subnets_are_compiled_and_measured(monkeypatch: pytest.MonkeyPatch) -> N
         timer.time(SPACE.smallest())
 
 
-def test_without_a_compiler_nothing_is_measured(
-    tracking: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("PATH", "/nonexistent", "must be compiled before an Edge TPU can run it"),
+        ("STAND_IN_NO_DEVICE", "1", "none that answers on local"),
+    ],
+    ids=["no compiler", "no device"],
+)
+def test_a_pipeline_begins_only_where_an_edge_tpu_can_be_measured(
+    tracking: str,
+    variable: str,
+    value: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv(variable, value)
     assert main(["main", "--target", "edgetpu", "--device", "local"]) == 2
-    assert "must be compiled before an Edge TPU can run it" in capsys.readouterr().err
-
-
-def test_a_pipeline_begins_only_where_an_edge_tpu_answers(
-    tracking: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("STAND_IN_NO_DEVICE", "1")
-    assert main(["main", "--target", "edgetpu", "--device", "local"]) == 2
-    assert "none that answers on local" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
