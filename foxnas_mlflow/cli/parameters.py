@@ -90,6 +90,11 @@ class Parameter:
             )
 
 
+COMPILER_IMAGE = Parameter(
+    "compiler_image", "", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH."
+)
+
+
 def resolve(parameters: tuple[Parameter, ...], namespace: argparse.Namespace) -> dict[str, Any]:
     """The checked values of all parameters, by name."""
     return {parameter.name: parameter.parse(getattr(namespace, parameter.name)) for parameter in parameters}

@@ -23,6 +23,7 @@ from foxnas_mlflow.flavor import TfliteModel, load_model
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
 from foxnas_mlflow.tracking.registry import find_version, version_metrics
 from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.timers import open_meter
 
 COMPARISON = "predicted_vs_real.csv"
 
@@ -199,15 +200,10 @@ def _measure(
     """Latency of an int8 file on the device, as values of a `Comparison`; nothing without a device."""
     if not device:
         return lambda data: {}
-    from foxnas_mlflow.devices import connect, measure
-    from foxnas_mlflow.tflite import require_compiler
-
-    compiler = require_compiler(compiler_image) if target.runtime == "edgetpu" else None
-    connection = stack.enter_context(connect(device))
+    measure_int8 = stack.enter_context(open_meter(target, device, compiler_image=compiler_image))
 
     def timed(data: bytes) -> dict[str, Any]:
-        runnable = data if compiler is None else compiler.compile(data)
-        benchmark = measure(connection, runnable, threads=target.threads, edgetpu=compiler is not None)
+        benchmark = measure_int8(data)
         return {"latency_ms": benchmark.latency_ms_p50, "latency_valid": benchmark.valid}
 
     return timed

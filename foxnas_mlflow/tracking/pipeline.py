@@ -21,6 +21,7 @@ from foxnas_mlflow.data import ImageDataset
 from foxnas_mlflow.tracking.comparison import COMPARISON
 from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
 from foxnas_mlflow.tracking.promotion import PROMOTION_FILE
+from foxnas_mlflow.tracking.quantize import runnable_model
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.steps import StepResult
 
@@ -74,8 +75,7 @@ def conclude(
     }
     run.log_metrics(metrics)
     run.log_params({"chosen_latency_ms": request["latency_ms"]})
-    quantization = done["quantize"].outputs
-    model_uri = str(quantization.get("edgetpu_model_uri", quantization["model_uri"]))
+    model_uri = runnable_model(done["quantize"].outputs)
     run.set_tags({"foxnas.model": model_uri, **{f"foxnas.step.{name}": r.run_id for name, r in done.items()}})
     run.log_json({"format": 1, "steps": [result.to_dict() for result in done.values()]}, "pipeline.json")
     predictors, _ = open_predictors(str(done["fit"].outputs["model_uri"]), target.name)

@@ -152,6 +152,11 @@ def log_quantized(
     return outputs
 
 
+def runnable_model(outputs: Mapping[str, Any]) -> str:
+    """Of what `log_quantized` returned, the model that runs on the target: for an Edge TPU the compiled one."""
+    return str(outputs.get("edgetpu_model_uri", outputs["model_uri"]))
+
+
 def _register(
     run: EntryRun,
     model: TfliteModel,
@@ -207,7 +212,7 @@ def _summary(
     conversion, loss = quantized.conversion, quantized.loss
     n_operators = sum(conversion.operator_counts.values())
     kind = "edgetpu" if "edgetpu_model_uri" in outputs else "tflite"
-    served = outputs.get("edgetpu_model_uri", outputs["model_uri"])
+    served = runnable_model(outputs)
     lines = [
         f"Quantized {quantized.provenance['subnet']} for {target.name} ({target.runtime}, int8):",
         f"  file                 {conversion.size_bytes:,} bytes, {n_operators} operators",

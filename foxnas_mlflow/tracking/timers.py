@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet, reference_latency
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.core.targets import Target
+
+if TYPE_CHECKING:
+    from foxnas_mlflow.devices import Benchmark
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,29 @@ def open_timer(target: Target, space: SearchSpace, *, device: str = "", compiler
 
 
 @contextlib.contextmanager
+def open_meter(target: Target, device: str, *, compiler_image: str = "") -> Iterator[Callable[..., Benchmark]]:
+    """Measure int8 files on a device as a target runs them: with its threads, compiled first for an Edge TPU.
+
+    Yields:
+        Takes the bytes of an int8 file and the options of `foxnas_mlflow.devices.measure`.
+
+    Raises:
+        DeviceError: If the device cannot be reached, or there is no compiler for its Edge TPU.
+    """
+    from foxnas_mlflow.devices import connect, measure
+    from foxnas_mlflow.tflite import require_compiler
+
+    compiler = require_compiler(compiler_image) if target.runtime == "edgetpu" else None
+    with connect(device) as connection:
+
+        def measure_int8(int8: bytes, **options: Any) -> Benchmark:
+            data = int8 if compiler is None else compiler.compile(int8)
+            return measure(connection, data, threads=target.threads, edgetpu=compiler is not None, **options)
+
+        yield measure_int8
+
+
+@contextlib.contextmanager
 def open_device(target: Target, space: SearchSpace, device: str, *, compiler_image: str = "") -> Iterator[Timer]:
     """Measure on a device, by networks with random weights: values do not change the time.
 
@@ -85,21 +112,17 @@ def open_device(target: Target, space: SearchSpace, device: str, *, compiler_ima
     if target.runtime == "torch":
         yield Timer(_on_gpu(target, space, device), "measured", device)
         return
-    from foxnas_mlflow.devices import connect, measure
-    from foxnas_mlflow.tflite import require_compiler, sample_answer, write_probe
+    from foxnas_mlflow.tflite import sample_answer, write_probe
 
-    compiler = require_compiler(compiler_image) if target.runtime == "edgetpu" else None
-    with connect(device) as connection:
+    edgetpu = target.runtime == "edgetpu"
+    with open_meter(target, device, compiler_image=compiler_image) as measure_int8:
 
         def time(architecture: Architecture) -> Timing:
-            probe = write_probe(build_network(space, architecture), per_channel_dense=compiler is None)
+            probe = write_probe(build_network(space, architecture), per_channel_dense=not edgetpu)
             # This machine's processor would answer with the same runtime.
-            expected = None if device == "local" and compiler is None else sample_answer(probe)
-            benchmark = measure(
-                connection,
-                probe if compiler is None else compiler.compile(probe),
-                threads=target.threads,
-                edgetpu=compiler is not None,
+            expected = None if device == "local" and not edgetpu else sample_answer(probe)
+            benchmark = measure_int8(
+                probe,
                 expected=expected,
                 # Random weights carry through all layers what kernels round differently: LiteRT with and without
                 # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.

@@ -19,7 +19,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from foxnas_mlflow.cli.parameters import Parameter
+from foxnas_mlflow.cli.parameters import COMPILER_IMAGE, Parameter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,9 +39,7 @@ PARAMETERS = (
     Parameter(
         "device", "", "Where to measure: local, ssh://user@host, docker://image, none; empty: the target's own device."
     ),
-    Parameter(
-        "compiler_image", "", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH."
-    ),
+    COMPILER_IMAGE,
     Parameter("latency_ms", "", "Latency constraint in milliseconds; empty: the middle of what is reachable.", float),
     Parameter("preset", "tiny", "Size of images and of training.", choices=("tiny", "small", "paper")),
     Parameter("space", "", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: the target's."),
@@ -145,6 +143,7 @@ class _Pipeline:
 
         from foxnas_mlflow.core.errors import PromotionError
         from foxnas_mlflow.tracking.pipeline import conclude
+        from foxnas_mlflow.tracking.quantize import runnable_model
 
         args, start = self._args, time.monotonic()
         supernet = args.supernet or self._supernet()
@@ -173,8 +172,7 @@ class _Pipeline:
         if args.finetune_epochs:
             subnet = self._finetune(subnet)
         quantized = self._step("quantize", ("search", "finetune"), subnet=subnet, data=args.data)
-        # What runs on the target: for an Edge TPU the compiled file.
-        model = quantized.get("edgetpu_model_uri", quantized["model_uri"])
+        model = runnable_model(quantized)
         if self._device:
             self._step("benchmark", ("quantize",), model=model, device=self._device)
         self._compare(supernet, predictors, model, latency_ms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from foxnas_mlflow.cli.parameters import Parameter
+from foxnas_mlflow.cli.parameters import COMPILER_IMAGE, Parameter
 
 if TYPE_CHECKING:
     from foxnas_mlflow.core.network import Network
@@ -26,9 +26,7 @@ PARAMETERS = (
     Parameter("max_val", 0, "Evaluate on at most so many validation images, drawn by class; 0: all.", int),
     Parameter("input_type", "int8", "Type of the network's input.", choices=("int8", "uint8")),
     Parameter("seed", "", "Seed of the split and of the calibration images; empty: that of the training.", int),
-    Parameter(
-        "compiler_image", "", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH."
-    ),
+    COMPILER_IMAGE,
     Parameter("name", "foxnas", "Prefix of the registered model."),
 )
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from foxnas_mlflow.cli.parameters import Parameter
+from foxnas_mlflow.cli.parameters import COMPILER_IMAGE, Parameter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,9 +27,7 @@ PARAMETERS = (
     Parameter("data", "", "The images that it was trained on, where they are now; empty: where they were."),
     Parameter("target", "rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML."),
     Parameter("device", "", "Where to measure: local, ssh://user@host, docker://image; empty: the cost model."),
-    Parameter(
-        "compiler_image", "", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH."
-    ),
+    COMPILER_IMAGE,
     Parameter("n_samples", 60, "Subnets in all, those of resume included.", int),
     Parameter("design", "design", "How to choose: D-optimal, or random as in the paper.", choices=("design", "random")),
     Parameter("n_measurements", 0, "Measure the latency of only so many of them; 0: of all.", int),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from foxnas_mlflow.cli.parameters import Parameter
+from foxnas_mlflow.cli.parameters import COMPILER_IMAGE, Parameter
 
 SUMMARY = "Find the most accurate network under a latency, with a proof, a report and registered models."
 
@@ -18,9 +18,7 @@ PARAMETERS = (
     Parameter("supernet", "", "Model URI of a trained supernet, to evaluate networks and give the found one weights."),
     Parameter("data", "", "The images that it was trained on, where they are now; empty: where they were."),
     Parameter("device", "", "Where to measure: local, ssh://user@host, docker://image; empty: the cost model."),
-    Parameter(
-        "compiler_image", "", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH."
-    ),
+    COMPILER_IMAGE,
     Parameter("verify", 5, "Networks of the front to measure and evaluate before one is chosen.", int),
     Parameter("measurements", "", "Table of measured networks to draw in the report: measurements.csv."),
     Parameter(
