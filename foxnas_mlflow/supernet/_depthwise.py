@@ -12,6 +12,9 @@ needs, for the taps j0 to j0 + 2, only a window of X's columns.
 Where a kernel is wider than the image, as in the last stages of small images, the gradient of the
 input is slow too. There the convolution is, in each channel, a small dense matrix from the pixels
 of X to those of Y, and both gradients are products with it.
+
+In bfloat16, oneDNN's gradient of the input is slow in another way: with stride 2 it takes 10 to 60
+times the time of float32. It is computed in float32, copies included.
 """
 
 from __future__ import annotations
@@ -35,11 +38,13 @@ def depthwise(x: Tensor, weight: Tensor, *, stride: int, padding: int) -> Tensor
 
     The same values and gradients as ``torch.nn.functional.conv2d`` with c groups, up to rounding.
     """
-    if x.is_cuda or weight.shape[-1] <= _STRIP:
-        return F.conv2d(x, weight, None, stride, padding, 1, weight.shape[0])
+    if x.is_cuda:
+        return _convolution(x, weight, stride, padding)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    if weight.shape[-1] <= _STRIP and (stride == 1 or x.dtype != torch.bfloat16):
+        return _convolution(x, weight, stride, padding)
     y: Tensor = _Depthwise.apply(x, weight, stride, padding)  # type: ignore[no-untyped-call]
     return y
 
@@ -49,7 +54,7 @@ class _Depthwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, None, stride, padding, 1, weight.shape[0])
+        return _convolution(x, weight, stride, padding)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -58,22 +63,27 @@ class _Depthwise(torch.autograd.Function):
         need_x, need_weight = ctx.needs_input_grad[:2]
         if x.shape[-2:].numel() * gradient.shape[-2:].numel() <= _DENSE_ENTRIES:
             return *_dense_gradients(gradient, x, weight, ctx.stride, ctx.padding), None, None
-        padding = (ctx.padding, ctx.padding)
-        dx = _backward(gradient, x, weight, ctx.stride, padding, (True, False))[0] if need_x else None
+        dx = _input_gradient(gradient, x, weight, ctx.stride, ctx.padding) if need_x else None
         dw = _weight_gradient(gradient, x, weight.shape[-1], ctx.stride, ctx.padding) if need_weight else None
         return dx, dw, None, None
+
+
+def _convolution(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return F.conv2d(x, weight, None, stride, padding, 1, weight.shape[0])
 
 
 def _dense_gradients(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """Gradients of the input and of the weights, by products in each channel."""
     n, c, height, width = x.shape
-    taps = _taps(x.shape[-2:], gradient.shape[-2:], weight.shape[-1], stride, padding).to(weight.dtype)
-    outputs = gradient.flatten(2).permute(1, 2, 0).contiguous()  # c, pixels of the output, n
-    inputs = x.flatten(2).permute(1, 2, 0).contiguous()  # c, pixels of the input, n
-    matrices = (weight.flatten(1) @ taps.t()).view(c, outputs.shape[1], inputs.shape[1])
-    dx = torch.bmm(matrices.transpose(1, 2), outputs).permute(2, 1, 0).contiguous()
+    # Matrices this small are slower in bfloat16. Copies that transpose and convert at once are slow too.
+    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    taps = _taps(x.shape[-2:], gradient.shape[-2:], weight.shape[-1], stride, padding).to(dtype)
+    outputs = gradient.flatten(2).permute(1, 2, 0).contiguous().to(dtype)  # c, pixels of the output, n
+    inputs = x.flatten(2).permute(1, 2, 0).contiguous().to(dtype)  # c, pixels of the input, n
+    matrices = (weight.to(dtype).flatten(1) @ taps.t()).view(c, outputs.shape[1], inputs.shape[1])
+    dx = torch.bmm(matrices.transpose(1, 2), outputs).to(x.dtype).permute(2, 1, 0).contiguous()
     dw = torch.bmm(outputs, inputs.transpose(1, 2)).flatten(1) @ taps
-    return dx.view(n, height, width, c).permute(0, 3, 1, 2), dw.view_as(weight)
+    return dx.view(n, height, width, c).permute(0, 3, 1, 2), dw.view_as(weight).to(weight.dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -90,7 +100,17 @@ def _taps(source: torch.Size, target: torch.Size, k: int, stride: int, padding: 
     return taps.view(-1, k * k)
 
 
+def _input_gradient(gradient: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    # Of X only the shape counts.
+    template = torch.empty_like(x, dtype=torch.float32) if x.dtype == torch.bfloat16 else x
+    gradient, weight = gradient.to(template.dtype), weight.to(template.dtype)
+    return _backward(gradient, template, weight, stride, (padding, padding), (True, False))[0].to(x.dtype)
+
+
 def _weight_gradient(gradient: Tensor, x: Tensor, k: int, stride: int, padding: int) -> Tensor:
+    if k <= _STRIP:
+        template = x.new_empty(x.shape[1], 1, k, k)
+        return _backward(gradient, x, template, stride, (padding, padding), (False, True))[1]
     height, width = x.shape[-2:]
     bottom, reach = (stride * (n - 1) for n in gradient.shape[-2:])
     # The fast kernel wants an image as high as the kernel, and no padding beside a stride.
@@ -120,7 +140,15 @@ def _window(x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tenso
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    ).zero_()
+    )
+    # The borders alone: to write everything twice would take as long as the copy.
+    for border in (
+        window[:, :, : max(top, 0)],
+        window[:, :, window.shape[2] - max(bottom, 0) :],
+        window[..., : max(left, 0)],
+        window[..., window.shape[3] - max(right, 0) :],
+    ):
+        border.zero_()
     kept = window[..., max(top, 0) : h + top + min(bottom, 0), max(left, 0) : w + left + min(right, 0)]
     kept.copy_(x[..., max(-top, 0) : h + min(bottom, 0), max(-left, 0) : w + min(right, 0)])
     return window

@@ -240,10 +240,10 @@ class _Gate(nn.Module):
 
     def _scale(self, x: Tensor, squeeze: int) -> Tensor:
         c = x.shape[1]
-        y = x.mean((2, 3), keepdim=True)
-        y = F.relu(F.conv2d(y, _first(self.reduce.weight, squeeze, c), _head(self.reduce, squeeze)), inplace=True)
-        y = F.conv2d(y, _first(self.expand.weight, c, squeeze), _head(self.expand, c))
-        return x * F.hardsigmoid(y)
+        y = x.mean((2, 3))
+        y = F.relu(F.linear(y, _first(self.reduce.weight, squeeze, c).flatten(1), _head(self.reduce, squeeze)))
+        y = F.linear(y, _first(self.expand.weight, c, squeeze).flatten(1), _head(self.expand, c))
+        return x * F.hardsigmoid(y)[..., None, None]
 
     def tensors(self, layer: Layer) -> dict[str, Tensor]:
         c, s = layer.in_channels, layer.squeeze
@@ -391,6 +391,9 @@ def _convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor | None) -> T
             x, before = F.pad(x, (before, after, before, after)), 0
     if layer.op == "depthwise":
         return depthwise(x, weight, stride=stride, padding=before)
+    if k == 1 and x.shape[-2:].numel() == 1:
+        # One pixel: a product is several times faster than a convolution.
+        return F.linear(x.flatten(1), weight.flatten(1), bias)[..., None, None]
     return F.conv2d(x, weight, bias, stride, before)
 
 

@@ -27,15 +27,18 @@ def test_values_and_gradients_are_those_of_a_grouped_convolution(
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [4, 7])
-def test_autocast_computes_in_bfloat16_and_returns_float_gradients(size: int) -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("size", [4, 7, 12])
+def test_autocast_computes_in_bfloat16_and_returns_float_gradients(size: int, kernel: int, stride: int) -> None:
     x = torch.randn(2, 8, size, size).to(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.randn(8, 1, 7, 7, requires_grad=True)
+    weight = torch.randn(8, 1, kernel, kernel, requires_grad=True)
+    padding = kernel // 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = depthwise(x, weight, stride=1, padding=3)
+        y = depthwise(x, weight, stride=stride, padding=padding)
     assert y.dtype == torch.bfloat16
     got = torch.autograd.grad(y.float().sum(), (x, weight))
-    expected = torch.autograd.grad(F.conv2d(x, weight, None, 1, 3, 1, 8).sum(), (x, weight))
+    expected = torch.autograd.grad(F.conv2d(x, weight, None, stride, padding, 1, 8).sum(), (x, weight))
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0.05, atol=0.5)
