@@ -90,7 +90,13 @@ def test_measure_through_ssh(
     assert threading.active_count() == n_threads
 
 
-def test_no_space_on_the_machine(home: Path, tmp_path: Path, probe: bytes) -> None:
+def test_no_space_on_the_machine(
+    home: Path, tmp_path: Path, probe: bytes, tracking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    large = tmp_path / "large.tflite"
+    large.write_bytes(probe + bytes(2**17))
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", _made(tmp_path / "small")]).returncode:
         pytest.skip("a small file system needs the right to mount one")
     try:
@@ -99,9 +105,16 @@ def test_no_space_on_the_machine(home: Path, tmp_path: Path, probe: bytes) -> No
             (home / ".ssh" / "known_hosts").write_text(running.known_hosts_line)
             with connect(address(running)) as connection:
                 with pytest.raises(DeviceError, match="No space left on device; free some space"):
-                    measure(connection, probe + bytes(2**17), runs=1, warmup=1)
+                    measure(connection, large.read_bytes(), runs=1, warmup=1)
                 # What was there stays usable.
                 assert connection.run(["true"], timeout_s=10).status == 0
+            capsys.readouterr()
+            assert main(["benchmark", "--model", str(large), "--device", address(running)]) == 2
+            (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("foxnas:")]
+            assert "No space left on device; free some space" in line
+            (run,) = mlflow.MlflowClient().search_runs(["0"])
+            assert run.info.status == "FAILED"
+            assert not [name for name in run.data.metrics if name.startswith("benchmark/")]
             assert not list((tmp_path / "small").iterdir())
     finally:
         subprocess.run(["umount", str(tmp_path / "small")], check=True)
