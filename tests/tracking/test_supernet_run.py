@@ -91,7 +91,13 @@ def test_an_interrupted_training_goes_on_from_its_run(tracking: str, cache: Path
     resumed = next(r for r in client.search_runs(["0"]) if r.info.run_id != killed.info.run_id)
     assert int(resumed.data.tags["foxnas.resumed_at_step"]) > 0
     assert resumed.info.status == "FINISHED"
-    for other in (["--seed", "1"], ["--space", "tpu"], ["--learning-rate", "0.5"]):
+    for other in (
+        ["--seed", "1"],
+        ["--space", "tpu"],
+        ["--learning-rate", "0.5"],
+        ["--augment", "yes"],
+        ["--flip", "yes"],
+    ):
         assert main([*command, *other, "--resume", killed.info.run_id]) == 2
 
 

@@ -220,14 +220,10 @@ def _begin(
         rank=worker.rank,
         world_size=worker.world_size,
     )
-    origin = {
-        "data": data.digest,
-        "n_train": len(data.train),
-        "batch_size": batches.batch_size,
-        "world_size": worker.world_size,
-        "seed": args.seed,
-    }
-    if not args.resume:
+    if args.resume:
+        states = [load_checkpoint(place, space) for place in find_checkpoints(args.resume, directory / "resume")]
+        state = max(states, key=lambda s: s.step)
+    else:
         torch.manual_seed(args.seed)
         config = TrainConfig(
             strategy=args.strategy,
@@ -243,10 +239,20 @@ def _begin(
             if worker.rank == 0:
                 print(f"Read {read.n_tensors} tensors of once-for-all's {read.family}. Different from there:")
                 print("\n".join(f"  {line}" for line in read.differences))
-        batches.augment = _augmented(args, config.epochs)
-        return TrainingState(supernet, config, origin=origin), batches
-    states = [load_checkpoint(place, space) for place in find_checkpoints(args.resume, directory / "resume")]
-    state = max(states, key=lambda s: s.step)
+        state = TrainingState(supernet, config)
+    batches.augment = _augmented(args, state.config.epochs)
+    origin = {
+        "data": data.digest,
+        "n_train": len(data.train),
+        "batch_size": batches.batch_size,
+        "flip": batches.flip,
+        "augment": batches.augment,
+        "world_size": worker.world_size,
+        "seed": args.seed,
+    }
+    if not args.resume:
+        state.origin = origin
+        return state, batches
     differing = sorted(key for key, value in origin.items() if state.origin.get(key) != value)
     if args.epochs not in (0, state.config.epochs):
         differing.append("epochs")
@@ -260,7 +266,6 @@ def _begin(
             received=f"other {', '.join(differing)}",
             remedy="repeat the first command and add resume",
         )
-    batches.augment = _augmented(args, state.config.epochs)
     return state, batches
 
 
