@@ -23,6 +23,11 @@ from foxnas_mlflow.supernet._state import Mode, TrainConfig, TrainingState
 
 _T = TypeVar("_T")
 
+# The largest network teaches the others: what it learns sooner, all do. Theirs are two terms, labels and its
+# answers, so that it would have the least of the gradient otherwise.
+_LARGEST_WEIGHT = 4.0
+"""Weight of the largest network's loss in a sandwich, where the others have 1 for each of their two terms."""
+
 
 class Workers:
     """Threads that share the processor and compute one subnet of a step each.
@@ -90,7 +95,7 @@ def set_gradients(
     teacher: PlainNetwork | None,
     workers: Workers,
 ) -> Tensor:
-    """Compute a step's subnets; the mean loss, its gradient left in the supernet's parameters.
+    """Compute a step's subnets; their mean loss, its gradient left in the supernet's parameters.
 
     Running statistics are those of the first subnet, the largest in a sandwich.
     """
@@ -119,6 +124,8 @@ def set_gradients(
         if soft is not None:
             terms.append(F.cross_entropy(logits, soft))
         loss = torch.stack(terms).sum() / len(subnets)
+        if config.strategy == "sandwich" and not i:
+            loss = _LARGEST_WEIGHT * loss
         loss.backward()  # type: ignore[no-untyped-call]
         losses[i] = loss.detach()
 
