@@ -211,7 +211,9 @@ def _held_signals() -> Iterator[list[signal.Signals]]:
     def handler(signum: int, frame: FrameType | None) -> None:
         arrived.append(signal.Signals(signum))
 
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGTERM, signal.SIGINT)}
+    # What is ignored stays ignored: a shell starts its background jobs so, for Ctrl-C to reach others.
+    held = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) != signal.SIG_IGN]
+    previous = {s: signal.signal(s, handler) for s in held}
     try:
         yield arrived
     finally:
