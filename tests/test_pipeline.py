@@ -108,7 +108,8 @@ def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str
     assert compiled == "models:/foxnas-edgetpu-edgetpu/1"
     assert parent.data.tags["foxnas.model"] == compiled
     rows = _rows(steps["sample"]["outputs"]["measurements"], cache.parents[1] / "rows")
-    assert {row.latency_source for row in rows} == {"measured"}
+    # A busy machine leaves the latencies empty that it cannot vouch for; none is an estimate.
+    assert {"measured"} <= {row.latency_source for row in rows} <= {"measured", ""}
     for name in ("sample", "search", "benchmark"):
         assert client.get_run(steps[name]["run_id"]).data.tags["foxnas.latency_source"] == "measured", name
     measured = json.loads(_text(steps["benchmark"]["run_id"], "benchmark.json"))

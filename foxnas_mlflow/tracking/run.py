@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import signal
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -28,6 +29,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow._version import __version__
+from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.tracking.context import FoxnasRunContext
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, process_identity
 
@@ -163,6 +165,7 @@ def entry_run(
     # A run inside a run (the pipeline's steps) is nested. Tags are part of its creation: a kill
     # leaves no run without them.
     nested = mlflow.active_run() is not None
+    _check_database_file(mlflow.get_tracking_uri())
     # A run that `mlflow run` made has its name already.
     named = nested or "MLFLOW_RUN_ID" not in os.environ
     active = mlflow.start_run(run_name=_run_name(stage, target) if named else None, nested=nested, tags=values)
@@ -227,6 +230,23 @@ def _sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _check_database_file(uri: str) -> None:
+    """Refuse an SQLite file that cannot be opened; MLflow would try it for 100 seconds."""
+    if not uri.startswith("sqlite:///") or not (name := uri.removeprefix("sqlite:///").partition("?")[0]):
+        return
+    path = Path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(sqlite3.connect(path)) as store:
+            store.execute("PRAGMA schema_version")
+    except (OSError, sqlite3.Error) as error:
+        raise InvalidInputError(
+            f"the tracking store must be a database file that can be opened ({error})",
+            received=uri,
+            remedy="check MLFLOW_TRACKING_URI and the rights of the directory",
+        ) from None
 
 
 def best_effort(action: Callable[P, object]) -> Callable[P, None]:

@@ -143,8 +143,14 @@ def test_accuracy_of_ones_own_and_the_boards_cost_model_make_predictors(tracking
     assert search.data.metrics["search/predicted_latency_upper_ms"] <= 2
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/x.db"])
-def test_an_unreachable_store_is_one_line(uri: str) -> None:
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://127.0.0.1:9", "the tracking store refused"),
+        ("sqlite:////proc/x.db", "the tracking store must be a database file that can be opened"),
+    ],
+)
+def test_an_unreachable_store_is_one_line(uri: str, message: str) -> None:
     environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
     result = subprocess.run(
         [sys.executable, "-m", "foxnas_mlflow", "search", "--evaluations", "1000"],
@@ -154,7 +160,7 @@ def test_an_unreachable_store_is_one_line(uri: str) -> None:
         timeout=120,
     )
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("foxnas: the tracking store refused")
+    assert result.stderr.strip().splitlines()[-1].startswith(f"foxnas: {message}")
     assert "Traceback" not in result.stderr
 
 
