@@ -1,6 +1,6 @@
 """Training steps of one subnet: images a second beside once-for-all's package, and peak memory.
 
-    python benchmarks/training.py [--image-size 128] [--batch 32] [--threads 2] [--rounds 5]
+    python benchmarks/training.py [--image-size 128] [--batch 32] [--threads 2] [--rounds 5] [--device cuda]
     python benchmarks/training.py --memory 16 32 64
 
 The subnets are the largest of the cpu space (kernel 7, expansion 6, depth 4) and one in the middle
@@ -47,6 +47,7 @@ def import_once_for_all() -> Any:
 
 
 def step_of(network: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, mode: Any) -> Callable[[], None]:
+    network.to(images.device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True, foreach=True)
     network.train()
     images = images.to(memory_format=layout(mode))
@@ -57,24 +58,27 @@ def step_of(network: torch.nn.Module, images: torch.Tensor, targets: torch.Tenso
             loss = F.cross_entropy(network(images).float(), targets)
         loss.backward()
         optimizer.step()
+        if images.is_cuda:
+            torch.cuda.synchronize()
 
     return step
 
 
 def compare(args: argparse.Namespace) -> None:
     space = CPU_SPACE.replace(expansions=(3, 4, 6), image_sizes=(args.image_size,))
-    ours = Supernet(space)
+    ours = Supernet(space).to(args.device)
     theirs = import_once_for_all().OFAMobileNetV3(
         ks_list=[3, 5, 7], expand_ratio_list=[3, 4, 6], depth_list=[2, 3, 4], dropout_rate=0
     )
-    images = torch.randn(args.batch, 3, args.image_size, args.image_size)
-    targets = torch.randint(space.n_classes, (args.batch,))
-    mode = args.mode if args.mode != "auto" else fastest_mode(ours, images, targets, "cpu")
+    images = torch.randn(args.batch, 3, args.image_size, args.image_size, device=args.device)
+    targets = torch.randint(space.n_classes, (args.batch,), device=args.device)
+    mode = args.mode if args.mode != "auto" else fastest_mode(ours, images, targets, args.device)
     steps = {
         f"foxnas ({mode})": step_of(ours, images, targets, mode),
         "once-for-all": step_of(theirs, images, targets, "float32"),
     }
-    print(f"batch {args.batch}, {args.image_size} px, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    where = torch.cuda.get_device_name() if images.is_cuda else f"{torch.get_num_threads()} threads"
+    print(f"batch {args.batch}, {args.image_size} px, {where}, {args.rounds} rounds")
     for kernel, expansion, depth in ((7, 6, 4), (5, 4, 3)):
         ours.set_subnet(space.uniform(args.image_size, depth=depth, expansion=expansion, kernel=kernel))
         theirs.set_active_subnet(ks=kernel, e=expansion, d=depth)
@@ -109,6 +113,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--mode", default="auto", choices=("auto", "float32", "channels_last", "bfloat16"))
     parser.add_argument(
         "--memory", type=int, nargs="+", metavar="BATCH", help="measure memory at these batches instead"
