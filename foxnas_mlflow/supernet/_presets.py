@@ -2,7 +2,7 @@
 
 | preset | images         | cost                                                            |
 |--------|----------------|-----------------------------------------------------------------|
-| tiny   | 16 to 28 px    | minutes on two processor cores: 20 epochs, at most 2,600 steps  |
+| tiny   | 16 to 28 px    | minutes on two processor cores: 15 epochs, at most 2,600 steps  |
 | small  | 32 to 96 px    | hours on a processor, tens of minutes on a GPU                  |
 | paper  | 128 to 320 px  | ImageNet: the paper's epochs, about 1,200 GPU hours             |
 
@@ -70,7 +70,7 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("tiny", (16, 20, 24, 28), (1, 2, 1, 1, 2), 0.35, 20, 64, 0.2, 5e-4, 2600),
+        Preset("tiny", (16, 20, 24, 28), (1, 2, 1, 1, 2), 0.35, 15, 64, 0.2, 5e-4, 2600),
         Preset("small", (32, 48, 64, 80, 96), (2, 2, 1, 1, 2), 0.5, 100, 128, 0.2, 5e-4),
         # Paper 3.2: once-for-all's 180 epochs of the largest network and its shrinking phases.
         Preset("paper", (), (), 1.0, 425, 64, 0.1, 3e-5),
