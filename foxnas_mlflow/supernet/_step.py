@@ -28,6 +28,9 @@ _T = TypeVar("_T")
 _LARGEST_WEIGHT = 4.0
 """Weight of the largest network's loss in a sandwich, where the others have 1 for each of their two terms."""
 
+_HOPELESS = 5.0
+"""A choice whose first run takes as many times the fastest's is not timed further."""
+
 
 class Workers:
     """Threads that share the processor and compute one subnet of a step each.
@@ -216,12 +219,14 @@ def fastest_workers(state: TrainingState, images: Tensor, targets: Tensor, teach
     if n == 1 or images.is_cuda:
         return 1
 
-    def run(n_workers: int) -> None:
-        with Workers(state.supernet, n_workers) as workers:
-            set_gradients(state, images, targets, 0, teacher, workers)
+    # One pool for all rounds: new threads would begin each time with nothing prepared.
+    with _no_trace(state.supernet), Workers(state.supernet, 1) as one, Workers(state.supernet, n) as many:
+        workers = {1: one, n: many}
 
-    with _no_trace(state.supernet):
-        return _fastest(run, (1, n), rounds=3)
+        def run(n_workers: int) -> None:
+            set_gradients(state, images, targets, 0, teacher, workers[n_workers])
+
+        return _fastest(run, (1, n), rounds=4)
 
 
 @contextlib.contextmanager
@@ -236,16 +241,21 @@ def _no_trace(supernet: Supernet) -> Iterator[None]:
 
 def _fastest(run: Callable[[_T], None], choices: Sequence[_T], *, rounds: int) -> _T:
     """The choice with the least median time; one after the first must win by 5 %."""
-    times: list[list[float]] = [[] for _ in choices]
-    # In turns, so that a slow moment of the machine meets all of them; the first round warms up.
-    for _ in range(rounds):
-        for choice, taken in zip(choices, times, strict=True):
-            start = time.perf_counter()
-            run(choice)
-            taken.append(time.perf_counter() - start)
-    seconds = [float(np.median(taken[1:])) for taken in times]
-    best = int(np.argmin(seconds))
-    return choices[best if seconds[best] < 0.95 * seconds[0] else 0]
+
+    def seconds(choice: _T) -> float:
+        start = time.perf_counter()
+        run(choice)
+        return time.perf_counter() - start
+
+    run(choices[0])  # Pays for what all need.
+    # The first round warms up, and shows what is out of the question, as bfloat16 where it is emulated.
+    first = [seconds(choice) for choice in choices]
+    kept = [choice for choice, taken in zip(choices, first, strict=True) if taken < _HOPELESS * min(first)]
+    # In turns, so that a slow moment of the machine meets all of them.
+    times = [[seconds(choice) for choice in kept] for _ in range(rounds - 1)]
+    medians = np.median(times, 0)
+    best = int(np.argmin(medians))
+    return kept[best if medians[best] < 0.95 * medians[0] else 0]
 
 
 def distributed() -> bool:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from foxnas_mlflow.supernet import (
     recalibrate,
     train_supernet,
 )
-from foxnas_mlflow.supernet._step import Workers, draw_subnets, fastest_workers, set_gradients
+from foxnas_mlflow.supernet._step import Workers, _fastest, draw_subnets, fastest_workers, set_gradients
 from foxnas_mlflow.supernet._train import _learning_rate
 
 pytestmark = pytest.mark.train
@@ -194,6 +195,17 @@ def test_timing_of_workers_leaves_no_trace(digits, monkeypatch) -> None:
     assert fastest_workers(state, *next(batches_of(digits).epoch(0)), None) in (1, 2)
     torch.testing.assert_close(dict(state.supernet.state_dict()), before, rtol=0, atol=0)
     assert all(p.grad is None for p in state.supernet.parameters())
+
+
+def test_the_fastest_is_chosen_and_what_is_far_slower_is_tried_once() -> None:
+    runs: list[float] = []
+
+    def run(seconds: float) -> None:
+        runs.append(seconds)
+        time.sleep(seconds)
+
+    assert _fastest(run, (0.1, 0.001, 1.0), rounds=3) == 0.001
+    assert runs.count(1.0) == 1
 
 
 @pytest.mark.parametrize("strategy", ["sandwich", "progressive_shrinking"])
