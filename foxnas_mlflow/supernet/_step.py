@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +29,11 @@ _T = TypeVar("_T")
 _LARGEST_WEIGHT = 4.0
 """Weight of the largest network's loss in a sandwich, where the others have 1 for each of their two terms."""
 
-_HOPELESS = 5.0
-"""A choice whose first run takes as many times the fastest's is not timed further."""
+_FAR = 3.0
+"""A number format that takes as many times the fastest's with few images is not timed with a whole batch."""
+
+_FEW = 8
+"""Images for that."""
 
 
 class Workers:
@@ -199,17 +203,19 @@ def fastest_mode(supernet: Supernet, images: Tensor, targets: Tensor, device: st
     supernet.set_subnet(supernet.space.largest())
     y = targets.to(device)
 
-    def run(mode: Mode) -> None:
-        x = images.to(device, memory_format=layout(mode))
+    def run(n_images: int, mode: Mode) -> None:
+        x = images[:n_images].to(device, memory_format=layout(mode))
         with autocast(mode, x):
-            loss = F.cross_entropy(supernet(x).float(), y)
+            loss = F.cross_entropy(supernet(x).float(), y[:n_images])
         loss.backward()  # type: ignore[no-untyped-call]
         if x.is_cuda:
             torch.cuda.synchronize()
 
     modes: tuple[Mode, ...] = ("float32", "channels_last", "bfloat16")
     with _no_trace(supernet):
-        return _fastest(run, modes, rounds=6)
+        # Where bfloat16 is emulated it takes 18 times as long.
+        likely = _likely(functools.partial(run, _FEW), modes, rounds=2)
+        return _fastest(functools.partial(run, len(images)), likely, rounds=4)
 
 
 def fastest_workers(state: TrainingState, images: Tensor, targets: Tensor, teacher: PlainNetwork | None) -> int:
@@ -241,21 +247,27 @@ def _no_trace(supernet: Supernet) -> Iterator[None]:
 
 def _fastest(run: Callable[[_T], None], choices: Sequence[_T], *, rounds: int) -> _T:
     """The choice with the least median time; one after the first must win by 5 %."""
-
-    def seconds(choice: _T) -> float:
-        start = time.perf_counter()
-        run(choice)
-        return time.perf_counter() - start
-
-    run(choices[0])  # Pays for what all need.
-    # The first round warms up, and shows what is out of the question, as bfloat16 where it is emulated.
-    first = [seconds(choice) for choice in choices]
-    kept = [choice for choice, taken in zip(choices, first, strict=True) if taken < _HOPELESS * min(first)]
-    # In turns, so that a slow moment of the machine meets all of them.
-    times = [[seconds(choice) for choice in kept] for _ in range(rounds - 1)]
-    medians = np.median(times, 0)
+    medians = _seconds(run, choices, rounds)
     best = int(np.argmin(medians))
-    return kept[best if medians[best] < 0.95 * medians[0] else 0]
+    return choices[best if medians[best] < 0.95 * medians[0] else 0]
+
+
+def _likely(run: Callable[[_T], None], choices: Sequence[_T], *, rounds: int) -> list[_T]:
+    """The choices that are not far slower than the fastest."""
+    medians = _seconds(run, choices, rounds)
+    return [choice for choice, taken in zip(choices, medians, strict=True) if taken < _FAR * min(medians)]
+
+
+def _seconds(run: Callable[[_T], None], choices: Sequence[_T], rounds: int) -> list[float]:
+    """Median times; the first round warms up and is not counted."""
+    times: list[list[float]] = [[] for _ in choices]
+    # In turns, so that a slow moment of the machine meets all of them.
+    for _ in range(rounds):
+        for choice, taken in zip(choices, times, strict=True):
+            start = time.perf_counter()
+            run(choice)
+            taken.append(time.perf_counter() - start)
+    return [float(np.median(taken[1:])) for taken in times]
 
 
 def distributed() -> bool:
