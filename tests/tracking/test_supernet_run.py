@@ -69,7 +69,7 @@ def test_a_training_logs_what_the_contract_names(
 def test_an_interrupted_training_goes_on_from_its_run(tracking: str, cache: Path, signum: signal.Signals) -> None:
     import mlflow
 
-    command = ["supernet", "--max-train", "700", "--epochs", "4"]
+    command = ["supernet", "--max-train", "400", "--epochs", "3"]
     process = subprocess.Popen([sys.executable, "-m", "foxnas_mlflow", *command], stderr=subprocess.PIPE)
     client = mlflow.MlflowClient()
     deadline = time.monotonic() + 120
