@@ -239,7 +239,7 @@ def _check_database_file(uri: str) -> None:
     path = Path(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(sqlite3.connect(path)) as store:
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as store:
             store.execute("PRAGMA schema_version")
     except (OSError, sqlite3.Error) as error:
         raise InvalidInputError(
