@@ -47,7 +47,6 @@ def import_once_for_all() -> Any:
 
 
 def step_of(network: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor, mode: Any) -> Callable[[], None]:
-    network.to(images.device)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, nesterov=True, foreach=True)
     network.train()
     images = images.to(memory_format=layout(mode))
@@ -67,8 +66,10 @@ def step_of(network: torch.nn.Module, images: torch.Tensor, targets: torch.Tenso
 def compare(args: argparse.Namespace) -> None:
     space = CPU_SPACE.replace(expansions=(3, 4, 6), image_sizes=(args.image_size,))
     ours = Supernet(space).to(args.device)
-    theirs = import_once_for_all().OFAMobileNetV3(
-        ks_list=[3, 5, 7], expand_ratio_list=[3, 4, 6], depth_list=[2, 3, 4], dropout_rate=0
+    theirs = (
+        import_once_for_all()
+        .OFAMobileNetV3(ks_list=[3, 5, 7], expand_ratio_list=[3, 4, 6], depth_list=[2, 3, 4], dropout_rate=0)
+        .to(args.device)
     )
     images = torch.randn(args.batch, 3, args.image_size, args.image_size, device=args.device)
     targets = torch.randint(space.n_classes, (args.batch,), device=args.device)

@@ -140,5 +140,5 @@ class SubnetEvaluator:
         pixels = self._cache[key]
         for start in range(0, len(pixels), _BATCH):
             normalized = self._dataset.normalization(pixels[start : start + _BATCH])
-            # Channels stay last in memory: everywhere at least as fast, and twice on some processors.
+            # Channels stay last in memory: up to 1.8 times as fast for colour images on a processor without AVX-512.
             yield torch.from_numpy(normalized).to(self._device).permute(0, 3, 1, 2)

@@ -165,7 +165,8 @@ def entry_run(
     # A run inside a run (the pipeline's steps) is nested. Tags are part of its creation: a kill
     # leaves no run without them.
     nested = mlflow.active_run() is not None
-    _check_database_file(mlflow.get_tracking_uri())
+    if not nested:
+        _check_database_file(mlflow.get_tracking_uri())
     # A run that `mlflow run` made has its name already.
     named = nested or "MLFLOW_RUN_ID" not in os.environ
     active = mlflow.start_run(run_name=_run_name(stage, target) if named else None, nested=nested, tags=values)
