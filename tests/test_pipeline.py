@@ -89,6 +89,7 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(track
     weights = steps["supernet"]["outputs"]["model_uri"]
     assert main(["sample", "--supernet", weights, "--target", "cpu", "--n-samples", "20"]) == 0
     whole = client.search_runs(["0"], "tags.`foxnas.stage` = 'sample'", order_by=["attributes.start_time DESC"])[0]
+    assert whole.info.run_id != steps["sample"]["run_id"]
     undisturbed = _rows(f"runs:/{whole.info.run_id}/measurements.csv", cache.parents[1] / "undisturbed")
     assert [(r.architecture, r.accuracy) for r in undisturbed] == [(r.architecture, r.accuracy) for r in final]
 
