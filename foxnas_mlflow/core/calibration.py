@@ -13,6 +13,7 @@ from foxnas_mlflow.core.design import choose_samples
 from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.predictors import PredictorSet, fit_family, reference_predictors, widest_formula
+from foxnas_mlflow.core.random import Stream, stream
 from foxnas_mlflow.core.space import SearchSpace
 
 SPARE_PROBES = 2
@@ -57,7 +58,7 @@ def choose_probes(
             f"n_probes must be {least} or more: the cost model's prices, and spare rows", received=n
         )
     missing = max(n - len(measured), 0)
-    drawn = [a for a in _drawn(space, N_DRAWN, image_sizes, [seed, 7]) if a not in measured][:missing]
+    drawn = [a for a in _drawn(space, N_DRAWN, image_sizes, stream(seed, Stream.PROBES)) if a not in measured][:missing]
     n_designed = missing - len(drawn)
     if not n_designed:
         return drawn
@@ -69,11 +70,12 @@ def choose_checks(
     space: SearchSpace, n: int, *, image_sizes: Sequence[int] | None = None, seed: int = 0
 ) -> list[Architecture]:
     """Random networks to hold the cost model against: the probes are extremes, which the others cannot tell."""
-    return _drawn(space, n, image_sizes, [seed, 6])
+    return _drawn(space, n, image_sizes, stream(seed, Stream.CHECKS))
 
 
-def _drawn(space: SearchSpace, n: int, image_sizes: Sequence[int] | None, seed: Sequence[int]) -> list[Architecture]:
-    rng = np.random.default_rng(seed)
+def _drawn(
+    space: SearchSpace, n: int, image_sizes: Sequence[int] | None, rng: np.random.Generator
+) -> list[Architecture]:
     sizes = tuple(image_sizes or space.image_sizes)
     return [space.sample(rng, image_size=int(rng.choice(sizes))) for _ in range(n)]
 

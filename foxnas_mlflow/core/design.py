@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.predictors._formulas import Formula
+from foxnas_mlflow.core.random import Stream, stream
 from foxnas_mlflow.core.space import SearchSpace
 
 FloatArray = NDArray[np.float64]
@@ -91,7 +92,7 @@ def choose_samples(
     if method not in ("design", "random"):
         raise InvalidInputError("design must be 'design' or 'random'", received=method)
     sizes = tuple(image_sizes or space.image_sizes)
-    rng = np.random.default_rng([seed, 5])
+    rng = stream(seed, Stream.DESIGN_CANDIDATES)
     known = set(measured)
     candidates: list[Architecture] = []
     # A tiny space may have fewer subnets than are asked for: stop when draws bring nothing new.

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import numpy as np
 
@@ -256,7 +256,15 @@ class SearchSpace:
         size = self.image_sizes[0] if image_size is None else image_size
         return self.uniform(size, depth=self.depths[0], expansion=self.expansions[0], kernel=self.kernels[0])
 
-    def sample(self, rng: np.random.Generator, *, image_size: int | None = None, n: int | None = None) -> Any:
+    @overload
+    def sample(self, rng: np.random.Generator, *, image_size: int | None = None, n: None = None) -> Architecture: ...
+
+    @overload
+    def sample(self, rng: np.random.Generator, *, image_size: int | None = None, n: int) -> list[Architecture]: ...
+
+    def sample(
+        self, rng: np.random.Generator, *, image_size: int | None = None, n: int | None = None
+    ) -> Architecture | list[Architecture]:
         """Draw architectures as the paper does: every parameter uniform and independent.
 
         Args:

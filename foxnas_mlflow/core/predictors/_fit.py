@@ -25,6 +25,7 @@ from foxnas_mlflow.core.errors import (
 from foxnas_mlflow.core.measurements import Measurement, measurements_digest
 from foxnas_mlflow.core.predictors._formulas import FAMILIES, FloatArray, Formula, applicable_formulas, get_formula
 from foxnas_mlflow.core.predictors._linear import LinearPredictor, PredictorSet
+from foxnas_mlflow.core.random import Stream, stream
 from foxnas_mlflow.core.space import SearchSpace
 
 SPARE_ROWS = 5
@@ -332,7 +333,7 @@ def cross_validate(
     root_weights = 1.0 / y if formula.relative else np.ones_like(y)
     predicted, covered, taus = np.zeros((repeats, n)), np.zeros((repeats, n)), []
     for repeat in range(repeats):
-        order = np.random.default_rng([seed, repeat]).permutation(n)
+        order = stream(seed, Stream.FOLDS, repeat).permutation(n)
         for fold in range(folds):
             test = order[fold::folds]
             train = np.setdiff1d(order, test, assume_unique=True)

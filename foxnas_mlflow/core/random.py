@@ -1,0 +1,44 @@
+"""Where random numbers come from: one named stream for each purpose, so that no two purposes draw the same numbers.
+
+A seed says which experiment it is, a stream what the numbers are for, and further numbers which one of many (an
+epoch, a step, a repeat). They reach NumPy as a spawn key and not as a list of seeds: a list is filled up with zeros,
+so that the streams ``[seed, 2]`` and ``[seed, 2, 0]`` would be one.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+
+
+@enum.unique
+class Stream(enum.IntEnum):
+    """What random numbers are for. Numbers are never used again: a new purpose takes the next free one."""
+
+    VALIDATION_SPLIT = 0  # which training images become validation images
+    IMAGE_LIMIT = 1  # which images are kept where a limit is given
+    EVALUATION_IMAGES = 2  # images for batch norm's statistics and for evaluations
+    TRAINED_SUBNETS = 3  # subnets of a training step
+    SHOWN_SUBNETS = 4  # subnets that are evaluated while a supernet trains
+    QUANTIZATION_IMAGES = 5  # images that int8 ranges are measured on
+    IMAGE_ORDER = 6  # order of the training images in an epoch
+    IMAGE_VARIATION = 7  # crops, flips and colours of a batch
+    DESIGN_CANDIDATES = 8  # subnets among which a design chooses
+    PROBES = 9  # random probes of a calibration
+    CHECKS = 10  # networks that a calibration is held against
+    FOLDS = 11  # folds of a cross-validation
+    SEARCHER = 12  # moves of a searcher
+    PROBE_WEIGHTS = 13  # weights of a network that is only timed
+    SAMPLE_INPUT = 14  # inputs of an answer that two machines compare
+
+
+def stream(seed: int, purpose: Stream, *numbers: int) -> np.random.Generator:
+    """The random numbers of a purpose.
+
+    Args:
+        seed: Seed of the experiment, 0 or more.
+        purpose: What they are for.
+        numbers: Which one of many, each 0 or more: an epoch, a step, a repeat.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(int(purpose), *numbers)))

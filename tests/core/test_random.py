@@ -1,0 +1,17 @@
+"""Named streams of random numbers: no two alike, each the same again."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from foxnas_mlflow.core.random import Stream, stream
+
+
+def test_streams_differ_by_purpose_number_and_seed_and_repeat_themselves() -> None:
+    keys = [(seed, purpose, numbers) for seed in (0, 1) for purpose in Stream for numbers in ((), (0,), (0, 0), (1,))]
+    drawn = {stream(seed, purpose, *numbers).integers(2**63) for seed, purpose, numbers in keys}
+    assert len(drawn) == len(keys)
+    again = stream(1, Stream.DESIGN_CANDIDATES, 3)
+    np.testing.assert_array_equal(stream(1, Stream.DESIGN_CANDIDATES, 3).random(5), again.random(5))
+    # The reason for a key: lists of seeds are filled up with zeros.
+    assert np.random.default_rng([0, 2]).integers(2**63) == np.random.default_rng([0, 2, 0]).integers(2**63)
