@@ -12,8 +12,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from foxnas_mlflow._version import __version__
+from foxnas_mlflow.cli.options import add_workflow, requested, tell_on_stdout
 from foxnas_mlflow.cli.parameters import resolve
 from foxnas_mlflow.core.errors import FoxNasError
+from foxnas_mlflow.workflows import WORKFLOWS
 
 COMMANDS: tuple[str, ...] = (
     "main",
@@ -46,7 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"foxnas-mlflow {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    ported = {workflow.name: workflow for workflow in WORKFLOWS}
     for name in (*COMMANDS, *TOOLS):
+        if name in ported:
+            add_workflow(subparsers, ported[name])
+            continue
         module = importlib.import_module(f"foxnas_mlflow.cli.commands.{name.replace('-', '_')}")
         subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
         for parameter in module.PARAMETERS:
@@ -63,9 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     # Its bars for downloads of a few files would stand between our lines.
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    tell_on_stdout()
     try:
-        values = resolve(arguments.module.PARAMETERS, arguments)
-        arguments.module.run(argparse.Namespace(**values))
+        if hasattr(arguments, "workflow"):
+            print(arguments.workflow.run(requested(arguments)).describe())
+        else:
+            values = resolve(arguments.module.PARAMETERS, arguments)
+            arguments.module.run(argparse.Namespace(**values))
     except KeyboardInterrupt:
         print("foxnas: interrupted; finished work is kept, run the same command to continue", file=sys.stderr)
         return 130

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 import pandas as pd
@@ -29,7 +28,7 @@ def log_fit(
     source: str,
     name: str,
     noise_floor: float | None = None,
-) -> dict[str, str]:
+) -> str:
     """Log a fit to its run and register its predictors.
 
     Args:
@@ -42,7 +41,7 @@ def log_fit(
         noise_floor: Standard error (points) of the rows' accuracies, where it is known.
 
     Returns:
-        run_id, and model_uri of the registered predictors.
+        URI of the registered predictors.
     """
     write_measurements(rows, run.directory / MEASUREMENTS)
     metrics: dict[str, float] = {}
@@ -67,7 +66,7 @@ def log_fit(
     registered = registered_name(name, "predictors", target.name)
     info = log_model(fit.predictors, name="predictors")
     run.log_metrics(metrics, model_id=info.model_id)
-    uri = register(
+    return register(
         info.model_uri,
         registered,
         "predictors",
@@ -84,35 +83,3 @@ def log_fit(
         },
         command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",
     )
-    print(_summary(fit, uri, run.run_id, target, rows, noise_floor))
-    return {"run_id": run.run_id, "model_uri": uri}
-
-
-def _summary(
-    fit: FitResult,
-    uri: str,
-    run_id: str,
-    target: Target,
-    rows: Sequence[Measurement],
-    noise_floor: float | None,
-) -> str:
-    lines = [f"{'':<22}{'formula':<12}{'n':>5}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
-    for quantity, report in fit.reports.items():
-        for which in (report, fit.paper.get(quantity)):
-            if which is None or (which is not report and which.predictor.formula == report.predictor.formula):
-                continue
-            m = which.metrics
-            lines.append(
-                f"{quantity:<22}{which.predictor.formula:<12}{m['n_samples']:>5.0f}{m['r2_adjusted']:>10.4f}"
-                f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
-            )
-    if noise_floor is not None:
-        lines.append(f"  noise floor of the accuracies: {noise_floor:.2f} points, the standard error of an evaluation")
-    if "latency_ms" not in fit.reports:
-        lines.append(f"{'latency_ms':<22}cost model of {target.name}: no row has a measured latency")
-        lines += [f"  note: {note}" for note in fit.predictors.notes]
-    lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
-    lines.append(f"Registered {uri}; run {run_id}.")
-    middle = statistics.median([m.latency_ms for m in rows if m.latency_ms is not None] or [60.0])
-    lines.append(f"Next: foxnas search --target {target.name} --predictors {uri} --latency-ms {middle:.3g}")
-    return "\n".join(lines)

@@ -219,7 +219,23 @@ class _Pipeline:
         import importlib
 
         from foxnas_mlflow.tracking.steps import Step, run_step
+        from foxnas_mlflow.workflows import FitRequest, run_fit
 
+        if name == "fit":
+            own = {key: getattr(self._args, key) for key in ("name", "seed", "target")}
+            fit_request = FitRequest(**own, **values)
+            fit_inputs = {key: v for key, v in fit_request.values().items() if key != "target"}
+            fit_after = {step: self.done[step].run_id for step in after if step in self.done}
+
+            def fit_action(cut_off: Sequence[str]) -> Mapping[str, Any]:
+                result = run_fit(fit_request)
+                print(result.describe())
+                return {"run_id": result.run_id, "model_uri": result.model_uri}
+
+            self._announce(name)
+            step = Step(name, {"arguments": fit_inputs, "after": fit_after, **self._common})
+            self._finish(run_step(self._run, step, fit_action))
+            return self.done[name].outputs
         module = importlib.import_module(f"foxnas_mlflow.cli.commands.{name}")
         own = {key: getattr(self._args, key) for key in ("name", "seed", "target", "compiler_image")}
         known = {p.name: p.parse(str(p.default)) for p in module.PARAMETERS}

@@ -1,0 +1,148 @@
+"""Fit: predictors of accuracy and latency from a table of measured networks."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from foxnas_mlflow.workflows._request import Request, parameter
+from foxnas_mlflow.workflows._workflow import Workflow
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from foxnas_mlflow.core.measurements import Measurement
+    from foxnas_mlflow.core.predictors import FitResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRequest(Request):
+    """What to fit; see `run_fit`."""
+
+    measurements: str = parameter(
+        "", "Path or URI of measurements.csv (runs:/RUN/measurements.csv), or the authors' table."
+    )
+    formula: str = parameter("calibrated", "Formula to use.", choices=("calibrated", "paper", "auto"))
+    name: str = parameter("foxnas", "Prefix of the registered model.")
+    target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML.")
+    space: str = parameter(
+        "", "Search space of the rows: cpu, tpu or a YAML; empty: that logged with them, or the target's."
+    )
+    ceiling: float = parameter(0.0, "Ceiling of the accuracy in percent; 0: the most likely one.", at_least=0)
+    seed: int = parameter(0, "Seed of the cross-validation.", at_least=0)
+
+    def check(self) -> None:
+        """A table must be named."""
+        from foxnas_mlflow.core.errors import InvalidInputError
+
+        if not self.measurements:
+            raise InvalidInputError("measurements must be the path of a CSV file", remedy="give --measurements")
+
+
+@dataclass(frozen=True)
+class FitStepResult:
+    """Registered predictors.
+
+    Attributes:
+        run_id: The run.
+        model_uri: The registered predictors.
+        fit: The fit, with the paper's formulas beside the chosen ones.
+        target: Name of the target.
+        noise_floor: Standard error (points) of the rows' accuracies, where it is known.
+        middle_ms: Median measured latency, for a first search; None without one.
+    """
+
+    run_id: str
+    model_uri: str
+    fit: FitResult
+    target: str
+    noise_floor: float | None
+    middle_ms: float | None
+
+    def describe(self) -> str:
+        """A table of both formulas, and the search to type next."""
+        fit = self.fit
+        lines = [f"{'':<22}{'formula':<12}{'n':>5}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
+        for quantity, report in fit.reports.items():
+            for which in (report, fit.paper.get(quantity)):
+                if which is None or (which is not report and which.predictor.formula == report.predictor.formula):
+                    continue
+                m = which.metrics
+                lines.append(
+                    f"{quantity:<22}{which.predictor.formula:<12}{m['n_samples']:>5.0f}{m['r2_adjusted']:>10.4f}"
+                    f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
+                )
+        if self.noise_floor is not None:
+            lines.append(
+                f"  noise floor of the accuracies: {self.noise_floor:.2f} points, the standard error of an evaluation"
+            )
+        if "latency_ms" not in fit.reports:
+            lines.append(f"{'latency_ms':<22}cost model of {self.target}: no row has a measured latency")
+            lines += [f"  note: {note}" for note in fit.predictors.notes]
+        lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
+        lines.append(f"Registered {self.model_uri}; run {self.run_id}.")
+        middle = 60.0 if self.middle_ms is None else self.middle_ms
+        lines.append(
+            f"Next: foxnas search --target {self.target} --predictors {self.model_uri} --latency-ms {middle:.3g}"
+        )
+        return "\n".join(lines)
+
+
+def run_fit(request: FitRequest) -> FitStepResult:
+    """Fit, log and register the predictors of a target.
+
+    Raises:
+        InvalidMeasurementsError: If there is no such table or it cannot be used.
+        FitError: If its rows do not determine the predictors.
+    """
+    import tempfile
+    from pathlib import Path
+
+    from foxnas_mlflow.core.predictors import fit_predictors, has_measured_latency, reference_latency
+    from foxnas_mlflow.core.space import get_space
+    from foxnas_mlflow.core.targets import get_target
+    from foxnas_mlflow.tracking.fit import log_fit
+    from foxnas_mlflow.tracking.inputs import noise_floor, open_measurements
+    from foxnas_mlflow.tracking.run import entry_run
+
+    target = get_target(request.target)
+    with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
+        rows, logged = open_measurements(request.measurements, Path(directory))
+    space = get_space(request.space) if request.space else logged or get_space(target.space)
+    # Without a measured latency there is nothing to fit: the target's cost model predicts it.
+    measured = has_measured_latency(rows)
+    latency = None if measured else reference_latency(target, space)
+    with entry_run(
+        stage="fit",
+        params=request.texts() | {"space": request.space or space.name},
+        target=target.name,
+        space=space.name,
+        latency_source="measured" if measured else "cost_model",
+    ) as run:
+        fit = fit_predictors(
+            rows,
+            space,
+            target=target.name,
+            formula=request.formula,
+            ceiling=request.ceiling or None,
+            seed=request.seed,
+            provenance={"source": request.measurements},
+            latency=latency,
+        )
+        floor = noise_floor(request.measurements)
+        uri = log_fit(run, fit, rows, target=target, source=request.measurements, name=request.name, noise_floor=floor)
+        return FitStepResult(run.run_id, uri, fit, target.name, floor, _middle_ms(rows))
+
+
+def _middle_ms(rows: Sequence[Measurement]) -> float | None:
+    measured = [row.latency_ms for row in rows if row.latency_ms is not None]
+    return statistics.median(measured) if measured else None
+
+
+WORKFLOW = Workflow(
+    "fit",
+    "Fit accuracy and latency predictors from measured networks, judge them, and register them.",
+    FitRequest,
+    run_fit,
+)
