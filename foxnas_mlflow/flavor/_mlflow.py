@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
+import numpy as np
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelInputExample, ModelSignature
@@ -17,7 +18,7 @@ from mlflow.models.utils import _save_example
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.tracking._model_registry import DEFAULT_AWAIT_MAX_SLEEP_SECONDS
 from mlflow.tracking.artifact_utils import _download_artifact_from_uri
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 from mlflow.types.schema import Array
 from mlflow.utils.environment import (
     _CONDA_ENV_FILE_NAME,
@@ -41,7 +42,18 @@ from mlflow.utils.model_utils import (
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
-from foxnas_mlflow.flavor._files import check_kind, read_manifest, write_manifest
+from foxnas_mlflow.flavor._example import input_example_of
+from foxnas_mlflow.flavor._files import (
+    CODE,
+    DATA,
+    MODEL_FORMAT,
+    Manifest,
+    check_kind,
+    read_manifest,
+    sha256,
+    write_code,
+    write_manifest,
+)
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel, kind_of, main_file, read_model
 from foxnas_mlflow.flavor._models import write_model as _write_model
 from foxnas_mlflow.flavor._pyfunc import (
@@ -50,13 +62,14 @@ from foxnas_mlflow.flavor._pyfunc import (
     SupernetPyfunc,
     TflitePyfunc,
     default_model_config,
+    subnet_row,
 )
+from foxnas_mlflow.flavor._seal import check_loaded, seal
 
 if TYPE_CHECKING:
     from foxnas_mlflow.core.predictors import PredictorSet
 
 FLAVOR_NAME = "foxnas"
-_DATA = "data"
 
 # Beside MLflow, which its own helpers add; pinned to what is installed where the model is logged, and
 # to these versions where a package is not (a model can be logged where it cannot run).
@@ -128,15 +141,15 @@ def save_model(
         path: Directory to write; must be empty or absent.
         conda_env: Conda environment as a dictionary or the path of a YAML file. Default: the
             least that the kind needs, see `get_default_conda_env`; nothing is inferred.
-        code_paths: Code to put beside the model. Default: this package, so that the model can be
-            served where foxnas-mlflow is not installed; it wins over an installed release. An
-            empty list leaves it out.
+        code_paths: Code to put beside the model. Default: this package as one archive, so that the
+            model can be served where foxnas-mlflow is not installed; it wins over an installed
+            release. An empty list leaves it out.
         mlflow_model: MLflow's description of the model, filled in.
-        signature: Signature of the model. Default: that of the kind. The default of ``tflite``
-            and ``edgetpu`` declares outputs and parameters but no inputs: MLflow enforces either
-            a table or a tensor, these kinds take both and check them themselves. A registry that
-            insists on declared inputs takes `image_signature`.
-        input_example: An example of the input; for images use a table with a small JPEG.
+        signature: Signature of the model. Default: that of the kind. That of ``tflite`` and
+            ``edgetpu`` declares one input ``image`` of any type: MLflow enforces either a table or
+            a tensor, these kinds take both and check them themselves. `image_signature` declares
+            a binary column, as Spark wants it.
+        input_example: An example of the input. Default: that of the kind, a grey PNG for images.
         pip_requirements: Requirements as a list or the path of a file, instead of the default.
         extra_pip_requirements: Requirements beside the default, as a list or a path.
         kind: One of `KINDS`; needed only where the object leaves it open (``tflite`` and
@@ -160,24 +173,26 @@ def save_model(
 
     path = os.path.abspath(path)
     _validate_and_prepare_target_save_path(path)
-    package = str(Path(__file__).resolve().parents[1])
-    code = _validate_and_copy_code_paths([package] if code_paths is None else code_paths, path)
+    if code_paths is None:
+        write_code(Path(path))
+        code = CODE
+    else:
+        code = _validate_and_copy_code_paths(code_paths, path)
 
-    data = Path(path, _DATA)
+    data = Path(path, DATA)
     data.mkdir()
-    manifest = write_manifest(data, kind, _write_model(model, kind, data))
-    weights = str(manifest.metadata.get("weights", "none"))
+    description = _write_model(model, kind, data)
+    weights = str(description.get("weights", "none"))
 
     mlflow_model = Model() if mlflow_model is None else mlflow_model
-    mlflow_model.signature = signature or _default_signature(kind)
-    if input_example is not None:
-        _save_example(mlflow_model, input_example, path)
+    mlflow_model.signature = signature or _default_signature(kind, model)
+    _save_example(mlflow_model, input_example_of(model) if input_example is None else input_example, path)
     if metadata is not None:
         mlflow_model.metadata = metadata
     mlflow.pyfunc.add_to_model(
         mlflow_model,
         loader_module="foxnas_mlflow.flavor",
-        data=_DATA,
+        data=DATA,
         code=code,
         conda_env=_CONDA_ENV_FILE_NAME,
         python_env=_PYTHON_ENV_FILE_NAME,
@@ -186,13 +201,13 @@ def save_model(
     mlflow_model.add_flavor(
         FLAVOR_NAME,
         kind=kind,
-        data=_DATA,
+        data=DATA,
         code=code,
-        format=manifest.format,
+        format=MODEL_FORMAT,
         foxnas_version=__version__,
-        sha256=manifest.files[main_file(kind)],
+        sha256=sha256(data / main_file(kind)),
         weights=weights,
-        **({"quantization": manifest.metadata["quantization"], "runtime": dict(config)} if config else {}),
+        **({"quantization": description["quantization"], "runtime": dict(config)} if config else {}),
         **_copy_extra_files(extra_files, path),
     )
     if size := get_total_file_size(path):
@@ -212,6 +227,19 @@ def save_model(
         write_to(os.path.join(path, _CONSTRAINTS_FILE_NAME), "\n".join(constraints))
     write_to(os.path.join(path, _REQUIREMENTS_FILE_NAME), "\n".join(pip_requirements))
     _PythonEnv.current().to_yaml(os.path.join(path, _PYTHON_ENV_FILE_NAME))
+    write_manifest(Path(path), kind, description)
+
+
+class _Sealing:
+    """This flavor as `Model.log` asks for one; it remembers the manifest of what was saved."""
+
+    __name__ = "foxnas_mlflow.flavor"
+    manifest: Manifest
+
+    def save_model(self, *, path: str, validate_serving_input: bool, **values: Any) -> None:
+        """Save, and read the manifest before anything is uploaded."""
+        save_model(path=path, **values)
+        self.manifest = read_manifest(Path(path, DATA))
 
 
 def log_model(
@@ -237,7 +265,10 @@ def log_model(
     model_id: str | None = None,
     run_id: str | None = None,
 ) -> ModelInfo:
-    """Log a model to the active run, or to a new one, and register it if a name is given.
+    """Log a model to the active run, or to a new one, seal it, and register it if a name is given.
+
+    The seal is the SHA-256 of the model's manifest, a parameter of the logged model that nobody can
+    change: a model whose files were changed afterwards is refused, with whatever checksums.
 
     Args:
         model: `PredictorSet`, `SupernetModel`, `SubnetModel` or `TfliteModel`.
@@ -260,15 +291,14 @@ def log_model(
     Raises:
         MlflowException, InvalidInputError: As for `save_model`.
     """
-    import foxnas_mlflow.flavor
-
+    flavor = _Sealing()
     info: ModelInfo = Model.log(
         artifact_path=artifact_path,
         name=name,
-        flavor=foxnas_mlflow.flavor,
+        flavor=flavor,
         model=model,
-        registered_model_name=registered_model_name,
-        await_registration_for=await_registration_for,
+        # It would load the model, and write what it found into a description that is sealed by now.
+        validate_serving_input=False,
         conda_env=conda_env,
         code_paths=code_paths,
         signature=signature,
@@ -286,6 +316,12 @@ def log_model(
         model_id=model_id,
         run_id=run_id,
     )
+    seal(info.model_id, flavor.manifest)
+    if registered_model_name is not None:
+        version = mlflow.register_model(
+            info.model_uri, registered_model_name, await_registration_for=await_registration_for, tags=tags
+        )
+        info.registered_model_version = version.version
     return info
 
 
@@ -305,9 +341,12 @@ def load_model(model_uri: str, dst_path: str | None = None) -> PredictorSet | Su
     """
     local = _download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path)
     configuration = _get_flavor_configuration(model_path=local, flavor_name=FLAVOR_NAME)
-    _add_code_from_conf_to_system_path(local, configuration)
     data = Path(local, configuration["data"])
-    return read_model(data, read_manifest(data))
+    manifest = read_manifest(data)
+    check_loaded(Path(local), manifest, model_uri)
+    # Not before: code that was put beside the model must not run.
+    _add_code_from_conf_to_system_path(local, configuration)
+    return read_model(data, manifest)
 
 
 def _load_pyfunc(
@@ -317,6 +356,7 @@ def _load_pyfunc(
     data = Path(path)
     try:
         manifest = read_manifest(data)
+        check_loaded(data.parent, manifest)
         model = read_model(data, manifest)
         if isinstance(model, TfliteModel):
             return TflitePyfunc(model, {**default_model_config(manifest.kind), **(model_config or {})})
@@ -332,26 +372,18 @@ def _load_pyfunc(
 def image_signature() -> ModelSignature:
     """The signature of an image classifier that takes a table with a binary column ``image``.
 
-    With it MLflow refuses arrays, which the default signature lets through, and registries that
-    insist on declared inputs accept the model.
+    With it MLflow refuses arrays, which the default signature lets through.
     """
-    default = _default_signature("tflite")
-    return ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "image")]), outputs=default.outputs, params=default.params
-    )
+    outputs, params = _image_outputs()
+    return ModelSignature(inputs=Schema([ColSpec(DataType.binary, "image")]), outputs=outputs, params=params)
 
 
-def _default_signature(kind: str) -> ModelSignature:
+def _default_signature(kind: str, model: Any) -> ModelSignature:
     if kind in ("tflite", "edgetpu"):
+        outputs, params = _image_outputs()
+        # The one declaration that lets tables and arrays of every type through to the model's own checks.
         return ModelSignature(
-            outputs=Schema(
-                [
-                    ColSpec(DataType.string, "label"),
-                    ColSpec(DataType.double, "probability"),
-                    ColSpec(Array(DataType.double), "probabilities"),
-                ]
-            ),
-            params=ParamSchema([ParamSpec("top_k", DataType.long, 1), ParamSpec("threads", DataType.long, 0)]),
+            inputs=Schema([TensorSpec(np.dtype("O"), (-1,), "image")]), outputs=outputs, params=params
         )
     inputs = Schema([ColSpec(DataType.string, "architecture")])
     if kind == "predictors":
@@ -364,7 +396,21 @@ def _default_signature(kind: str) -> ModelSignature:
     if kind == "supernet":
         columns = ["params", "macs", "int8_size_bytes", "peak_activation_bytes"]
         return ModelSignature(inputs=inputs, outputs=Schema([ColSpec(DataType.long, column) for column in columns]))
-    return ModelSignature(inputs=inputs, outputs=Schema([ColSpec(DataType.string, "architecture")]))
+    types = {str: DataType.string, bool: DataType.boolean, int: DataType.long, float: DataType.double}
+    row = subnet_row(model)
+    return ModelSignature(
+        inputs=inputs, outputs=Schema([ColSpec(types[type(value)], key) for key, value in row.items()])
+    )
+
+
+def _image_outputs() -> tuple[Schema, ParamSchema]:
+    outputs: list[ColSpec | TensorSpec] = [
+        ColSpec(DataType.string, "label"),
+        ColSpec(DataType.double, "probability"),
+        ColSpec(Array(DataType.double), "probabilities"),
+    ]
+    params = [ParamSpec("top_k", DataType.long, 1), ParamSpec("threads", DataType.long, 0)]
+    return Schema(outputs), ParamSchema(params)
 
 
 def _installed(package: str) -> str | None:

@@ -10,6 +10,8 @@ import base64
 import binascii
 import functools
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +40,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 MAX_BATCH = 1024
 """Most images of one request."""
+
+_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def default_model_config(kind: str) -> dict[str, Any]:
@@ -97,13 +101,18 @@ class PredictorsPyfunc:
         return pd.DataFrame(self._predictors.predict_table(_architectures(model_input), confidence))
 
 
+def subnet_row(model: SubnetModel) -> dict[str, str | int | float | bool]:
+    """What a subnet answers: its architecture, and what is known of it in one word or number."""
+    facts = {key: value for key, value in model.details.items() if isinstance(value, str | int | float | bool)}
+    return {"architecture": model.architecture.to_json(), **facts}
+
+
 class SubnetPyfunc:
     """A subnet answers every input row with what is known of it: architecture and predictions."""
 
     def __init__(self, model: SubnetModel) -> None:
         self._model = model
-        facts = {key: value for key, value in model.details.items() if isinstance(value, str | int | float | bool)}
-        self._row = {"architecture": model.architecture.to_json(), **facts}
+        self._row = subnet_row(model)
 
     def get_raw_model(self) -> SubnetModel:
         """The native model."""
@@ -161,6 +170,10 @@ class TflitePyfunc:
         self._max_pixels = int(options["max_pixels"])
         self._threads = int(options["threads"])
         self._size = int(options["pool_size"]) or n_cpus()
+        self._start()
+
+    def _start(self) -> None:
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._pools = {self._threads: self._open(self._threads)}
         self._workers = ThreadPoolExecutor(self._size, thread_name_prefix="foxnas-classify")
@@ -176,8 +189,10 @@ class TflitePyfunc:
         Args:
             model_input: A table or mapping with a column ``image``, a sequence of images, or an
                 array (n, height, width, channels). An image of a column is the bytes of a JPEG or
-                PNG file, their base64 text, or an array (height, width, channels). Arrays are
-                uint8 in 0..255, or float in 0..1, at the network's own size.
+                PNG file, their base64 text (also as a data URI, URL-safe or unpadded), or an array
+                (height, width, channels). Arrays are uint8 in 0..255, or float in 0..1, at the
+                network's own size. Under the default signature MLflow lets tables of files and
+                arrays through, and refuses lists.
             params: ``top_k``: if above 1, columns ``top_labels`` and ``top_probabilities`` are
                 added. ``threads``: threads of one inference; 0 means as configured.
 
@@ -191,6 +206,9 @@ class TflitePyfunc:
         images = _column(model_input, "image")
         if len(images) > MAX_BATCH:
             raise InvalidInputError(f"a request has at most {MAX_BATCH} images", received=len(images))
+        if self._process != os.getpid():
+            # Threads do not survive a fork, and a lock may have been held at that moment.
+            self._start()
         classify = functools.partial(self._classify, self._pool(threads))
         # Images of one request are spread over the interpreters; one alone skips the hand-over.
         rows = [classify(images[0])] if len(images) == 1 else list(self._workers.map(classify, images))
@@ -269,18 +287,28 @@ def images_of(model_input: Any) -> list[bytes | NDArray[Any]]:
 
 def _decoded(image: Any) -> bytes | NDArray[Any]:
     """An item of the column ``image``: base64 text as the bytes that it means, nested lists as an array."""
+    if isinstance(image, np.ndarray) and image.ndim == 0:
+        image = image.item()  # MLflow wraps each text of ``instances``
     if isinstance(image, str):
-        try:
-            return base64.b64decode("".join(image.split()), validate=True)
-        except (binascii.Error, ValueError):
-            raise InvalidInputError("an image given as text must be base64", received=image[:40]) from None
+        return _base64(image)
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
+    if isinstance(image, np.ndarray) and image.dtype == object:
+        image = image.tolist()
     if isinstance(image, list):
         image = _array(image)
     if not isinstance(image, np.ndarray):
         raise InvalidInputError("an image must be bytes, base64 text or an array", received=f"a {type(image).__name__}")
     return image
+
+
+def _base64(text: str) -> bytes:
+    """Base64 as people have it: in a data URI, with the characters of URLs, with or without padding."""
+    compact = re.sub(r"^data:[^,]*;base64,", "", "".join(text.split())).translate(_URL_SAFE).rstrip("=")
+    try:
+        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidInputError("an image given as text must be base64", received=text[:40]) from None
 
 
 def _column(model_input: Any, name: str) -> Sequence[Any]:
@@ -320,9 +348,15 @@ def _array(nested: list[Any]) -> NDArray[Any]:
 
 def _checked_pixels(image: NDArray[Any]) -> NDArray[Any]:
     """Refuse what is neither uint8 nor float in 0..1: guessing would classify noise with confidence."""
+    rule = "an image array must be uint8 in 0..255 or float in 0..1"
+    if image.dtype.kind in "iu" and image.size and image.max() == 1:
+        raise InvalidInputError(
+            rule,
+            received="whole numbers of which none is above 1, which may be either",
+            remedy="send a JPEG or PNG file, or values in 0..255 where white is 255",
+        )
     if image.dtype == np.uint8:
         return image
-    rule = "an image array must be uint8 in 0..255 or float in 0..1"
     if image.dtype == np.int8:
         raise InvalidInputError(rule, received="int8", remedy="send the image before quantization")
     if image.dtype.kind in "iu":

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.data.preprocess import decode_image
 from foxnas_mlflow.flavor import KINDS, SubnetModel, SupernetModel, TfliteModel, load_model, log_model, save_model
+from foxnas_mlflow.flavor._example import grey_png
 from foxnas_mlflow.flavor._litert import Classifier
 from tests.colour_model import LABELS, PREPROCESSING, SIZE, encoded, image_of
 from tests.servers import request, scoring_server
@@ -155,13 +158,33 @@ def test_06_signature_and_example(colour_model: TfliteModel, given: bool, exampl
     )
     model = Model.load(str(tmp_path / "model"))
     assert model.signature is not None
-    assert (model.signature.inputs is not None) == given
+    assert model.signature.inputs.input_names() == ["image"]
+    assert isinstance(model.signature.inputs.inputs[0], ColSpec) == given
     assert model.signature.params is not None
     loaded_example = model.load_input_example(str(tmp_path / "model"))
-    assert (loaded_example is not None) == example
-    if loaded_example is not None:
-        predicted = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(loaded_example)
+    predicted = mlflow.pyfunc.load_model(str(tmp_path / "model")).predict(loaded_example)
+    assert len(predicted) == 1
+    if example:
         assert predicted["label"].tolist() == ["red"]
+
+
+@pytest.mark.filterwarnings("ignore:running on the processor:UserWarning")
+@pytest.mark.parametrize("kind", SAVED_KINDS)
+def test_06_every_kind_declares_all_that_goes_in_and_comes_out(kind: str, saved: dict[str, Path]) -> None:
+    path = str(saved[kind])
+    description = Model.load(path)
+    table = mlflow.pyfunc.load_model(path).predict(description.load_input_example(path))
+    assert len(table) == 1
+    assert description.signature is not None
+    assert description.signature.outputs.input_names() == list(table)
+    assert len(description.signature.inputs.inputs) == 1
+
+
+def test_06_the_example_of_an_image_is_grey_and_of_its_size() -> None:
+    for channels in (1, 3):
+        image = decode_image(grey_png(40, channels), channels=channels)
+        assert image.shape == (40, 40, channels)
+        assert set(np.unique(image)) == {128}
 
 
 def test_06_a_signature_of_one_s_own_is_kept(predictors: PredictorSet, tmp_path: Path) -> None:
@@ -278,8 +301,9 @@ def test_08_serve_and_score_pixels(served: str, colour_model: TfliteModel) -> No
     [
         ({"dataframe_records": [{"image": "bm90IGFuIGltYWdl"}]}, "must be JPEG or PNG"),
         ({"dataframe_records": [{"image": "%%%"}]}, "base64"),
-        ({"dataframe_records": [{"picture": "aGk="}]}, "must have the column 'image'"),
+        ({"dataframe_records": [{"picture": "aGk="}]}, "Model is missing inputs ['image']"),
         ({"inputs": np.zeros((1, 8, 8, 3)).tolist()}, "must have the shape (32, 32, 3)"),
+        ({"inputs": np.ones((1, SIZE, SIZE, 3), int).tolist()}, "whole numbers of which none is above 1"),
         ({"inputs": np.full((1, SIZE, SIZE, 3), -5).tolist()}, "uint8 in 0..255 or float in 0..1"),
         ({"inputs": np.full((1, SIZE, SIZE, 3), 17.5).tolist()}, "uint8 in 0..255 or float in 0..1"),
         ({"inputs": [["a"]]}, "shape"),
@@ -296,27 +320,82 @@ def test_08_a_server_refuses_in_one_clean_line(served: str, body: dict[str, Any]
     assert str(Path(sys.prefix)) not in text
 
 
-def test_09_table_array_and_mapping(saved: dict[str, Path]) -> None:
+def test_09_table_array_and_mapping(colour_model: TfliteModel, saved: dict[str, Path]) -> None:
     model = mlflow.pyfunc.load_model(str(saved["tflite"]))
     pixels = np.stack([image_of(colour, height=SIZE, width=SIZE) for colour in LABELS])
     expected = model.predict(pixels)
     assert expected["label"].tolist() == list(LABELS)
+    for same in ({"image": pixels}, pixels.astype(np.int64)):
+        pd.testing.assert_frame_equal(model.predict(same), expected)
+    # A file is prepared as in training: scaled, and its centre cut out.
+    files = [encoded(image, "PNG") for image in pixels]
+    for column in (files, [base64_of(file) for file in files]):
+        table = model.predict(pd.DataFrame({"image": column}))
+        np.testing.assert_array_equal(probabilities(table), native(colour_model, files))
+    # What the wrapper takes where MLflow enforces nothing.
+    own = loaded_wrapper(saved)
     for same in (
-        {"image": pixels},
         {"image": list(pixels)},
         pd.DataFrame({"image": list(pixels)}),
-        pixels.astype(np.int64),
         [image.tolist() for image in pixels],
-        [encoded(image, "PNG") for image in pixels],
     ):
-        if isinstance(same, list) and isinstance(same[0], bytes):
-            continue
-        pd.testing.assert_frame_equal(model.predict(same), expected)
+        pd.testing.assert_frame_equal(own.predict(same), expected)
     floats = model.predict(pixels / np.float32(255))
     np.testing.assert_allclose(probabilities(floats), probabilities(expected), atol=1e-6)
     png = model.predict(pd.DataFrame({"image": [base64_of(jpegs()[0]), bytearray(jpegs()[1])]}))
     assert png["label"].tolist() == ["red", "green"]
     assert len(model.predict(pixels[:0])) == 0
+
+
+def test_09_base64_as_people_have_it(saved: dict[str, Path]) -> None:
+    import base64
+
+    # Bytes whose base64 has '+', '/' and padding.
+    image = next(
+        data
+        for data in (encoded(image_of("green", seed=seed)) for seed in range(99))
+        if {"+", "/", "="} <= set(base64_of(data))
+    )
+    text = base64_of(image)
+    same = [
+        text,
+        f"data:image/jpeg;base64,{text}",
+        base64.urlsafe_b64encode(image).decode(),
+        base64.urlsafe_b64encode(image).decode().rstrip("="),
+        "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+    ]
+    model = mlflow.pyfunc.load_model(str(saved["tflite"]))
+    got = model.predict(pd.DataFrame({"image": same}))
+    assert len({tuple(row) for row in got["probabilities"]}) == 1
+    assert set(got["label"]) == {"green"}
+    with pytest.raises(MlflowException, match="must be base64"):
+        model.predict(pd.DataFrame({"image": ["data:image/jpeg,%FF%D8"]}))
+
+
+def test_09_a_forked_process_answers(saved: dict[str, Path]) -> None:
+    program = (
+        "import os, sys, warnings\n"
+        "import mlflow, numpy\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[1])\n"
+        f"images = numpy.random.default_rng(0).integers(0, 256, (2, {SIZE}, {SIZE}, 3)).astype('uint8')\n"
+        "before = model.predict(images)\n"
+        "child = os.fork()\n"
+        "after = model.predict(images)\n"
+        "assert after.equals(before)\n"
+        "if child == 0:\n"
+        "    os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(saved["tflite"])], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "7", done.stderr
+
+
+def loaded_wrapper(saved: dict[str, Path]) -> Any:
+    """What MLflow calls once it has enforced the signature."""
+    return flavor._load_pyfunc(str(saved["tflite"] / "data"))
 
 
 def test_09_predictors_take_tables_and_mappings(saved: dict[str, Path]) -> None:
@@ -340,7 +419,7 @@ def test_09_predictors_take_tables_and_mappings(saved: dict[str, Path]) -> None:
 )
 def test_10_wrong_shape_is_a_clear_error(saved: dict[str, Path], wrong: Any, words: str) -> None:
     with pytest.raises(MlflowException, match=words):
-        mlflow.pyfunc.load_model(str(saved["tflite"])).predict(wrong)
+        loaded_wrapper(saved).predict(wrong)
 
 
 def png_header(width: int, height: int, depth: int = 8) -> bytes:
@@ -372,9 +451,9 @@ UNTRUSTED = {
 def test_10_untrusted_images_are_refused(saved: dict[str, Path], name: str) -> None:
     data, words = UNTRUSTED[name]
     model = mlflow.pyfunc.load_model(str(saved["tflite"]))
-    for inputs in (pd.DataFrame({"image": [data]}), {"image": [base64_of(data)]}):
+    for text_or_bytes in (data, base64_of(data)):
         with pytest.raises(MlflowException, match=words) as caught:
-            model.predict(inputs)
+            model.predict(pd.DataFrame({"image": [text_or_bytes]}))
         assert len(str(caught.value).splitlines()) == 1
         assert str(saved["tflite"]) not in str(caught.value)
 
@@ -414,10 +493,22 @@ def test_11_floats_are_cast(saved: dict[str, Path], dtype: Any) -> None:
         np.full((1, SIZE, SIZE, 3), 200.0),
         np.full((1, SIZE, SIZE, 3), np.nan),
         np.full((1, SIZE, SIZE, 3), 300),
+        np.eye(SIZE, dtype=np.int64)[None, :, :, None].repeat(3, 3),
+        np.eye(SIZE, dtype=np.uint8)[None, :, :, None].repeat(3, 3),
         np.zeros((1, SIZE, SIZE, 3), bool),
         np.zeros((1, SIZE, SIZE, 3), complex),
     ],
-    ids=["int8", "int8-looking float", "0..255 float", "nan", "above 255", "bool", "complex"],
+    ids=[
+        "int8",
+        "int8-looking float",
+        "0..255 float",
+        "nan",
+        "above 255",
+        "0 and 1",
+        "0 and 1 as uint8",
+        "bool",
+        "complex",
+    ],
 )
 def test_11_wrong_dtype_raises(saved: dict[str, Path], wrong: np.ndarray) -> None:
     with pytest.raises(MlflowException, match=r"uint8 in 0\.\.255 or float in 0\.\.1"):
@@ -504,7 +595,20 @@ def test_19_default_environment(saved: dict[str, Path], kind: str) -> None:
 
 
 def test_20_code_paths(subnet: SubnetModel, saved: dict[str, Path], tmp_path: Path) -> None:
-    assert (saved["subnet"] / "code" / "foxnas_mlflow" / "flavor" / "__init__.py").is_file()
+    with zipfile.ZipFile(saved["subnet"] / "code" / "foxnas_mlflow.zip") as archive:
+        names = archive.namelist()
+        package = Path(flavor.__file__).parents[1]
+        assert archive.read("foxnas_mlflow/flavor/_files.py") == (package / "flavor" / "_files.py").read_bytes()
+    assert "foxnas_mlflow/reference/rpi4.json" in names
+    assert (
+        len(names)
+        == len(set(names))
+        == sum(1 for _ in package.rglob("*.py"))
+        + sum(1 for pattern in ("*.json", "*.typed") for _ in package.rglob(pattern))
+    )
+    # The same code gives the same bytes.
+    code = [(saved[kind] / "code" / "foxnas_mlflow.zip").read_bytes() for kind in KINDS]
+    assert len(set(code)) == 1
     own = tmp_path / "own_module_of_this_test.py"
     own.write_text("VALUE = 7\n")
     save_model(subnet, tmp_path / "own", code_paths=[str(own)])
@@ -600,7 +704,7 @@ def test_22_mlmodel_describes_the_model(saved: dict[str, Path], kind: str) -> No
     configuration = model.flavors["foxnas"]
     assert configuration["kind"] == kind
     assert configuration["data"] == "data"
-    assert configuration["code"] == "code"
+    assert configuration["code"] == "code/foxnas_mlflow.zip"
     assert configuration["format"] == flavor.MODEL_FORMAT
     main = {
         "supernet": "weights.safetensors",
@@ -617,9 +721,39 @@ def test_22_mlmodel_describes_the_model(saved: dict[str, Path], kind: str) -> No
         assert configuration["quantization"]["input_dtype"] == "int8"
         assert configuration["quantization"]["input_scale"] > 0
         assert configuration["runtime"]["threads"] == 1
-    described = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt"}
+    described = {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "foxnas.json"}
     size = sum(f.stat().st_size for f in saved[kind].rglob("*") if f.is_file() and f.name not in described)
     assert model.model_size_bytes == size
+
+
+@pytest.mark.parametrize("kind", SAVED_KINDS)
+def test_22_a_model_is_few_files_and_all_are_in_its_manifest(saved: dict[str, Path], kind: str) -> None:
+    import hashlib
+
+    files = {f.relative_to(saved[kind]).as_posix(): f for f in saved[kind].rglob("*") if f.is_file()}
+    assert len(files) <= 12
+    manifest = flavor.read_manifest(saved[kind] / "data")
+    listed = {f"data/{name}": digest for name, digest in manifest.files.items()} | dict(manifest.model_files)
+    assert {*listed, "data/foxnas.json"} == set(files)
+    for path, digest in listed.items():
+        assert hashlib.sha256(files[path].read_bytes()).hexdigest() == digest
+
+
+@pytest.mark.parametrize("file", ["MLmodel", "code/foxnas_mlflow.zip", "conda.yaml", "data/model.tflite"])
+def test_22_a_changed_file_is_refused(saved: dict[str, Path], tmp_path: Path, file: str) -> None:
+    shutil.copytree(saved["tflite"], tmp_path / "model")
+    with (tmp_path / "model" / file).open("ab") as opened:
+        opened.write(b"\n")
+    with pytest.raises(InvalidFormatError, match=f"{Path(file).name} changed or missing"):
+        load_model(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("file", ["data/weights.safetensors", "code/numpy.py"])
+def test_22_a_file_that_was_not_logged_is_refused(saved: dict[str, Path], tmp_path: Path, file: str) -> None:
+    shutil.copytree(saved["tflite"], tmp_path / "model")
+    (tmp_path / "model" / file).write_text("")
+    with pytest.raises(InvalidFormatError, match="which was not logged"):
+        load_model(str(tmp_path / "model"))
 
 
 def rewritten(source: Path, target: Path, change: Any) -> Path:
@@ -636,7 +770,7 @@ def rewritten(source: Path, target: Path, change: Any) -> Path:
 def test_22_format_1_is_still_read(kind: str, models: dict[str, Any], saved: dict[str, Path], tmp_path: Path) -> None:
     def to_format_1(manifest: dict[str, Any]) -> None:
         manifest["format"] = 1
-        del manifest["metadata"]
+        del manifest["metadata"], manifest["model_files"]
 
     assert_same(load_model(str(rewritten(saved[kind], tmp_path / "old", to_format_1))), models[kind])
 

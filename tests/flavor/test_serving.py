@@ -54,4 +54,4 @@ def test_predict_and_dockerfile_by_alias(uri: str, tmp_path: Path) -> None:
     runner.invoke(commands, ["generate-dockerfile", *source, "-d", str(directory)], catch_exceptions=False)
     assert "COPY model_dir" in (directory / "Dockerfile").read_text()
     # What is built from it needs no release of this package.
-    assert (directory / "model_dir" / "code" / "foxnas_mlflow" / "flavor").is_dir()
+    assert (directory / "model_dir" / "code" / "foxnas_mlflow.zip").is_file()
