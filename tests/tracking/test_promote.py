@@ -12,6 +12,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.flavor import MODEL_FORMAT
 from foxnas_mlflow.tracking.holders import StageKeeper
 from tests.versions import NAME, register_version, state
 
@@ -301,7 +302,7 @@ def test_files_that_are_not_as_logged(
         with (file.parent / "model.tflite").open("ab") as model:
             model.write(b"\0")
     elif damage == "newer":
-        file.write_text(text.replace('"format": 2', '"format": 99'))
+        file.write_text(text.replace(f'"format": {MODEL_FORMAT}', '"format": 99'))
     elif damage == "kind":
         file.write_text(text.replace('"kind": "tflite"', '"kind": "onnx"'))
     elif damage == "gone":
