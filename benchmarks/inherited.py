@@ -14,25 +14,19 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.flavor import SupernetModel, load_model
-from foxnas_mlflow.supernet import Batches, PlainNetwork, SubnetEvaluator, Supernet, TrainConfig
-from foxnas_mlflow.supernet._optimizer import sgd
-from foxnas_mlflow.supernet._step import _resized, autocast, layout
-from foxnas_mlflow.supernet._train import _learning_rate
+from foxnas_mlflow.supernet import Batches, PlainNetwork, SubnetEvaluator, Supernet, TrainConfig, train_alone
 
 
-def train_alone(model: SupernetModel, data: ImageDataset, architecture: Architecture) -> PlainNetwork:
-    config = TrainConfig(**{name: model.config[name] for name in TrainConfig.__dataclass_fields__})
+def alone(model: SupernetModel, data: ImageDataset, architecture: Architecture) -> PlainNetwork:
+    """A subnet with weights of its own, trained as its supernet was."""
+    values = {name: model.config[name] for name in TrainConfig.__dataclass_fields__ if name in model.config}
+    config = TrainConfig(**{**values, "strategy": "alone", "ema": 0.0, "workers": 1})
     torch.manual_seed(config.seed)
-    plain = PlainNetwork(build_network(model.space, architecture)).train()
-    optimizer = sgd(
-        plain, learning_rate=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
-    )
     batches = Batches(
         data.train,
         normalization=data.normalization,
@@ -42,20 +36,7 @@ def train_alone(model: SupernetModel, data: ImageDataset, architecture: Architec
         augment=model.config["augment"],
         seed=config.seed,
     )
-    step, n_steps = 0, config.epochs * len(batches)
-    for epoch in range(config.epochs):
-        for images, targets in batches.epoch(epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(config, step, n_steps)
-            x = _resized(images.to(memory_format=layout(config.mode)), architecture.image_size)
-            optimizer.zero_grad(set_to_none=True)
-            with autocast(config.mode, x):
-                logits = plain(x)
-            F.cross_entropy(logits.float(), targets, label_smoothing=config.label_smoothing).backward()
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), config.clip_norm)
-            optimizer.step()
-            step += 1
-    return plain
+    return train_alone(PlainNetwork(build_network(model.space, architecture)), batches, config)
 
 
 def main() -> None:
@@ -74,12 +55,12 @@ def main() -> None:
     for architecture in model.space.sample(np.random.default_rng(args.seed), n=args.subnets):
         inherited = evaluator.evaluate(architecture)
         start = time.monotonic()
-        alone = evaluator.accuracy(train_alone(model, data, architecture), architecture.image_size)
-        differences.append(alone.top1_percent - inherited.top1_percent)
+        own = evaluator.accuracy(alone(model, data, architecture), architecture.image_size)
+        differences.append(own.top1_percent - inherited.top1_percent)
         depths = "".join(str(stage.depth) for stage in architecture.stages)
         print(
             f"D {depths}, {architecture.image_size} px: inherited {inherited.top1_percent:.2f} %, "
-            f"alone {alone.top1_percent:.2f} % (+- {alone.standard_error:.2f}), "
+            f"alone {own.top1_percent:.2f} % (+- {own.standard_error:.2f}), "
             f"alone - inherited {differences[-1]:+.2f} points, {time.monotonic() - start:.0f} s",
             flush=True,
         )

@@ -3,12 +3,12 @@
 from foxnas_mlflow.supernet._batches import AUGMENTED_EPOCHS, Batches
 from foxnas_mlflow.supernet._distributed import Worker, join_workers
 from foxnas_mlflow.supernet._evaluate import Evaluation, SubnetEvaluator, recalibrate
-from foxnas_mlflow.supernet._finetune import finetune
+from foxnas_mlflow.supernet._finetune import finetune, train_alone
+from foxnas_mlflow.supernet._modes import fastest_mode
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, plain_logits, subnet_weights
 from foxnas_mlflow.supernet._once_for_all import Initialization, load_once_for_all
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
 from foxnas_mlflow.supernet._state import TrainConfig, TrainingState, load_checkpoint
-from foxnas_mlflow.supernet._step import fastest_mode
 from foxnas_mlflow.supernet._timing import time_forward
 from foxnas_mlflow.supernet._train import train_supernet
 
@@ -35,5 +35,6 @@ __all__ = [
     "recalibrate",
     "subnet_weights",
     "time_forward",
+    "train_alone",
     "train_supernet",
 ]

@@ -53,9 +53,18 @@ class PlainNetwork(nn.Module):
                 _put(self, layer.name, _PlainGate(layer) if layer.op == "se" else _PlainLayer(layer))
         _begin_as_identity(self, network)
 
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the images that it is made for."""
+        return self.network.image_size
+
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, n_classes) of normalised images (n, channels, height, width)."""
         return _walk(self.network, images, lambda layer, x: self.get_submodule(layer.name)(x))
+
+    def used_parameters(self) -> list[str]:
+        """Names of all parameters: nothing here is left out by a choice."""
+        return [name for name, _ in self.named_parameters()]
 
     @classmethod
     def from_weights(cls, network: Network, weights: Mapping[str, NDArray[Any]]) -> PlainNetwork:
@@ -91,6 +100,11 @@ class Supernet(nn.Module):
         _begin_as_identity(self, network)
         self.set_subnet(space.largest())
 
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the images that the chosen subnet is made for."""
+        return self.network.image_size
+
     def set_subnet(self, architecture: Architecture) -> None:
         """Choose the subnet that `forward` computes.
 
@@ -103,6 +117,18 @@ class Supernet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, n_classes) of normalised images (n, channels, height, width)."""
         return _walk(self.network, images, lambda layer, x: self.get_submodule(layer.name)(x, layer))
+
+    def used_parameters(self) -> list[str]:
+        """Names of the parameters that the chosen subnet's outputs depend on."""
+        kernels = {layer.name: layer.kernel for layer in self.network.layers}
+        names = []
+        for name, _ in self.named_parameters():
+            layer, _, parameter = name.rpartition(".")
+            used = any(unit in kernels for unit in (layer, layer.rpartition(".")[0]))
+            # A map to a smaller kernel is part of it and of those that are smaller still.
+            if used and not (parameter.startswith("to") and int(parameter[2:]) < kernels[layer]):
+                names.append(name)
+        return names
 
     def alias(self) -> Supernet:
         """A supernet with the same memory for its weights, and gradients, statistics and a subnet of its own.

@@ -1,4 +1,4 @@
-"""How a supernet is trained, how far it is, and the checkpoints of that.
+"""How something is trained, how far it is, and the checkpoints of that.
 
 A checkpoint is one safetensors file with everything that training needs to go on to the same
 losses; what is drawn depends on (seed, step) only, so no generator's state is in it.
@@ -21,9 +21,9 @@ from torch import Tensor
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError
 from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.core.space import SearchSpace
-from foxnas_mlflow.supernet._network import Supernet
+from foxnas_mlflow.supernet._network import PlainNetwork, Supernet
+from foxnas_mlflow.supernet._strategy import STRATEGIES, TrainedNetwork
 
-Strategy = Literal["progressive_shrinking", "sandwich"]
 Mode = Literal["auto", "float32", "channels_last", "bfloat16"]
 
 CHECKPOINT_FORMAT = 1
@@ -36,23 +36,26 @@ class TrainConfig:
     """How to train.
 
     Attributes:
-        strategy: See the module.
+        strategy: Name of a class of `foxnas_mlflow.supernet._strategy`.
         epochs: Passes over the training images.
         learning_rate: Peak of the cosine schedule.
         momentum: Of SGD with Nesterov's correction.
         weight_decay: Of weights; batch norm and biases have none.
         label_smoothing: Share of the target spread over all classes.
-        warmup: Share of the steps with a rising learning rate.
+        warmup: Share of the steps with a rising learning rate, at least one step; 0: none.
         clip_norm: Largest norm of the gradient.
         n_random: Random subnets in a sandwich step.
         ema: Decay of the averaged weights that training returns; 0 returns the last weights.
         mode: Number format and memory layout; ``auto`` times them at the start.
         workers: Subnets of a step that are computed at the same time, on threads of their own; 0
             times it at the start.
+        accumulate: Parts that a step's batch is computed in, for the memory of one part; batch norm sees a
+            part at a time.
+        class_weights: Weight of each class's images in the loss; empty: all alike.
         seed: Seed of the subnets.
     """
 
-    strategy: Strategy = "sandwich"
+    strategy: str = "sandwich"
     epochs: int = 40
     learning_rate: float = 0.1
     momentum: float = 0.9
@@ -64,11 +67,13 @@ class TrainConfig:
     ema: float = 0.0
     mode: Mode = "auto"
     workers: int = 0
+    accumulate: int = 1
+    class_weights: tuple[float, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.strategy not in get_args(Strategy):
-            raise InvalidInputError(f"strategy must be one of {list(get_args(Strategy))}", received=self.strategy)
+        if self.strategy not in STRATEGIES:
+            raise InvalidInputError(f"strategy must be one of {list(STRATEGIES)}", received=self.strategy)
         if self.mode not in get_args(Mode):
             raise InvalidInputError(f"mode must be one of {list(get_args(Mode))}", received=self.mode)
         if self.epochs < 1:
@@ -77,16 +82,21 @@ class TrainConfig:
             raise InvalidInputError("learning_rate must be a positive number", received=self.learning_rate)
         if self.workers < 0:
             raise InvalidInputError("workers must not be negative", received=self.workers)
+        if self.accumulate < 1:
+            raise InvalidInputError("accumulate must be positive", received=self.accumulate)
+        object.__setattr__(self, "class_weights", tuple(float(w) for w in self.class_weights))
+        if not all(math.isfinite(w) and w > 0 for w in self.class_weights):
+            raise InvalidInputError("class_weights must be positive numbers", received=self.class_weights)
         if not 0 <= self.ema < 1:
             raise InvalidInputError("ema must be in [0, 1)", received=self.ema)
 
 
 @dataclass
 class TrainingState:
-    """A supernet in training.
+    """A supernet, or one network alone, in training.
 
     Attributes:
-        supernet: The network.
+        network: What is trained.
         config: How it is trained.
         step: Steps done.
         velocity: SGD's momentum by parameter name.
@@ -96,7 +106,7 @@ class TrainingState:
             resumed training must have the same.
     """
 
-    supernet: Supernet
+    network: TrainedNetwork
     config: TrainConfig
     step: int = 0
     velocity: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -104,9 +114,16 @@ class TrainingState:
     average: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def supernet(self) -> Supernet:
+        """The network, where it is a supernet."""
+        if not isinstance(self.network, Supernet):
+            raise InvalidInputError("this training must be a supernet's", received=type(self.network).__name__)
+        return self.network
+
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
-        tensors = {f"model.{name}": t for name, t in self.supernet.state_dict().items()}
+        tensors = {f"model.{name}": t for name, t in self.network.state_dict().items()}
         tensors |= {f"velocity.{name}": t for name, t in self.velocity.items()}
         tensors |= {f"teacher.{name}": t for name, t in self.teacher.items()}
         tensors |= {f"average.{name}": t for name, t in self.average.items()}
@@ -114,10 +131,11 @@ class TrainingState:
             "format": CHECKPOINT_FORMAT,
             "step": self.step,
             "config": dataclasses.asdict(self.config),
-            "space": self.supernet.space.to_dict(),
+            "space": self.network.space.to_dict() if isinstance(self.network, Supernet) else None,
             "origin": dict(self.origin),
         }
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(contiguous, metadata={"foxnas": json.dumps(state)}))
 
 
@@ -153,28 +171,47 @@ def load_checkpoint(directory: Path, space: SearchSpace | None = None) -> Traini
     return state
 
 
+def load_alone(path: Path, network: PlainNetwork, config: TrainConfig) -> TrainingState:
+    """The training of one network where its checkpoint left it; a new one where there is none that is whole."""
+    state = TrainingState(network, config)
+    try:
+        saved, parts = _parts(path)
+    except (SafetensorError, KeyError, ValueError, OSError):
+        return state
+    network.load_state_dict(parts["model"])
+    state.step, state.velocity, state.average = saved["step"], parts["velocity"], parts["average"]
+    return state
+
+
 def _read(path: Path) -> TrainingState:
+    saved, parts = _parts(path)
+    if saved["format"] != CHECKPOINT_FORMAT:
+        raise InvalidFormatError(
+            f"a checkpoint must have format {CHECKPOINT_FORMAT}",
+            received=saved["format"],
+            remedy="read it with the release of foxnas-mlflow that wrote it",
+        )
+    supernet = Supernet(SearchSpace.from_dict(saved["space"]))
+    supernet.load_state_dict(parts["model"])
+    return TrainingState(
+        supernet,
+        TrainConfig(**saved["config"]),
+        saved["step"],
+        parts["velocity"],
+        parts["teacher"],
+        parts["average"],
+        saved.get("origin", {}),
+    )
+
+
+def _parts(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """What a checkpoint says of itself, and its tensors by part and name."""
     with safe_open(str(path), framework="pt") as file:
-        metadata = json.loads((file.metadata() or {})["foxnas"])
-        if metadata["format"] != CHECKPOINT_FORMAT:
-            raise InvalidFormatError(
-                f"a checkpoint must have format {CHECKPOINT_FORMAT}",
-                received=metadata["format"],
-                remedy="read it with the release of foxnas-mlflow that wrote it",
-            )
+        metadata = file.metadata() or {}
+        # Releases before 0.2 wrote the step alone for a network that is trained alone.
+        saved = json.loads(metadata["foxnas"]) if "foxnas" in metadata else {"step": int(metadata["step"])}
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "velocity": {}, "teacher": {}, "average": {}}
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
             part, _, name = key.partition(".")
             parts[part][name] = file.get_tensor(key)
-    supernet = Supernet(SearchSpace.from_dict(metadata["space"]))
-    supernet.load_state_dict(parts["model"])
-    config = TrainConfig(**metadata["config"])
-    return TrainingState(
-        supernet,
-        config,
-        metadata["step"],
-        parts["velocity"],
-        parts["teacher"],
-        parts["average"],
-        metadata.get("origin", {}),
-    )
+    return saved, parts

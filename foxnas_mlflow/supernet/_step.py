@@ -1,39 +1,25 @@
-"""One update of the supernet: its subnets, their gradients, and the fastest way to compute them."""
+"""One update of what is trained: the step's networks, their gradients, and the change of the weights."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the field's own name
 from torch import Tensor, nn
 
-from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.space import SearchSpace
-from foxnas_mlflow.supernet._network import PlainNetwork, Supernet
-from foxnas_mlflow.supernet._state import Mode, TrainConfig, TrainingState
+from foxnas_mlflow.core.random import Stream
+from foxnas_mlflow.supernet._distributed import GradientAverage, add_gradient
+from foxnas_mlflow.supernet._state import Mode, TrainingState
+from foxnas_mlflow.supernet._strategy import TrainedNetwork, strategy_of
 
-_T = TypeVar("_T")
-
-# The largest network teaches the others: what it learns sooner, all do. Theirs are two terms, labels and its
-# answers, so that it would have the least of the gradient otherwise.
-_LARGEST_WEIGHT = 4.0
-"""Weight of the largest network's loss in a sandwich, where the others have 1 for each of their two terms."""
-
-_FAR = 3.0
-"""A number format that takes as many times the fastest's with few images is not timed with a whole batch."""
-
-_FEW = 8
-"""Images for that."""
+Teacher = Callable[[Tensor], Tensor]
+"""Gives probabilities (n, n_classes) for normalised images (n, channels, height, width)."""
 
 
 class Workers:
@@ -43,12 +29,12 @@ class Workers:
     for that: one thread for each of two subnets is faster than two threads for both.
 
     Args:
-        supernet: The supernet that is trained, on its device.
+        network: What is trained, on its device.
         n: Number of workers; 1 computes one subnet after another with all threads.
     """
 
-    def __init__(self, supernet: Supernet, n: int) -> None:
-        self._supernets = [supernet]
+    def __init__(self, network: TrainedNetwork, n: int) -> None:
+        self._copies: list[Any] = [network]
         self._threads = torch.get_num_threads()
         self._pool = (
             ThreadPoolExecutor(n, "foxnas", torch.set_num_threads, (max(self._threads // n, 1),)) if n > 1 else None
@@ -65,23 +51,28 @@ class Workers:
             # Threads that start later would take the workers' number.
             torch.set_num_threads(self._threads)
 
-    def supernets(self, n: int) -> list[Supernet]:
-        """One for each of n subnets, the trained one and aliases of it.
+    @property
+    def one_by_one(self) -> bool:
+        """Whether a step's networks are computed one after another."""
+        return self._pool is None
+
+    def copies(self, n: int) -> list[Any]:
+        """Modules for each of n networks: the trained one and aliases of it.
 
         Threads with parameters in common would wait for each other for ever: PyTorch locks a parameter
         to join it to a graph, and takes Python's lock in there.
         """
-        while len(self._supernets) < n:
-            self._supernets.append(self._supernets[0].alias())
-        return self._supernets[:n]
+        while len(self._copies) < n:
+            self._copies.append(self._copies[0].alias())
+        return self._copies[:n]
 
-    def run(self, function: Callable[[int], None], n: int, awaited: Future[Tensor]) -> None:
+    def run(self, function: Callable[[int], None], n: int, awaited: list[Future[Tensor]]) -> None:
         """Call a function with 0 to n - 1.
 
         Args:
             function: What to call.
             n: How often.
-            awaited: A value that the first call sets and the others may wait for.
+            awaited: Values that the first call sets and the others may wait for.
         """
         if self._pool is None:
             for i in range(n):
@@ -89,7 +80,7 @@ class Workers:
             return
         tasks = [self._pool.submit(function, i) for i in range(n)]
         # Nobody waits for a value that a failed call did not set.
-        tasks[0].add_done_callback(lambda _: awaited.cancel())
+        tasks[0].add_done_callback(lambda _: [value.cancel() for value in awaited])
         for task in tasks:
             task.result()
 
@@ -98,50 +89,71 @@ def set_gradients(
     state: TrainingState,
     images: Tensor,
     targets: Tensor,
-    phase: int,
-    teacher: PlainNetwork | None,
     workers: Workers,
+    *,
+    phase: int = 0,
+    teacher: Teacher | None = None,
+    answers: Tensor | None = None,
+    average: GradientAverage | None = None,
 ) -> Tensor:
-    """Compute a step's subnets; their mean loss, its gradient left in the supernet's parameters.
+    """Compute a step's networks; their mean loss, its gradient left in the trained parameters.
 
-    Running statistics are those of the first subnet, the largest in a sandwich.
+    Running statistics are those of the first network, the largest in a sandwich.
+
+    Args:
+        state: What is trained.
+        images, targets: The step's batch: (n, channels, size, size), (n,).
+        workers: Compute the networks.
+        phase: The strategy's phase.
+        teacher: Answers the images that each network sees, for those that no network of the step teaches.
+        answers: Probabilities (n, n_classes) of a teacher that has seen the whole images, for those that
+            have no other.
+        average: Averages the gradients over ranks as they come; needs workers that compute one by one.
     """
-    config = state.config
-    subnets = draw_subnets(config, state.supernet.space, phase, np.random.default_rng([config.seed, 3, state.step]))
-    supernets = workers.supernets(len(subnets))
-    losses: list[Tensor] = [torch.zeros(())] * len(subnets)
-    answers: Future[Tensor] = Future()
+    config, strategy = state.config, strategy_of(state.config)
+    rng = np.random.default_rng([config.seed, int(Stream.TRAINED_SUBNETS), state.step])
+    networks = strategy.prepare(state.network, workers.copies, phase, rng)
+    # In parts, for memory: every part adds its share of the batch's mean.
+    parts = torch.arange(len(images)).tensor_split(config.accumulate)
+    losses: list[Tensor] = [images.new_zeros(())] * len(networks)
+    first: list[Future[Tensor]] = [Future() for _ in parts]
+    weights = torch.tensor(config.class_weights, device=images.device) if config.class_weights else None
+    if average is not None:
+        average.begin(networks, len(parts))
 
     def compute(i: int) -> None:
-        supernet, x = supernets[i], _resized(images, subnets[i].image_size)
-        supernet.zero_grad(set_to_none=True)
-        supernet.set_subnet(subnets[i])
-        soft: Tensor | None = None
-        with autocast(config.mode, x):
-            if teacher is not None:
-                with torch.no_grad():
-                    soft = F.softmax(teacher(x).float(), 1)
-            logits = supernet(x).float()
-        if config.strategy == "sandwich":
-            if i:
-                soft = answers.result()
-            else:
-                answers.set_result(F.softmax(logits.detach(), 1))
-        terms = [F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)]
-        if soft is not None:
-            terms.append(F.cross_entropy(logits, soft))
-        loss = torch.stack(terms).sum() / len(subnets)
-        if config.strategy == "sandwich" and not i:
-            loss = _LARGEST_WEIGHT * loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses[i] = loss.detach()
+        networks[i].zero_grad(set_to_none=True)
+        for part, given in zip(parts, first, strict=True):
+            whole = len(part) == len(images)
+            x, y = (images, targets) if whole else (images[part], targets[part])
+            x = resized(x, networks[i].image_size)
+            soft = None
+            with autocast(config.mode, x):
+                if teacher is not None:
+                    with torch.no_grad():
+                        soft = teacher(x)
+                logits = networks[i](x).float()
+            if strategy.first_teaches and i:
+                soft = given.result()
+            elif strategy.first_teaches:
+                given.set_result(F.softmax(logits.detach(), 1))
+            if soft is None and answers is not None:
+                soft = answers if whole else answers[part]
+            loss = _loss(logits, y, soft, config.label_smoothing, weights) / len(networks)
+            if not i:
+                loss = strategy.first_weight * loss
+            if not whole:
+                loss = loss * (len(part) / len(images))
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses[i] = losses[i] + loss.detach()
 
-    workers.run(compute, len(subnets), answers)
-    for parameter, *others in zip(*(supernet.parameters() for supernet in supernets), strict=True):
+    workers.run(compute, len(networks), first)
+    for parameter, *others in zip(*(network.parameters() for network in networks), strict=True):
         # In one order, so that a resumed training comes to the same sums.
         for other in others:
-            if other.grad is not None:
-                parameter.grad = other.grad if parameter.grad is None else parameter.grad.add_(other.grad)
+            add_gradient(parameter, other)
+    if average is not None:
+        average.finish()
     return torch.stack(losses).sum()
 
 
@@ -151,15 +163,13 @@ def update(state: TrainingState, loss: Tensor, optimizer: torch.optim.Optimizer)
     Args:
         state: What is trained.
         loss: The step's mean loss.
-        optimizer: Of the supernet's parameters.
+        optimizer: Of the trained parameters.
 
     Returns:
         The loss; NaN if it or the gradient is not finite, and nothing is updated then: the next
         checkpoint saves these weights.
     """
-    parameters = [p for p in state.supernet.parameters() if p.grad is not None]
-    if distributed():
-        _average_gradients(parameters)
+    parameters = [p for p in state.network.parameters() if p.grad is not None]
     norm = nn.utils.clip_grad_norm_(parameters, state.config.clip_norm, foreach=True)
     # One transfer from the device a step.
     total, length = torch.stack([loss, norm]).tolist()
@@ -169,23 +179,6 @@ def update(state: TrainingState, loss: Tensor, optimizer: torch.optim.Optimizer)
             _update_average(state)
         return float(total)
     return math.nan
-
-
-def draw_subnets(config: TrainConfig, space: SearchSpace, phase: int, rng: np.random.Generator) -> list[Architecture]:
-    """The subnets of a step; the first of a sandwich teaches the others."""
-    if config.strategy == "sandwich":
-        drawn = space.sample(rng, n=config.n_random)
-        # Half of the time at any size: else small kernels would learn small images only, and large ones large images.
-        any_size = [int(size) for size in rng.choice(space.image_sizes, 2)]
-        largest, smallest = (None if rng.random() < 0.5 else size for size in any_size)
-        return [space.largest(largest), *drawn, space.smallest(smallest)]
-    open_kernels, open_depths, open_expansions = phase >= 1, phase >= 2, phase >= 3
-    limited = space.replace(
-        kernels=space.kernels if open_kernels else space.kernels[-1:],
-        depths=space.depths if open_depths else space.depths[-1:],
-        expansions=space.expansions if open_expansions else space.expansions[-1:],
-    )
-    return list(limited.sample(rng, n=1))
 
 
 def layout(mode: Mode) -> torch.memory_format:
@@ -198,97 +191,28 @@ def autocast(mode: Mode, x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=mode == "bfloat16")
 
 
-def fastest_mode(supernet: Supernet, images: Tensor, targets: Tensor, device: str) -> Mode:
-    """Time forward and backward of the largest network in each mode; another must win by 5 %."""
-    supernet.set_subnet(supernet.space.largest())
-    y = targets.to(device)
-
-    def run(n_images: int, mode: Mode) -> None:
-        x = images[:n_images].to(device, memory_format=layout(mode))
-        with autocast(mode, x):
-            loss = F.cross_entropy(supernet(x).float(), y[:n_images])
-        loss.backward()  # type: ignore[no-untyped-call]
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
-    modes: tuple[Mode, ...] = ("float32", "channels_last", "bfloat16")
-    with _no_trace(supernet):
-        # Where bfloat16 is emulated it takes 18 times as long.
-        likely = _likely(functools.partial(run, _FEW), modes, rounds=2)
-        return _fastest(functools.partial(run, len(images)), likely, rounds=4)
+def resized(images: Tensor, size: int) -> Tensor:
+    """Square images (n, channels, height, width) at another size in pixels."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
-def fastest_workers(state: TrainingState, images: Tensor, targets: Tensor, teacher: PlainNetwork | None) -> int:
-    """Time a step's gradients with one subnet after another and with subnets side by side."""
-    n_subnets = len(draw_subnets(state.config, state.supernet.space, 0, np.random.default_rng(0)))
-    n = min(torch.get_num_threads(), n_subnets)
-    if n == 1 or images.is_cuda:
-        return 1
-
-    # One pool for all rounds: new threads would begin each time with nothing prepared.
-    with _no_trace(state.supernet), Workers(state.supernet, 1) as one, Workers(state.supernet, n) as many:
-        workers = {1: one, n: many}
-
-        def run(n_workers: int) -> None:
-            set_gradients(state, images, targets, 0, teacher, workers[n_workers])
-
-        return _fastest(run, (1, n), rounds=4)
-
-
-@contextlib.contextmanager
-def _no_trace(supernet: Supernet) -> Iterator[None]:
-    """Leave gradients and statistics as they are."""
-    statistics = {name: t.clone() for name, t in supernet.named_buffers()}
-    yield
-    supernet.zero_grad(set_to_none=True)
-    for name, buffer in supernet.named_buffers():
-        buffer.copy_(statistics[name])
-
-
-def _fastest(run: Callable[[_T], None], choices: Sequence[_T], *, rounds: int) -> _T:
-    """The choice with the least median time; one after the first must win by 5 %."""
-    medians = _seconds(run, choices, rounds)
-    best = int(np.argmin(medians))
-    return choices[best if medians[best] < 0.95 * medians[0] else 0]
-
-
-def _likely(run: Callable[[_T], None], choices: Sequence[_T], *, rounds: int) -> list[_T]:
-    """The choices that are not far slower than the fastest."""
-    medians = _seconds(run, choices, rounds)
-    return [choice for choice, taken in zip(choices, medians, strict=True) if taken < _FAR * min(medians)]
-
-
-def _seconds(run: Callable[[_T], None], choices: Sequence[_T], rounds: int) -> list[float]:
-    """Median times; the first round warms up and is not counted."""
-    times: list[list[float]] = [[] for _ in choices]
-    # In turns, so that a slow moment of the machine meets all of them.
-    for _ in range(rounds):
-        for choice, taken in zip(choices, times, strict=True):
-            start = time.perf_counter()
-            run(choice)
-            taken.append(time.perf_counter() - start)
-    return [float(np.median(taken[1:])) for taken in times]
-
-
-def distributed() -> bool:
-    """Whether this process trains with others."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average over ranks in one message; all ranks used the same layers, so the lists agree."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    start = 0
-    for gradient in gradients:
-        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
+def _loss(logits: Tensor, targets: Tensor, soft: Tensor | None, smoothing: float, weights: Tensor | None) -> Tensor:
+    """Cross-entropy with the labels, and with a teacher's answers where there are any."""
+    if weights is None:
+        terms = [F.cross_entropy(logits, targets, label_smoothing=smoothing)]
+    else:
+        # Divided by the images, not by their weights: so parts and ranks add up to the whole batch's.
+        total = F.cross_entropy(logits, targets, weight=weights, reduction="sum", label_smoothing=smoothing)
+        terms = [total / len(targets)]
+    if soft is not None:
+        terms.append(F.cross_entropy(logits, soft))
+    return torch.stack(terms).sum()
 
 
 def _update_average(state: TrainingState) -> None:
-    parameters = {name: p.detach() for name, p in state.supernet.named_parameters()}
+    parameters = {name: p.detach() for name, p in state.network.named_parameters()}
     if not state.average:
         state.average = {name: p.clone() for name, p in parameters.items()}
         return
@@ -296,9 +220,3 @@ def _update_average(state: TrainingState) -> None:
     decay = min(state.config.ema, (state.step + 1) / (state.step + 10))
     averages = [state.average[name] for name in parameters]
     torch._foreach_lerp_(averages, list(parameters.values()), 1 - decay)
-
-
-def _resized(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.errors import InvalidInputError, TrainingError
 from foxnas_mlflow.core.space import CPU_SPACE, StageSpec
 from foxnas_mlflow.data import load_dataset
 from foxnas_mlflow.supernet import (
@@ -27,8 +27,10 @@ from foxnas_mlflow.supernet import (
     recalibrate,
     train_supernet,
 )
-from foxnas_mlflow.supernet._step import Workers, _fastest, _likely, draw_subnets, fastest_workers, set_gradients
-from foxnas_mlflow.supernet._train import _learning_rate
+from foxnas_mlflow.supernet._modes import _fastest, _likely, fastest_workers
+from foxnas_mlflow.supernet._optimizer import learning_rate
+from foxnas_mlflow.supernet._step import Workers, set_gradients
+from foxnas_mlflow.supernet._strategy import Sandwich
 
 pytestmark = pytest.mark.train
 
@@ -120,7 +122,7 @@ def test_labels_are_smoothed(digits, tmp_path) -> None:
 
 def test_the_learning_rate_rises_and_falls_to_nothing() -> None:
     config = TrainConfig(learning_rate=0.2, warmup=0.1)
-    rates = [_learning_rate(config, step, 1000) for step in range(1000)]
+    rates = [learning_rate(config, step, 1000) for step in range(1000)]
     assert rates[:100] == pytest.approx([0.2 * (i + 1) / 100 for i in range(100)])
     assert rates[550] == pytest.approx(0.1)
     assert all(a > b for a, b in itertools.pairwise(rates[100:]))
@@ -131,7 +133,7 @@ def test_a_sandwich_has_both_ends_at_every_image_size() -> None:
     space = SPACE.replace(image_sizes=(8, 12, 16))
     seen: dict[str, set[int]] = {"largest": set(), "smallest": set()}
     for step in range(60):
-        largest, *drawn, smallest = draw_subnets(TrainConfig(n_random=2), space, 0, np.random.default_rng(step))
+        largest, *drawn, smallest = Sandwich(TrainConfig(n_random=2)).draw(space, 0, np.random.default_rng(step))
         assert largest == space.largest(largest.image_size)
         assert smallest == space.smallest(smallest.image_size)
         assert len(drawn) == 2
@@ -146,7 +148,7 @@ def sandwich_gradients(n_workers: int, digits) -> tuple[float, list[torch.Tensor
     state.supernet.double().train()
     images, targets = next(batches_of(digits).epoch(0))
     with Workers(state.supernet, n_workers) as workers:
-        loss = set_gradients(state, images.double(), targets, 0, None, workers)
+        loss = set_gradients(state, images.double(), targets, workers)
     return float(loss), [p.grad for p in state.supernet.parameters()], dict(state.supernet.named_buffers())
 
 
@@ -157,7 +159,7 @@ def test_subnets_side_by_side_have_the_gradients_of_one_after_another(digits) ->
     images = images.double()
     soft = None
     total = 0.0
-    largest, *others = draw_subnets(state.config, SPACE, 0, np.random.default_rng([0, 3, 0]))
+    largest, *others = Sandwich(state.config).draw(SPACE, 0, np.random.default_rng([0, 3, 0]))
     for architecture in (largest, *others):
         supernet.set_subnet(architecture)
         x = F.interpolate(images, (architecture.image_size,) * 2, mode="bilinear", antialias=True)
@@ -186,7 +188,7 @@ def test_a_subnet_that_fails_ends_the_step(digits) -> None:
     state = new_state()
     images, targets = next(batches_of(digits).epoch(0))
     with Workers(state.supernet, 2) as workers, pytest.raises(RuntimeError, match="channels"):
-        set_gradients(state, images.repeat(1, 2, 1, 1), targets, 0, None, workers)
+        set_gradients(state, images.repeat(1, 2, 1, 1), targets, workers)
 
 
 def test_timing_of_workers_leaves_no_trace(digits, request) -> None:
@@ -270,7 +272,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(digits, tmp_path) -> None:
                 next(state.supernet.parameters()).fill_(float("nan"))
 
     train_supernet(new_state(epochs=1), batches_of(digits), checkpoints=tmp_path)
-    with pytest.raises(InvalidInputError, match="at step 5"):
+    with pytest.raises(TrainingError, match="at step 5"):
         train_supernet(state, batches_of(digits), checkpoints=tmp_path, progress=poison)
     assert all(np.isfinite(t.numpy()).all() for t in load_checkpoint(tmp_path).supernet.state_dict().values())
 
