@@ -22,7 +22,7 @@ from foxnas_mlflow.core.measurements import Measurement, append_measurement, rea
 from foxnas_mlflow.core.predictors import fit_family, widest_formula
 from foxnas_mlflow.core.space import SearchSpace, get_space
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.tracking.timers import open_device
+from foxnas_mlflow.workflows._timers import open_device
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ from foxnas_mlflow.core.predictors import fit_predictors, widest_formula
 from foxnas_mlflow.core.searchers import Objective, exact_optimum, fastest, front_of
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.tracking.inputs import open_measurements, open_supernet
-from foxnas_mlflow.tracking.timers import open_device
+from foxnas_mlflow.workflows._evaluation import supernet_evaluator
+from foxnas_mlflow.workflows._timers import open_device
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--supernet", required=True)
@@ -49,7 +50,9 @@ rng = np.random.default_rng([args.seed, 7])
 target = get_target(args.target)
 supernet = open_supernet(args.supernet, data=args.data)
 space = supernet.space
-evaluator = supernet.evaluator(image_sizes=space.image_sizes, validation_images=args.validation_images, seed=args.seed)
+evaluator = supernet_evaluator(
+    supernet, image_sizes=space.image_sizes, validation_images=args.validation_images, seed=args.seed
+)
 
 
 def accuracies(networks: list[Architecture]) -> list[float]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
 
-from foxnas_mlflow.cli.main import COMMANDS, build_parser, main
-from foxnas_mlflow.cli.parameters import Parameter
+from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.workflows import WORKFLOWS
+from foxnas_mlflow.workflows import WORKFLOWS, AnyWorkflow, Request, parameter
 
 HEAVY = ("torch", "tensorflow", "statsmodels", "mlflow", "matplotlib", "plotly", "pandas", "scipy")
 
@@ -42,27 +44,29 @@ def test_public_names_load_on_first_use() -> None:
 
 def test_mlproject_declares_the_parameters_of_the_commands(root: Path) -> None:
     project = yaml.safe_load((root / "MLproject").read_text())
-    assert set(project["entry_points"]) == set(COMMANDS)
+    requests = {workflow.name: workflow.request for workflow in WORKFLOWS if workflow.entry_point}
+    assert set(project["entry_points"]) == set(requests)
     for name, entry in project["entry_points"].items():
-        import importlib
-
         declared = {key: value["default"] for key, value in entry["parameters"].items()}
-        ported = {workflow.name: workflow for workflow in WORKFLOWS}
-        if name in ported:
-            assert declared == {p.name: p.default_text for p in ported[name].request.parameters()}
-        else:
-            module = importlib.import_module(f"foxnas_mlflow.cli.commands.{name}")
-            assert declared == {p.name: str(p.default) for p in module.PARAMETERS}
+        assert declared == {p.name: p.default_text for p in requests[name].parameters()}
         used = re.findall(r"--([a-z-]+) \{([a-z_]+)\}", entry["command"])
         assert {(o.replace("-", "_"), v) for o, v in used} == {(k, k) for k in declared}
 
 
-def test_every_option_has_help_and_a_default() -> None:
-    parser = build_parser()
-    assert parser.prog == "foxnas"
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)
+def test_every_option_shows_its_help_and_its_default(
+    workflow: AnyWorkflow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "10000")
     with pytest.raises(SystemExit) as stop:
-        main(["search", "--help"])
+        main([workflow.name, "--help"])
     assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for declared in workflow.request.parameters():
+        assert declared.rules.help
+        assert declared.rules.help in shown
+        if declared.default_text:
+            assert f"{declared.rules.help} (default: {declared.default_text})" in shown
 
 
 @pytest.mark.parametrize(
@@ -92,10 +96,65 @@ def test_bad_input_is_one_line_and_status_2(argv: list[str], message: str, capsy
     assert message in lines[0]
 
 
-def test_parameters_are_checked() -> None:
-    assert Parameter("n", 3, "", int).parse(" 4 ") == 4
-    assert Parameter("x", "", "").parse("") == ""
-    assert Parameter("flag", False, "", bool).parse("yes") is True
-    for parameter, text in ((Parameter("n", 3, "", int), "4.5"), (Parameter("c", "a", "", choices=("a",)), "b")):
-        with pytest.raises(InvalidInputError, match=parameter.name):
-            parameter.parse(text)
+@dataclass(frozen=True, kw_only=True)
+class Sample(Request):
+    """One field of every kind."""
+
+    text: str = parameter("", "Text.")
+    choice: Literal["a", "b"] = parameter("a", "A choice.")
+    count: int = parameter(3, "A count.", at_least=1)
+    share: float = parameter(0.5, "A share.", at_least=0, below=1)
+    limit: float | None = parameter(None, "A limit.", above=0)
+    flag: bool = parameter(False, "A flag.")
+    sizes: tuple[int, ...] = parameter((), "Sizes.", at_least=8)
+
+
+def test_texts_and_values_make_the_same_request() -> None:
+    texts = {
+        "text": " t ",
+        "choice": "b",
+        "count": " 4 ",
+        "share": "0.25",
+        "limit": "2",
+        "flag": "yes",
+        "sizes": "8,16",
+    }
+    request = Sample.parse(texts)
+    assert request == Sample(text="t", choice="b", count=4, share=0.25, limit=2, flag=True, sizes=(8, 16))
+    assert type(request.limit) is float
+    assert Sample.parse(request.texts()) == request
+    assert Sample.parse(dict.fromkeys(("text", "limit", "sizes"), "")) == Sample()
+    assert request.values()["sizes"] == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value", "message"),
+    [
+        ("choice", "c", "c", "choice must be one of ['a', 'b']; received c."),
+        ("count", "0", 0, "count must be positive; received 0."),
+        ("share", "1", 1.0, "share must be at least 0 and below 1; received 1.0."),
+        ("limit", "0", 0.0, "limit must be a positive number; received 0.0."),
+        ("share", "nan", math.nan, "share must be a finite number; received nan."),
+        ("sizes", "8,4", (8, 4), "sizes must be at least 8; received 4."),
+    ],
+)
+def test_a_wrong_value_is_the_same_error_typed_or_from_python(
+    name: str, text: str, value: object, message: str
+) -> None:
+    with pytest.raises(InvalidInputError) as typed:
+        Sample.parse({name: text})
+    with pytest.raises(InvalidInputError) as built:
+        Sample(**{name: value})  # type: ignore[arg-type]
+    assert str(typed.value) == str(built.value) == message
+
+
+@pytest.mark.parametrize(("name", "text"), [("count", "4.5"), ("count", ""), ("share", "x"), ("flag", "maybe")])
+def test_a_text_of_another_type_is_refused(name: str, text: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{name} must be "):
+        Sample.parse({name: text})
+
+
+@pytest.mark.parametrize(("name", "value"), [("count", "4"), ("count", True), ("text", 4), ("sizes", "8")])
+def test_a_value_of_another_type_is_refused(name: str, value: object) -> None:
+    with pytest.raises(InvalidInputError, match=f"^{name} must be "):
+        Sample(**{name: value})  # type: ignore[arg-type]

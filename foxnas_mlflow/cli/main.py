@@ -6,32 +6,14 @@ Exit status: 0 done, 2 bad input or a failure that the message explains, 130 or 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.cli.options import add_workflow, requested, tell_on_stdout
-from foxnas_mlflow.cli.parameters import resolve
 from foxnas_mlflow.core.errors import FoxNasError
 from foxnas_mlflow.workflows import WORKFLOWS
-
-COMMANDS: tuple[str, ...] = (
-    "main",
-    "supernet",
-    "sample",
-    "fit",
-    "search",
-    "quantize",
-    "benchmark",
-    "estimate",
-    "promote",
-)
-"""Subcommands in the order of their use; each is a module of `foxnas_mlflow.cli.commands`, and an entry point."""
-
-TOOLS: tuple[str, ...] = ("doctor", "device")
-"""Subcommands that make no run, so that they are no entry points."""
 
 _REMEDIES: Mapping[str, str] = {
     "UNAUTHENTICATED": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
@@ -48,17 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"foxnas-mlflow {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    ported = {workflow.name: workflow for workflow in WORKFLOWS}
-    for name in (*COMMANDS, *TOOLS):
-        if name in ported:
-            add_workflow(subparsers, ported[name])
-            continue
-        module = importlib.import_module(f"foxnas_mlflow.cli.commands.{name.replace('-', '_')}")
-        subparser = subparsers.add_parser(name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False)
-        for parameter in module.PARAMETERS:
-            parameter.add_to(subparser)
-        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        subparser.set_defaults(module=module)
+    for workflow in WORKFLOWS:
+        add_workflow(subparsers, workflow)
     return parser
 
 
@@ -71,11 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     tell_on_stdout()
     try:
-        if hasattr(arguments, "workflow"):
-            print(arguments.workflow.run(requested(arguments)).describe())
-        else:
-            values = resolve(arguments.module.PARAMETERS, arguments)
-            arguments.module.run(argparse.Namespace(**values))
+        print(arguments.workflow.run(requested(arguments)).describe())
     except KeyboardInterrupt:
         print("foxnas: interrupted; finished work is kept, run the same command to continue", file=sys.stderr)
         return 130

@@ -35,7 +35,7 @@ def _add(parser: argparse.ArgumentParser, parameter: Parameter) -> None:
     """One option; its value arrives as text and is checked by the request."""
     rules, default = parameter.rules, parameter.default_text
     shown = "" if default == "" else f" (default: {default})"
-    choices = "" if rules.choices is None else f" One of: {', '.join(rules.choices)}."
+    choices = "" if parameter.choices is None else f" One of: {', '.join(parameter.choices)}."
     text = (rules.help + shown).replace("%", "%%") + choices
     dashed = "--" + parameter.name.replace("_", "-")
     # `mlflow run -P` hands undeclared parameters over with underscores.

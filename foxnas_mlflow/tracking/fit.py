@@ -28,7 +28,7 @@ def log_fit(
     source: str,
     name: str,
     noise_floor: float | None = None,
-) -> str:
+) -> tuple[str, dict[str, float]]:
     """Log a fit to its run and register its predictors.
 
     Args:
@@ -41,7 +41,7 @@ def log_fit(
         noise_floor: Standard error (points) of the rows' accuracies, where it is known.
 
     Returns:
-        URI of the registered predictors.
+        URI of the registered predictors, and the figures logged.
     """
     write_measurements(rows, run.directory / MEASUREMENTS)
     metrics: dict[str, float] = {}
@@ -66,7 +66,7 @@ def log_fit(
     registered = registered_name(name, "predictors", target.name)
     info = log_model(fit.predictors, name="predictors")
     run.log_metrics(metrics, model_id=info.model_id)
-    return register(
+    uri = register(
         info.model_uri,
         registered,
         "predictors",
@@ -83,3 +83,4 @@ def log_fit(
         },
         command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",
     )
+    return uri, metrics

@@ -6,10 +6,8 @@ Each comes as a path or as a URI of MLflow (``models:/NAME/VERSION``, ``runs:/RU
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlflow
 from mlflow import MlflowClient
@@ -22,16 +20,11 @@ from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.flavor import SupernetModel, load_model
 from foxnas_mlflow.tracking.registry import list_versions, newest, registered_name
 
-if TYPE_CHECKING:
-    from foxnas_mlflow.supernet import SubnetEvaluator
-
 MEASUREMENTS, SPACE = "measurements.csv", "space.json"
 """Artifacts of a run that sampled: the rows, and the search space that they belong to."""
 
 NOISE_FLOOR = "sample/noise_floor"
 """Metric of such a run: root mean square of the accuracies' standard errors, in points."""
-
-_CACHED_BYTES = 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,28 +54,6 @@ class TrainedSupernet:
             content.update(name.encode())
             content.update(values.tobytes())
         return content.hexdigest()
-
-    def evaluator(self, *, image_sizes: Sequence[int], validation_images: int = 0, seed: int = 0) -> SubnetEvaluator:
-        """Evaluates its subnets.
-
-        Args:
-            image_sizes: Image sizes in pixels that it will be asked for.
-            validation_images: At most so many validation images; 0: as many as memory holds.
-            seed: Seed of the choice of calibration and validation images.
-        """
-        import torch
-
-        from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
-
-        n_bytes = sum(size * size * self.space.in_channels for size in image_sizes)
-        limit = max(_CACHED_BYTES // n_bytes, 1)
-        return SubnetEvaluator(
-            Supernet.from_weights(self.space, self.model.weights),
-            self.dataset,
-            validation_images=min(validation_images or limit, limit),
-            seed=seed,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )
 
 
 def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedSupernet:

@@ -21,7 +21,6 @@ from foxnas_mlflow.data import ImageDataset
 from foxnas_mlflow.tracking.comparison import COMPARISON
 from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
 from foxnas_mlflow.tracking.promotion import PROMOTION_FILE
-from foxnas_mlflow.tracking.quantize import runnable_model
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.steps import StepResult
 
@@ -36,24 +35,30 @@ def conclude(
     done: Mapping[str, StepResult],
     *,
     request: Mapping[str, Any],
+    latency_ms: float,
+    confidence: float,
+    model_uri: str,
     target: Target,
     dataset: ImageDataset,
     refusal: str,
     seconds: float,
-) -> dict[str, Any]:
+) -> tuple[dict[str, float], str]:
     """Log the figures of a finished pipeline to its run, and write its page.
 
     Args:
         run: The pipeline's run.
         done: What its steps made.
-        request: What was asked, with everything resolved.
+        request: What was asked, with everything resolved, for the page.
+        latency_ms: The constraint.
+        confidence: Of the search.
+        model_uri: The int8 model that runs on the target.
         target: The target.
         dataset: The images.
         refusal: Why the gates refused promotion, or empty.
         seconds: Time that it took in this process.
 
     Returns:
-        run_id, model_uri of the int8 model, and the figures.
+        The figures, and the lines that a person reads.
     """
     client = MlflowClient()
     runs = {name: client.get_run(result.run_id) for name, result in done.items()}
@@ -74,8 +79,7 @@ def conclude(
         "pipeline/promoted": float(bool(gates) and not refusal),
     }
     run.log_metrics(metrics)
-    run.log_params({"chosen_latency_ms": request["latency_ms"]})
-    model_uri = runnable_model(done["quantize"].outputs)
+    run.log_params({"chosen_latency_ms": latency_ms})
     run.set_tags({"foxnas.model": model_uri, **{f"foxnas.step.{name}": r.run_id for name, r in done.items()}})
     run.log_json({"format": 1, "steps": [result.to_dict() for result in done.values()]}, "pipeline.json")
     predictors, _ = open_predictors(str(done["fit"].outputs["model_uri"]), target.name)
@@ -106,7 +110,7 @@ def conclude(
             training={} if supernet is None else {key: _series(client, supernet, key) for key in _SERIES},
             measurements=tuple(rows),
             predictors=predictors,
-            front=front_of(Objective(predictors, confidence=float(request["confidence"]))),
+            front=front_of(Objective(predictors, confidence=confidence)),
             architecture=Architecture.from_dict(mlflow.artifacts.load_dict(_uri(runs["search"], "architecture.json"))),
             quantization=quantized,
             finetuning=alone,
@@ -120,8 +124,8 @@ def conclude(
         path = run.directory / "report.html"
         write_pipeline_report(path, page)
         run.log_artifact(path)
-    print(_summary(metrics, request, target, dataset, model_uri, gates, refusal, run.run_id))
-    return {"run_id": run.run_id, "model_uri": model_uri, **metrics}
+    measured = bool(request["device"])
+    return metrics, _summary(metrics, latency_ms, measured, dataset, model_uri, gates, refusal, run.run_id)
 
 
 def _refused(client: MlflowClient, run: EntryRun) -> Run | None:
@@ -159,15 +163,14 @@ def _series(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]
 
 def _summary(
     metrics: Mapping[str, float],
-    request: Mapping[str, Any],
-    target: Target,
+    limit: float,
+    measured: bool,
     dataset: ImageDataset,
     model_uri: str,
     gates: Mapping[str, Any] | None,
     refusal: str,
     run_id: str,
 ) -> str:
-    limit = float(request["latency_ms"])
     lines = [
         f"\nFrom {len(dataset.train):,} images of {dataset.source} to {model_uri} in "
         f"{metrics['pipeline/seconds'] / 60:.1f} minutes:",
@@ -190,9 +193,7 @@ def _summary(
     if refusal:
         lines.append("  promotion            refused")
     elif gates is None:
-        lines.append(
-            "  promotion            not asked for" if request["device"] else "  promotion            needs a device"
-        )
+        lines.append("  promotion            not asked for" if measured else "  promotion            needs a device")
     else:
         name = model_uri.removeprefix("models:/").rpartition("/")[0]
         alias = f"models:/{name}@{str(gates['stage']).lower()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,8 @@ from foxnas_mlflow.tracking.run import EntryRun
 
 PROMOTION_FORMAT = 1
 PROMOTION_FILE = "promotion.json"
+
+logger = logging.getLogger("foxnas_mlflow")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ def promote(
     held = None if former is None else _held(version.name, former)
     verdicts = tuple(judge(candidate, held, max_latency_ms=max_latency_ms, max_accuracy_drop=max_accuracy_drop))
     promotion = Promotion(version.name, number, stage, "promote", former, former, verdicts, dry_run)
-    print(_table(promotion))
+    logger.info(_table(promotion))
     if not passed(verdicts):
         failed = "; ".join(f"{v.gate}: {v.text}" for v in verdicts if not v.passed)
         promotion = dataclasses.replace(promotion, error=failed)

@@ -15,14 +15,9 @@ from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, log_model
-from foxnas_mlflow.tflite import INSTALL_HINT, CompilerReport, Conversion, LayerError, QuantizationLoss, Readiness
+from foxnas_mlflow.tflite import CompilerReport, Conversion, LayerError, QuantizationLoss, Readiness
 from foxnas_mlflow.tracking.registry import register, registered_name
 from foxnas_mlflow.tracking.run import EntryRun
-
-MAX_DROP_POINTS = 1.0
-"""A larger drop of top-1 makes the layers be named that lose most."""
-
-_NAMED_LAYERS = 5
 
 
 @dataclass(frozen=True)
@@ -70,9 +65,24 @@ class EdgeTpuResult:
         return self.readiness.metrics | ({} if self.report is None else self.report.metrics)
 
 
+@dataclass(frozen=True)
+class LoggedQuantization:
+    """A quantization in MLflow.
+
+    Attributes:
+        model_uri: The registered int8 model.
+        edgetpu_model_uri: Its Edge TPU twin; empty where it was not compiled.
+        metrics: Figures of the int8 model, as logged.
+    """
+
+    model_uri: str
+    edgetpu_model_uri: str
+    metrics: Mapping[str, float]
+
+
 def log_quantized(
     run: EntryRun, quantized: Quantized, *, target: Target, name: str, edgetpu: EdgeTpuResult | None = None
-) -> dict[str, Any]:
+) -> LoggedQuantization:
     """Log a quantization to its run and register the int8 model, and its Edge TPU twin if it was compiled.
 
     Args:
@@ -81,9 +91,6 @@ def log_quantized(
         target: The target.
         name: Prefix of the registered models.
         edgetpu: What became of it for an Edge TPU.
-
-    Returns:
-        ``run_id``, ``model_uri``, and ``edgetpu_model_uri`` if it was compiled.
     """
     conversion, loss = quantized.conversion, quantized.loss
     architecture = quantized.subnet.architecture
@@ -132,7 +139,7 @@ def log_quantized(
     uri = _register(
         run, model, "tflite", registered_name(name, "tflite", target.name), metrics | facts, tags | _sha256(path)
     )
-    outputs = {"run_id": run.run_id, "model_uri": uri}
+    twin_uri = ""
     if edgetpu is not None and edgetpu.report is not None:
         compiled = run.directory / "model_edgetpu.tflite"
         compiled.write_bytes(edgetpu.data)
@@ -140,7 +147,7 @@ def log_quantized(
             model, path=compiled, fallback=path, details={**model.details, "compiler": edgetpu.report.version}
         )
         # Its accuracy is that of the int8 file: only an Edge TPU could tell another.
-        outputs["edgetpu_model_uri"] = _register(
+        twin_uri = _register(
             run,
             twin,
             "edgetpu",
@@ -148,13 +155,7 @@ def log_quantized(
             metrics | edgetpu.metrics | {"model/size_bytes": len(edgetpu.data)},
             tags | _sha256(compiled) | {"int8_model": uri, "compiler": edgetpu.report.version},
         )
-    print(_summary(quantized, target, outputs, conversion.sha256, edgetpu))
-    return outputs
-
-
-def runnable_model(outputs: Mapping[str, Any]) -> str:
-    """Of what `log_quantized` returned, the model that runs on the target: for an Edge TPU the compiled one."""
-    return str(outputs.get("edgetpu_model_uri", outputs["model_uri"]))
+    return LoggedQuantization(uri, twin_uri, metrics | facts)
 
 
 def _register(
@@ -183,11 +184,11 @@ def _register(
             "file, bytes": f"{metrics['model/size_bytes']:,.0f}",
             "SHA-256": tags["sha256"],
         },
-        command=lambda uri: _next_command(uri, kind, str(tags["target"]), str(tags["runtime"])),
+        command=lambda uri: benchmark_command(uri, kind, str(tags["target"]), str(tags["runtime"])),
     )
 
 
-def _next_command(uri: str, kind: str, target: str, runtime: str) -> str:
+def benchmark_command(uri: str, kind: str, target: str, runtime: str) -> str:
     """How to measure a model: one that was not compiled for its Edge TPU runs on this host only."""
     runs_there = runtime != "edgetpu" or kind == "edgetpu"
     return f"foxnas benchmark --model {uri} --target {target if runs_there else 'cpu'}"
@@ -204,55 +205,3 @@ def write_layer_errors(errors: tuple[LayerError, ...], path: Path) -> None:
         writer.writerow(("name", "operator", "own_error", "error", "saturated"))
         for row in errors:
             writer.writerow((row.name, row.kind, f"{row.own_error:.6g}", f"{row.error:.6g}", f"{row.saturated:.6g}"))
-
-
-def _summary(
-    quantized: Quantized, target: Target, outputs: Mapping[str, str], sha256: str, edgetpu: EdgeTpuResult | None
-) -> str:
-    conversion, loss = quantized.conversion, quantized.loss
-    n_operators = sum(conversion.operator_counts.values())
-    kind = "edgetpu" if "edgetpu_model_uri" in outputs else "tflite"
-    served = runnable_model(outputs)
-    lines = [
-        f"Quantized {quantized.provenance['subnet']} for {target.name} ({target.runtime}, int8):",
-        f"  file                 {conversion.size_bytes:,} bytes, {n_operators} operators",
-        f"  float top-1          {loss.float_top1_percent:.2f} % ({loss.n_images:,} validation images of "
-        f"{quantized.provenance['data']})",
-        f"  int8 top-1           {loss.int8_top1_percent:.2f} %",
-        f"  drop                 {loss.drop_points:.2f} +- {loss.standard_error:.2f} points",
-    ]
-    if loss.drop_points > MAX_DROP_POINTS:
-        lines.append(f"  More than {MAX_DROP_POINTS:g} point; the layers that lose most (all in layer_errors.csv):")
-        lines += [
-            f"    {row.name:<28} {row.kind:<18} adds {100 * row.own_error:.1f} %, {100 * row.error:.1f} % in all"
-            for row in quantized.errors[:_NAMED_LAYERS]
-        ]
-    lines += [] if edgetpu is None else _edgetpu_lines(edgetpu)
-    lines += [
-        f"  registered           {outputs['model_uri']} (SHA-256 {sha256[:16]}...)",
-        *(f"                       {uri}" for key, uri in outputs.items() if key == "edgetpu_model_uri"),
-        f"  run                  {outputs['run_id']}: layer_errors.csv, architecture.json",
-        f"Next: {_next_command(served, kind, target.name, target.runtime)}",
-    ]
-    return "\n".join(lines)
-
-
-def _edgetpu_lines(edgetpu: EdgeTpuResult) -> list[str]:
-    readiness, report = edgetpu.readiness, edgetpu.report
-    state = "ready" if readiness.ready else "not ready"
-    lines = [
-        f"  Edge TPU             {state}: {readiness.n_mappable} of {readiness.n_operators} operators can be mapped, "
-        f"{readiness.parameter_bytes / 2**20:.2f} of {readiness.cache_bytes / 2**20:.2f} MiB on-chip memory"
-    ]
-    lines += [f"    {issue.layer} ({issue.operator}): {issue.reason}" for issue in readiness.issues[:_NAMED_LAYERS]]
-    if len(readiness.issues) > _NAMED_LAYERS:
-        lines.append(f"    and {len(readiness.issues) - _NAMED_LAYERS} more in edgetpu_readiness.json")
-    if report is None:
-        lines.append(f"  compiler             none, so that no -edgetpu version is registered: {INSTALL_HINT}")
-        return lines
-    lines.append(
-        f"  compiler {report.version}: {report.n_mapped} of {report.n_operations} operators mapped, "
-        f"{report.on_chip_used_bytes / 2**20:.2f} MiB on the chip, {report.off_chip_bytes / 2**20:.2f} MiB streamed"
-    )
-    lines += [f"    {row.count} {row.operator}: {row.status}" for row in report.unmapped[:_NAMED_LAYERS]]
-    return lines

@@ -8,7 +8,6 @@ error, KILLED after SIGTERM or Ctrl-C.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import hashlib
 import json
@@ -36,9 +35,6 @@ from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, process_identit
 _MAX_PARAM_CHARACTERS = 6000
 
 P = ParamSpec("P")
-
-
-_next_tags: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("foxnas_next_tags", default={})  # noqa: B039
 
 
 class Terminated(BaseException):
@@ -159,9 +155,7 @@ def entry_run(
         **({} if space is None else {"foxnas.space": space}),
         **({} if latency_source is None else {"foxnas.latency_source": latency_source}),
         **(tags or {}),
-        **_next_tags.get(),
     }
-    _next_tags.set({})
     # A run inside a run (the pipeline's steps) is nested. Tags are part of its creation: a kill
     # leaves no run without them.
     nested = mlflow.active_run() is not None
@@ -204,16 +198,6 @@ def end_dead_runs(experiment_id: str) -> list[str]:
 def _run_name(stage: str, target: str | None) -> str:
     """A name that says what the run is, in place of MLflow's random words."""
     return stage if target is None else f"{stage} {target}"
-
-
-@contextlib.contextmanager
-def tags_of_next_run(tags: Mapping[str, str]) -> Iterator[None]:
-    """Give further tags to the first run that `entry_run` starts in the block."""
-    token = _next_tags.set(tags)
-    try:
-        yield
-    finally:
-        _next_tags.reset(token)
 
 
 @contextlib.contextmanager

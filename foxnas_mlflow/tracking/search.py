@@ -7,8 +7,11 @@ import dataclasses
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mlflow.models.model import ModelInfo
 
 from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.measurements import Measurement
@@ -22,6 +25,23 @@ from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.verification import Verification
 
 
+@dataclass(frozen=True)
+class LoggedSearch:
+    """A search in MLflow.
+
+    Attributes:
+        subnet_uri: The registered network.
+        predictors_uri: The registered predictors that it was found with.
+        metrics: Figures of the network, as logged.
+        note: What must be said of predicted milliseconds, or empty.
+    """
+
+    subnet_uri: str
+    predictors_uri: str
+    metrics: Mapping[str, float]
+    note: str
+
+
 def log_search(
     run: EntryRun,
     outcome: SearchOutcome,
@@ -31,10 +51,11 @@ def log_search(
     predictors: PredictorSet,
     predictors_source: str,
     params: Mapping[str, Any],
+    latency_ms: float,
     name: str,
     measurements: Sequence[Measurement] = (),
     verification: Verification | None = None,
-) -> dict[str, str]:
+) -> LoggedSearch:
     """Log a finished search to its run and register predictors and subnet.
 
     Args:
@@ -44,19 +65,14 @@ def log_search(
         target: The target.
         predictors: What was searched on.
         predictors_source: Registry URI, path or ``reference``.
-        params: Resolved parameters of the entry point.
+        params: Resolved parameters of the entry point, for the report.
+        latency_ms: The constraint.
         name: Prefix of the registered models.
         measurements: Measured networks to draw in the report.
         verification: What a device or a supernet said of its candidates.
-
-    Returns:
-        run_id, and model_uri of the registered subnet.
     """
-    space = predictors.space
-    network = network_cost(build_network(space, outcome.architecture))
     note = latency_note(predictors, target)
-    facts = _facts(verification)
-    tags = _tags(verification)
+    facts, tags = _facts(verification), _tags(verification)
     run.set_tags(
         {
             "foxnas.found_by": outcome.found_by,
@@ -65,16 +81,12 @@ def log_search(
             **({"foxnas.emulated": tags["emulated"]} if "emulated" in tags else {}),
         }
     )
-    files = run.directory
-    (files / "architecture.json").write_text(outcome.architecture.to_json(indent=2), encoding="utf-8")
-    (files / "certificate.json").write_text(json.dumps(outcome.certificate(), indent=2), encoding="utf-8")
-    write_front(outcome.front, files / "front.csv")
-    write_trace(outcome.result, files / "trace.csv")
+    _write_files(outcome, run.directory)
     if importlib.util.find_spec("plotly") is not None:
         from foxnas_mlflow.report import write_search_report
 
         write_search_report(
-            files / "report.html",
+            run.directory / "report.html",
             outcome=outcome,
             comparisons=comparisons,
             request={**params, "predictors": predictors_source},
@@ -82,92 +94,127 @@ def log_search(
             measurements=measurements,
             candidates=() if verification is None else verification.candidates,
         )
-    run.log_artifacts(files)
+    run.log_artifacts(run.directory)
     front = outcome.front
     run.log_table(
         {"image_size": front.image_size, "latency_ms": front.latency_ms, "accuracy": front.accuracy},
         "tables/front.json",
     )
+    metrics = _metrics(outcome, facts)
     details = {
         "predicted_accuracy": outcome.accuracy,
         "predicted_latency_ms": outcome.latency_ms,
         "predicted_latency_upper_ms": outcome.latency_upper_ms,
         "confidence": outcome.objective.confidence,
-        "latency_ms": params["latency_ms"],
+        "latency_ms": latency_ms,
         "latency_note": note,
         "found_by": outcome.found_by,
         "certificate": outcome.certificate(),
         **tags,
         **facts,
     }
-    found = SubnetModel(outcome.architecture, space)
+    found = SubnetModel(outcome.architecture, predictors.space)
     if verification is not None and verification.model is not None:
         found = verification.model
     fitted = log_model(predictors, name="predictors")
     subnet = log_model(dataclasses.replace(found, details=details), name="subnet")
-    run.log_metrics(
-        {
-            "search/predicted_accuracy": outcome.accuracy,
-            "search/predicted_latency_ms": outcome.latency_ms,
-            "search/predicted_latency_upper_ms": outcome.latency_upper_ms,
-            "search/exact_accuracy": outcome.optimum.accuracy,
-            "search/optimality_gap": outcome.optimality_gap,
-            "search/seconds": outcome.result.seconds,
-            "search/evaluations": outcome.result.evaluations,
-            "search/front_size": len(outcome.front),
-            "search/front_seconds": outcome.front_seconds,
-            "model/params": network.params,
-            "model/macs": network.macs,
-            "model/int8_parameter_bytes": network.int8_size_bytes,
-            "model/peak_activation_bytes": network.peak_activation_bytes,
-            **{f"search/{key}": value for key, value in facts.items() if isinstance(value, float)},
-        },
-        model_id=subnet.model_id,
+    run.log_metrics(metrics, model_id=subnet.model_id)
+    uri = _register_subnet(
+        subnet.model_uri, outcome, metrics, facts, tags, target=target, latency_ms=latency_ms, name=name, note=note
     )
-    fit_metrics = {
+    return LoggedSearch(
+        uri, _register_predictors(run, fitted, predictors, predictors_source, target, name), metrics, note
+    )
+
+
+def _write_files(outcome: SearchOutcome, directory: Path) -> None:
+    """The files of the contract."""
+    (directory / "architecture.json").write_text(outcome.architecture.to_json(indent=2), encoding="utf-8")
+    (directory / "certificate.json").write_text(json.dumps(outcome.certificate(), indent=2), encoding="utf-8")
+    write_front(outcome.front, directory / "front.csv")
+    write_trace(outcome.result, directory / "trace.csv")
+
+
+def _metrics(outcome: SearchOutcome, facts: Mapping[str, float | str]) -> dict[str, float]:
+    """The figures of the found network."""
+    network = network_cost(build_network(outcome.objective.space, outcome.architecture))
+    return {
+        "search/predicted_accuracy": outcome.accuracy,
+        "search/predicted_latency_ms": outcome.latency_ms,
+        "search/predicted_latency_upper_ms": outcome.latency_upper_ms,
+        "search/exact_accuracy": outcome.optimum.accuracy,
+        "search/optimality_gap": outcome.optimality_gap,
+        "search/seconds": outcome.result.seconds,
+        "search/evaluations": outcome.result.evaluations,
+        "search/front_size": len(outcome.front),
+        "search/front_seconds": outcome.front_seconds,
+        "model/params": network.params,
+        "model/macs": network.macs,
+        "model/int8_parameter_bytes": network.int8_size_bytes,
+        "model/peak_activation_bytes": network.peak_activation_bytes,
+        **{f"search/{key}": value for key, value in facts.items() if isinstance(value, float)},
+    }
+
+
+def _register_subnet(
+    model_uri: str,
+    outcome: SearchOutcome,
+    metrics: Mapping[str, float],
+    facts: Mapping[str, float | str],
+    tags: Mapping[str, str],
+    *,
+    target: Target,
+    latency_ms: float,
+    name: str,
+    note: str,
+) -> str:
+    confidence = outcome.objective.confidence
+    following = {
+        "trained": "foxnas quantize --subnet {uri} --target " + target.name,
+        "none": f"foxnas search --supernet models:/{name}-supernet/1 --target {target.name}",
+    }[tags["weights"]]
+    return register(
+        model_uri,
+        registered_name(name, "subnet", target.name),
+        "subnet",
+        tags={
+            **tags,
+            "found_by": outcome.found_by,
+            "confidence": f"{confidence:g}",
+            "latency_ms": f"{latency_ms:g}",
+        },
+        facts={
+            "target": f"{target.name}, at most {latency_ms:g} ms",
+            "predicted accuracy, %": outcome.accuracy,
+            "predicted latency, ms": outcome.latency_ms,
+            f"upper bound at {confidence:g}, ms": outcome.latency_upper_ms,
+            **{key.replace("_", " "): value for key, value in facts.items() if isinstance(value, float)},
+            "weights": tags["weights"],
+            "parameters": f"{metrics['model/params']:,.0f}",
+            **({"note": note} if note else {}),
+        },
+        command=lambda uri: following.format(uri=uri),
+    )
+
+
+def _register_predictors(
+    run: EntryRun, logged: ModelInfo, predictors: PredictorSet, source: str, target: Target, name: str
+) -> str:
+    metrics = {
         f"predictor/{label}/{key}": value
         for label, group in (("accuracy", predictors.accuracy), ("latency", predictors.latency))
         for key, value in group[-1].metrics.items()
     }
-    if fit_metrics:
-        run.log_metrics(fit_metrics, model_id=fitted.model_id)
-    tags |= {
-        "found_by": outcome.found_by,
-        "confidence": f"{outcome.objective.confidence:g}",
-        "latency_ms": f"{params['latency_ms']:g}",
-    }
-    trained = tags["weights"] == "trained"
-    uri = register(
-        subnet.model_uri,
-        registered_name(name, "subnet", target.name),
-        "subnet",
-        tags=tags,
-        facts={
-            "target": f"{target.name}, at most {params['latency_ms']:g} ms",
-            "predicted accuracy, %": outcome.accuracy,
-            "predicted latency, ms": outcome.latency_ms,
-            f"upper bound at {outcome.objective.confidence:g}, ms": outcome.latency_upper_ms,
-            **{key.replace("_", " "): value for key, value in facts.items() if isinstance(value, float)},
-            "weights": tags["weights"],
-            "parameters": f"{network.params:,}",
-            **({"note": note} if note else {}),
-        },
-        command=lambda uri: (
-            f"foxnas quantize --subnet {uri} --target {target.name}"
-            if trained
-            else f"foxnas search --supernet models:/{name}-supernet/1 --target {target.name}"
-        ),
-    )
-    register(
-        fitted.model_uri,
+    if metrics:
+        run.log_metrics(metrics, model_id=logged.model_id)
+    return register(
+        logged.model_uri,
         registered_name(name, "predictors", target.name),
         "predictors",
-        tags={"source": predictors_source},
-        facts={"target": target.name, "source": predictors_source, **fit_metrics},
+        tags={"source": source},
+        facts={"target": target.name, "source": source, **metrics},
         command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",
     )
-    print(_summary(outcome, target, params, uri, run.run_id, note, verification))
-    return {"run_id": run.run_id, "model_uri": uri}
 
 
 def latency_note(predictors: PredictorSet, target: Target) -> str:
@@ -188,7 +235,7 @@ def _tags(verification: Verification | None) -> dict[str, str]:
 
 
 def _facts(verification: Verification | None) -> dict[str, float | str]:
-    """What was found out about the chosen network, for its details; the numbers are metrics too."""
+    """What is known of the chosen network, for its details; the numbers are metrics too."""
     if verification is None:
         return {}
     facts: dict[str, float | str] = {}
@@ -234,48 +281,3 @@ def write_trace(result: SearchResult, path: Path) -> None:
         writer.writerow(("evaluation", "best_accuracy", "latency_ms", "chain"))
         for point in result.trace:
             writer.writerow((point.evaluation, repr(point.best_accuracy), repr(point.latency_ms), point.chain))
-
-
-def _summary(
-    outcome: SearchOutcome,
-    target: Target,
-    params: Mapping[str, Any],
-    uri: str,
-    run_id: str,
-    note: str,
-    verification: Verification | None,
-) -> str:
-    weights = "none" if verification is None or verification.model is None else "trained"
-    lines = [
-        f"Found for {target.name} within {params['latency_ms']:g} ms at confidence {params['confidence']:g}:",
-        f"  {outcome.architecture}",
-        f"  predicted accuracy   {outcome.accuracy:.2f} %",
-        f"  predicted latency    {outcome.latency_ms:.3g} ms, at most {outcome.latency_upper_ms:.3g} ms (cost model)",
-        *_verified_lines(verification),
-        f"  exact optimum        {outcome.optimum.accuracy:.4f} %, proof gap {outcome.optimum.proof_gap:.4f} points",
-        f"  {outcome.result.algorithm:<20} {outcome.result.accuracy:.4f} %, gap {outcome.optimality_gap:.4f} points, "
-        f"{outcome.result.evaluations:,} evaluations in {outcome.result.seconds:.2f} s",
-        f"  registered           {uri} (weights={weights})",
-        f"  run                  {run_id}: report.html, front.csv, certificate.json",
-    ]
-    if note:
-        lines.append(f"  note                 {note}")
-    if weights == "trained":
-        lines.append(f"Next: foxnas quantize --subnet {uri} --target {target.name}")
-    else:
-        lines.append("Next: mlflow ui, and open report.html of the run.")
-    return "\n".join(lines)
-
-
-def _verified_lines(verification: Verification | None) -> list[str]:
-    if verification is None:
-        return []
-    lines = []
-    chosen = verification.chosen
-    if chosen.accuracy is not None:
-        lines.append(f"  evaluated accuracy   {chosen.accuracy:.2f} % +- {chosen.standard_error:.2f}")
-    if chosen.timing is not None:
-        word = " (emulated: no real time)" if verification.emulated else ""
-        lines.append(f"  measured latency     {chosen.timing.latency_ms:.3g} ms on {chosen.timing.device}{word}")
-    lines.append(f"  chosen among         {len(verification.candidates)} networks: verification.csv")
-    return lines

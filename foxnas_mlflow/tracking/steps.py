@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -25,14 +25,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from foxnas_mlflow.core.files import json_digest
-from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead
-from foxnas_mlflow.tracking.run import EntryRun, tags_of_next_run
-from foxnas_mlflow.tracking.run import end_dead_runs as end_dead_runs
+from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, is_here
+from foxnas_mlflow.tracking.run import EntryRun
 
 DIGEST_TAG = "foxnas.step_digest"
 OUTPUTS_TAG = "foxnas.step_outputs"
 
-_FORMAT = 1
+_FORMAT = 2
 """Raised when what a step's inputs mean changes; results of earlier releases are then made anew."""
 
 
@@ -84,14 +83,30 @@ class StepResult:
         }
 
 
-def run_step(parent: EntryRun, step: Step, action: Callable[[Sequence[str]], Mapping[str, Any]]) -> StepResult:
+class Action(Protocol):
+    """Does a step in one nested run and returns its outputs as JSON values, ``run_id`` among them."""
+
+    def __call__(self, cut_off: Sequence[str], tags: Mapping[str, str]) -> Mapping[str, Any]:
+        """Do it.
+
+        Args:
+            cut_off: Runs of the same step that did not come to its end, newest first.
+            tags: Tags that its run must have.
+        """
+        ...
+
+
+def run_step(
+    parent: EntryRun, step: Step, action: Action, *, holds: Callable[[Mapping[str, Any]], bool] = lambda outputs: True
+) -> StepResult:
     """Find a step's result, or do it.
 
     Args:
         parent: The pipeline's run.
         step: The step.
-        action: Does it in one nested run and returns its outputs, ``run_id`` among them. It is
-            given the runs of the same step that were cut off, newest first.
+        action: Does it.
+        holds: Whether the outputs of a run that finished are still worth what they were; one whose are
+            not counts as cut off.
     """
     start = time.monotonic()
     client = MlflowClient()
@@ -101,14 +116,13 @@ def run_step(parent: EntryRun, step: Step, action: Callable[[Sequence[str]], Map
     )
     for run in earlier:
         outputs = _outputs(client, run)
-        if outputs is not None:
+        if outputs is not None and holds(outputs):
             _adopt(client, run, parent)
             return StepResult(step.name, run.info.run_id, outputs, True, time.monotonic() - start)
     cut_off = [run for run in earlier if not _is_at_work(run)]
     for run in cut_off:
         _adopt(client, run, parent)
-    with tags_of_next_run({DIGEST_TAG: digest}):
-        outputs = dict(action([run.info.run_id for run in cut_off]))
+    outputs = dict(action([run.info.run_id for run in cut_off], {DIGEST_TAG: digest}))
     run_id = str(outputs["run_id"])
     client.set_tag(run_id, OUTPUTS_TAG, json.dumps(outputs))
     return StepResult(step.name, run_id, outputs, False, time.monotonic() - start)
@@ -146,3 +160,13 @@ def _adopt(client: MlflowClient, run: Run, parent: EntryRun) -> None:
         status = "FAILED"
     if status in ("FAILED", "KILLED"):
         client.set_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID, parent.run_id)
+
+
+def has_artifact(run_id: str, path: str) -> bool:
+    """Whether a run has an artifact at a path of its artifact root."""
+    return any(file.path == path for file in MlflowClient().list_artifacts(run_id))
+
+
+def began_here(run_id: str) -> bool:
+    """Whether a run's process was one of this host's."""
+    return is_here(MlflowClient().get_run(run_id).data.tags.get(PROCESS_TAG, ""))

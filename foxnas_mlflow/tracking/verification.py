@@ -1,30 +1,16 @@
-"""Verifying a search: the device and the supernet say which of its candidates wins."""
+"""What a device and a supernet said of a search, and its table."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import dataclasses
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.errors import InfeasibleConstraintError
-from foxnas_mlflow.core.files import cache_directory, json_digest, worked_on
-from foxnas_mlflow.core.predictors import PredictorSet
-from foxnas_mlflow.core.searchers import Candidate, SearchOutcome, verify
-from foxnas_mlflow.core.targets import Target
-from foxnas_mlflow.data.preprocess import Preprocessing
+from foxnas_mlflow.core.searchers import Candidate
 from foxnas_mlflow.flavor import SubnetModel
-from foxnas_mlflow.tracking.inputs import MEASUREMENTS, TrainedSupernet
+from foxnas_mlflow.tracking.inputs import TrainedSupernet
 from foxnas_mlflow.tracking.run import EntryRun
-from foxnas_mlflow.tracking.timers import open_device, remembered
-
-if TYPE_CHECKING:
-    from foxnas_mlflow.supernet import SubnetEvaluator
 
 TABLE = "verification.csv"
 
@@ -56,104 +42,6 @@ class Verification:
         return self.chosen.timing is not None and self.chosen.timing.emulated
 
 
-@contextlib.contextmanager
-def kept_measurements(predictors: PredictorSet, target: Target, request: Mapping[str, Any]) -> Iterator[Path]:
-    """A directory that the same search finds again until it has its answer, whatever ends the process before.
-
-    Args:
-        predictors: What is searched on.
-        target: The target.
-        request: Parameters of the search, JSON values.
-
-    Raises:
-        InvalidInputError: If another process works on the same search.
-    """
-    inputs = {"predictors": predictors.to_dict(), "target": dataclasses.asdict(target), "request": dict(request)}
-    directory = cache_directory("verifications", json_digest(inputs)[:32])
-    with worked_on(directory / "lock", "the same search"):
-        try:
-            yield directory
-        except InfeasibleConstraintError:
-            # That is an answer too.
-            shutil.rmtree(directory)
-            raise
-        shutil.rmtree(directory)
-
-
-def verified(
-    run: EntryRun,
-    outcome: SearchOutcome,
-    latency_ms: float,
-    *,
-    target: Target,
-    supernet: TrainedSupernet | None,
-    device: str,
-    compiler_image: str = "",
-    n: int,
-    kept: Path,
-) -> tuple[SearchOutcome, Verification]:
-    """Measure and evaluate the candidates of a search and choose among them.
-
-    Args:
-        run: The open run; it has the table of what was looked at, however the verification ends.
-        outcome: The search.
-        latency_ms: The constraint.
-        target: The target.
-        supernet: Evaluates accuracies; None: the predicted ones count.
-        device: Measures latencies; empty: the predicted upper bounds count.
-        compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
-        n: Networks of the front to look at.
-        kept: Directory of what the device said, so that a search that was cut off does not ask it again.
-
-    Returns:
-        The search with the chosen network as its outcome, and the verification.
-
-    Raises:
-        InfeasibleConstraintError, DeviceError: As `foxnas_mlflow.core.searchers.verify`.
-    """
-    space = outcome.objective.space
-    evaluator: SubnetEvaluator | None = None
-    if supernet is not None:
-        evaluator = supernet.evaluator(image_sizes=outcome.objective.image_sizes)
-    looked: list[Candidate] = []
-    with contextlib.ExitStack() as stack:
-        time = None
-        if device:
-            timer = stack.enter_context(open_device(target, space, device, compiler_image=compiler_image))
-            time = remembered(timer, kept / MEASUREMENTS).time
-        stack.callback(lambda: _log_table(run, looked))
-        looked[:] = verify(
-            outcome,
-            latency_ms,
-            n_candidates=n,
-            time=time,
-            evaluate=None if evaluator is None else _evaluate(evaluator),
-            on_candidate=looked.append,
-        )
-    chosen = next(candidate for candidate in looked if candidate.chosen)
-    if chosen.architecture != outcome.architecture:
-        outcome = dataclasses.replace(
-            outcome,
-            architecture=chosen.architecture,
-            found_by="verification",
-            accuracy=chosen.predicted_accuracy,
-            latency_ms=chosen.predicted_latency_ms,
-            latency_upper_ms=chosen.predicted_latency_upper_ms,
-        )
-    model = None
-    if supernet is not None and evaluator is not None:
-        model = SubnetModel(
-            chosen.architecture,
-            space,
-            weights=evaluator.weights(chosen.architecture),
-            preprocessing=Preprocessing(
-                chosen.architecture.image_size, space.in_channels, normalization=supernet.dataset.normalization
-            ),
-            labels=supernet.dataset.labels,
-        )
-    return outcome, Verification(tuple(looked), device, supernet, model)
-
-
 def write_verification(candidates: Sequence[Candidate], path: Path) -> None:
     """Write ``verification.csv``."""
     rows = [candidate.to_row() for candidate in candidates]
@@ -163,16 +51,9 @@ def write_verification(candidates: Sequence[Candidate], path: Path) -> None:
         writer.writerows(rows)
 
 
-def _log_table(run: EntryRun, looked: Sequence[Candidate]) -> None:
+def log_verification(run: EntryRun, looked: Sequence[Candidate]) -> None:
+    """Log what was looked at, however the verification ended."""
     if looked:
         write_verification(looked, run.directory / TABLE)
         run.log_artifact(run.directory / TABLE)
         run.log_table([candidate.to_row() for candidate in looked], "tables/verification.json")
-
-
-def _evaluate(evaluator: SubnetEvaluator) -> Callable[[Architecture], tuple[float, float]]:
-    def evaluate(architecture: Architecture) -> tuple[float, float]:
-        evaluation = evaluator.evaluate(architecture)
-        return evaluation.top1_percent, evaluation.standard_error
-
-    return evaluate

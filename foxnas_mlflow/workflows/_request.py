@@ -7,6 +7,7 @@ request that is built in Python is held against the same rules, with the same on
 | annotation          | text on the command line   | empty text means |
 |---------------------|----------------------------|------------------|
 | str                 | itself, stripped           | not given        |
+| Literal["a", "b"]   | one of these               | refused          |
 | int, float          | a finite number            | refused          |
 | float | None        | a finite number            | None: not given  |
 | bool                | true/false, yes/no, 1/0    | refused          |
@@ -33,7 +34,6 @@ class Rules:
 
     Attributes:
         help: What it is, with its unit.
-        choices: The only values allowed.
         at_least: Smallest value allowed.
         above: Values must be greater than this.
         below: Values must be smaller than this.
@@ -41,7 +41,6 @@ class Rules:
     """
 
     help: str
-    choices: tuple[str, ...] | None = None
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
@@ -52,16 +51,13 @@ def parameter(
     default: Any,
     help: str,
     *,
-    choices: tuple[str, ...] | None = None,
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
     positional: bool = False,
 ) -> Any:
     """Declare a field of a request; the arguments are the attributes of `Rules`."""
-    return dataclasses.field(
-        default=default, metadata={"rules": Rules(help, choices, at_least, above, below, positional)}
-    )
+    return dataclasses.field(default=default, metadata={"rules": Rules(help, at_least, above, below, positional)})
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,7 @@ class Parameter:
         optional: Whether it may be None.
         default: Default value.
         rules: What holds beside the type.
+        choices: The only values allowed, of a ``Literal``.
     """
 
     name: str
@@ -83,6 +80,7 @@ class Parameter:
     optional: bool
     default: Any
     rules: Rules
+    choices: tuple[str, ...] | None = None
 
     @property
     def default_text(self) -> str:
@@ -131,13 +129,12 @@ class Parameter:
             raise InvalidInputError(f"{self.name} must be {self._kind()}", received=repr(text)) from None
 
     def _check_one(self, value: Any) -> Any:
-        rules = self.rules
         if self.type is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not self.type:  # bool is no int here
             raise InvalidInputError(f"{self.name} must be {self._kind()}", received=repr(value))
-        if rules.choices is not None and value not in rules.choices:
-            raise InvalidInputError(f"{self.name} must be one of {list(rules.choices)}", received=value)
+        if self.choices is not None and value not in self.choices:
+            raise InvalidInputError(f"{self.name} must be one of {list(self.choices)}", received=value)
         if self.type is float and not math.isfinite(value):
             raise InvalidInputError(f"{self.name} must be a finite number", received=repr(value))
         if self.type in (int, float) and not self._within(value):
@@ -235,5 +232,11 @@ def _declared(name: str, hint: Any, field: dataclasses.Field[Any]) -> Parameter:
     arguments = typing.get_args(hint)
     optional = type(None) in arguments
     many = typing.get_origin(hint) is tuple
-    one = arguments[0] if optional or many else hint
-    return Parameter(name, one, many, optional, field.default, field.metadata["rules"])
+    choices = arguments if typing.get_origin(hint) is typing.Literal else None
+    one = str if choices else arguments[0] if optional or many else hint
+    return Parameter(name, one, many, optional, field.default, field.metadata["rules"], choices)
+
+
+def compiler_image() -> Any:
+    """The parameter of every step that may need the Edge TPU's compiler."""
+    return parameter("", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH.")

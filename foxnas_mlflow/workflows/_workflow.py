@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from foxnas_mlflow.workflows._request import Request
 
@@ -14,12 +15,32 @@ logger = logging.getLogger("foxnas_mlflow")
 """Tells how long work goes on; the command line prints it, a Python program decides itself."""
 
 
-class Result(Protocol):
-    """What a step made: a frozen dataclass that carries all that the next step needs."""
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Base of what a step made: JSON values that carry all that the next step needs.
+
+    `main` keeps them in the tag of the step's run, from where a later run finds them again.
+
+    Attributes:
+        run_id: The step's run; empty where it made none.
+        summary: The lines that a person reads, with the command to type next; not kept.
+    """
+
+    run_id: str
+    summary: str = ""
 
     def describe(self) -> str:
-        """The lines that a person reads, with the command to type next."""
-        ...
+        """The lines that a person reads."""
+        return self.summary
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the summary, as JSON values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "summary"}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` made."""
+        return cls(**values)
 
 
 R = TypeVar("R", bound=Request)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from foxnas_mlflow.workflows._request import Request, parameter
-from foxnas_mlflow.workflows._workflow import Workflow
+from foxnas_mlflow.workflows._workflow import Result, Workflow
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from foxnas_mlflow.core.measurements import Measurement
     from foxnas_mlflow.core.predictors import FitResult
 
@@ -23,7 +22,7 @@ class FitRequest(Request):
     measurements: str = parameter(
         "", "Path or URI of measurements.csv (runs:/RUN/measurements.csv), or the authors' table."
     )
-    formula: str = parameter("calibrated", "Formula to use.", choices=("calibrated", "paper", "auto"))
+    formula: Literal["calibrated", "paper", "auto"] = parameter("calibrated", "Formula to use.")
     name: str = parameter("foxnas", "Prefix of the registered model.")
     target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML.")
     space: str = parameter(
@@ -40,57 +39,25 @@ class FitRequest(Request):
             raise InvalidInputError("measurements must be the path of a CSV file", remedy="give --measurements")
 
 
-@dataclass(frozen=True)
-class FitStepResult:
+@dataclass(frozen=True, kw_only=True)
+class FitStepResult(Result):
     """Registered predictors.
 
     Attributes:
-        run_id: The run.
         model_uri: The registered predictors.
-        fit: The fit, with the paper's formulas beside the chosen ones.
-        target: Name of the target.
-        noise_floor: Standard error (points) of the rows' accuracies, where it is known.
-        middle_ms: Median measured latency, for a first search; None without one.
+        metrics: ``predictor/{quantity}/{figure}`` as logged.
     """
 
-    run_id: str
     model_uri: str
-    fit: FitResult
-    target: str
-    noise_floor: float | None
-    middle_ms: float | None
-
-    def describe(self) -> str:
-        """A table of both formulas, and the search to type next."""
-        fit = self.fit
-        lines = [f"{'':<22}{'formula':<12}{'n':>5}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
-        for quantity, report in fit.reports.items():
-            for which in (report, fit.paper.get(quantity)):
-                if which is None or (which is not report and which.predictor.formula == report.predictor.formula):
-                    continue
-                m = which.metrics
-                lines.append(
-                    f"{quantity:<22}{which.predictor.formula:<12}{m['n_samples']:>5.0f}{m['r2_adjusted']:>10.4f}"
-                    f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
-                )
-        if self.noise_floor is not None:
-            lines.append(
-                f"  noise floor of the accuracies: {self.noise_floor:.2f} points, the standard error of an evaluation"
-            )
-        if "latency_ms" not in fit.reports:
-            lines.append(f"{'latency_ms':<22}cost model of {self.target}: no row has a measured latency")
-            lines += [f"  note: {note}" for note in fit.predictors.notes]
-        lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
-        lines.append(f"Registered {self.model_uri}; run {self.run_id}.")
-        middle = 60.0 if self.middle_ms is None else self.middle_ms
-        lines.append(
-            f"Next: foxnas search --target {self.target} --predictors {self.model_uri} --latency-ms {middle:.3g}"
-        )
-        return "\n".join(lines)
+    metrics: Mapping[str, float]
 
 
-def run_fit(request: FitRequest) -> FitStepResult:
+def run_fit(request: FitRequest, *, tags: Mapping[str, str] | None = None) -> FitStepResult:
     """Fit, log and register the predictors of a target.
+
+    Args:
+        request: What to fit.
+        tags: Further tags of its run.
 
     Raises:
         InvalidMeasurementsError: If there is no such table or it cannot be used.
@@ -119,6 +86,7 @@ def run_fit(request: FitRequest) -> FitStepResult:
         target=target.name,
         space=space.name,
         latency_source="measured" if measured else "cost_model",
+        tags=tags,
     ) as run:
         fit = fit_predictors(
             rows,
@@ -131,13 +99,39 @@ def run_fit(request: FitRequest) -> FitStepResult:
             latency=latency,
         )
         floor = noise_floor(request.measurements)
-        uri = log_fit(run, fit, rows, target=target, source=request.measurements, name=request.name, noise_floor=floor)
-        return FitStepResult(run.run_id, uri, fit, target.name, floor, _middle_ms(rows))
+        uri, metrics = log_fit(
+            run, fit, rows, target=target, source=request.measurements, name=request.name, noise_floor=floor
+        )
+        summary = _summary(fit, uri, run.run_id, target.name, floor, _middle_ms(rows))
+        return FitStepResult(run_id=run.run_id, model_uri=uri, metrics=metrics, summary=summary)
 
 
-def _middle_ms(rows: Sequence[Measurement]) -> float | None:
-    measured = [row.latency_ms for row in rows if row.latency_ms is not None]
-    return statistics.median(measured) if measured else None
+def _summary(fit: FitResult, uri: str, run_id: str, target: str, noise_floor: float | None, middle_ms: float) -> str:
+    """A table of both formulas, and the search to type next."""
+    lines = [f"{'':<22}{'formula':<12}{'n':>5}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
+    for quantity, report in fit.reports.items():
+        for which in (report, fit.paper.get(quantity)):
+            if which is None or (which is not report and which.predictor.formula == report.predictor.formula):
+                continue
+            m = which.metrics
+            lines.append(
+                f"{quantity:<22}{which.predictor.formula:<12}{m['n_samples']:>5.0f}{m['r2_adjusted']:>10.4f}"
+                f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
+            )
+    if noise_floor is not None:
+        lines.append(f"  noise floor of the accuracies: {noise_floor:.2f} points, the standard error of an evaluation")
+    if "latency_ms" not in fit.reports:
+        lines.append(f"{'latency_ms':<22}cost model of {target}: no row has a measured latency")
+        lines += [f"  note: {note}" for note in fit.predictors.notes]
+    lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
+    lines.append(f"Registered {uri}; run {run_id}.")
+    lines.append(f"Next: foxnas search --target {target} --predictors {uri} --latency-ms {middle_ms:.3g}")
+    return "\n".join(lines)
+
+
+def _middle_ms(rows: Sequence[Measurement]) -> float:
+    """A latency to search under first: the median of those measured."""
+    return statistics.median([row.latency_ms for row in rows if row.latency_ms is not None] or [60.0])
 
 
 WORKFLOW = Workflow(

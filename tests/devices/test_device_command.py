@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import yaml
 
-from foxnas_mlflow.cli.commands.device import UNSURE_PERCENT
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.predictors import load_predictors
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import _benchmark
+from foxnas_mlflow.workflows.device import UNSURE_PERCENT
 
 from .conftest import TINY_CPU
 

@@ -11,7 +11,7 @@ from foxnas_mlflow.core.space import TPU_SPACE
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import check, connect, measure
 from foxnas_mlflow.tflite import require_compiler, sample_answer, write_probe
-from foxnas_mlflow.tracking.timers import open_device
+from foxnas_mlflow.workflows._timers import open_device
 
 pytestmark = [pytest.mark.tflite, pytest.mark.usefixtures("edgetpu")]
 

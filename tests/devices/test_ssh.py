@@ -23,7 +23,7 @@ from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.devices import check, connect, measure
 from foxnas_mlflow.devices._ssh import lost, unreachable
-from foxnas_mlflow.tracking.timers import open_device
+from foxnas_mlflow.workflows._timers import open_device
 from tests.supernets import register_mini_supernet
 
 from .conftest import TINY_CPU

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -85,12 +84,11 @@ def test_a_registered_model_gets_its_figures(
 def test_a_file_is_measured_too(tracking: str, model_path: Path) -> None:
     import mlflow
 
-    from foxnas_mlflow.cli.commands import benchmark
+    from foxnas_mlflow.workflows import BenchmarkRequest, run_benchmark
 
-    values = {parameter.name: parameter.default for parameter in benchmark.PARAMETERS}
-    outputs = benchmark.run(argparse.Namespace(**{**values, "model": str(model_path), "runs": 20, "warmup": 1}))
-    run = mlflow.get_run(str(outputs["run_id"]))
-    assert run.data.metrics["benchmark/latency_ms_p50"] == outputs["latency_ms"]
+    result = run_benchmark(BenchmarkRequest(model=str(model_path), runs=20, warmup=1))
+    run = mlflow.get_run(result.run_id)
+    assert run.data.metrics["benchmark/latency_ms_p50"] == result.latency_ms
     assert run.data.params["cfg.model"] == str(model_path)
 
 

@@ -20,8 +20,8 @@ import sys, time
 from foxnas_mlflow.tracking.run import entry_run
 from foxnas_mlflow.tracking.steps import Step, run_step
 
-def act(cut_off):
-    with entry_run(stage="sample", params={}) as run:
+def act(cut_off, tags):
+    with entry_run(stage="sample", params={}, tags=tags) as run:
         print(run.run_id, flush=True)
         time.sleep(60)
 
@@ -37,11 +37,11 @@ class Action:
         self.outputs = outputs or {}
         self.cut_off: list[list[str]] = []
 
-    def __call__(self, cut_off: Sequence[str]) -> Mapping[str, Any]:
+    def __call__(self, cut_off: Sequence[str], tags: Mapping[str, str]) -> Mapping[str, Any]:
         from foxnas_mlflow.tracking.run import entry_run
 
         self.cut_off.append(list(cut_off))
-        with entry_run(stage="sample", params={}) as run:
+        with entry_run(stage="sample", params={}, tags=tags) as run:
             return {"run_id": run.run_id, **self.outputs}
 
 
@@ -64,6 +64,19 @@ def test_a_finished_step_is_found_by_its_inputs(tracking: str) -> None:
     assert len(action.cut_off) == 3
     # It stays below the pipeline that did it, which has finished.
     assert mlflow.get_run(done.run_id).data.tags["mlflow.parentRunId"] == first.run_id
+
+
+def test_a_step_whose_result_holds_no_more_is_done_again_and_told_of_it(tracking: str) -> None:
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.steps import Step, run_step
+
+    action = Action({"n_latencies": 3})
+    with entry_run(stage="main", params={}) as parent:
+        first = run_step(parent, Step("sample", {}), action)
+        assert run_step(parent, Step("sample", {}), action, holds=lambda outputs: outputs["n_latencies"] >= 3).reused
+        again = run_step(parent, Step("sample", {}), action, holds=lambda outputs: outputs["n_latencies"] > 3)
+    assert not again.reused
+    assert action.cut_off == [[], [first.run_id]]
 
 
 def test_a_step_whose_model_was_deleted_is_done_again(tracking: str) -> None:
@@ -89,8 +102,8 @@ def test_a_failed_step_is_done_again_and_told_of_its_runs(tracking: str) -> None
     from foxnas_mlflow.tracking.run import entry_run
     from foxnas_mlflow.tracking.steps import DIGEST_TAG, Step, run_step
 
-    def broken(cut_off: Sequence[str]) -> Mapping[str, Any]:
-        with entry_run(stage="sample", params={}), entry_run(stage="inner", params={}):
+    def broken(cut_off: Sequence[str], tags: Mapping[str, str]) -> Mapping[str, Any]:
+        with entry_run(stage="sample", params={}, tags=tags), entry_run(stage="inner", params={}):
             raise ConnectionError("no board")
 
     step = Step("sample", {"seed": 0})
@@ -108,8 +121,8 @@ def test_a_failed_step_is_done_again_and_told_of_its_runs(tracking: str) -> None
 def test_what_sigkill_leaves_is_ended_and_offered_to_the_step(tracking: str) -> None:
     import mlflow
 
-    from foxnas_mlflow.tracking.run import entry_run
-    from foxnas_mlflow.tracking.steps import Step, end_dead_runs, run_step
+    from foxnas_mlflow.tracking.run import end_dead_runs, entry_run
+    from foxnas_mlflow.tracking.steps import Step, run_step
 
     with subprocess.Popen([sys.executable, "-c", PIPELINE], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -1,16 +1,13 @@
-"""``foxnas doctor``: what is installed, what is missing for which command, and what answers."""
+"""Doctor: what is installed, what is missing for which command, and what answers."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from foxnas_mlflow.cli.parameters import Parameter
-
-SUMMARY = "Tell what is installed, what each command lacks, and whether store, data and device tools are there."
-
-PARAMETERS = (Parameter("timeout_s", 3.0, "Seconds to wait for the tracking server.", float),)
+from foxnas_mlflow.workflows._request import Request, parameter
+from foxnas_mlflow.workflows._workflow import Result, Workflow
 
 # Module, the distribution that brings it, and the extra of this package that installs it.
 _TRAIN = (
@@ -49,28 +46,43 @@ NEEDS: Mapping[str, Sequence[tuple[str, str, str]]] = {
 """What each command needs beyond the package's own requirements."""
 
 
-def run(args: argparse.Namespace) -> dict[str, str]:
-    """Print what is there and what is not; nothing is changed or imported."""
-    from foxnas_mlflow.core.errors import InvalidInputError
+@dataclass(frozen=True, kw_only=True)
+class DoctorRequest(Request):
+    """How long to ask; see `run_doctor`."""
 
-    if args.timeout_s <= 0:
-        raise InvalidInputError("timeout_s must be positive", received=args.timeout_s)
+    timeout_s: float = parameter(3.0, "Seconds to wait for the tracking server.", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorResult(Result):
+    """What is there.
+
+    Attributes:
+        missing: Extras of this package that some command lacks.
+    """
+
+    missing: tuple[str, ...] = ()
+
+
+def run_doctor(request: DoctorRequest) -> DoctorResult:
+    """Tell what is there and what is not; nothing is changed or imported.
+
+    Args:
+        request: How long to ask.
+    """
     missing = sorted({extra for needs in NEEDS.values() for module, _, extra in needs if not _installed(module)})
+    lines = []
     for title, rows in (
         ("Installed", _versions()),
         ("Commands", _commands()),
-        ("Tracking", _tracking(args.timeout_s)),
+        ("Tracking", _tracking(request.timeout_s)),
         ("Data and cache", _places()),
         ("Devices", _devices()),
     ):
-        print(title)
         width = max(len(name) for name, _ in rows) + 2
-        print("\n".join(f"  {name:<{width}}{text}" for name, text in rows))
-    if missing:
-        print(f"Next: pip install 'foxnas-mlflow[{','.join(missing)}]'")
-    else:
-        print("Next: mlflow run . --env-manager local")
-    return {}
+        lines += [title, *(f"  {name:<{width}}{text}" for name, text in rows)]
+    following = f"pip install 'foxnas-mlflow[{','.join(missing)}]'" if missing else "mlflow run . --env-manager local"
+    return DoctorResult(run_id="", missing=tuple(missing), summary="\n".join([*lines, f"Next: {following}"]))
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -202,3 +214,12 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+WORKFLOW = Workflow(
+    "doctor",
+    "Tell what is installed, what each command lacks, and whether store, data and device tools are there.",
+    DoctorRequest,
+    run_doctor,
+    entry_point=False,
+)

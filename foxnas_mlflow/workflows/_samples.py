@@ -17,7 +17,7 @@ from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.tracking.inputs import MEASUREMENTS, NOISE_FLOOR, TrainedSupernet
 from foxnas_mlflow.tracking.run import EntryRun, best_effort
-from foxnas_mlflow.tracking.timers import Timer
+from foxnas_mlflow.workflows._timers import Timer
 
 _UPLOAD_SECONDS = 30
 _STOP_EVERY = 5
@@ -91,11 +91,11 @@ class SampleLog:
 
 def log_samples(
     run: EntryRun, rows: Sequence[Measurement], log: SampleLog, *, supernet: TrainedSupernet, target: Target
-) -> dict[str, str]:
+) -> tuple[str, str]:
     """Log the whole table, and say what was found.
 
     Returns:
-        run_id, and measurements: the URI of the table.
+        URI of the table, and the lines that a person reads.
     """
     log.upload()
     run.log_table(pd.read_csv(log.path), "tables/measurements.json")
@@ -132,5 +132,4 @@ def log_samples(
         lines.append(f"  front       {early}accuracies along it are known to {log.width:.2f} points (95 % intervals)")
     lines.append(f"  rows        {uri}")
     lines.append(f"Next: foxnas fit --measurements {uri} --target {target.name}")
-    print("\n".join(lines))
-    return {"run_id": run.run_id, "measurements": uri}
+    return uri, "\n".join(lines)

@@ -1,13 +1,16 @@
-"""``foxnas supernet``: train a weight-shared supernet on labelled images and register it."""
+"""Supernet: one set of weights for every network of a space, trained on labelled images and registered."""
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from foxnas_mlflow.cli.parameters import Parameter
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._request import Request, parameter
+from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from foxnas_mlflow.core.space import SearchSpace
@@ -15,33 +18,38 @@ if TYPE_CHECKING:
     from foxnas_mlflow.supernet import Preset, SubnetEvaluator, TrainingState, Worker
     from foxnas_mlflow.tracking.run import EntryRun
 
-SUMMARY = "Train a supernet on labelled images: one set of weights for every network of a search space."
 
-PARAMETERS = (
-    Parameter(
-        "data", "digits", "Images: digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
-    ),
-    Parameter("space", "cpu", "Search space: cpu, tpu, proxyless or the path of a YAML."),
-    Parameter("preset", "tiny", "Size of images and schedule.", choices=("tiny", "small", "paper")),
-    Parameter("strategy", "sandwich", "How to train.", choices=("sandwich", "progressive_shrinking")),
-    Parameter("epochs", 0, "Passes over the training images; 0: the preset's.", int),
-    Parameter("batch_size", 0, "Images a step on each process; 0: the preset's.", int),
-    Parameter("learning_rate", 0.0, "Peak learning rate on each process; 0: the preset's.", float),
-    Parameter("width_mult", 0.0, "Width multiplier of all channels; 0: the preset's.", float),
-    Parameter("init", "", "File of once-for-all's MobileNetV3 or ProxylessNAS supernet to begin with."),
-    Parameter("max_train", 0, "Use at most so many training images, drawn by class; 0: all.", int),
-    Parameter("flip", "auto", "Mirror half of the training images; auto: colour only.", choices=("auto", "yes", "no")),
-    Parameter(
-        "augment",
+@dataclass(frozen=True, kw_only=True)
+class SupernetRequest(Request):
+    """What to train; see `run_supernet`."""
+
+    data: str = parameter(
+        "digits", "Images: digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
+    )
+    space: str = parameter("cpu", "Search space: cpu, tpu, proxyless or the path of a YAML.")
+    preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Size of images and schedule.")
+    strategy: Literal["sandwich", "progressive_shrinking"] = parameter("sandwich", "How to train.")
+    epochs: int = parameter(0, "Passes over the training images; 0: the preset's.", at_least=0)
+    batch_size: int = parameter(0, "Images a step on each process; 0: the preset's.", at_least=0)
+    learning_rate: float = parameter(0.0, "Peak learning rate on each process; 0: the preset's.", at_least=0)
+    width_mult: float = parameter(0.0, "Width multiplier of all channels; 0: the preset's.", at_least=0)
+    init: str = parameter("", "File of once-for-all's MobileNetV3 or ProxylessNAS supernet to begin with.")
+    max_train: int = parameter(0, "Use at most so many training images, drawn by class; 0: all.", at_least=0)
+    flip: Literal["auto", "yes", "no"] = parameter("auto", "Mirror half of the training images; auto: colour only.")
+    augment: Literal["auto", "yes", "no"] = parameter(
         "auto",
         "Crop, colour and erase parts of training images at random; auto: where they are seen more than 12 times.",
-        choices=("auto", "yes", "no"),
-    ),
-    Parameter("ema", 0.0, "Decay of averaged weights in [0, 1); 0: none.", float),
-    Parameter("resume", "", "Run id, or path of a checkpoint, of a training to go on with."),
-    Parameter("seed", 0, "Seed of split, initial weights, batches and subnets.", int),
-    Parameter("name", "foxnas", "Prefix of the registered model."),
-)
+    )
+    ema: float = parameter(0.0, "Decay of averaged weights in [0, 1); 0: none.", at_least=0, below=1)
+    resume: str = parameter("", "Run id, or path of a checkpoint, of a training to go on with.")
+    seed: int = parameter(0, "Seed of split, initial weights, batches and subnets.", at_least=0)
+    name: str = parameter("foxnas", "Prefix of the registered model.")
+
+    def check(self) -> None:
+        """A training begins or goes on."""
+        if self.init and self.resume:
+            raise InvalidInputError("init begins a training and resume goes on with one", received="both")
+
 
 N_RANDOM = 10
 """Random subnets of the final evaluation; an epoch's takes the first two."""
@@ -50,56 +58,68 @@ _EPOCH_IMAGES = 256
 _CACHED_BYTES = 2**30
 
 
-def run(args: argparse.Namespace) -> dict[str, str]:
-    """Train, evaluate and register.
+@dataclass(frozen=True, kw_only=True)
+class SupernetResult(Result):
+    """A registered supernet.
 
-    Returns:
-        run_id, and model_uri of the supernet; nothing from a process that only helps to train.
+    Attributes:
+        model_uri: The registered supernet; empty from a process that only helped to train.
+        metrics: ``eval/top1_max``, ``_min``, ``_random``: accuracies of its subnets in percent.
     """
-    from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
+
+    model_uri: str
+    metrics: Mapping[str, float]
+
+
+def run_supernet(request: SupernetRequest, *, tags: Mapping[str, str] | None = None) -> SupernetResult:
+    """Train, evaluate and register a supernet.
+
+    Args:
+        request: What to train.
+        tags: Further tags of its run.
+
+    Raises:
+        InvalidInputError: If data, space or checkpoint cannot be used.
+        TrainingError: If the loss is no number any more.
+    """
+    from foxnas_mlflow.core.errors import import_or_raise
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.data import load_dataset
 
-    if args.init and args.resume:
-        raise InvalidInputError("init begins a training and resume goes on with one", received="both")
-    for name in ("epochs", "batch_size", "max_train", "learning_rate", "width_mult", "seed"):
-        if getattr(args, name) < 0:
-            raise InvalidInputError(f"{name} must be 0 or more", received=getattr(args, name))
     import_or_raise("torch", extra="train", feature="training a supernet")
 
     from foxnas_mlflow.supernet import get_preset, join_workers
 
-    preset = get_preset(args.preset)
-    base = get_space(args.space)
-    dataset = load_dataset(args.data, seed=args.seed, max_train=args.max_train or None)
+    preset = get_preset(request.preset)
+    base = get_space(request.space)
+    dataset = load_dataset(request.data, seed=request.seed, max_train=request.max_train or None)
     space = preset.space(base, in_channels=dataset.channels, n_classes=dataset.n_classes)
-    if args.width_mult:
-        space = space.replace(width_mult=args.width_mult)
+    if request.width_mult:
+        space = space.replace(width_mult=request.width_mult)
 
     with join_workers() as worker:
         if worker.rank:
-            _train_beside(args, preset, space, dataset, worker)
-            return {}
+            _train_beside(request, preset, space, dataset, worker)
+            return SupernetResult(run_id="", model_uri="", metrics={})
 
         from foxnas_mlflow.tracking.run import entry_run
         from foxnas_mlflow.tracking.supernet import log_dataset
 
         # Logged once they are resolved.
         resolved = ("epochs", "batch_size", "learning_rate", "width_mult", "strategy")
-        given = {key: value for key, value in vars(args).items() if key not in resolved}
-        with entry_run(stage="supernet", params=given, space=space.name) as run:
+        given = {key: value for key, value in request.texts().items() if key not in resolved}
+        with entry_run(stage="supernet", params=given, space=space.name, tags=tags) as run:
             log_dataset(run, dataset, context="training")
-            return _train_and_register(args, preset, space, dataset, worker, run)
+            return _train_and_register(request, preset, space, dataset, worker, run)
 
 
 def _train_and_register(
-    args: argparse.Namespace, preset: Preset, space: SearchSpace, dataset: ImageDataset, worker: Worker, run: EntryRun
-) -> dict[str, str]:
+    request: SupernetRequest, preset: Preset, space: SearchSpace, dataset: ImageDataset, worker: Worker, run: EntryRun
+) -> SupernetResult:
     import dataclasses
     import shutil
     import time
 
-    from foxnas_mlflow.cli.progress import progress_bar
     from foxnas_mlflow.data.preprocess import Preprocessing
     from foxnas_mlflow.flavor import SupernetModel
     from foxnas_mlflow.supernet import SubnetEvaluator, train_supernet
@@ -108,20 +128,20 @@ def _train_and_register(
 
     size = max(space.image_sizes)
     data = dataset.in_memory(size) if _fits(dataset, size) else dataset
-    state, batches = _begin(args, preset, space, data, worker, run.directory)
+    state, batches = _begin(request, preset, space, data, worker, run.directory)
     planned = {"batch_size": batches.batch_size, "width_mult": space.width_mult}
     run.log_params(
         planned | {key: getattr(state.config, key) for key in ("strategy", "epochs", "learning_rate", "n_random")}
     )
-    if args.resume:
-        run.set_tags({"foxnas.resumed_from": args.resume, "foxnas.resumed_at_step": state.step})
+    if request.resume:
+        run.set_tags({"foxnas.resumed_from": request.resume, "foxnas.resumed_at_step": state.step})
     checkpoints = local_checkpoints(run.run_id)
     quick = SubnetEvaluator(
         state.supernet,
         data,
         calibration_images=_EPOCH_IMAGES,
         validation_images=_EPOCH_IMAGES,
-        seed=args.seed,
+        seed=request.seed,
         device=worker.device,
     )
     log_metrics = best_effort(run.log_metrics)
@@ -133,20 +153,20 @@ def _train_and_register(
             batches,
             checkpoints=checkpoints,
             log=lambda metrics, step: log_metrics(metrics, step=step),
-            end_of_epoch=lambda epoch: log_metrics(_accuracies(quick, space, args.seed, 2)[0], step=state.step),
+            end_of_epoch=lambda epoch: log_metrics(_accuracies(quick, space, request.seed, 2)[0], step=state.step),
             on_checkpoint=lambda path: log_artifact(path, CHECKPOINT_ARTIFACTS),
             progress=lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
             device=worker.device,
         )
     seconds = time.monotonic() - start
     n_images = _CACHED_BYTES // (size * size * space.in_channels)
-    evaluator = SubnetEvaluator(supernet, data, validation_images=n_images, seed=args.seed, device=worker.device)
-    metrics, lines = _accuracies(evaluator, space, args.seed, N_RANDOM)
+    evaluator = SubnetEvaluator(supernet, data, validation_images=n_images, seed=request.seed, device=worker.device)
+    metrics, lines = _accuracies(evaluator, space, request.seed, N_RANDOM)
     config = {
-        "data": args.data,
+        "data": request.data,
         "data_digest": dataset.digest,
-        "max_train": args.max_train,
-        "preset": args.preset,
+        "max_train": request.max_train,
+        "preset": request.preset,
         "batch_size": batches.batch_size,
         "flip": batches.flip,
         "augment": batches.augment,
@@ -161,20 +181,20 @@ def _train_and_register(
         Preprocessing(size, space.in_channels, normalization=dataset.normalization),
         dataset.labels,
     )
-    uri = log_supernet(run, model, metrics, name=args.name)
+    uri = log_supernet(run, model, metrics, name=request.name)
     shutil.rmtree(checkpoints)
-    print(
-        f"Trained on {len(data.train):,} images of {args.data}: {state.step:,} steps in {seconds:.0f} s "
-        f"({state.config.mode}, {worker.device})."
-    )
-    print("\n".join(lines))
-    print(f"Registered {uri}; run {run.run_id}.")
-    print(f"Next: foxnas sample --supernet {uri} --data {args.data}")
-    return {"run_id": run.run_id, "model_uri": uri}
+    summary = [
+        f"Trained on {len(data.train):,} images of {request.data}: {state.step:,} steps in {seconds:.0f} s "
+        f"({state.config.mode}, {worker.device}).",
+        *lines,
+        f"Registered {uri}; run {run.run_id}.",
+        f"Next: foxnas sample --supernet {uri} --data {request.data}",
+    ]
+    return SupernetResult(run_id=run.run_id, model_uri=uri, metrics=metrics, summary="\n".join(summary))
 
 
 def _train_beside(
-    args: argparse.Namespace, preset: Preset, space: SearchSpace, dataset: ImageDataset, worker: Worker
+    request: SupernetRequest, preset: Preset, space: SearchSpace, dataset: ImageDataset, worker: Worker
 ) -> None:
     """What a process does that does not log: train with the others."""
     import tempfile
@@ -185,12 +205,12 @@ def _train_beside(
     size = max(space.image_sizes)
     data = dataset.in_memory(size) if _fits(dataset, size) else dataset
     with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
-        state, batches = _begin(args, preset, space, data, worker, Path(directory))
+        state, batches = _begin(request, preset, space, data, worker, Path(directory))
         train_supernet(state, batches, checkpoints=Path(directory), device=worker.device)
 
 
 def _begin(
-    args: argparse.Namespace, preset: Preset, space: SearchSpace, data: ImageDataset, worker: Worker, directory: Path
+    request: SupernetRequest, preset: Preset, space: SearchSpace, data: ImageDataset, worker: Worker, directory: Path
 ) -> tuple[TrainingState, Any]:
     """A new training, or the one to resume, and its batches."""
     import os
@@ -198,7 +218,6 @@ def _begin(
 
     import torch
 
-    from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.supernet import (
         Batches,
         Supernet,
@@ -213,34 +232,35 @@ def _begin(
         data.train,
         normalization=data.normalization,
         image_size=max(space.image_sizes),
-        batch_size=args.batch_size or preset.batch_size,
-        flip=data.channels == 3 if args.flip == "auto" else args.flip == "yes",
-        seed=args.seed,
+        batch_size=request.batch_size or preset.batch_size,
+        flip=data.channels == 3 if request.flip == "auto" else request.flip == "yes",
+        seed=request.seed,
         workers=max((os.cpu_count() or 1) // worker.world_size - 1, 0),
         rank=worker.rank,
         world_size=worker.world_size,
     )
-    if args.resume:
-        states = [load_checkpoint(place, space) for place in find_checkpoints(args.resume, directory / "resume")]
+    if request.resume:
+        states = [load_checkpoint(place, space) for place in find_checkpoints(request.resume, directory / "resume")]
         state = max(states, key=lambda s: s.step)
     else:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(request.seed)
         config = TrainConfig(
-            strategy=args.strategy,
-            epochs=args.epochs or preset.epochs_for(len(batches)),
-            learning_rate=(args.learning_rate or preset.learning_rate) * worker.world_size,
+            strategy=request.strategy,
+            epochs=request.epochs or preset.epochs_for(len(batches)),
+            learning_rate=(request.learning_rate or preset.learning_rate) * worker.world_size,
             weight_decay=preset.weight_decay,
-            ema=args.ema,
-            seed=args.seed,
+            ema=request.ema,
+            seed=request.seed,
         )
         supernet = Supernet(space)
-        if args.init:
-            read = load_once_for_all(Path(args.init).expanduser(), supernet)
+        if request.init:
+            read = load_once_for_all(Path(request.init).expanduser(), supernet)
             if worker.rank == 0:
-                print(f"Read {read.n_tensors} tensors of once-for-all's {read.family}. Different from there:")
-                print("\n".join(f"  {line}" for line in read.differences))
+                logger.info("Read %d tensors of once-for-all's %s. Different from there:", read.n_tensors, read.family)
+                for line in read.differences:
+                    logger.info("  %s", line)
         state = TrainingState(supernet, config)
-    batches.augment = _augmented(args, state.config.epochs)
+    batches.augment = _augmented(request, state.config.epochs)
     origin = {
         "data": data.digest,
         "n_train": len(data.train),
@@ -248,17 +268,17 @@ def _begin(
         "flip": batches.flip,
         "augment": batches.augment,
         "world_size": worker.world_size,
-        "seed": args.seed,
+        "seed": request.seed,
     }
-    if not args.resume:
+    if not request.resume:
         state.origin = origin
         return state, batches
     differing = sorted(key for key, value in origin.items() if state.origin.get(key) != value)
-    if args.epochs not in (0, state.config.epochs):
+    if request.epochs not in (0, state.config.epochs):
         differing.append("epochs")
-    if args.learning_rate not in (0, state.config.learning_rate / worker.world_size):
+    if request.learning_rate not in (0, state.config.learning_rate / worker.world_size):
         differing.append("learning_rate")
-    if args.strategy != state.config.strategy:
+    if request.strategy != state.config.strategy:
         differing.append("strategy")
     if differing:
         raise InvalidInputError(
@@ -269,10 +289,10 @@ def _begin(
     return state, batches
 
 
-def _augmented(args: argparse.Namespace, epochs: int) -> bool:
+def _augmented(request: SupernetRequest, epochs: int) -> bool:
     from foxnas_mlflow.supernet import AUGMENTED_EPOCHS
 
-    return epochs > AUGMENTED_EPOCHS if args.augment == "auto" else args.augment == "yes"
+    return epochs > AUGMENTED_EPOCHS if request.augment == "auto" else request.augment == "yes"
 
 
 def _accuracies(
@@ -302,3 +322,11 @@ def _fits(dataset: ImageDataset, size: int) -> bool:
     """Whether all images fit in memory at the size of training."""
     n = len(dataset.train) + len(dataset.val)
     return n * size * size * dataset.channels <= 2 * _CACHED_BYTES
+
+
+WORKFLOW = Workflow(
+    "supernet",
+    "Train a supernet on labelled images: one set of weights for every network of a search space.",
+    SupernetRequest,
+    run_supernet,
+)

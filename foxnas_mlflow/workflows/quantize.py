@@ -1,50 +1,91 @@
-"""``foxnas quantize``: a trained subnet to int8 TensorFlow Lite, evaluated and registered."""
+"""Quantize: a trained subnet to int8 TensorFlow Lite, evaluated and registered."""
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from foxnas_mlflow.cli.parameters import COMPILER_IMAGE, Parameter
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
+from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from foxnas_mlflow.core.network import Network
+    from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.data import ImageDataset
     from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
     from foxnas_mlflow.flavor import SubnetModel
     from foxnas_mlflow.tflite import EdgeTpuCompiler
-    from foxnas_mlflow.tracking.quantize import EdgeTpuResult, Quantized
+    from foxnas_mlflow.tracking.quantize import EdgeTpuResult, LoggedQuantization, Quantized
     from foxnas_mlflow.tracking.run import EntryRun
 
-SUMMARY = "Convert a trained subnet to int8 TensorFlow Lite, evaluate and register it."
 
-PARAMETERS = (
-    Parameter("subnet", "", "Model URI of a subnet with weights, for example models:/foxnas-subnet-cpu/1."),
-    Parameter("data", "", "Images: digits, fashion-mnist or a folder; empty: those of the subnet's training."),
-    Parameter("target", "rpi4", "Target: rpi4, edgetpu, cpu, or the path of a target YAML."),
-    Parameter("calibration_images", 200, "Training images that the ranges of activations are measured on.", int),
-    Parameter("max_val", 0, "Evaluate on at most so many validation images, drawn by class; 0: all.", int),
-    Parameter("input_type", "int8", "Type of the network's input.", choices=("int8", "uint8")),
-    Parameter("seed", "", "Seed of the split and of the calibration images; empty: that of the training.", int),
-    COMPILER_IMAGE,
-    Parameter("name", "foxnas", "Prefix of the registered model."),
-)
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRequest(Request):
+    """What to quantize; see `run_quantize`."""
 
+    subnet: str = parameter("", "Model URI of a subnet with weights, for example models:/foxnas-subnet-cpu/1.")
+    data: str = parameter("", "Images: digits, fashion-mnist or a folder; empty: those of the subnet's training.")
+    target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")
+    calibration_images: int = parameter(
+        200, "Training images that the ranges of activations are measured on.", at_least=8
+    )
+    max_val: int = parameter(0, "Evaluate on at most so many validation images, drawn by class; 0: all.", at_least=0)
+    input_type: Literal["int8", "uint8"] = parameter("int8", "Type of the network's input.")
+    seed: int | None = parameter(
+        None, "Seed of the split and of the calibration images; empty: that of the training.", at_least=0
+    )
+    compiler_image: str = compiler_image()
+    name: str = parameter("foxnas", "Prefix of the registered model.")
+
+
+MAX_DROP_POINTS = 1.0
+"""A larger drop of top-1 makes the layers be named that lose most."""
+
+_NAMED_LAYERS = 5
 _PARITY_IMAGES = 8
 _TABLE_IMAGES = 8
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Convert, evaluate and register."""
-    from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
+@dataclass(frozen=True, kw_only=True)
+class QuantizeResult(Result):
+    """Registered int8 models.
+
+    Attributes:
+        model_uri: The int8 file for processors.
+        edgetpu_model_uri: The file compiled for an Edge TPU; empty where none was.
+        metrics: ``accuracy/{figure}`` and ``model/{figure}`` as logged.
+    """
+
+    model_uri: str
+    edgetpu_model_uri: str = ""
+    metrics: Mapping[str, float]
+
+    @property
+    def runnable_uri(self) -> str:
+        """The model that runs on the target: for an Edge TPU the compiled one."""
+        return self.edgetpu_model_uri or self.model_uri
+
+
+def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = None) -> QuantizeResult:
+    """Convert a subnet, evaluate and register the int8 file.
+
+    Args:
+        request: What to convert.
+        tags: Further tags of its run.
+
+    Raises:
+        InvalidInputError: If subnet, data and target do not belong together.
+        ConversionError: If the network cannot be converted, or its file computes something else.
+    """
+    from foxnas_mlflow.core.errors import import_or_raise
     from foxnas_mlflow.core.network import build_network
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.data import load_dataset
 
-    for name, least in (("calibration_images", 8), ("max_val", 0), ("seed", 0)):
-        if getattr(args, name) != "" and getattr(args, name) < least:
-            raise InvalidInputError(f"{name} must be {least} or more", received=getattr(args, name))
-    target = get_target(args.target)
+    target = get_target(request.target)
     if target.runtime == "torch":
         raise InvalidInputError(
             "quantize makes TensorFlow Lite files: the target's runtime must be litert or edgetpu",
@@ -59,33 +100,40 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from foxnas_mlflow.tracking.registry import registered_name
     from foxnas_mlflow.tracking.run import entry_run
 
-    registered_name(args.name, "tflite", target.name)
+    registered_name(request.name, "tflite", target.name)
     compiler = None
     if target.runtime == "edgetpu":
         from foxnas_mlflow.tflite import find_compiler
 
         # Before the conversion: an image that is not there shall cost no wait.
-        compiler = find_compiler(args.compiler_image)
-    subnet, uri = _load_subnet(args.subnet)
+        compiler = find_compiler(request.compiler_image)
+    subnet, uri = _load_subnet(request.subnet)
     network = build_network(subnet.space, subnet.architecture)
-    source = args.data or str(subnet.details.get("data", ""))
+    source = request.data or str(subnet.details.get("data", ""))
     if not source:
         raise InvalidInputError("data must be given: the subnet does not tell what it was trained on", received=uri)
     # The seed decides which images are validation images where the source has no split of its own.
-    seed = int(subnet.details.get("data_seed", 0)) if args.seed == "" else args.seed
-    dataset = load_dataset(source, seed=seed, max_val=args.max_val or None)
+    seed = int(subnet.details.get("data_seed", 0)) if request.seed is None else request.seed
+    dataset = load_dataset(source, seed=seed, max_val=request.max_val or None)
     preprocessing, labels = _fitting(subnet, network, dataset)
 
-    given = vars(args) | {"subnet": uri, "data": source, "seed": seed}
-    with entry_run(stage="quantize", params=given, target=target.name, space=subnet.space.name) as run:
+    given = request.texts() | {"subnet": uri, "data": source, "seed": str(seed)}
+    with entry_run(stage="quantize", params=given, target=target.name, space=subnet.space.name, tags=tags) as run:
         from foxnas_mlflow.tracking.quantize import log_quantized
         from foxnas_mlflow.tracking.supernet import log_dataset
 
         log_dataset(run, dataset, context="quantization")
         provenance = {"subnet": uri, "run_id": run.run_id, "data": source, "data_digest": dataset.digest, "seed": seed}
-        quantized = _quantize(args, target.runtime, subnet, network, dataset, preprocessing, labels, provenance)
+        quantized = _quantize(request, target.runtime, subnet, network, dataset, preprocessing, labels, provenance)
         edgetpu = _compile(run, quantized.conversion.data, compiler) if target.runtime == "edgetpu" else None
-        return log_quantized(run, quantized, target=target, name=args.name, edgetpu=edgetpu)
+        logged = log_quantized(run, quantized, target=target, name=request.name, edgetpu=edgetpu)
+        return QuantizeResult(
+            run_id=run.run_id,
+            model_uri=logged.model_uri,
+            edgetpu_model_uri=logged.edgetpu_model_uri,
+            metrics=logged.metrics,
+            summary=_summary(quantized, target, logged, run.run_id, edgetpu),
+        )
 
 
 def _compile(run: EntryRun, data: bytes, compiler: EdgeTpuCompiler | None) -> EdgeTpuResult:
@@ -106,7 +154,7 @@ def _load_subnet(uri: str) -> tuple[SubnetModel, str]:
     """A registered subnet that has weights, and its URI with the version in place of an alias."""
     from pathlib import Path
 
-    from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError
+    from foxnas_mlflow.core.errors import InvalidFormatError
     from foxnas_mlflow.flavor import SubnetModel, load_model
     from foxnas_mlflow.tracking.registry import find_version
 
@@ -137,7 +185,6 @@ def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tu
     """How images are prepared, and the labels; refused if data and subnet do not belong together."""
     import dataclasses
 
-    from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.data.preprocess import Preprocessing
 
     if subnet.labels and subnet.labels != dataset.labels:
@@ -163,7 +210,7 @@ def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tu
 
 
 def _quantize(
-    args: argparse.Namespace,
+    request: QuantizeRequest,
     runtime: Any,
     subnet: SubnetModel,
     network: Network,
@@ -174,14 +221,13 @@ def _quantize(
 ) -> Quantized:
     """Convert the subnet and evaluate the result."""
 
-    from foxnas_mlflow.cli.progress import progress_bar
     from foxnas_mlflow.data import calibration_images, prepared_batches
     from foxnas_mlflow.tflite import FloatModel, Int8Model, convert, layer_errors, quantization_loss
     from foxnas_mlflow.tracking.quantize import Quantized
 
     weights = subnet.weights or {}
     normalization = preprocessing.normalization
-    representative = calibration_images(dataset, preprocessing, args.calibration_images, seed=provenance["seed"])
+    representative = calibration_images(dataset, preprocessing, request.calibration_images, seed=provenance["seed"])
     conversion = convert(
         network,
         weights,
@@ -192,7 +238,7 @@ def _quantize(
         provenance=provenance | {"calibration_images": len(representative)},
         reference_logits=_torch_logits(network, weights, normalization, representative[:_PARITY_IMAGES]),
         runtime=runtime,
-        input_type=args.input_type,
+        input_type=request.input_type,
     )
     with progress_bar("quantize", "image") as show:
 
@@ -217,3 +263,67 @@ def _torch_logits(network: Network, weights: Any, normalization: Normalization, 
     from foxnas_mlflow.supernet import plain_logits
 
     return plain_logits(network, weights, normalization(images))
+
+
+def _summary(
+    quantized: Quantized, target: Target, logged: LoggedQuantization, run_id: str, edgetpu: EdgeTpuResult | None
+) -> str:
+    from foxnas_mlflow.tracking.quantize import benchmark_command
+
+    conversion, loss = quantized.conversion, quantized.loss
+    n_operators = sum(conversion.operator_counts.values())
+    kind = "edgetpu" if logged.edgetpu_model_uri else "tflite"
+    served = logged.edgetpu_model_uri or logged.model_uri
+    lines = [
+        f"Quantized {quantized.provenance['subnet']} for {target.name} ({target.runtime}, int8):",
+        f"  file                 {conversion.size_bytes:,} bytes, {n_operators} operators",
+        f"  float top-1          {loss.float_top1_percent:.2f} % ({loss.n_images:,} validation images of "
+        f"{quantized.provenance['data']})",
+        f"  int8 top-1           {loss.int8_top1_percent:.2f} %",
+        f"  drop                 {loss.drop_points:.2f} +- {loss.standard_error:.2f} points",
+    ]
+    if loss.drop_points > MAX_DROP_POINTS:
+        lines.append(f"  More than {MAX_DROP_POINTS:g} point; the layers that lose most (all in layer_errors.csv):")
+        lines += [
+            f"    {row.name:<28} {row.kind:<18} adds {100 * row.own_error:.1f} %, {100 * row.error:.1f} % in all"
+            for row in quantized.errors[:_NAMED_LAYERS]
+        ]
+    lines += [] if edgetpu is None else _edgetpu_lines(edgetpu)
+    lines += [
+        f"  registered           {logged.model_uri} (SHA-256 {conversion.sha256[:16]}...)",
+        *([f"                       {logged.edgetpu_model_uri}"] if logged.edgetpu_model_uri else []),
+        f"  run                  {run_id}: layer_errors.csv, architecture.json",
+        f"Next: {benchmark_command(served, kind, target.name, target.runtime)}",
+    ]
+    return "\n".join(lines)
+
+
+def _edgetpu_lines(edgetpu: EdgeTpuResult) -> list[str]:
+    from foxnas_mlflow.tflite import INSTALL_HINT
+
+    readiness, report = edgetpu.readiness, edgetpu.report
+    state = "ready" if readiness.ready else "not ready"
+    lines = [
+        f"  Edge TPU             {state}: {readiness.n_mappable} of {readiness.n_operators} operators can be mapped, "
+        f"{readiness.parameter_bytes / 2**20:.2f} of {readiness.cache_bytes / 2**20:.2f} MiB on-chip memory"
+    ]
+    lines += [f"    {issue.layer} ({issue.operator}): {issue.reason}" for issue in readiness.issues[:_NAMED_LAYERS]]
+    if len(readiness.issues) > _NAMED_LAYERS:
+        lines.append(f"    and {len(readiness.issues) - _NAMED_LAYERS} more in edgetpu_readiness.json")
+    if report is None:
+        lines.append(f"  compiler             none, so that no -edgetpu version is registered: {INSTALL_HINT}")
+        return lines
+    lines.append(
+        f"  compiler {report.version}: {report.n_mapped} of {report.n_operations} operators mapped, "
+        f"{report.on_chip_used_bytes / 2**20:.2f} MiB on the chip, {report.off_chip_bytes / 2**20:.2f} MiB streamed"
+    )
+    lines += [f"    {row.count} {row.operator}: {row.status}" for row in report.unmapped[:_NAMED_LAYERS]]
+    return lines
+
+
+WORKFLOW = Workflow(
+    "quantize",
+    "Convert a trained subnet to int8 TensorFlow Lite, evaluate and register it.",
+    QuantizeRequest,
+    run_quantize,
+)

@@ -1,61 +1,86 @@
-"""``foxnas benchmark``: measure a TensorFlow Lite model on a device."""
+"""Benchmark: a TensorFlow Lite model measured on a device."""
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from foxnas_mlflow.cli.parameters import Parameter
+from foxnas_mlflow.workflows._request import Request, parameter
+from foxnas_mlflow.workflows._workflow import Result, Workflow
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.devices import Benchmark
     from foxnas_mlflow.tracking.benchmark import MeasuredModel
 
-SUMMARY = "Measure a TensorFlow Lite model where it will run, and say when the figures cannot be trusted."
 
-PARAMETERS = (
-    Parameter(
-        "model",
-        "",
-        "Path of a .tflite file, or models:/NAME/VERSION; empty: the newest version that quantize registered.",
-    ),
-    Parameter("target", "cpu", "Target: rpi4, edgetpu, cpu, or the path of a target YAML."),
-    Parameter(
-        "device", "", "Where to measure: local, ssh://user@host[:port], docker://image; empty: the target's device."
-    ),
-    Parameter("threads", 0, "Threads of the runtime; 0: the target's.", int),
-    Parameter("runs", 200, "Timed runs, at least.", int),
-    Parameter("warmup", 10, "Runs before the timed ones, at least; they also last one second at least.", int),
-    Parameter("name", "foxnas", "Prefix of the registered model."),
-)
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRequest(Request):
+    """What to measure; see `run_benchmark`."""
+
+    model: str = parameter(
+        "", "Path of a .tflite file, or models:/NAME/VERSION; empty: the newest version that quantize registered."
+    )
+    target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")
+    device: str = parameter(
+        "", "Where to measure: local, ssh://user@host[:port], docker://image; empty: the target's device."
+    )
+    threads: int = parameter(0, "Threads of the runtime; 0: the target's.", at_least=0)
+    runs: int = parameter(200, "Timed runs, at least.", at_least=1)
+    warmup: int = parameter(10, "Runs before the timed ones, at least; they also last one second at least.", at_least=1)
+    name: str = parameter("foxnas", "Prefix of the registered model.")
 
 
-def run(args: argparse.Namespace) -> dict[str, str | float]:
-    """Measure, log, and tag the version."""
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkResult(Result):
+    """A measurement.
+
+    Attributes:
+        latency_ms: Median latency.
+        valid: Whether the figures can be trusted.
+        emulated: Whether an emulator measured them.
+        metrics: ``benchmark/{figure}`` as logged.
+    """
+
+    latency_ms: float
+    valid: bool
+    emulated: bool
+    metrics: Mapping[str, float]
+
+
+def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None = None) -> BenchmarkResult:
+    """Measure a model, log the figures, and tag its version.
+
+    Args:
+        request: What to measure, and where.
+        tags: Further tags of its run.
+
+    Raises:
+        InvalidInputError: If there is no such model, or it cannot be measured.
+        DeviceError: If the device cannot be reached, or lacks something.
+    """
     import tempfile
     from pathlib import Path
 
     from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.core.targets import get_target
 
-    target = get_target(args.target)
+    target = get_target(request.target)
     if target.runtime == "torch":
         raise InvalidInputError(
             "a benchmark is of a TensorFlow Lite model",
             received=f"the target {target.name}, which runs PyTorch",
             remedy=f"its networks are measured by: foxnas sample --target {target.name} --device local",
         )
-    device = args.device or target.device
+    device = request.device or target.device
     if not device:
         raise InvalidInputError(
             f"the target {target.name} has no device of its own",
             remedy="say where to measure: --device ssh://user@host",
         )
-    for name, least in (("threads", 0), ("runs", 1), ("warmup", 1)):
-        if getattr(args, name) < least:
-            raise InvalidInputError(f"{name} must be {least} or more", received=getattr(args, name))
-    threads = args.threads or target.threads
+    threads = request.threads or target.threads
 
     from foxnas_mlflow.devices import connect, measure
     from foxnas_mlflow.tracking.benchmark import find_model, log_benchmark
@@ -63,29 +88,36 @@ def run(args: argparse.Namespace) -> dict[str, str | float]:
     from foxnas_mlflow.tracking.run import entry_run
 
     kind = "edgetpu" if target.runtime == "edgetpu" else "tflite"
-    source = args.model or f"models:/{registered_name(args.name, kind, target.name)}/latest"
+    source = request.model or f"models:/{registered_name(request.name, kind, target.name)}/latest"
     with tempfile.TemporaryDirectory(prefix="foxnas-") as directory, connect(device) as connection:
         # A model that cannot be measured and a machine that does not answer leave no run behind.
         model = find_model(source, Path(directory))
         data, expected = _read(model)
         with entry_run(
             stage="benchmark",
-            params=vars(args) | {"model": model.source, "device": device, "threads": threads},
+            params=request.texts() | {"model": model.source, "device": device, "threads": threads},
             target=target.name,
             latency_source="measured",
+            tags=tags,
         ) as run:
             benchmark = measure(
                 connection,
                 data,
                 threads=threads,
-                runs=args.runs,
-                warmup=args.warmup,
+                runs=request.runs,
+                warmup=request.warmup,
                 edgetpu=target.runtime == "edgetpu",
                 expected=expected,
             )
             log_benchmark(run, benchmark, model, target=target)
-    print(_summary(benchmark, model, target, run.run_id))
-    return {"run_id": run.run_id, "latency_ms": benchmark.latency_ms_p50}
+    return BenchmarkResult(
+        run_id=run.run_id,
+        latency_ms=benchmark.latency_ms_p50,
+        valid=benchmark.valid,
+        emulated=benchmark.emulated,
+        metrics=benchmark.metrics(),
+        summary=_summary(benchmark, model, target, run.run_id),
+    )
 
 
 def _read(model: MeasuredModel) -> tuple[bytes, Any]:
@@ -135,3 +167,11 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
     following = promote_command(model) if model.version else "mlflow ui, and compare the run."
     lines.append(f"Next: {following}")
     return "\n".join(lines)
+
+
+WORKFLOW = Workflow(
+    "benchmark",
+    "Measure a TensorFlow Lite model where it will run, and say when the figures cannot be trusted.",
+    BenchmarkRequest,
+    run_benchmark,
+)

@@ -1,11 +1,12 @@
-"""``foxnas device``: look at a machine that measures, or calibrate a cost model of it."""
+"""Device: look at a machine that measures, or calibrate a cost model of it."""
 
 from __future__ import annotations
 
-import argparse
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from foxnas_mlflow.cli.parameters import Parameter
+from foxnas_mlflow.workflows._request import Request, parameter
+from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,23 +19,25 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.devices import DeviceCheck
 
-SUMMARY = "Look at a machine that measures (check), or make a target with a cost model of it (calibrate)."
 
-PARAMETERS = (
-    Parameter(
-        "action",
+@dataclass(frozen=True, kw_only=True)
+class DeviceRequest(Request):
+    """What to do with a machine; see `run_device`."""
+
+    action: Literal["check", "calibrate"] = parameter(
         "",
         "check: what the machine has, and what is missing. calibrate: measure probes, fit, write a target file.",
-        choices=("check", "calibrate"),
         positional=True,
-    ),
-    Parameter("device", "local", "The machine: local, ssh://user@host[:port], docker://image."),
-    Parameter("target", "rpi4", "calibrate: target whose space and threads the new one has: a name or a YAML."),
-    Parameter("n_probes", 12, "calibrate: networks to measure; more make the cost model surer.", int),
-    Parameter("image_size", "", "calibrate: image sizes in px, comma separated; empty: all of the space."),
-    Parameter("out", "target.yaml", "calibrate: the target file; its name is the target's."),
-    Parameter("seed", 0, "calibrate: seed of the choice of networks.", int),
-)
+    )
+    device: str = parameter("local", "The machine: local, ssh://user@host[:port], docker://image.")
+    target: str = parameter("rpi4", "calibrate: target whose space and threads the new one has: a name or a YAML.")
+    n_probes: int = parameter(12, "calibrate: networks to measure; more make the cost model surer.", at_least=1)
+    image_size: tuple[int, ...] = parameter(
+        (), "calibrate: image sizes in px, comma separated; empty: all of the space."
+    )
+    out: str = parameter("target.yaml", "calibrate: the target file; its name is the target's.")
+    seed: int = parameter(0, "calibrate: seed of the choice of networks.", at_least=0)
+
 
 UNSURE_PERCENT = 5.0
 """Error on other networks above which a calibration is not good."""
@@ -43,29 +46,54 @@ PREDICTORS, MEASUREMENTS, CHECKS = "predictors.json", "measurements.csv", "check
 """What lies beside a target file, after its name and a dash."""
 
 
-def run(args: argparse.Namespace) -> dict[str, str | float]:
-    """Do the action."""
+@dataclass(frozen=True, kw_only=True)
+class DeviceResult(Result):
+    """What a machine is, or the target that was made of it.
+
+    Attributes:
+        device: The machine.
+        target: Path of the target file; empty after a check.
+        outside_mape: Error in percent on networks outside of the calibration.
+        cv_mape: Cross-validated error in percent.
+        n_probes: Networks measured.
+    """
+
+    device: str
+    target: str = ""
+    outside_mape: float | None = None
+    cv_mape: float | None = None
+    n_probes: int = 0
+
+
+def run_device(request: DeviceRequest) -> DeviceResult:
+    """Check a machine, or calibrate a cost model of it.
+
+    Args:
+        request: The action and the machine.
+
+    Raises:
+        DeviceError: If it cannot be reached, lacks something, or is disturbed; finished probes are kept.
+    """
     from foxnas_mlflow.core.errors import DeviceError
     from foxnas_mlflow.devices import check, connect
 
-    with connect(args.device) as connection:
+    with connect(request.device) as connection:
         found = check(connection)
-    if args.action == "check":
-        print(_found(found))
+    if request.action == "check":
+        logger.info(_found(found))
     if not found.ready:
         raise DeviceError(f"{found.connection} cannot measure yet: it lacks {'; '.join(found.missing)}")
-    if args.action == "check":
-        return {"device": found.device}
-    return _calibrate(args, found)
+    if request.action == "check":
+        return DeviceResult(run_id="", device=found.device, summary=_next(found))
+    return _calibrate(request, found)
 
 
-def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | float]:
+def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
     import dataclasses
     from pathlib import Path
 
     import yaml
 
-    from foxnas_mlflow.cli.parameters import image_sizes
     from foxnas_mlflow.core.calibration import N_CHECKS, calibrate, choose_checks, choose_probes
     from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
     from foxnas_mlflow.core.files import write_atomically
@@ -76,10 +104,10 @@ def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | 
         raise DeviceError(
             "only a real processor can be calibrated", received=found.device, remedy="give the board's address"
         )
-    out = Path(args.out)
+    out = Path(request.out)
     if out.suffix not in (".yaml", ".yml") or not out.parent.is_dir():
-        raise InvalidInputError("out must be the path of a .yaml file in a directory that exists", received=args.out)
-    base = get_target(args.target)
+        raise InvalidInputError("out must be the path of a .yaml file in a directory that exists", received=request.out)
+    base = get_target(request.target)
     if base.runtime != "litert":
         raise InvalidInputError(
             "a processor with LiteRT is calibrated; target says in which space",
@@ -91,23 +119,25 @@ def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | 
         base,
         name=out.stem,
         description=f"{found.device}, {found.runtime}, {base.threads} thread(s), int8, batch {base.batch}",
-        device=args.device,
+        device=request.device,
         predictors=f"{out.stem}-{PREDICTORS}",
         latency_note=f"milliseconds of a cost model calibrated on {found.device} with {found.runtime}",
     )
     table = out.with_name(f"{out.stem}-{MEASUREMENTS}")
-    sizes = image_sizes(args.image_size)
+    sizes = list(request.image_size) or None
     rows = _measure(
-        args,
+        request,
         found,
         base,
         space,
         table,
-        lambda measured: choose_probes(space, args.n_probes, measured=measured, image_sizes=sizes, seed=args.seed),
+        lambda measured: choose_probes(
+            space, request.n_probes, measured=measured, image_sizes=sizes, seed=request.seed
+        ),
     )
-    checks = choose_checks(space, N_CHECKS, image_sizes=sizes, seed=args.seed)
+    checks = choose_checks(space, N_CHECKS, image_sizes=sizes, seed=request.seed)
     outside = _measure(
-        args,
+        request,
         found,
         base,
         space,
@@ -119,7 +149,7 @@ def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | 
         space,
         target=target.name,
         notes=[f"Latency is calibrated on {found.device} with {found.runtime} from {len(rows)} measured networks."],
-        seed=args.seed,
+        seed=request.seed,
         provenance={"device": found.device, "runtime": found.runtime, "threads": base.threads},
         outside=outside,
     )
@@ -127,18 +157,20 @@ def _calibrate(args: argparse.Namespace, found: DeviceCheck) -> dict[str, str | 
     # Last: a target file that is there is whole.
     values = {key: value for key, value in dataclasses.asdict(target).items() if value != ""}
     write_atomically(out, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    print(_calibrated(predictors.latency[0], rows, out, bool(predictors.accuracy)))
     metrics = predictors.latency[0].metrics
-    return {
-        "target": str(out),
-        "outside_mape": metrics["outside_mape"],
-        "cv_mape": metrics["cv_mape"],
-        "n_probes": float(len(rows)),
-    }
+    return DeviceResult(
+        run_id="",
+        device=found.device,
+        target=str(out),
+        outside_mape=metrics["outside_mape"],
+        cv_mape=metrics["cv_mape"],
+        n_probes=len(rows),
+        summary=_calibrated(predictors.latency[0], rows, out, bool(predictors.accuracy)),
+    )
 
 
 def _measure(
-    args: argparse.Namespace,
+    request: DeviceRequest,
     found: DeviceCheck,
     target: Target,
     space: SearchSpace,
@@ -155,10 +187,9 @@ def _measure(
         path: The table; its rows count.
         choose: Networks to measure, given those that are.
     """
-    from foxnas_mlflow.cli.progress import progress_bar
     from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
     from foxnas_mlflow.core.measurements import Measurement, append_measurement, read_finished
-    from foxnas_mlflow.tracking.timers import open_device
+    from foxnas_mlflow.workflows._timers import open_device
 
     rows = read_finished(path)
     others = sorted({f"{row.device}, {row.runtime}" for row in rows} - {f"{found.device}, {found.runtime}"})
@@ -173,7 +204,7 @@ def _measure(
     networks = choose([row.architecture for row in rows])
     unsteady: list[str] = []
     total = len(rows) + len(networks)
-    with open_device(target, space, args.device) as timer, progress_bar("calibrate", "network") as show:
+    with open_device(target, space, request.device) as timer, progress_bar("calibrate", "network") as show:
         for architecture in networks:
             timing = timer.time(architecture)
             if timing.problems:
@@ -209,9 +240,11 @@ def _found(found: DeviceCheck) -> str:
     lines = [f"Found at {found.connection}:", *(f"  {key:<14}{text}" for key, text in rows)]
     lines += [f"  missing       {text}" for text in found.missing]
     lines += [f"  note          {text}" for text in found.notes]
-    if found.ready:
-        lines.append(f"Next: foxnas device calibrate --device {found.connection} --target rpi4")
     return "\n".join(lines)
+
+
+def _next(found: DeviceCheck) -> str:
+    return f"Next: foxnas device calibrate --device {found.connection} --target rpi4"
 
 
 def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, searchable: bool) -> str:
@@ -236,3 +269,12 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
     else:
         lines.append(f"Next: foxnas sample --target {out}, for accuracies in this space")
     return "\n".join(lines)
+
+
+WORKFLOW = Workflow(
+    "device",
+    "Look at a machine that measures (check), or make a target with a cost model of it (calibrate).",
+    DeviceRequest,
+    run_device,
+    entry_point=False,
+)

@@ -1,1 +1,0 @@
-"""One module a subcommand: `SUMMARY`, `PARAMETERS` and `run`, light to import."""

@@ -1,0 +1,104 @@
+"""Compare: predictions held against int8 files of the found network and of others on the front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
+from foxnas_mlflow.workflows._workflow import Result, progress_bar
+
+if TYPE_CHECKING:
+    from foxnas_mlflow.core.comparison import Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRequest(Request):
+    """What to hold against what; see `run_compare`. A step of `main`, no entry point of its own."""
+
+    model: str = parameter("", "Model URI of the int8 file of the found network.")
+    predictors: str = parameter("", "Model URI of the predictors that it was found with.")
+    supernet: str = parameter("", "Model URI of the supernet, which gives the other networks their weights.")
+    data: str = parameter("", "The images that it was trained on, where they are now.")
+    latency_ms: float = parameter(60.0, "Latency constraint of the search in milliseconds.", above=0)
+    confidence: float = parameter(0.95, "Confidence of the search.", at_least=0.5, below=1)
+    n_compare: int = parameter(5, "Networks of the front beside the found one.", at_least=0)
+    target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")
+    device: str = parameter("", "Where to measure; empty: nowhere.")
+    compiler_image: str = compiler_image()
+    seed: int = parameter(0, "Seed of the choice of calibration images.", at_least=0)
+    name: str = parameter("foxnas", "Prefix of the registered models.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareResult(Result):
+    """How well predictions agree.
+
+    Attributes:
+        metrics: Rank correlations and errors, without their prefix ``pipeline/``.
+    """
+
+    metrics: Mapping[str, float]
+
+
+def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, str] | None = None) -> CompareResult:
+    """Convert, evaluate and measure networks, and log predicted against real.
+
+    Args:
+        request: What to compare.
+        directory: Where finished networks are kept; a comparison that was cut off goes on from them.
+        tags: Further tags of its run.
+
+    Raises:
+        ConversionError, DeviceError: If a network cannot be converted or measured.
+    """
+    from foxnas_mlflow.core.comparison import spread_over
+    from foxnas_mlflow.core.files import worked_on
+    from foxnas_mlflow.core.searchers import Objective, front_of
+    from foxnas_mlflow.core.targets import get_target
+    from foxnas_mlflow.tracking.comparison import log_comparison
+    from foxnas_mlflow.tracking.inputs import open_predictors, open_supernet
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.workflows._comparing import compare, find_found
+
+    target = get_target(request.target)
+    params = {key: getattr(request, key) for key in ("model", "predictors", "supernet", "latency_ms")}
+    with (
+        entry_run(stage="compare", params=params, target=target.name, tags=tags) as run,
+        worked_on(directory / "lock", "the same comparison"),
+        progress_bar("compare", "network") as show,
+    ):
+        supernet = open_supernet(request.supernet, data=request.data, name=request.name)
+        predictors, _ = open_predictors(request.predictors, target.name)
+        found = find_found(request.model, run.directory)
+        front = front_of(Objective(predictors, confidence=request.confidence))
+        rows = compare(
+            found,
+            spread_over(front, request.n_compare, without=found.architecture),
+            supernet=supernet,
+            predictors=predictors,
+            confidence=request.confidence,
+            target=target,
+            device=request.device,
+            compiler_image=request.compiler_image,
+            seed=request.seed,
+            directory=directory,
+            on_row=lambda done, total: show(done, total, ""),
+        )
+        metrics = log_comparison(run, rows, request.latency_ms)
+        return CompareResult(run_id=run.run_id, metrics=metrics, summary=_summary(rows))
+
+
+def _summary(rows: Sequence[Comparison]) -> str:
+    lines = [f"{'':<8}{'px':>4}{'predicted %':>13}{'int8 %':>9}{'predicted ms':>14}{'at most':>9}{'measured ms':>13}"]
+    for row in rows:
+        real = "" if row.latency_ms is None else f"{row.latency_ms:.4g}{'' if row.latency_valid else ' ?'}"
+        lines.append(
+            f"{row.role:<8}{row.architecture.image_size:>4}{row.predicted_accuracy:>13.2f}{row.accuracy:>9.2f}"
+            f"{row.predicted_latency_ms:>14.4g}{row.predicted_latency_upper_ms:>9.4g}{real:>13}"
+        )
+    if any(not row.latency_valid for row in rows):
+        lines.append("?: the measurement cannot be trusted; measure again on a quiet machine.")
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""Finetune: a found network trained alone; what sharing its weights cost, and a version that may be better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from foxnas_mlflow.workflows._request import Request, parameter
+from foxnas_mlflow.workflows._workflow import Result, progress_bar
+
+if TYPE_CHECKING:
+    from foxnas_mlflow.data import ImageDataset
+    from foxnas_mlflow.data.preprocess import Preprocessing
+    from foxnas_mlflow.flavor import SubnetModel
+    from foxnas_mlflow.tracking.run import EntryRun
+
+LEARNING_RATE_SHARE = 0.1
+"""Share of the preset's learning rate that a network starts with which is trained already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRequest(Request):
+    """What to train further; see `run_finetune`. A step of `main`, no entry point of its own."""
+
+    subnet: str = parameter("", "Model URI of a subnet with weights.")
+    data: str = parameter("digits", "The images that its supernet was trained on.")
+    preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Learning rate and batch size.")
+    epochs: int = parameter(1, "Passes over the training images.", at_least=1)
+    max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
+    target: str = parameter("", "Target of the search, for the run's tag.")
+    seed: int = parameter(0, "Seed of split and batches.", at_least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneResult(Result):
+    """A network before and after training alone.
+
+    Attributes:
+        model_uri: The new version.
+        subnet_uri: The one that it came from.
+        inherited_top1: Top-1 of the shared weights in percent, float, on the validation images.
+        finetuned_top1: Top-1 of its own weights.
+    """
+
+    model_uri: str
+    subnet_uri: str
+    inherited_top1: float
+    finetuned_top1: float
+
+    @property
+    def better_uri(self) -> str:
+        """The more accurate one of the two."""
+        return self.model_uri if self.finetuned_top1 > self.inherited_top1 else self.subnet_uri
+
+
+def run_finetune(
+    request: FinetuneRequest, *, checkpoint: Path, tags: Mapping[str, str] | None = None
+) -> FinetuneResult:
+    """Train a registered subnet alone, from the weights that it shared, and register the result.
+
+    Args:
+        request: What to train.
+        checkpoint: File of this training; one that was killed goes on from it.
+        tags: Further tags of its run.
+
+    Raises:
+        InvalidFormatError: If the model is not a subnet with weights.
+    """
+    from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.tracking.run import entry_run
+
+    dataset = load_dataset(request.data, seed=request.seed, max_train=request.max_train or None)
+    with (
+        entry_run(stage="finetune", params=request.texts(), target=request.target or None, tags=tags) as run,
+        progress_bar("finetune", "step") as show,
+    ):
+        return _finetuned(run, request, dataset, checkpoint, lambda done, n, loss: show(done, n, f"loss {loss:.3f}"))
+
+
+def _finetuned(
+    run: EntryRun,
+    request: FinetuneRequest,
+    dataset: ImageDataset,
+    checkpoint: Path,
+    progress: Callable[[int, int, float], None],
+) -> FinetuneResult:
+    from foxnas_mlflow.core.errors import InvalidFormatError
+    from foxnas_mlflow.core.network import build_network
+    from foxnas_mlflow.flavor import SubnetModel, load_model, log_model
+    from foxnas_mlflow.supernet import AUGMENTED_EPOCHS, Batches, PlainNetwork, finetune, get_preset, subnet_weights
+    from foxnas_mlflow.tracking.registry import find_version, register
+    from foxnas_mlflow.tracking.supernet import log_dataset
+
+    subnet_uri, epochs, preset = request.subnet, request.epochs, get_preset(request.preset)
+    model = load_model(subnet_uri)
+    if not isinstance(model, SubnetModel) or model.weights is None or model.preprocessing is None:
+        raise InvalidFormatError("only a subnet with weights can be trained further", received=subnet_uri)
+    log_dataset(run, dataset, context="training")
+    network = build_network(model.space, model.architecture)
+    batches = Batches(
+        dataset.train,
+        normalization=dataset.normalization,
+        image_size=model.architecture.image_size,
+        batch_size=preset.batch_size,
+        flip=dataset.channels == 3,
+        augment=epochs > AUGMENTED_EPOCHS,
+        seed=request.seed,
+    )
+    plain = finetune(
+        PlainNetwork.from_weights(network, model.weights),
+        batches,
+        epochs=epochs,
+        learning_rate=LEARNING_RATE_SHARE * preset.learning_rate,
+        progress=progress,
+        checkpoint=checkpoint,
+    )
+    better = SubnetModel(
+        model.architecture,
+        model.space,
+        {**model.details, "finetuned_epochs": epochs, "finetuned_from": subnet_uri},
+        subnet_weights(plain),
+        model.preprocessing,
+        model.labels,
+    )
+    before, after = (_top1(m, dataset, m.preprocessing or model.preprocessing) for m in (model, better))
+    version = find_version(subnet_uri)
+    info = log_model(better, name="subnet")
+    figures = {
+        "finetune/inherited_top1": before,
+        "finetune/top1": after,
+        "finetune/shared_weights_cost": after - before,
+    }
+    run.log_metrics(figures, model_id=info.model_id)
+    kept = {key: value for key, value in version.tags.items() if not key.startswith("gate")}
+    uri = register(
+        info.model_uri,
+        version.name,
+        "subnet",
+        tags={**kept, "finetuned_from": subnet_uri, "finetuned_epochs": epochs},
+        facts={
+            "trained alone from": f"{subnet_uri}, for {epochs} epochs",
+            "float top-1, %": after,
+            "with shared weights, %": before,
+        },
+        command=lambda uri: f"foxnas quantize --subnet {uri}",
+    )
+    summary = (
+        f"Trained {subnet_uri} alone for {epochs} epochs: {before:.2f} % with shared weights, {after:.2f} % with "
+        f"its own ({after - before:+.2f} points); registered {uri}."
+    )
+    return FinetuneResult(
+        run_id=run.run_id,
+        model_uri=uri,
+        subnet_uri=subnet_uri,
+        inherited_top1=before,
+        finetuned_top1=after,
+        summary=summary,
+    )
+
+
+def _top1(model: SubnetModel, dataset: ImageDataset, preprocessing: Preprocessing) -> float:
+    """Top-1 of float weights in percent."""
+    from foxnas_mlflow.core.network import build_network
+    from foxnas_mlflow.data import prepared_batches
+    from foxnas_mlflow.supernet import plain_logits
+
+    network = build_network(model.space, model.architecture)
+    n_right = n_images = 0
+    for images, targets in prepared_batches(dataset.val, preprocessing):
+        logits = plain_logits(network, model.weights or {}, preprocessing.normalization(images))
+        n_right += int((logits.argmax(axis=1) == targets).sum())
+        n_images += len(targets)
+    return 100 * n_right / n_images

@@ -1,0 +1,532 @@
+"""Main: from images to a promoted model, step by step, each found again or done.
+
+| step      | makes                                             | looks at                            |
+|-----------|---------------------------------------------------|-------------------------------------|
+| supernet  | weights for every network of the space            | data, space, preset                 |
+| sample    | accuracy and latency of some networks             | supernet, device                    |
+| fit       | predictors                                        | the samples                         |
+| search    | the best network under the latency, with weights  | predictors, supernet, device        |
+| finetune  | the same network trained alone, if epochs are given | its weights, data                 |
+| quantize  | its int8 file                                     | the found network                   |
+| benchmark | its latency                                       | the int8 file, device               |
+| compare   | predicted and real of it and others of the front  | all of these                        |
+| promote   | a stage and its alias, if the gates hold          | the int8 version and its figures    |
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
+from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
+from foxnas_mlflow.workflows.benchmark import BenchmarkRequest, BenchmarkResult, run_benchmark
+from foxnas_mlflow.workflows.compare import CompareRequest, CompareResult, run_compare
+from foxnas_mlflow.workflows.finetune import FinetuneRequest, FinetuneResult, run_finetune
+from foxnas_mlflow.workflows.fit import FitRequest, FitStepResult, run_fit
+from foxnas_mlflow.workflows.promote import PromoteRequest, PromoteResult, run_promote
+from foxnas_mlflow.workflows.quantize import QuantizeRequest, QuantizeResult, run_quantize
+from foxnas_mlflow.workflows.sample import SampleRequest, SampleResult, run_sample
+from foxnas_mlflow.workflows.search import SearchRequest, SearchResult, run_search
+from foxnas_mlflow.workflows.supernet import SupernetRequest, SupernetResult, run_supernet
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from foxnas_mlflow.core.targets import Target
+    from foxnas_mlflow.data import ImageDataset
+    from foxnas_mlflow.tracking.run import EntryRun
+    from foxnas_mlflow.tracking.steps import Step, StepResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainRequest(Request):
+    """From which images to which model; see `run_main`."""
+
+    data: str = parameter(
+        "digits", "Images: digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
+    )
+    target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu (this host), or the path of a target YAML.")
+    device: str = parameter(
+        "", "Where to measure: local, ssh://user@host, docker://image, none; empty: the target's own device."
+    )
+    compiler_image: str = compiler_image()
+    latency_ms: float | None = parameter(
+        None, "Latency constraint in milliseconds; empty: the middle of what is reachable.", above=0
+    )
+    preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Size of images and of training.")
+    space: str = parameter("", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: the target's.")
+    supernet: str = parameter("", "Model URI of a trained supernet; empty: train one.")
+    epochs: int = parameter(0, "Epochs of the supernet; 0: the preset's.", at_least=0)
+    max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
+    n_samples: int = parameter(60, "Networks to evaluate and measure for the predictors.", at_least=1)
+    n_compare: int = parameter(
+        5, "Networks of the front to hold predictions against, beside the found one.", at_least=0
+    )
+    finetune_epochs: int = parameter(
+        0, "Epochs to train the found network alone, from its shared weights; 0: none.", at_least=0
+    )
+    confidence: float = parameter(
+        0.95, "Probability in [0.5, 1) that a measurement meets the constraint.", at_least=0.5, below=1
+    )
+    max_accuracy_drop: float = parameter(1.0, "Most points of top-1 that int8 may lose for promotion.", at_least=0)
+    stage: str = parameter("Staging", "Stage to promote to; none: do not promote.")
+    seed: int = parameter(0, "Seed of everything that is drawn.", at_least=0)
+    name: str = parameter("foxnas", "Prefix of the registered models.")
+
+    def check(self) -> None:
+        """The stage is one, or none."""
+        if self.stage.lower() not in ("staging", "production", "none"):
+            raise InvalidInputError("stage must be Staging, Production or none", received=self.stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MainResult(Result):
+    """A finished pipeline.
+
+    Attributes:
+        model_uri: The int8 model that runs on the target.
+        metrics: Figures of the pipeline, as logged.
+    """
+
+    model_uri: str
+    metrics: Mapping[str, float]
+
+
+STEPS = ("supernet", "sample", "fit", "search", "finetune", "quantize", "benchmark", "compare", "promote")
+
+_NEEDS = (
+    ("torch", "train", "training a supernet"),
+    ("kornia", "train", "training a supernet"),
+    ("statsmodels", "fit", "fitting predictors"),
+    ("tensorflow", "tflite", "conversion to TensorFlow Lite"),
+    ("ai_edge_litert", "tflite", "running an int8 model"),
+)
+"""Module, the extra that brings it, and what it is for."""
+
+_MOVABLE = ("data", "target", "resume")
+"""Parameters that are no inputs of a step: data and target count by their content, what is resumed changes nothing."""
+
+
+def run_main(request: MainRequest) -> MainResult:
+    """Do what is missing, hold predictions against reality, promote, and tell it on one page.
+
+    Args:
+        request: From which images to which model.
+
+    Raises:
+        InvalidInputError: Before any work, if something that a later step needs is missing or wrong.
+        PromotionError: At the end, if a gate refuses; everything else is done and kept.
+    """
+    import dataclasses
+
+    from foxnas_mlflow.core.space import get_space
+    from foxnas_mlflow.core.targets import get_target
+    from foxnas_mlflow.data import load_dataset
+
+    target = get_target(request.target)
+    if target.runtime == "torch":
+        raise InvalidInputError(
+            "main makes int8 models: the target's runtime must be litert or edgetpu", received=target.name
+        )
+    device = "" if request.device == "none" else request.device or target.device
+    # Hours of training are not spent before what ends the work is known to be there.
+    for needed in _NEEDS:
+        _require(*needed)
+    machine = _machine(device, target, request.compiler_image) if device else ""
+    dataset = load_dataset(request.data, seed=request.seed, max_train=request.max_train or None)
+
+    from foxnas_mlflow.tracking.registry import registered_name
+    from foxnas_mlflow.tracking.run import entry_run
+
+    registered_name(request.name, "tflite", target.name)
+    request = request.replace(space=request.space or target.space)
+    params = request.texts() | {"device": device, "latency_ms": request.texts()["latency_ms"] or "auto"}
+    with entry_run(stage="main", params=params, target=target.name) as run:
+        common = {
+            "data": dataset.digest,
+            "space": get_space(request.space).digest,
+            "target": dataclasses.asdict(target),
+            "machine": machine,
+        }
+        return _Pipeline(request, run, target, device, dataset, common).run()
+
+
+class _Do(Protocol):
+    """Does a step, given further tags of its run."""
+
+    def __call__(self, *, tags: Mapping[str, str]) -> Result: ...
+
+
+S = TypeVar("S", bound=Result)
+
+
+class _Pipeline:
+    """The steps of one run of the pipeline.
+
+    Attributes:
+        done: What each finished step made, by name.
+    """
+
+    def __init__(
+        self,
+        request: MainRequest,
+        run: EntryRun,
+        target: Target,
+        device: str,
+        dataset: ImageDataset,
+        common: Mapping[str, Any],
+    ) -> None:
+        self._request, self._run, self._target, self._device = request, run, target, device
+        self._dataset, self._common = dataset, common
+        self.done: dict[str, StepResult] = {}
+
+    def run(self) -> MainResult:
+        """All steps in order."""
+        import time
+
+        from foxnas_mlflow.core.errors import PromotionError
+        from foxnas_mlflow.tracking.pipeline import conclude
+
+        request, start = self._request, time.monotonic()
+        supernet = request.supernet or self._supernet().model_uri
+        samples = self._sample(supernet).measurements
+        predictors = self._fit(samples).model_uri
+        latency_ms = self._latency(predictors)
+        subnet = self._search(latency_ms, predictors, supernet, samples).model_uri
+        if request.finetune_epochs:
+            subnet = self._finetune(subnet).better_uri
+        model = self._quantize(subnet).runnable_uri
+        if self._device:
+            self._benchmark(model)
+        self._compare(supernet, predictors, model, latency_ms)
+        refusal: PromotionError | None = None
+        if self._device and request.stage.lower() != "none":
+            try:
+                self._promote(model, latency_ms)
+            except PromotionError as error:
+                refusal = error
+        metrics, summary = conclude(
+            self._run,
+            self.done,
+            request=request.values() | {"device": self._device, "latency_ms": latency_ms},
+            latency_ms=latency_ms,
+            confidence=request.confidence,
+            model_uri=model,
+            target=self._target,
+            dataset=self._dataset,
+            refusal=str(refusal or ""),
+            seconds=time.monotonic() - start,
+        )
+        result = MainResult(run_id=self._run.run_id, model_uri=model, metrics=metrics, summary=summary)
+        if refusal is not None:
+            logger.info(result.describe())
+            raise refusal
+        return result
+
+    def _supernet(self) -> SupernetResult:
+        from foxnas_mlflow.tracking.supernet import has_checkpoint
+
+        main = self._request
+        request = SupernetRequest(
+            data=main.data,
+            space=main.space,
+            preset=main.preset,
+            epochs=main.epochs,
+            max_train=main.max_train,
+            seed=main.seed,
+            name=main.name,
+        )
+
+        def do(cut_off: Sequence[str]) -> _Do:
+            # The newest checkpoint: that of a resumed training is further than the one it came from.
+            resume = next((run_id for run_id in cut_off if has_checkpoint(run_id)), "")
+            return lambda *, tags: run_supernet(request.replace(resume=resume), tags=tags)
+
+        return self._step("supernet", SupernetResult, _inputs(request), (), do)
+
+    def _sample(self, supernet: str) -> SampleResult:
+        main = self._request
+        request = SampleRequest(
+            supernet=supernet,
+            data=main.data,
+            target=main.target,
+            device=self._device,
+            compiler_image=main.compiler_image,
+            n_samples=main.n_samples,
+            seed=main.seed,
+            name=main.name,
+        )
+
+        def do(cut_off: Sequence[str]) -> _Do:
+            resume = _rows_to_go_on_from(cut_off, main.n_samples)
+            return lambda *, tags: run_sample(request.replace(resume=resume), tags=tags)
+
+        return self._step("sample", SampleResult, _inputs(request), ("supernet",), do)
+
+    def _fit(self, measurements: str) -> FitStepResult:
+        main = self._request
+        request = FitRequest(measurements=measurements, target=main.target, seed=main.seed, name=main.name)
+        return self._step(
+            "fit", FitStepResult, _inputs(request), ("sample",), lambda _: lambda *, tags: run_fit(request, tags=tags)
+        )
+
+    def _latency(self, predictors_uri: str) -> float:
+        """The constraint: the one asked for, or the middle between the fastest and the most accurate network."""
+        import math
+
+        from foxnas_mlflow.core.searchers import Objective, fastest, front_of
+        from foxnas_mlflow.tracking.inputs import open_predictors
+
+        if self._request.latency_ms is not None:
+            return self._request.latency_ms
+        predictors, _ = open_predictors(predictors_uri, self._target.name)
+        objective = Objective(predictors, confidence=self._request.confidence)
+        front = front_of(objective)
+        low = fastest(objective).latency_upper_ms
+        high = predictors.latency_bound_ms(front.architecture(len(front) - 1), self._request.confidence)
+        latency_ms = max(float(f"{math.sqrt(low * high):.3g}"), low)
+        logger.info(
+            "\nlatency_ms is not given: %g ms is taken, the (geometric) middle between the fastest "
+            "network, at most %.3g ms, and the most accurate one, at most %.3g ms.",
+            *(latency_ms, low, high),
+        )
+        return latency_ms
+
+    def _search(self, latency_ms: float, predictors: str, supernet: str, samples: str) -> SearchResult:
+        main = self._request
+        request = SearchRequest(
+            target=main.target,
+            latency_ms=latency_ms,
+            confidence=main.confidence,
+            predictors=predictors,
+            supernet=supernet,
+            data=main.data,
+            device=self._device,
+            compiler_image=main.compiler_image,
+            measurements=samples,
+            seed=main.seed,
+            name=main.name,
+        )
+        return self._step(
+            "search",
+            SearchResult,
+            _inputs(request),
+            ("fit", "supernet"),
+            lambda _: lambda *, tags: run_search(request, tags=tags),
+        )
+
+    def _finetune(self, subnet: str) -> FinetuneResult:
+        main = self._request
+        request = FinetuneRequest(
+            subnet=subnet,
+            data=main.data,
+            preset=main.preset,
+            epochs=main.finetune_epochs,
+            max_train=main.max_train,
+            target=self._target.name,
+            seed=main.seed,
+        )
+        inputs = _inputs(request)
+        with self._kept("finetune", inputs, ("search",), "finetunes") as directory:
+            checkpoint = directory / "checkpoint.safetensors"
+            return self._step(
+                "finetune",
+                FinetuneResult,
+                inputs,
+                ("search",),
+                lambda _: lambda *, tags: run_finetune(request, checkpoint=checkpoint, tags=tags),
+            )
+
+    def _quantize(self, subnet: str) -> QuantizeResult:
+        main = self._request
+        request = QuantizeRequest(
+            subnet=subnet,
+            data=main.data,
+            target=main.target,
+            seed=main.seed,
+            compiler_image=main.compiler_image,
+            name=main.name,
+        )
+        return self._step(
+            "quantize",
+            QuantizeResult,
+            _inputs(request),
+            ("search", "finetune"),
+            lambda _: lambda *, tags: run_quantize(request, tags=tags),
+        )
+
+    def _benchmark(self, model: str) -> BenchmarkResult:
+        main = self._request
+        request = BenchmarkRequest(model=model, target=main.target, device=self._device, name=main.name)
+        return self._step(
+            "benchmark",
+            BenchmarkResult,
+            _inputs(request),
+            ("quantize",),
+            lambda _: lambda *, tags: run_benchmark(request, tags=tags),
+        )
+
+    def _compare(self, supernet: str, predictors: str, model: str, latency_ms: float) -> CompareResult:
+        main = self._request
+        request = CompareRequest(
+            model=model,
+            predictors=predictors,
+            supernet=supernet,
+            data=main.data,
+            latency_ms=latency_ms,
+            confidence=main.confidence,
+            n_compare=main.n_compare,
+            target=main.target,
+            device=self._device,
+            compiler_image=main.compiler_image,
+            seed=main.seed,
+            name=main.name,
+        )
+        inputs, after = _inputs(request), ("supernet", "fit", "quantize")
+        with self._kept("compare", inputs, after, "comparisons") as directory:
+            return self._step(
+                "compare",
+                CompareResult,
+                inputs,
+                after,
+                lambda _: lambda *, tags: run_compare(request, directory=directory, tags=tags),
+            )
+
+    def _promote(self, model: str, latency_ms: float) -> PromoteResult:
+        """Ask the gates, unless they let this very version through and it still is where they put it."""
+        from foxnas_mlflow.tracking.registry import holds_stage
+
+        main = self._request
+        request = PromoteRequest(
+            model=model, stage=main.stage, max_latency_ms=latency_ms, max_accuracy_drop=main.max_accuracy_drop
+        )
+        return self._step(
+            "promote",
+            PromoteResult,
+            _inputs(request),
+            ("quantize", "benchmark"),
+            lambda _: lambda *, tags: run_promote(request, tags=tags),
+            # What somebody else moved since then is moved again.
+            holds=lambda _: any(holds_stage(model, stage) for stage in (main.stage, "Production")),
+        )
+
+    def _step(
+        self,
+        name: str,
+        result: type[S],
+        inputs: Mapping[str, Any],
+        after: Sequence[str],
+        do: Callable[[Sequence[str]], _Do],
+        *,
+        holds: Callable[[Mapping[str, Any]], bool] = lambda outputs: True,
+    ) -> S:
+        """Find or do a step.
+
+        Args:
+            name: Name of the step.
+            result: Class of its result.
+            inputs: What its result depends on beside the steps before it and the data.
+            after: Steps whose results it depends on.
+            do: Given the runs of this step that were cut off, what does it.
+            holds: Whether a result that is found still holds.
+        """
+        from foxnas_mlflow.tracking.steps import run_step
+
+        def action(cut_off: Sequence[str], tags: Mapping[str, str]) -> Mapping[str, Any]:
+            made = do(cut_off)(tags=tags)
+            logger.info(made.describe())
+            return made.to_dict()
+
+        logger.info("\n== %s (%d of %d)", name, STEPS.index(name) + 1, len(STEPS))
+        done = run_step(self._run, self._identity(name, inputs, after), action, holds=holds)
+        self.done[name] = done
+        how = "found, its inputs are unchanged" if done.reused else f"done in {done.seconds:.0f} s"
+        logger.info("== %s: %s; run %s", name, how, done.run_id)
+        return result.from_dict(done.outputs)
+
+    def _identity(self, name: str, inputs: Mapping[str, Any], after: Sequence[str]) -> Step:
+        from foxnas_mlflow.tracking.steps import Step
+
+        before = {step: self.done[step].run_id for step in after if step in self.done}
+        return Step(name, {"arguments": dict(inputs), "after": before, **self._common})
+
+    @contextlib.contextmanager
+    def _kept(self, name: str, inputs: Mapping[str, Any], after: Sequence[str], place: str) -> Iterator[Path]:
+        """A directory that the same step finds again until it is known as done."""
+        import shutil
+
+        from foxnas_mlflow.core.files import cache_directory
+
+        directory = cache_directory(place, self._identity(name, inputs, after).digest[:32])
+        yield directory
+        shutil.rmtree(directory)
+
+
+def _inputs(request: Request) -> dict[str, Any]:
+    return {key: value for key, value in request.values().items() if key not in _MOVABLE}
+
+
+def _rows_to_go_on_from(cut_off: Sequence[str], n_samples: int) -> str:
+    """The run whose rows this host's cache does not have: of another host, or all but finished."""
+    import tempfile
+    from pathlib import Path
+
+    from foxnas_mlflow.tracking.inputs import MEASUREMENTS, open_measurements
+    from foxnas_mlflow.tracking.steps import began_here, has_artifact
+
+    for run_id in cut_off:
+        if not has_artifact(run_id, MEASUREMENTS):
+            continue
+        with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
+            rows, _ = open_measurements(f"runs:/{run_id}/{MEASUREMENTS}", Path(directory))
+        if not began_here(run_id) or len(rows) >= n_samples:
+            return run_id
+    return ""
+
+
+def _require(module: str, extra: str, feature: str) -> None:
+    """Refuse at once what a later step would miss; importing it can wait until then."""
+    import importlib.util
+
+    from foxnas_mlflow.core.errors import import_or_raise
+
+    if importlib.util.find_spec(module) is None:
+        import_or_raise(module, extra=extra, feature=feature)
+
+
+def _machine(device: str, target: Target, compiler_image: str) -> str:
+    """The machine behind an address, which must be ready to measure for the target.
+
+    Raises:
+        DeviceError: If it does not answer, or lacks something; without the compiler that its Edge TPU needs.
+    """
+    from foxnas_mlflow.core.errors import DeviceError
+    from foxnas_mlflow.devices import check, connect
+    from foxnas_mlflow.tflite import require_compiler
+
+    if target.runtime == "edgetpu":
+        require_compiler(compiler_image)
+
+    with connect(device) as connection:
+        found = check(connection)
+    if not found.ready:
+        raise DeviceError("a device must have what measuring needs", received=f"{device} lacks {found.missing[0]}")
+    if target.runtime == "edgetpu" and not found.edgetpu:
+        raise DeviceError(
+            f"the target {target.name} is measured on an Edge TPU",
+            received=f"none that answers on {device}",
+            remedy="plug it in and install libedgetpu1-std there, or give --device none for the cost model",
+        )
+    return found.device
+
+
+WORKFLOW = Workflow(
+    "main",
+    "From images to a promoted model: supernet, sample, fit, search, quantize, benchmark, compare, promote.",
+    MainRequest,
+    run_main,
+)

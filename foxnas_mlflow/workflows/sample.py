@@ -1,0 +1,222 @@
+"""Sample: accuracy and latency of subnets chosen to teach predictors most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
+from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from foxnas_mlflow.core.architecture import Architecture
+    from foxnas_mlflow.core.measurements import Measurement
+    from foxnas_mlflow.core.space import SearchSpace
+    from foxnas_mlflow.core.targets import Target
+    from foxnas_mlflow.tracking.inputs import TrainedSupernet
+    from foxnas_mlflow.tracking.run import EntryRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest(Request):
+    """What to sample; see `run_sample`."""
+
+    supernet: str = parameter("", "Model URI of a trained supernet; empty: the newest version of {name}-supernet.")
+    data: str = parameter("", "The images that it was trained on, where they are now; empty: where they were.")
+    target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML.")
+    device: str = parameter("", "Where to measure: local, ssh://user@host, docker://image; empty: the cost model.")
+    compiler_image: str = compiler_image()
+    n_samples: int = parameter(60, "Subnets in all, those of resume included.", at_least=1)
+    design: Literal["design", "random"] = parameter("design", "How to choose: D-optimal, or random as in the paper.")
+    n_measurements: int = parameter(0, "Measure the latency of only so many of them; 0: of all.", at_least=0)
+    image_size: tuple[int, ...] = parameter((), "Image sizes in px, comma separated; empty: all of the space.")
+    validation_images: int = parameter(10000, "Evaluate on at most so many validation images; 0: all.", at_least=0)
+    stop_width: float = parameter(
+        0.0, "Stop once accuracies along the front are known to so many points; 0: never.", at_least=0
+    )
+    resume: str = parameter("", "Rows to go on from: path or URI of measurements.csv, or the id of its run.")
+    seed: int = parameter(0, "Seed of the choice of subnets and images.", at_least=0)
+    name: str = parameter("foxnas", "Prefix of registered models.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleResult(Result):
+    """A table of measured networks.
+
+    Attributes:
+        measurements: URI of ``measurements.csv``.
+        n_samples: Its rows.
+        n_latencies: Those of them that have a latency.
+    """
+
+    measurements: str
+    n_samples: int
+    n_latencies: int
+
+
+def run_sample(request: SampleRequest, *, tags: Mapping[str, str] | None = None) -> SampleResult:
+    """Choose subnets, evaluate their accuracy, measure their latency, and log the rows.
+
+    Args:
+        request: What to sample.
+        tags: Further tags of its run.
+
+    Raises:
+        InvalidInputError: If there is no such supernet, or the images are not those of its training.
+        DeviceError: If the device cannot be reached; finished rows are kept.
+    """
+    from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
+    from foxnas_mlflow.core.targets import get_target
+
+    target = get_target(request.target)
+    import_or_raise("torch", extra="train", feature="evaluating subnets")
+
+    from foxnas_mlflow.tracking.inputs import open_supernet
+    from foxnas_mlflow.tracking.run import entry_run
+
+    supernet = open_supernet(request.supernet, data=request.data, name=request.name)
+    unknown = sorted(set(request.image_size) - set(supernet.space.image_sizes))
+    if unknown:
+        raise InvalidInputError(
+            f"image_size must be among those of the supernet, {list(supernet.space.image_sizes)} px", received=unknown
+        )
+    resolved = {"supernet": supernet.uri, "data": supernet.dataset.source}
+    with entry_run(
+        stage="sample",
+        params=request.texts() | resolved,
+        target=target.name,
+        space=supernet.space.name,
+        tags=tags,
+    ) as run:
+        return _sample(request, run, supernet, target, list(request.image_size or supernet.space.image_sizes))
+
+
+def _sample(
+    request: SampleRequest, run: EntryRun, supernet: TrainedSupernet, target: Target, sizes: list[int]
+) -> SampleResult:
+    import shutil
+
+    from foxnas_mlflow.core.files import cache_directory, worked_on
+    from foxnas_mlflow.core.measurements import append_measurement, read_finished
+    from foxnas_mlflow.core.sampling import collect
+    from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
+    from foxnas_mlflow.tracking.run import best_effort
+    from foxnas_mlflow.tracking.supernet import log_dataset
+    from foxnas_mlflow.workflows._evaluation import supernet_evaluator
+    from foxnas_mlflow.workflows._samples import SampleLog, log_samples
+    from foxnas_mlflow.workflows._timers import open_timer
+
+    space = supernet.space
+    run.log_json(space.to_dict(), SPACE)
+    log_dataset(run, supernet.dataset, context="evaluation")
+    given = _given_rows(request.resume, space, run.directory)
+    plan = _plan(request, space, sizes, given)
+    directory = cache_directory("samples", _digest(request, supernet, target, sizes, given))
+    path = directory / MEASUREMENTS
+    with (
+        worked_on(directory / "lock", "the same samples"),
+        open_timer(target, space, device=request.device, compiler_image=request.compiler_image) as timer,
+    ):
+        run.set_tags({"foxnas.latency_source": timer.source})
+        evaluator = supernet_evaluator(
+            supernet, image_sizes=sizes, validation_images=request.validation_images, seed=request.seed
+        )
+        known = {row.architecture for row in read_finished(path)}
+        for row in given:
+            if row.architecture not in known:
+                append_measurement(row, path)
+        log = SampleLog(run, path, timer, n_images=evaluator.n_images, n_before=len(read_finished(path)))
+        try:
+            with progress_bar("sample", "subnet") as show:
+
+                def on_row(row: Measurement, n: int) -> None:
+                    log.add(row, n)
+                    show(n, len(plan), f"{row.accuracy:.2f} %")
+
+                rows = collect(
+                    plan,
+                    path,
+                    evaluate=lambda architecture: evaluator.evaluate(architecture).top1_percent,
+                    time=log.time,
+                    n_timed=request.n_measurements or None,
+                    on_row=on_row,
+                    stop=lambda rows: (
+                        bool(request.stop_width) and log.narrow(rows, space, request.stop_width, request.seed)
+                    ),
+                )
+        finally:
+            # However it ends, what is finished is where others can go on from.
+            best_effort(log.upload)()
+        uri, summary = log_samples(run, rows, log, supernet=supernet, target=target)
+        shutil.rmtree(directory)
+    n_latencies = sum(row.latency_ms is not None for row in rows)
+    return SampleResult(
+        run_id=run.run_id, measurements=uri, n_samples=len(rows), n_latencies=n_latencies, summary=summary
+    )
+
+
+def _given_rows(resume: str, space: SearchSpace, directory: Path) -> list[Measurement]:
+    """The rows to go on from."""
+    import re
+
+    from foxnas_mlflow.tracking.inputs import MEASUREMENTS, open_measurements
+
+    if not resume:
+        return []
+    source = f"runs:/{resume}/{MEASUREMENTS}" if re.fullmatch("[0-9a-f]{32}", resume) else resume
+    (directory / "resume").mkdir()
+    rows, _ = open_measurements(source, directory / "resume")
+    for row in rows:
+        space.validate(row.architecture)
+    return rows
+
+
+def _plan(
+    request: SampleRequest, space: SearchSpace, sizes: list[int], given: Sequence[Measurement]
+) -> list[Architecture]:
+    """All subnets in order: those of the rows to go on from, then the ones chosen beside them."""
+    from foxnas_mlflow.core.design import choose_samples
+    from foxnas_mlflow.core.predictors import widest_formula
+
+    first = list(dict.fromkeys(row.architecture for row in given))
+    n = request.n_samples - len(first)
+    if n <= 0:
+        return first
+    formulas = [widest_formula("calibrated", quantity, space, len(sizes)) for quantity in ("accuracy", "latency_ms")]
+    return first + choose_samples(
+        space, formulas, n, method=request.design, measured=first, image_sizes=sizes, seed=request.seed
+    )
+
+
+def _digest(
+    request: SampleRequest,
+    supernet: TrainedSupernet,
+    target: Target,
+    sizes: list[int],
+    given: Sequence[Measurement],
+) -> str:
+    """Of everything that the rows and their order depend on: the same command finds its own rows."""
+    import dataclasses
+
+    from foxnas_mlflow.core.files import json_digest
+    from foxnas_mlflow.core.measurements import measurements_digest
+
+    inputs = {
+        "supernet": supernet.digest,
+        "target": dataclasses.asdict(target),
+        "image_sizes": sizes,
+        "given": measurements_digest(given),
+        **{key: getattr(request, key) for key in ("device", "design", "n_measurements", "validation_images", "seed")},
+    }
+    return json_digest(inputs)[:32]
+
+
+WORKFLOW = Workflow(
+    "sample",
+    "Choose subnets of a supernet, evaluate their accuracy and measure their latency, for predictors to learn from.",
+    SampleRequest,
+    run_sample,
+)
