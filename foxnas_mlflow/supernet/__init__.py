@@ -4,9 +4,9 @@ from foxnas_mlflow.supernet._batches import AUGMENTED_EPOCHS, Batches
 from foxnas_mlflow.supernet._distributed import Worker, join_workers
 from foxnas_mlflow.supernet._evaluate import Evaluation, SubnetEvaluator, recalibrate
 from foxnas_mlflow.supernet._finetune import finetune, train_alone
+from foxnas_mlflow.supernet._init import InitReport, KnownSupernet, load_init
 from foxnas_mlflow.supernet._modes import fastest_mode
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, plain_logits, subnet_weights
-from foxnas_mlflow.supernet._once_for_all import Initialization, load_once_for_all
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
 from foxnas_mlflow.supernet._state import TrainConfig, TrainingState, load_checkpoint
 from foxnas_mlflow.supernet._timing import time_forward
@@ -17,7 +17,8 @@ __all__ = [
     "PRESETS",
     "Batches",
     "Evaluation",
-    "Initialization",
+    "InitReport",
+    "KnownSupernet",
     "PlainNetwork",
     "Preset",
     "SubnetEvaluator",
@@ -30,7 +31,7 @@ __all__ = [
     "get_preset",
     "join_workers",
     "load_checkpoint",
-    "load_once_for_all",
+    "load_init",
     "plain_logits",
     "recalibrate",
     "subnet_weights",

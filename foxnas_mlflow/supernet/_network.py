@@ -31,6 +31,7 @@ from foxnas_mlflow.core.errors import InvalidFormatError
 from foxnas_mlflow.core.network import NORM_EPSILON, Layer, Network, build_network
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.supernet._depthwise import depthwise
+from foxnas_mlflow.supernet._style import OURS, Style
 
 NORM_MOMENTUM = 0.1
 
@@ -48,6 +49,7 @@ class PlainNetwork(nn.Module):
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
+        self.style = OURS
         for layer in network.layers:
             if layer.op not in ("add", "pool"):
                 _put(self, layer.name, _PlainGate(layer) if layer.op == "se" else _PlainLayer(layer))
@@ -60,7 +62,7 @@ class PlainNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, n_classes) of normalised images (n, channels, height, width)."""
-        return _walk(self.network, images, lambda layer, x: self.get_submodule(layer.name)(x))
+        return _walk(self.network, images, lambda layer, x: self.get_submodule(layer.name)(x, self.style))
 
     def used_parameters(self) -> list[str]:
         """Names of all parameters: nothing here is left out by a choice."""
@@ -91,6 +93,7 @@ class Supernet(nn.Module):
     def __init__(self, space: SearchSpace) -> None:
         super().__init__()
         self.space = space
+        self.style = OURS
         network = build_network(space, space.largest())
         for layer in network.layers:
             if layer.op not in ("add", "pool"):
@@ -116,7 +119,7 @@ class Supernet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, n_classes) of normalised images (n, channels, height, width)."""
-        return _walk(self.network, images, lambda layer, x: self.get_submodule(layer.name)(x, layer))
+        return _walk(self.network, images, lambda layer, x: self.get_submodule(layer.name)(x, layer, self.style))
 
     def used_parameters(self) -> list[str]:
         """Names of the parameters that the chosen subnet's outputs depend on."""
@@ -145,6 +148,7 @@ class Supernet(nn.Module):
         network = build_network(self.space, architecture)
         first = next(self.parameters())
         plain = PlainNetwork(network).to(first.device, first.dtype).train(self.training)
+        plain.style = self.style
         with torch.no_grad():
             for layer in network.layers:
                 if layer.op in ("add", "pool"):
@@ -301,12 +305,12 @@ class _ElasticLayer(nn.Module):
         for small in kernels[:-1]:
             self.register_parameter(f"to{small}", nn.Parameter(torch.eye(small * small)))
 
-    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+    def forward(self, x: Tensor, layer: Layer, style: Style) -> Tensor:
         bias = None if self.bias is None else _first(self.bias, layer.out_channels)
-        y = _convolve(x, layer, self._kernel(layer), bias)
+        y = _convolve(x, layer, self._kernel(layer), bias, style)
         if layer.norm:
             y = self.norm(y)
-        return _relu6(y) if layer.activation == "relu6" else y
+        return style.activate(layer.name, y) if layer.activation == "relu6" else y
 
     def tensors(self, layer: Layer) -> dict[str, Tensor]:
         """The parameters and statistics of a smaller layer, by the plain layer's names."""
@@ -336,7 +340,7 @@ class _ElasticLayer(nn.Module):
 
 
 class _ElasticGate(_Gate):
-    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+    def forward(self, x: Tensor, layer: Layer, style: Style) -> Tensor:
         return self._scale(x, layer.squeeze)
 
 
@@ -349,41 +353,15 @@ class _PlainLayer(nn.Module):
         if layer.norm:
             self.norm = _Norm(layer.out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = _convolve(x, self.layer, self.weight, self.bias)
+    def forward(self, x: Tensor, style: Style) -> Tensor:
+        y = _convolve(x, self.layer, self.weight, self.bias, style)
         if self.layer.norm:
             y = self.norm(y)
-        return _relu6(y) if self.layer.activation == "relu6" else y
-
-
-class _ReLU6(torch.autograd.Function):
-    """ReLU6 in place.
-
-    PyTorch's own keeps a copy of what was before, for its gradient; but that is known from the
-    result, which the next layer keeps anyway. A third of training's memory is saved.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x.clamp_(0, 6)
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(x)
-        return x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(gradient, y, 0, 6)  # type: ignore[no-any-return]
-
-
-def _relu6(x: Tensor) -> Tensor:
-    y: Tensor = _ReLU6.apply(x)  # type: ignore[no-untyped-call]
-    return y
+        return style.activate(self.layer.name, y) if self.layer.activation == "relu6" else y
 
 
 class _PlainGate(_Gate):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, style: Style) -> Tensor:
         return self._scale(x, self.reduce.out_channels)
 
 
@@ -403,12 +381,12 @@ def _walk(network: Network, images: Tensor, apply: Callable[[Layer, Tensor], Ten
     return x
 
 
-def _convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor | None, style: Style) -> Tensor:
     if layer.op == "linear":
         return F.linear(x, weight, bias)
     k, stride = layer.kernel, layer.stride
     before = k // 2
-    if stride > 1:
+    if stride > 1 and not style.pads_alike:
         # TensorFlow's SAME padding, the smaller half before; PyTorch pads convolutions evenly only.
         size = int(x.shape[-1])
         total = max((-(-size // stride) - 1) * stride + k - size, 0)
@@ -484,14 +462,15 @@ def _head(conv: nn.Conv2d, n: int) -> Tensor:
     return _first(conv.bias, n)
 
 
-def _torch_name(name: str) -> str:
+def torch_name(name: str) -> str:
+    """The name in a module's state of a weight that crosses to NumPy."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.{_TO_TORCH.get(last, last)}"
 
 
 def _load(module: nn.Module, weights: Mapping[str, NDArray[Any]], belonging: str, remedy: str) -> None:
     expected = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    received = {_torch_name(name): np.asarray(values) for name, values in weights.items()}
+    received = {torch_name(name): np.asarray(values) for name, values in weights.items()}
     differing = sorted(
         name
         for name in {*expected, *received}

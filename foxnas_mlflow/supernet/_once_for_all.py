@@ -1,4 +1,4 @@
-"""Weights of once-for-all's supernets (Cai et al., 2020) as a beginning for ours.
+"""Weights of once-for-all's supernets (Cai et al., 2020) under our names.
 
 The published state dicts ``ofa_mbv3_d234_e346_k357_w1.0``, ``..._w1.2`` and
 ``ofa_proxyless_d234_e346_k357_w1.3`` hold the largest network; smaller ones are its prefixes and,
@@ -18,23 +18,22 @@ by the maps ``7to5_matrix`` and ``5to3_matrix``, its smaller kernels, exactly as
 | feature_mix_layer                          | head.hidden, or tail.conv (ProxylessNAS)  |
 | classifier.linear                          | head.classifier                           |
 
-What stays different is in `differences`: it is why a training has to follow.
+A published width that is not the space's is placed by prefix, as any source.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.core.network import NORM_EPSILON
+from foxnas_mlflow.core.network import NORM_EPSILON, build_network
+from foxnas_mlflow.core.space import CPU_SPACE, PROXYLESS_SPACE, SearchSpace
 from foxnas_mlflow.supernet._network import Supernet
+from foxnas_mlflow.supernet._source import Source
+from foxnas_mlflow.supernet._style import SourceActivation, Style
 
 _PROXYLESS_EPSILON = 1e-3
 
@@ -45,94 +44,64 @@ _BLOCK = {
     "se": "depth_conv.se.fc",
 }
 
-_REMEDY = (
-    "give the checkpoint's space and width: space=cpu width_mult=1.0 or 1.2 for MobileNetV3, "
-    "space=proxyless width_mult=1.3 for ProxylessNAS, with preset=paper"
-)
+_MARK = "first_conv.conv.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class Initialization:
-    """What was read from a once-for-all checkpoint.
-
-    Attributes:
-        family: ``MobileNetV3`` or ``ProxylessNAS``.
-        n_tensors: Tensors of the supernet that were set.
-        differences: What differs from the network that the weights were trained in.
-    """
-
-    family: str
-    n_tensors: int
-    differences: tuple[str, ...]
+def is_once_for_all(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are the names of a supernet of once-for-all."""
+    return _MARK in _renamed(tensors)
 
 
-def load_once_for_all(path: Path, supernet: Supernet) -> Initialization:
-    """Set a supernet's weights from a once-for-all checkpoint.
-
-    Args:
-        path: A file of `torch.save` with the state dict, or with it under ``state_dict``; only
-            tensors are read from it, never code.
-        supernet: Takes the weights; its space must have the checkpoint's blocks and widths.
+def from_once_for_all(tensors: Mapping[str, Tensor]) -> Source:
+    """A state dict of once-for-all under our names.
 
     Raises:
-        InvalidInputError: If it cannot be read, or does not fit the space.
+        InvalidInputError: If it has not the blocks of a published supernet.
     """
-    theirs = _read(path)
+    theirs = _renamed(tensors)
     proxyless = "final_expand_layer.conv.weight" not in theirs
-    ours = supernet.state_dict()
-    n_stages = supernet.space.n_stages
+    skeleton = PROXYLESS_SPACE if proxyless else CPU_SPACE
     n_blocks = 1 + max((int(m[1]) for m in map(re.compile(r"blocks\.(\d+)\.").match, theirs) if m), default=-1)
-    depth, rest = divmod(n_blocks - 1 - proxyless, n_stages)
-    if depth < supernet.space.max_depth or rest:
+    depth, rest = divmod(n_blocks - 1 - proxyless, skeleton.n_stages)
+    if depth < 1 or rest:
         raise InvalidInputError(
-            f"init must hold {n_stages} stages of {supernet.space.max_depth} blocks, as the space has",
+            f"init must hold {skeleton.n_stages} stages of as many blocks each, as once-for-all's supernets do",
             received=f"{max(n_blocks - 1, 0)} blocks",
-            remedy=_REMEDY,
         )
-    values: dict[str, Tensor] = {}
-    new: list[str] = []
-    for name, expected in ours.items():
+    values = {}
+    space = skeleton.replace(depths=(depth,))
+    for name in Supernet(space).state_dict():
         value = _value(name, theirs, depth, n_blocks - 1, proxyless=proxyless)
-        if name == "stem.conv.weight" and value is not None and expected.shape[1] == 1:
-            # A grey image is a colour image with three equal channels.
-            value = value.sum(1, keepdim=True)
-        if name.startswith("head.classifier.") and (value is None or value.shape != expected.shape):
-            new.append(name)
-        elif value is None or value.shape != expected.shape:
-            raise InvalidInputError(
-                f"init must fit the space: {name} has the shape {tuple(expected.shape)}",
-                received="no such tensor" if value is None else f"shape {tuple(value.shape)}",
-                remedy=_REMEDY,
-            )
-        else:
+        if value is not None:
             values[name] = value
-    supernet.load_state_dict({**ours, **values})
-    return Initialization(
-        "ProxylessNAS" if proxyless else "MobileNetV3", len(values), _differences(supernet, bool(new), proxyless)
-    )
+    strides = (space.stem_stride, space.first_stride, *(stage.stride for stage in space.stages))
+    if proxyless:
+        differences = (
+            "batch norm adds 1e-5 to variances, there 1e-3 (equal in evaluation, not in training)",
+            "the last block is fixed at kernel 3 and expansion 6",
+        )
+        return Source("once-for-all's ProxylessNAS", values, Style(symmetric=True), True, strides, differences)
+    style = Style(_activations(space), symmetric=True)
+    return Source("once-for-all's MobileNetV3", values, style, True, strides)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The state dict under names without the wrappers that versions of once-for-all differ in."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # Torn and foreign files raise anything.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not a file of tensors alone"
-        raise InvalidInputError(
-            "init must be the path of a once-for-all checkpoint", received=f"{path} ({reason})"
-        ) from error
-    if isinstance(data, Mapping) and isinstance(data.get("state_dict"), Mapping):
-        data = data["state_dict"]
-    if not isinstance(data, Mapping) or not all(isinstance(t, Tensor) for t in data.values()):
-        raise InvalidInputError("init must hold a state dict of tensors", received=str(path))
+def _activations(space: SearchSpace) -> dict[str, SourceActivation]:
+    """Theirs: ReLU up to the second stage, h-swish behind it, and in the stem."""
+    found: dict[str, SourceActivation] = {}
+    for unit in build_network(space, space.largest()).units:
+        early = unit.name == "first" or unit.stage in (1, 2)
+        found |= {layer.name: "relu" if early else "hswish" for layer in unit.layers if layer.activation == "relu6"}
+    return found
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the wrappers that versions of once-for-all differ in."""
     renamed = {}
-    for name, tensor in data.items():
-        short = str(name).removeprefix("module.").replace(".mobile_inverted_conv.", ".conv.")
+    for name, tensor in tensors.items():
+        short = name.removeprefix("module.").replace(".mobile_inverted_conv.", ".conv.")
         for inner in ("bn", "conv", "linear"):
             short = short.replace(f".{inner}.{inner}.", f".{inner}.")
-        renamed[short] = tensor.float()
+        renamed[short] = tensor
     return renamed
 
 
@@ -183,21 +152,3 @@ def _smallest_kernel(theirs: Mapping[str, Tensor], source: str) -> Tensor | None
         centre = weight[:, :, 1:-1, 1:-1]
         weight = (centre.flatten(2) @ matrix.t()).reshape(centre.shape)
     return weight
-
-
-def _differences(supernet: Supernet, new_classifier: bool, proxyless: bool) -> tuple[str, ...]:
-    space = supernet.space
-    lines = ["stride 2 pads as TensorFlow does, one pixel from once-for-all's"]
-    if proxyless:
-        lines.append("batch norm adds 1e-5 to variances, there 1e-3 (equal in evaluation, not in training)")
-        lines.append("the last block is fixed at kernel 3 and expansion 6")
-    else:
-        lines.append("ReLU6 everywhere, there ReLU and h-swish: accuracy returns with training only")
-    untrained = sorted({*space.expansions} - {3, 4, 6})
-    if untrained:
-        lines.append(f"expansion ratios {untrained} were not trained there")
-    if space.in_channels == 1:
-        lines.append("one input channel: the stem's three are summed")
-    if new_classifier:
-        lines.append(f"a new classifier for {space.n_classes} classes")
-    return tuple(lines)

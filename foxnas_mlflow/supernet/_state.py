@@ -23,6 +23,7 @@ from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet
 from foxnas_mlflow.supernet._strategy import STRATEGIES, TrainedNetwork
+from foxnas_mlflow.supernet._style import Style
 
 Mode = Literal["auto", "float32", "channels_last", "bfloat16"]
 
@@ -49,6 +50,8 @@ class TrainConfig:
         mode: Number format and memory layout; ``auto`` times them at the start.
         workers: Subnets of a step that are computed at the same time, on threads of their own; 0
             times it at the start.
+        anneal: Share of the steps over which activations move from those of the network that the weights come
+            from to ours.
         accumulate: Parts that a step's batch is computed in, for the memory of one part; batch norm sees a
             part at a time.
         class_weights: Weight of each class's images in the loss; empty: all alike.
@@ -67,6 +70,7 @@ class TrainConfig:
     ema: float = 0.0
     mode: Mode = "auto"
     workers: int = 0
+    anneal: float = 0.3
     accumulate: int = 1
     class_weights: tuple[float, ...] = ()
     seed: int = 0
@@ -87,6 +91,8 @@ class TrainConfig:
         object.__setattr__(self, "class_weights", tuple(float(w) for w in self.class_weights))
         if not all(math.isfinite(w) and w > 0 for w in self.class_weights):
             raise InvalidInputError("class_weights must be positive numbers", received=self.class_weights)
+        if not 0 <= self.anneal <= 1:
+            raise InvalidInputError("anneal must be in [0, 1]", received=self.anneal)
         if not 0 <= self.ema < 1:
             raise InvalidInputError("ema must be in [0, 1)", received=self.ema)
 
@@ -133,6 +139,7 @@ class TrainingState:
             "config": dataclasses.asdict(self.config),
             "space": self.network.space.to_dict() if isinstance(self.network, Supernet) else None,
             "origin": dict(self.origin),
+            "style": self.network.style.to_dict(),
         }
         contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +200,8 @@ def _read(path: Path) -> TrainingState:
         )
     supernet = Supernet(SearchSpace.from_dict(saved["space"]))
     supernet.load_state_dict(parts["model"])
+    if "style" in saved:
+        supernet.style = Style.from_dict(saved["style"])
     return TrainingState(
         supernet,
         TrainConfig(**saved["config"]),

@@ -73,6 +73,7 @@ class _Elastic(BaseStrategy):
         subnets = self.draw(network.space, phase, rng)
         modules = copies(len(subnets))
         for module, subnet in zip(modules, subnets, strict=True):
+            module.style = network.style
             module.set_subnet(subnet)
         return modules
 

@@ -28,6 +28,7 @@ from foxnas_mlflow.supernet._signals import held_signals
 from foxnas_mlflow.supernet._state import TrainingState
 from foxnas_mlflow.supernet._step import Teacher, Workers, layout, set_gradients, update
 from foxnas_mlflow.supernet._strategy import strategy_of
+from foxnas_mlflow.supernet._style import OURS, Style
 
 LOG_SECONDS = 1.0
 """Least time between two logs of the loss."""
@@ -121,6 +122,7 @@ class Trainer:
         if stopped:
             # The handler that was there before decides what a signal means. Another rank's signal ends this one too.
             signal.raise_signal(arrived[0] if arrived else signal.SIGTERM)
+        self._network.style = OURS
         if state.average:
             with torch.no_grad():
                 for name, parameter in self._network.named_parameters():
@@ -145,6 +147,7 @@ class Trainer:
     def _step(self, images: Tensor, targets: Tensor, workers: Workers) -> None:
         state = self._state
         self._enter_phase()
+        self._network.style = self._style()
         rate = learning_rate(state.config, state.step, self._n_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -169,6 +172,11 @@ class Trainer:
         state.step += 1
         self._seen += len(images)
         self._tell(value, rate)
+
+    def _style(self) -> Style:
+        """Activations and padding of the present step."""
+        source, steps = self._network.style, self._state.config.anneal * self._n_steps
+        return source.at(1 - self._state.step / steps) if self._state.step < steps else OURS
 
     def _enter_phase(self) -> None:
         phase = self._strategy.phase(self._state.step, self._n_steps)

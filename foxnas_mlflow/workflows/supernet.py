@@ -214,7 +214,6 @@ def _begin(
 ) -> tuple[TrainingState, Any]:
     """A new training, or the one to resume, and its batches."""
     import os
-    from pathlib import Path
 
     import torch
 
@@ -224,7 +223,7 @@ def _begin(
         TrainConfig,
         TrainingState,
         load_checkpoint,
-        load_once_for_all,
+        load_init,
     )
     from foxnas_mlflow.tracking.supernet import find_checkpoints
 
@@ -254,9 +253,9 @@ def _begin(
         )
         supernet = Supernet(space)
         if request.init:
-            read = load_once_for_all(Path(request.init).expanduser(), supernet)
+            read = load_init(request.init, supernet)
             if worker.rank == 0:
-                logger.info("Read %d tensors of once-for-all's %s. Different from there:", read.n_tensors, read.family)
+                logger.info("Read %d tensors of %s. Different from there:", len(read.placed), read.family)
                 for line in read.differences:
                     logger.info("  %s", line)
         state = TrainingState(supernet, config)

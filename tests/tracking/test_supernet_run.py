@@ -161,9 +161,9 @@ def test_once_for_all_weights_begin_a_training(
     out = capsys.readouterr().out
     assert "once-for-all's MobileNetV3" in out
     assert "one input channel" in out
-    # Weights of another width do not fit.
-    assert main([*argv, "--width-mult", "1.0"]) == 2
-    assert "width_mult" in capsys.readouterr().err
+    # Weights of other blocks do not fit.
+    assert main([*argv, "--space", "proxyless"]) == 2
+    assert "first to differ is" in capsys.readouterr().err
 
 
 def test_two_processes_train_one_supernet(tracking: str, tmp_path: Path) -> None:
