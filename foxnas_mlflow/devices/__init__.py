@@ -2,10 +2,10 @@
 
 from foxnas_mlflow.devices._base import Completed, Connection
 from foxnas_mlflow.devices._benchmark import Benchmark, invalid_reasons
-from foxnas_mlflow.devices._check import DeviceCheck, check
+from foxnas_mlflow.devices._check import DeviceCheck, Finding, check
 from foxnas_mlflow.devices._connect import connect
 from foxnas_mlflow.devices._local import LocalConnection
-from foxnas_mlflow.devices._measure import measure
+from foxnas_mlflow.devices._measure import host_answer, measure, read_model
 from foxnas_mlflow.devices._vela import ACCELERATORS, VelaEstimate, estimate_latency_vela
 
 __all__ = [
@@ -14,11 +14,14 @@ __all__ = [
     "Completed",
     "Connection",
     "DeviceCheck",
+    "Finding",
     "LocalConnection",
     "VelaEstimate",
     "check",
     "connect",
     "estimate_latency_vela",
+    "host_answer",
     "invalid_reasons",
     "measure",
+    "read_model",
 ]

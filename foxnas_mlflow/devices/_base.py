@@ -34,10 +34,14 @@ class Connection(ABC):
     Attributes:
         uri: What it was opened with, for tags and messages.
         python: The machine's Python.
+        edgetpu: Which of several Edge TPUs there, in the words of its library (``usb:1``); empty: the first.
+        login_words: What the machine's login shell prints before a command's own output; empty: nothing.
     """
 
     uri: str
     python: str
+    edgetpu: str = ""
+    login_words: str = ""
     keeps_stdin = True
     """Whether a command's standard input ends when this side goes away, so that it can end too."""
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from foxnas_mlflow.core.errors import InvalidFormatError
 
-FORMAT = 1
+FORMAT = 2
 
 MAX_HALVES_DIFFERENCE = 0.05
 """Largest relative difference between the medians of the first and the second half of the runs."""
@@ -23,7 +23,7 @@ MAX_CLOCK_SHARE = 0.01
 """Largest share of the median that one tick of the clock may be."""
 
 MAX_OUTPUT_LEVELS = 1.0
-"""Largest difference from the host's output: 8-bit levels, or 0.001 for floats.
+"""Largest difference from the host's outputs, in 8-bit levels.
 
 Kernels for different processors round products differently by one level where they are not XNNPACK's.
 """
@@ -53,8 +53,17 @@ class Benchmark:
         throttled: Whether it was throttled, None where the machine does not tell.
         load_ms, first_invoke_ms: Loading the model, and its first run, in ms.
         edgetpu: Whether the Edge TPU ran it.
-        output_difference: Largest difference from the host's output, in 8-bit levels for an integer
-            model; None when nothing was compared.
+        output_difference: Largest difference from the host's outputs in 8-bit levels, see `output_difference`;
+            None when nothing was compared.
+        asked_runs: How many timed runs were asked for; fewer were made where the time limit ended them.
+        frequency_mhz_start, frequency_mhz_end: The processor's clock, None where not told.
+        quota: Processors' worth of time that a container's quota left; None without one.
+        windows: Of the sustained load, ten seconds each: second, n_runs, p50_ms, p90_ms, temperature_c, frequency_mhz.
+        sustained_p90_ms: 90th percentile of the last minute under load; None when it was not asked for.
+        energy_mj: Energy of one inference above idling, in mJ; None when it was not asked for.
+        energy_error_mj: Its error (95 %).
+        idle_w, load_w: Power of the board idling and under load, in watts.
+        power_meter: What measured it, or empty.
         model_sha256: Of the model file.
         samples_ms: Every timed run in ms, in order.
     """
@@ -88,6 +97,17 @@ class Benchmark:
     edgetpu: bool
     output_difference: float | None
     model_sha256: str
+    asked_runs: int
+    frequency_mhz_start: float | None = None
+    frequency_mhz_end: float | None = None
+    quota: float | None = None
+    windows: tuple[Mapping[str, float | None], ...] = ()
+    sustained_p90_ms: float | None = None
+    energy_mj: float | None = None
+    energy_error_mj: float | None = None
+    idle_w: float | None = None
+    load_w: float | None = None
+    power_meter: str = ""
     samples_ms: tuple[float, ...] = dataclasses.field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,12 +120,15 @@ class Benchmark:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Benchmark:
-        """Read ``benchmark.json``.
+        """Read ``benchmark.json``, also of format 1, which knew no sustained load and no energy.
 
         Raises:
             InvalidFormatError: If the format is newer, or keys are missing or unknown.
         """
         names = {field.name for field in dataclasses.fields(cls)}
+        if isinstance(data, Mapping) and data.get("format") == 1 and "n_runs" in data:
+            later = {field.name: field.default for field in dataclasses.fields(cls) if field.name in _SINCE_2}
+            data = {**data, **later, "asked_runs": data["n_runs"], "format": FORMAT}
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise InvalidFormatError(f"a benchmark must have format {FORMAT}", received=found)
@@ -120,12 +143,31 @@ class Benchmark:
         """The figures as MLflow metrics, ``benchmark/...``; what the machine does not tell is left out."""
         names = [f"latency_ms_{part}" for part in ("p50", "p90", "p99", "mean", "std")]
         names += ["throughput_per_s", "peak_memory_bytes", "valid", "temperature_c_start", "temperature_c_end"]
+        names += ["throttled", "sustained_p90_ms", "energy_mj", "energy_error_mj"]
         values = {name: getattr(self, name) for name in names}
         return {f"benchmark/{name}": float(value) for name, value in values.items() if value is not None}
 
 
+_SINCE_2 = (
+    "frequency_mhz_start",
+    "frequency_mhz_end",
+    "quota",
+    "windows",
+    "sustained_p90_ms",
+    "energy_mj",
+    "energy_error_mj",
+    "idle_w",
+    "load_w",
+    "power_meter",
+)
+"""Keys that format 1 did not have, beside `asked_runs`."""
+
+
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+_ENERGY = ("energy_mj", "energy_error_mj", "idle_w", "load_w", "power_meter")
 
 
 def summarize(
@@ -133,11 +175,11 @@ def summarize(
     *,
     connection: str,
     threads: int,
+    runs: int,
     warmup: int,
     attempts: int,
     edgetpu: bool,
     output_difference: float | None,
-    integer_output: bool,
     max_output_levels: float,
 ) -> Benchmark:
     """Turn the board script's answer into figures, and judge them."""
@@ -149,8 +191,8 @@ def summarize(
         throttled=answer["throttled"],
         clock_tick_ms=answer["clock_tick_ms"],
         cpu_share=cpu_share(answer, threads=threads, edgetpu=edgetpu),
+        quota=answer["quota"] if answer["quota_waits"] else None,
         output_difference=output_difference,
-        integer_output=integer_output,
         max_output_levels=max_output_levels,
     )
     mean = float(samples.mean())
@@ -166,6 +208,7 @@ def summarize(
         valid=not reasons,
         invalid_reasons=reasons,
         n_runs=len(samples),
+        asked_runs=runs,
         attempts=attempts,
         threads=threads,
         warmup=warmup,
@@ -173,6 +216,8 @@ def summarize(
         edgetpu=edgetpu,
         output_difference=output_difference,
         samples_ms=tuple(answer["samples_ms"]),
+        windows=tuple(answer["windows"]),
+        **{key: answer[key] for key in _ENERGY if key in answer},
         **{
             key: answer[key]
             for key in (
@@ -188,6 +233,10 @@ def summarize(
                 "load_ms",
                 "first_invoke_ms",
                 "model_sha256",
+                "frequency_mhz_start",
+                "frequency_mhz_end",
+                "quota",
+                "sustained_p90_ms",
             )
         },
     )
@@ -199,8 +248,8 @@ def invalid_reasons(
     throttled: bool | None,
     clock_tick_ms: float,
     cpu_share: float | None = None,
+    quota: float | None = None,
     output_difference: float | None = None,
-    integer_output: bool = True,
     max_output_levels: float = MAX_OUTPUT_LEVELS,
 ) -> tuple[str, ...]:
     """Why figures cannot be trusted; empty when they can.
@@ -210,14 +259,17 @@ def invalid_reasons(
         throttled: Whether the machine was throttled; None: unknown.
         clock_tick_ms: Smallest step of the clock in ms.
         cpu_share: Share of the time that the process had a processor; None: it says nothing.
-        output_difference: Largest difference from the host's output, or None.
-        integer_output: Whether that difference is in 8-bit levels.
-        max_output_levels: How many of these it may be; of a float output a thousandth of it.
+        quota: Processors' worth of time to which a container's quota held the process back; None: it did not.
+        output_difference: Largest difference from the host's outputs in 8-bit levels, or None.
+        max_output_levels: How many of these it may be.
     """
     reasons = []
     if throttled:
         reasons.append("the machine was throttled")
-    if cpu_share is not None and cpu_share < MIN_CPU_SHARE:
+    if quota is not None:
+        share = "" if cpu_share is None else f" for {100 * (1 - cpu_share):.0f} % of the time"
+        reasons.append(f"a quota of {quota:g} processors held it back{share}")
+    elif cpu_share is not None and cpu_share < MIN_CPU_SHARE:
         reasons.append(f"other processes had the processor for {100 * (1 - cpu_share):.0f} % of the time")
     difference = halves_difference(samples)
     if difference > MAX_HALVES_DIFFERENCE:
@@ -225,10 +277,35 @@ def invalid_reasons(
     median = float(np.median(samples))
     if clock_tick_ms > MAX_CLOCK_SHARE * median:
         reasons.append(f"the clock ticks every {1000 * clock_tick_ms:g} us, the median is {1000 * median:g} us")
-    limit = max_output_levels if integer_output else max_output_levels / 1000
-    if output_difference is not None and not output_difference <= limit:
-        reasons.append(f"the output differs from the host's by {output_difference:g}")
+    if output_difference is not None and not output_difference <= max_output_levels:
+        reasons.append(f"the output differs from the host's by {output_difference:g} levels")
     return tuple(reasons)
+
+
+def output_difference(
+    got: Sequence[np.ndarray[Any, np.dtype[Any]]], expected: Sequence[np.ndarray[Any, np.dtype[Any]]]
+) -> float:
+    """Largest difference between the outputs of two machines, in 8-bit levels.
+
+    A level is 1 of an 8-bit output, 256 of a 16-bit one, and of a float one a thousandth of its largest value, but
+    no less than a thousandth. Infinite where shapes, types or NaNs differ.
+    """
+    if [(a.shape, a.dtype) for a in got] != [(b.shape, b.dtype) for b in expected]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        if a.size == 0 or np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
+            continue
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        level = 256.0 if a.dtype == np.int16 else 1.0
+        if a.dtype.kind == "f":
+            finite = np.abs(y[np.isfinite(y)])
+            level = 1e-3 * max(1.0, float(finite.max()) if finite.size else 1.0)
+        with np.errstate(invalid="ignore"):
+            differences = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
+        largest = float(differences.max()) / level
+        worst = max(worst, largest) if largest == largest else float("inf")
+    return worst
 
 
 def cpu_share(answer: Mapping[str, Any], *, threads: int, edgetpu: bool) -> float | None:

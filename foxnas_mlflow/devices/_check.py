@@ -2,13 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._script import INSTALL, run_board
+from foxnas_mlflow.devices._script import install_command, run_board
 
 MIN_FREE_BYTES = 256 * 2**20
 """Space for the script, models and a runtime's caches."""
+
+MIN_FREE_MEMORY_BYTES = 128 * 2**20
+"""Memory for Python, a runtime and a mobile network."""
+
+HOT_C = 75.0
+"""Temperature above which a board that idles will be throttled under load: a Pi's limit is 80."""
+
+Verdict = Literal["fine", "not fine", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of a check.
+
+    Attributes:
+        name: What was looked at.
+        verdict: What is thought of it.
+        text: What was found.
+        remedy: What to do about it; empty: nothing.
+        needed: Whether measuring needs it to be fine.
+    """
+
+    name: str
+    verdict: Verdict
+    text: str
+    remedy: str = ""
+    needed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name:<14}{self.verdict:<10}{self.text}{f'; {self.remedy}' if self.remedy else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,15 +52,15 @@ class DeviceCheck:
         device: The machine in one line.
         machine: Its instruction set, as `uname -m` says it.
         system: Kernel and C library.
-        cores: Processors.
+        cores: Processors that a process may use: its affinity, within the quota of its container.
+        quota: Processors' worth of time that a container's quota leaves; None without one.
         python, numpy, runtime, pillow: Versions; empty where missing.
         edgetpu: Whether an Edge TPU answers.
         emulated: Whether the processor is emulated.
         governor: Of the CPU's frequency; empty where the machine does not tell.
         temperature_c: In degrees Celsius, or None.
         free_bytes: Free disk space for models.
-        missing: What must be installed, each with how.
-        notes: What is worth changing for steadier figures.
+        findings: All that was looked at, and what is thought of it.
     """
 
     connection: str
@@ -36,6 +68,7 @@ class DeviceCheck:
     machine: str
     system: str
     cores: int
+    quota: float | None
     python: str
     numpy: str
     runtime: str
@@ -45,8 +78,19 @@ class DeviceCheck:
     governor: str
     temperature_c: float | None
     free_bytes: int
-    missing: tuple[str, ...]
-    notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What must be mended before anything can be measured, each with how."""
+        return tuple(f"{f.name}: {f.text}; {f.remedy}" for f in self.findings if f.needed and f.verdict != "fine")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth changing for steadier figures, or cannot be known."""
+        return tuple(
+            f"{f.text}; {f.remedy}" for f in self.findings if not f.needed and f.verdict != "fine" and f.remedy
+        )
 
     @property
     def ready(self) -> bool:
@@ -55,35 +99,153 @@ class DeviceCheck:
 
 
 def check(connection: Connection) -> DeviceCheck:
-    """Look at a machine.
+    """Look at a machine, and run there what a measurement runs.
 
     Raises:
         DeviceError: If it has no Python or no space for one script.
         ConnectionLostError: If the machine went away.
     """
-    answer = run_board(connection, ["check"], timeout_s=120)
-    missing, notes = [], []
-    if not answer["numpy"]:
-        missing.append(f"NumPy: {INSTALL}")
-    if not answer["runtime"]:
-        missing.append(f"ai-edge-litert or tflite-runtime: {INSTALL} ({answer['runtime_error']})")
-    if answer["runtime"].startswith("tflite-runtime") and answer["numpy"].split(".")[0] not in ("", "0", "1"):
-        missing.append("NumPy below 2, which tflite-runtime needs: pip install ai-edge-litert in its place")
-    if answer["free_bytes"] < MIN_FREE_BYTES:
-        missing.append(f"disk space: {answer['free_bytes'] / 2**20:.0f} MiB free, {MIN_FREE_BYTES >> 20} MiB needed")
-    if answer["governor"] not in ("", "performance"):
-        notes.append(
-            f"the CPU's governor is {answer['governor']}; for steadier figures: "
-            "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
-        )
-    if answer["emulated"]:
-        notes.append("the processor is emulated: results are right, times mean nothing")
-    if not answer["pillow"]:
-        notes.append(
-            "no Pillow, which measuring does not need: deployed models take arrays there, no JPEG or PNG; "
-            "install it there with: pip install Pillow"
-        )
-    if not answer["edgetpu"]:
-        notes.append("no Edge TPU answers (needed for the target edgetpu only)")
+    answer = run_board(connection, ["check"], timeout_s=240)
     facts = {key: answer[key] for key in DeviceCheck.__dataclass_fields__ if key in answer}
-    return DeviceCheck(connection=connection.uri, missing=tuple(missing), notes=tuple(notes), **facts)
+    findings = (*_software(answer), *_hardware(answer), *_shell(connection))
+    return DeviceCheck(connection=connection.uri, findings=findings, **facts)
+
+
+def _software(answer: Mapping[str, Any]) -> Iterator[Finding]:
+    command = install_command(answer["machine"], answer["python"])
+    install = f"install it there: {command}, and add ?python=~/foxnas/bin/python to the address"
+    if not command:
+        install = (
+            f"no runtime's wheel fits {answer['machine']} with Python {answer['python']}: "
+            "give a Python 3.7 to 3.11 of a 32-bit or 64-bit ARM or x86 with ?python=/path"
+        )
+    if answer["managed"] and command:
+        install += " (Debian's venv comes with: sudo apt install python3-venv)"
+    numpy, runtime, error = answer["numpy"], answer["runtime"], answer["runtime_error"]
+    if not numpy:
+        yield Finding("NumPy", "not fine", "none", install, needed=True)
+    else:
+        yield Finding("NumPy", "fine", numpy)
+    if not runtime:
+        yield Finding("runtime", "not fine", f"no ai-edge-litert or tflite-runtime ({error})", install, needed=True)
+    elif numpy and error:
+        yield Finding("runtime", "not fine", f"{runtime}: {error}", _mend(runtime, numpy, install), needed=True)
+    else:
+        yield Finding("runtime", "fine" if numpy else "unknown", f"{runtime}{', computes right' if numpy else ''}")
+    if answer["pillow"]:
+        yield Finding("Pillow", "fine", answer["pillow"])
+    else:
+        yield Finding(
+            "Pillow",
+            "not fine",
+            "no Pillow, which measuring does not need: deployed models take arrays there, no JPEG or PNG",
+            "install it there with: pip install Pillow",
+        )
+    if answer["edgetpu"]:
+        found = ", ".join(answer["edgetpus"]) or "one"
+        yield Finding("Edge TPU", "fine", f"{found} answers")
+    else:
+        needed = "needed for the target edgetpu only"
+        mend = "for the target edgetpu: install libedgetpu1-std there, a build that matches the runtime"
+        if answer["edgetpu_error"].startswith("no_edgetpu_device") or "Failed to load" in answer["edgetpu_error"]:
+            mend = "for the target edgetpu: plug it in, and check that no other process holds it"
+        yield Finding("Edge TPU", "unknown", f"no Edge TPU answers ({answer['edgetpu_error']}; {needed})", mend)
+    if answer["lock_error"]:
+        yield Finding(
+            "lock", "not fine", f"no directory can be written ({answer['lock_error']})", "set TMPDIR there", needed=True
+        )
+
+
+def _mend(runtime: str, numpy: str, install: str) -> str:
+    if runtime.startswith("tflite-runtime") and numpy.split(".")[0] not in ("0", "1"):
+        return "pip install 'numpy<2' there, or ai-edge-litert in its place"
+    if runtime.startswith("tflite-runtime") and tuple(int(n) for n in numpy.split(".")[:2]) < (1, 20):
+        return "tflite-runtime needs NumPy 1.20 or newer, below 2: pip install --upgrade 'numpy<2' there"
+    return install
+
+
+def _hardware(answer: Mapping[str, Any]) -> Iterator[Finding]:
+    free, memory = answer["free_bytes"], answer["free_memory_bytes"]
+    yield Finding(
+        "free disk",
+        "fine" if free >= MIN_FREE_BYTES else "not fine",
+        f"{free / 2**30:.1f} GiB",
+        "" if free >= MIN_FREE_BYTES else f"{MIN_FREE_BYTES >> 20} MiB are needed: free some (df -h)",
+        needed=True,
+    )
+    if memory is None:
+        yield Finding("free memory", "unknown", "not told")
+    else:
+        enough = memory >= MIN_FREE_MEMORY_BYTES
+        remedy = "" if enough else f"{MIN_FREE_MEMORY_BYTES >> 20} MiB are needed: end other programs"
+        text = f"{memory / 2**20:.0f} MiB"
+        yield Finding("free memory", "fine" if enough else "not fine", text, remedy, needed=True)
+    quota = answer["quota"]
+    if quota is not None and quota < 1:
+        yield Finding(
+            "processors",
+            "not fine",
+            f"a quota of {quota:g} processors",
+            "give the container one or more (docker run --cpus): else runs are cut in pieces",
+        )
+    else:
+        limit = "" if quota is None else f", a quota of {quota:g}"
+        yield Finding("processors", "fine", f"{answer['cores']}{limit}")
+    if answer["governor"] in ("", "performance"):
+        yield Finding("governor", "fine" if answer["governor"] else "unknown", answer["governor"] or "not told")
+    else:
+        yield Finding(
+            "governor",
+            "not fine",
+            f"the CPU's governor is {answer['governor']}",
+            "for steadier figures: echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
+        )
+    temperature = answer["temperature_c"]
+    if temperature is None:
+        yield Finding("temperature", "unknown", "not told")
+    else:
+        hot = temperature > HOT_C
+        yield Finding(
+            "temperature",
+            "not fine" if hot else "fine",
+            f"{temperature:.1f} C{f', above {HOT_C:g}' if hot else ''}",
+            "cool it: a fan, a heat sink, a pause" if hot else "",
+        )
+    if answer["frequency_mhz"] is not None:
+        yield Finding("clock", "fine", f"{answer['frequency_mhz']:.0f} MHz now")
+    else:
+        yield Finding("clock", "unknown", "not told")
+    yield _throttling(answer["throttle"])
+    if answer["emulated"]:
+        yield Finding(
+            "emulation", "not fine", "the processor is emulated", "results are right, times mean nothing", needed=False
+        )
+
+
+def _throttling(state: str) -> Finding:
+    if not state:
+        return Finding("throttling", "unknown", "the machine does not tell")
+    if not state.startswith("0x"):
+        return Finding("throttling", "fine", f"{state} times since it started")
+    flags = int(state, 16)
+    power = "check its power supply and cooling"
+    if flags & 0xF:
+        return Finding("throttling", "not fine", f"throttled now ({state})", power)
+    if flags & 0xF0000:
+        return Finding(
+            "throttling",
+            "unknown",
+            f"it was throttled since it started ({state}), which hides whether it is again",
+            f"{power}, and restart it",
+        )
+    return Finding("throttling", "fine", "none since it started")
+
+
+def _shell(connection: Connection) -> Iterator[Finding]:
+    if connection.login_words:
+        yield Finding(
+            "login shell",
+            "not fine",
+            f"it prints {connection.login_words.splitlines()[0]!r} before every command, which is left out",
+            "print only in interactive shells there",
+        )

@@ -8,65 +8,101 @@ from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.devices._base import Connection
 from foxnas_mlflow.devices._local import LocalConnection
 
+_OPTIONS = {
+    "local": ("edgetpu",),
+    "ssh": ("python", "key", "edgetpu"),
+    "docker": ("python", "cpus"),
+}
+"""What an address of each kind takes after ``?``."""
+
 
 def connect(device: str) -> Connection:
     """Open a connection to a machine that measures.
 
     Args:
         device: ``local``, ``ssh://user@host[:port]`` or ``docker://image``. The last two take
-            ``?python=/path/to/python`` (on the machine), ssh also ``key=/path`` (of a private key).
-            User, port, keys and jump hosts also come from ``~/.ssh/config``, keys from the agent.
+            ``?python=/path/to/python`` (on the machine), ssh also ``key=/path`` (of a private key), docker also
+            ``cpus=0.5`` (processors that the container may use). ``local`` and ssh take ``edgetpu=usb:1``: which
+            of several Edge TPUs, in the words of its library. The host's name is written as for ``ssh``: user,
+            port, keys and jump hosts also come from ``~/.ssh/config``, keys from the agent.
 
     Raises:
         DeviceError: If the address is malformed, or the machine cannot be reached.
         MissingDependencyError: If the package for this kind of connection is not installed.
     """
-    if device == "local":
-        return LocalConnection()
-    if device.startswith("docker://"):
+    address, _, query = device.partition("?")
+    if address == "local":
+        options = _options(device, query, "local")
+        connection: Connection = LocalConnection()
+    elif address.startswith("docker://") and address != "docker://":
         from foxnas_mlflow.devices._docker import DockerConnection
 
-        image, _, query = device.removeprefix("docker://").partition("?")
-        options = _options(device, query, ("python",))
-        if image:
-            return DockerConnection(device, image, python=options.get("python"))
-    if device.startswith("ssh://"):
+        options = _options(device, query, "docker")
+        connection = DockerConnection(
+            device, address.removeprefix("docker://"), python=options.get("python"), cpus=_cpus(device, options)
+        )
+    elif address.startswith("ssh://"):
         from foxnas_mlflow.devices._ssh import SshConnection
 
-        try:
-            parts = urlsplit(device)
-            port = parts.port
-        except ValueError as error:
-            raise _malformed(device) from error
-        options = _options(device, parts.query, ("python", "key"))
-        if parts.password is not None:
-            raise DeviceError(
-                "an ssh address has no password",
-                received=device.replace(parts.password, "***"),
-                remedy="use a key: ssh-keygen, then ssh-copy-id user@host",
-            )
-        if parts.hostname and parts.path in ("", "/") and not parts.fragment:
-            return SshConnection(
-                device,
-                parts.hostname,
-                port=port,
-                user=parts.username,
-                key=options.get("key"),
-                python=options.get("python"),
-            )
-    raise _malformed(device)
+        options = _options(device, query, "ssh")
+        user, host, port = _ssh_address(device)
+        connection = SshConnection(
+            device, host, port=port, user=user, key=options.get("key"), python=options.get("python")
+        )
+    else:
+        raise _malformed(device)
+    connection.edgetpu = options.get("edgetpu", "")
+    return connection
 
 
-def _options(device: str, query: str, known: tuple[str, ...]) -> dict[str, str]:
+def _ssh_address(device: str) -> tuple[str | None, str, int | None]:
+    """User, host and port of an address; the host as it was written: `Host` lines of OpenSSH know upper case."""
+    try:
+        parts = urlsplit(device)
+        port = parts.port
+    except ValueError as error:
+        raise _malformed(device) from error
+    if parts.password is not None:
+        raise DeviceError(
+            "an ssh address has no password",
+            received=device.replace(parts.password, "***"),
+            remedy="use a key: ssh-keygen, then ssh-copy-id user@host",
+        )
+    _, _, place = parts.netloc.rpartition("@")
+    host = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
+    if not host or parts.path not in ("", "/") or parts.fragment:
+        raise _malformed(device)
+    return parts.username, host, port
+
+
+def _options(device: str, query: str, kind: str) -> dict[str, str]:
     options = dict(parse_qsl(query, keep_blank_values=True))
+    known = _OPTIONS[kind]
     if set(options) - set(known) or not all(options.values()):
-        raise DeviceError(f"an address takes only {' and '.join(known)} after '?'", received=device)
+        raise DeviceError(
+            f"the address of {'this machine' if kind == 'local' else f'a {kind} machine'} takes only "
+            f"{' and '.join(known)} after '?'",
+            received=device,
+        )
     return options
+
+
+def _cpus(device: str, options: dict[str, str]) -> float | None:
+    if "cpus" not in options:
+        return None
+    try:
+        cpus = float(options["cpus"])
+    except ValueError:
+        cpus = 0.0
+    # Docker's own least is a hundredth.
+    if not 0.01 <= cpus < float("inf"):
+        raise DeviceError("cpus must be a number of processors, 0.01 or more", received=device)
+    return cpus
 
 
 def _malformed(device: str) -> DeviceError:
     return DeviceError(
         "a device is local, ssh://user@host[:port] or docker://image",
         received=device,
-        remedy="give the machine's address",
+        remedy="give the machine's address; an IPv6 one stands in brackets: ssh://pi@[fe80::1]",
     )

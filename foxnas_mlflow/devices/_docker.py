@@ -12,7 +12,7 @@ from typing import Any
 
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError, import_or_raise
 from foxnas_mlflow.devices._base import Completed, Connection, refused, timed_out
-from foxnas_mlflow.devices.board import LOCK
+from foxnas_mlflow.devices.board import LOCKS, lock_path
 
 LIFETIME_SECONDS = 86_400
 """A container that is left behind by a killed process ends after a day."""
@@ -28,6 +28,7 @@ class DockerConnection(Connection):
         uri: The address, for messages.
         image: Name of the image; it must be there already, or in a registry that the daemon knows.
         python: Python in the image.
+        cpus: Processors that it may use, as a quota of their time; None: all.
 
     Raises:
         DeviceError: If the daemon does not answer or the image cannot be started.
@@ -37,7 +38,7 @@ class DockerConnection(Connection):
     # `docker exec` without a terminal has none.
     keeps_stdin = False
 
-    def __init__(self, uri: str, image: str, *, python: str | None = None) -> None:
+    def __init__(self, uri: str, image: str, *, python: str | None = None, cpus: float | None = None) -> None:
         super().__init__()
         self.uri = uri.partition("?")[0]
         self.python = python or "python3"
@@ -51,6 +52,7 @@ class DockerConnection(Connection):
                 remedy="start it, check DOCKER_HOST and the rights on its socket (group docker)",
             ) from error
         self._image = image
+        self._quota = {} if cpus is None else {"nano_cpus": round(cpus * 1e9)}
         self._container: Any = None
         try:
             self._reopen()
@@ -68,8 +70,9 @@ class DockerConnection(Connection):
                 auto_remove=True,
                 network_mode="none",
                 labels=["foxnas_mlflow"],
+                **self._quota,
                 # The machine's lock, so that containers and processes outside wait for each other.
-                volumes={LOCK: {"bind": LOCK, "mode": "ro"}},
+                volumes={lock_path(): {"bind": LOCKS[0], "mode": "ro"}},
             )
         except self._docker.errors.ImageNotFound as error:
             raise DeviceError(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
+import logging
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,26 @@ from numpy.typing import NDArray
 from foxnas_mlflow.core.edgetpu import COMPILED_OPERATOR
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError, InvalidInputError
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._benchmark import MAX_OUTPUT_LEVELS, Benchmark, is_steady, summarize
+from foxnas_mlflow.devices._benchmark import (
+    MAX_OUTPUT_LEVELS,
+    Benchmark,
+    is_steady,
+    output_difference,
+    summarize,
+)
+from foxnas_mlflow.devices._local import LocalConnection
 from foxnas_mlflow.devices._script import prepare, run_board
 
-RECONNECT_SECONDS = (1.0, 4.0, 10.0)
-"""Pauses before each try to reach a lost machine again."""
+RECONNECT_SECONDS = 60.0
+"""How long a lost machine is waited for: one that restarts needs half a minute."""
+
+ANSWER_SECONDS = 600.0
+DAY_SECONDS = 86_400
+
+Outputs = Sequence[NDArray[Any]]
+"""What a model answers to the board script's fixed inputs."""
+
+_log = logging.getLogger(__name__)
 
 
 def measure(
@@ -30,10 +46,12 @@ def measure(
     runs: int = 200,
     warmup: int = 10,
     edgetpu: bool = False,
-    expected: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    expected: Outputs | None = None,
     max_output_levels: float = MAX_OUTPUT_LEVELS,
     min_seconds: float = 0.5,
     max_seconds: float = 10.0,
+    sustained_seconds: float = 0.0,
+    energy: str = "",
     wait_seconds: float = 600.0,
     attempts: int = 3,
 ) -> Benchmark:
@@ -49,10 +67,13 @@ def measure(
         runs: Timed runs, at least.
         warmup: Runs before them, at least; they also last one second at least.
         edgetpu: Run on the Edge TPU; the file must be compiled for it.
-        expected: An input and the output that the host computed for it; the machine's is compared.
+        expected: What the host answers, from `host_answer`; the machine's is compared with it.
         max_output_levels: Largest difference from it, in 8-bit levels.
         min_seconds: Least time of the timed runs.
-        max_seconds: Time after which they end even when there are fewer than `runs` (but 20).
+        max_seconds: Time after which they end even when there are fewer than `runs` (but 20); 0: no limit.
+        sustained_seconds: Time under load without a pause, after the timed runs; 0: none.
+        energy: ``auto`` measures energy with the machine's own sensors, anything else is a command there that prints
+            watts; empty: it is not measured. It takes 20 seconds.
         wait_seconds: How long to wait while another measurement holds the machine.
         attempts: Measurements until one is steady, at most.
 
@@ -72,26 +93,29 @@ def measure(
     options += ["--wait-seconds", str(wait_seconds)]
     options += ["--watch-stdin"] if connection.keeps_stdin else []
     options += ["--edgetpu"] if edgetpu else []
-    timeout_s = wait_seconds + 3 * max_seconds + 120
+    options += ["--stick", connection.edgetpu] if edgetpu and connection.edgetpu else []
+    # Once, when the timed runs are steady: they take long.
+    longer = ["--sustained-seconds", str(sustained_seconds)] if sustained_seconds else []
+    longer += ["--energy", energy] if energy else []
+    timeout_s = wait_seconds + 3 * max_seconds + sustained_seconds + 180 if max_seconds else float(DAY_SECONDS)
 
     answer: Mapping[str, Any] = {}
-    attempt, steady = 0, False
+    attempt, steady, got = 0, False, None
     while not steady and attempt < attempts:
-        answer = _with_reconnect(connection, data, None if expected is None else expected[0], options, timeout_s)
+        answer, got = _with_reconnect(connection, data, expected is not None, options, timeout_s)
         steady = is_steady(answer, threads=threads, edgetpu=edgetpu)
         attempt += 1
-    difference, integer = None, True
-    if expected is not None:
-        difference, integer = _output_difference(answer["output"], expected[1])
+    if longer:
+        answer, got = _with_reconnect(connection, data, expected is not None, [*options, *longer], timeout_s)
     return summarize(
         answer,
         connection=connection.uri,
         threads=threads,
+        runs=runs,
         warmup=warmup,
         attempts=attempt,
         edgetpu=edgetpu,
-        output_difference=difference,
-        integer_output=integer,
+        output_difference=None if expected is None or got is None else output_difference(got, expected),
         max_output_levels=max_output_levels,
     )
 
@@ -134,23 +158,59 @@ def _check_compiled(data: bytes, edgetpu: bool) -> None:
         )
 
 
-def _with_reconnect(
-    connection: Connection, data: bytes, given: NDArray[Any] | None, options: Sequence[str], timeout_s: float
-) -> dict[str, Any]:
-    lost: DeviceError | None = None
-    for pause in (0.0, *RECONNECT_SECONDS):
-        if lost is not None:
-            time.sleep(pause)
-            try:
-                connection.reconnect()
-            except DeviceError as error:
-                # A machine that restarts refuses connections for a while: the loss goes on.
-                lost = error
-                continue
+def host_answer(model: str | Path | bytes) -> list[NDArray[Any]] | None:
+    """What this host answers to the board script's fixed inputs, to compare another machine with.
+
+    In a process of its own: the runtime crashes on some damaged files.
+
+    Returns:
+        The model's outputs, or None where this host has no runtime or its runtime cannot run the model.
+
+    Raises:
+        InvalidInputError: If the model is no TensorFlow Lite file.
+    """
+    data = read_model(model)
+    with LocalConnection() as connection:
+        directory = prepare(connection)
+        connection.put(data, f"{directory}/model.tflite")
+        outputs = f"{directory}/answer.npz"
         try:
-            return _measure_once(connection, data, given, options, timeout_s)
+            run_board(
+                connection, ["answer", f"{directory}/model.tflite", "--outputs", outputs], timeout_s=ANSWER_SECONDS
+            )
+        except DeviceError as error:
+            _log.info("the outputs are not compared: %s", error)
+            return None
+        return _outputs(connection.get(outputs))
+
+
+def _with_reconnect(
+    connection: Connection, data: bytes, compared: bool, options: Sequence[str], timeout_s: float
+) -> tuple[dict[str, Any], list[NDArray[Any]] | None]:
+    while True:
+        try:
+            return _measure_once(connection, data, compared, options, timeout_s)
         except ConnectionLostError as error:
-            lost = error
+            await_machine(connection, error)
+
+
+def await_machine(connection: Connection, lost: DeviceError) -> None:
+    """Wait until a lost machine answers again, and open the connection anew.
+
+    Raises:
+        ConnectionLostError: If it does not come back in time.
+    """
+    deadline, pause = time.monotonic() + RECONNECT_SECONDS, min(1.0, RECONNECT_SECONDS / 2)
+    _log.warning("%s went away: waiting up to %g s for it", connection.uri, RECONNECT_SECONDS)
+    while time.monotonic() < deadline:
+        time.sleep(pause)
+        try:
+            connection.reconnect()
+        except DeviceError as error:
+            # A machine that restarts refuses connections for a while: the loss goes on.
+            lost, pause = error, min(2 * pause, 5.0)
+        else:
+            return
     raise ConnectionLostError(
         f"{connection.uri} went away and did not come back",
         received=str(lost).rstrip("."),
@@ -159,24 +219,21 @@ def _with_reconnect(
 
 
 def _measure_once(
-    connection: Connection, data: bytes, given: NDArray[Any] | None, options: Sequence[str], timeout_s: float
-) -> dict[str, Any]:
-    arguments = list(options)
+    connection: Connection, data: bytes, compared: bool, options: Sequence[str], timeout_s: float
+) -> tuple[dict[str, Any], list[NDArray[Any]] | None]:
     directory = prepare(connection)
     connection.put(data, f"{directory}/model.tflite")
-    if given is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, given, allow_pickle=False)
-        connection.put(buffer.getvalue(), f"{directory}/input.npy")
-        arguments += ["--input", f"{directory}/input.npy"]
-    return run_board(connection, ["measure", f"{directory}/model.tflite", *arguments], timeout_s=timeout_s)
+    outputs = f"{directory}/answer.npz"
+    arguments = ["measure", f"{directory}/model.tflite", *options, *(["--outputs", outputs] if compared else [])]
+    answer = run_board(connection, arguments, timeout_s=timeout_s)
+    return answer, _outputs(connection.get(outputs)) if compared else None
 
 
-def _output_difference(answer: Mapping[str, Any], expected: NDArray[Any]) -> tuple[float, bool]:
-    """Largest absolute difference, and whether the output is integer."""
-    dtype = np.dtype(str(answer["dtype"]))
-    got = np.frombuffer(base64.b64decode(answer["base64"]), dtype).reshape(answer["shape"])
-    integer = dtype.kind in "iu"
-    if got.shape != expected.shape or got.dtype != expected.dtype:
-        return float("inf"), integer
-    return float(np.abs(got.astype(np.float64) - expected.astype(np.float64)).max()), integer
+def _outputs(archive: bytes) -> list[NDArray[Any]]:
+    try:
+        with np.load(io.BytesIO(archive), allow_pickle=False) as arrays:
+            return [arrays[name] for name in arrays.files]
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise DeviceError(
+            "a machine's outputs must arrive whole", received=str(error), remedy="run it again"
+        ) from error

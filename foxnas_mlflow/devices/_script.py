@@ -12,7 +12,11 @@ from foxnas_mlflow.devices._base import Completed, Connection
 
 INSTALL = (
     "install it there: python3 -m venv ~/foxnas && ~/foxnas/bin/pip install numpy ai-edge-litert, "
-    "and add ?python=~/foxnas/bin/python to the address"
+    "and add ?python=~/foxnas/bin/python to the address (foxnas device check says what fits its processor)"
+)
+
+MISSING_OPERATOR = (
+    "convert it with TensorFlow Lite's own operators alone (target_spec.supported_ops = [TFLITE_BUILTINS])"
 )
 
 BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
@@ -22,25 +26,74 @@ BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
         "tflite-runtime on {uri} needs NumPy below 2",
         "install ai-edge-litert in its place, or pip install 'numpy<2' there",
     ),
+    "numpy_too_old": (
+        "the runtime on {uri} needs the NumPy that it was built for",
+        "pip install --upgrade 'numpy<2' there, in a virtual environment (tflite-runtime needs 1.20 or newer)",
+    ),
+    "no_lock": (
+        "{uri} must have a directory for temporary files that can be written",
+        "set TMPDIR for that user to one, and export it where its shell starts",
+    ),
+    "no_delegate": (
+        "a delegate's library on {uri} must be one of TensorFlow Lite",
+        "install libedgetpu1-std there, or mend what the library's name points to",
+    ),
+    "custom_operator": (
+        "the runtime on {uri} must know all operators of the model",
+        f"{MISSING_OPERATOR}, or run it with the program that brings its custom operators",
+    ),
+    "flex_operator": (
+        "the runtime on {uri} runs no operators of TensorFlow itself (flex)",
+        f"{MISSING_OPERATOR}, without SELECT_TF_OPS",
+    ),
+    "no_input": (
+        "a model to measure must have inputs, of numbers",
+        "give a model that computes something from an image, or other numbers",
+    ),
+    "no_meter": (
+        "measuring energy on {uri} needs a meter that it can read",
+        "RAPL's counters are read by root alone (chmod o+r /sys/class/powercap/*/energy_uj); or give a command "
+        "that prints watts",
+    ),
     "no_edgetpu_library": (
         "an Edge TPU on {uri} needs the library libedgetpu.so.1",
         "install libedgetpu1-std there (a build that matches the runtime)",
     ),
     "no_edgetpu_device": (
         "an Edge TPU must be connected to {uri}",
-        "plug it in, check the udev rules of libedgetpu and that no other process holds it",
+        "plug it in, check the udev rules of libedgetpu and that no other process holds it; with several, name one: "
+        "?edgetpu=usb:0",
     ),
     "bad_model": (
         "the runtime on {uri} must be able to load the model",
         "update the runtime there, and check that the file is a TensorFlow Lite model for it",
     ),
-    "bad_input": ("the input to compare must fit the model", "give an array of the model's shape and type"),
     "busy": (
         "another measurement holds {uri}",
         "wait for it to end: one machine measures one thing at a time",
     ),
 }
 """Rule and remedy of every error that the board script names."""
+
+
+def install_command(machine: str, python: str) -> str:
+    """What installs a runtime on a machine, in an environment of its own; empty where no wheel fits.
+
+    Debian's own Python takes no packages (PEP 668): a virtual environment does, everywhere.
+
+    Args:
+        machine: Instruction set, as `uname -m` says it.
+        python: Version of its Python.
+    """
+    major, minor = (int(part) for part in python.split(".")[:2])
+    packages = ""
+    if machine in ("x86_64", "aarch64") and (major, minor) >= (3, 10):
+        packages = "numpy ai-edge-litert"
+    elif machine in ("x86_64", "aarch64", "armv7l") and (3, 7) <= (major, minor) <= (3, 11):
+        packages = "'numpy<2' tflite-runtime"
+    if not packages:
+        return ""
+    return f"python3 -m venv ~/foxnas && ~/foxnas/bin/pip install {packages}"
 
 
 def prepare(connection: Connection) -> str:

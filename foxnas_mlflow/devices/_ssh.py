@@ -4,23 +4,33 @@ Strict by default: the host's key must be known (``~/.ssh/known_hosts``, or what
 names); a changed or unknown one is refused. An event loop in a thread of its own keeps the
 connection alive, and notices its loss, between two measurements too. Files travel through ``cat``,
 because small systems have no SFTP server.
+
+sshd hands every command to the user's login shell, whichever that is (bash, dash, fish, csh), and what its
+start-up files print comes first. So the login shell is given one word that all shells read alike, in which a
+POSIX shell finds the command; a marker says where the command's own output begins.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
+import os
+import re
+import secrets
 import shlex
 import socket
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError, import_or_raise
 from foxnas_mlflow.devices._base import Completed, Connection, refused, timed_out
 
+PORT = 22
 CONNECT_SECONDS = 15
 KEEPALIVE_SECONDS = 15
 KEEPALIVE_MISSES = 3
@@ -68,8 +78,10 @@ class SshConnection(Connection):
             "keepalive_count_max": KEEPALIVE_MISSES,
             **({} if port is None else {"port": port}),
             **({} if user is None else {"username": user}),
-            **({} if key is None else {"client_keys": [str(Path(key).expanduser())]}),
+            # An encrypted key is left to the agent, which is asked first.
+            **({} if key is None else {"client_keys": [str(Path(key).expanduser())], "ignore_encrypted": True}),
         }
+        self._marker = secrets.token_hex(16)
         self._ssh: Any = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="foxnas-ssh", daemon=True)
@@ -97,16 +109,27 @@ class SshConnection(Connection):
 
     def _execute(self, argv: Sequence[str], data: bytes | None, timeout_s: float) -> tuple[Completed, bytes]:
         try:
-            return self._wait(self._run(argv, data, timeout_s))
+            result: tuple[Completed, bytes] = self._wait(self._run(argv, data, timeout_s))
         except TimeoutError:
             raise timed_out(argv, timeout_s, self.uri) from None
         except (OSError, self._asyncssh.Error) as error:
             raise lost(error, self.uri) from error
+        completed, output = result
+        words, marker, own = output.partition(f"{self._marker}\n".encode())
+        if not marker:
+            said = (output.decode(errors="replace") + completed.stderr).strip().splitlines()
+            raise DeviceError(
+                f"the login shell of {self.uri} must run commands",
+                received=said[-1] if said else f"exit status {completed.status}",
+                remedy="give that user a shell (chsh), and no forced command for this key",
+            )
+        self.login_words = words.decode(errors="replace").strip()
+        return completed, own
 
     async def _run(self, argv: Sequence[str], data: bytes | None, timeout_s: float) -> tuple[Completed, bytes]:
         if self._ssh is None:
             raise self._asyncssh.ConnectionLost("it could not be opened again")
-        process = await self._ssh.create_process(shlex.join(argv), encoding=None)
+        process = await self._ssh.create_process(wrapped(argv, self._marker), encoding=None)
         try:
             async with asyncio.timeout(timeout_s):
                 _, output, errors = await asyncio.gather(
@@ -128,19 +151,31 @@ class SshConnection(Connection):
         if self._ssh is not None:
             self._ssh.abort()
             self._ssh = None
-        options = None
+        place, known = SshPlace(self._host, self._options.get("port"), self._options.get("username")), False
         try:
             options = self._asyncssh.SSHClientConnectionOptions(host=self._host, **self._options)
+            alias = options.host_key_alias
+            name = alias or options.host.lower()
+            if name != (alias or options.host):
+                # `Host` lines know upper case, known_hosts does not: ssh looks a name up in lower case.
+                options = self._asyncssh.SSHClientConnectionOptions(options, host_key_alias=name)
+            files = [str(Path(file).expanduser()) for file in options.known_hosts or ("~/.ssh/known_hosts",)]
+            place = dataclasses.replace(
+                place,
+                # As in ssh: an alias stands without a port.
+                known_as=alias or known_name(name, options.port),
+                known_hosts=next(filter(os.path.exists, files), ""),
+            )
+            known = self._is_known(files, name, options.port)
             self._ssh = self._wait(self._asyncssh.connect(self._host, options=options))
         except (OSError, ValueError, self._asyncssh.Error, self._asyncssh.PasswordChangeRequired) as error:
-            raise unreachable(error, self.uri, known=options is not None and self._is_known(options)) from error
+            raise unreachable(error, self.uri, place, known=known) from error
 
-    def _is_known(self, options: Any) -> bool:
+    def _is_known(self, files: Sequence[str], name: str, port: int) -> bool:
         """Whether known_hosts has a key of this host."""
         with contextlib.suppress(OSError, ValueError):
-            name = options.host_key_alias or options.host or self._host
-            files = options.known_hosts or str(Path("~/.ssh/known_hosts").expanduser())
-            found = self._asyncssh.match_known_hosts(files, name, "", options.port)
+            there = list(filter(os.path.exists, files))
+            found = self._asyncssh.match_known_hosts(there, name, "", port) if there else ((), ())
             return bool(found[0] or found[1])
         return False
 
@@ -177,6 +212,19 @@ class SshConnection(Connection):
         self._loop.close()
 
 
+def wrapped(argv: Sequence[str], marker: str) -> str:
+    """The line for the login shell: it prints the marker, then becomes the program.
+
+    The command is one quoted word without backslashes before quotes, newlines or exclamation marks, which fish and
+    csh read otherwise than a POSIX shell; `printf` there turns its octal numbers into characters.
+    """
+    plain = re.compile(rb"[A-Za-z0-9 _/.,:=+@%-]")
+    command = shlex.join(argv).encode()
+    octal = "".join(chr(byte) if plain.match(bytes([byte])) else f"\\0{byte:03o}" for byte in command)
+    script = f'printf "%s\\n" {marker}; eval "exec $(printf %b "$1")"'
+    return f"exec sh -c '{script}' sh '{octal}'"
+
+
 def lost(error: Exception, uri: str) -> DeviceError:
     """The error for an open connection that failed."""
     return ConnectionLostError(
@@ -186,84 +234,125 @@ def lost(error: Exception, uri: str) -> DeviceError:
     )
 
 
-def unreachable(error: Exception, uri: str, *, known: bool) -> DeviceError:
+@dataclass(frozen=True, slots=True)
+class SshPlace:
+    """A machine in the words of OpenSSH's programs.
+
+    Attributes:
+        host: As it was written in the address.
+        port, user: Of the address, or None.
+        known_as: Its name in known_hosts.
+        known_hosts: The file that has its keys; empty: the usual one.
+    """
+
+    host: str
+    port: int | None = None
+    user: str | None = None
+    known_as: str = ""
+    known_hosts: str = ""
+
+    @property
+    def ssh(self) -> str:
+        """The command that logs in there."""
+        return self._command("ssh", "-p")
+
+    @property
+    def ssh_copy_id(self) -> str:
+        """The command that copies a key there."""
+        return self._command("ssh-copy-id", "-p")
+
+    @property
+    def forget(self) -> str:
+        """The command that removes its keys from known_hosts."""
+        file = (
+            [] if self.known_hosts in ("", str(Path("~/.ssh/known_hosts").expanduser())) else ["-f", self.known_hosts]
+        )
+        return shlex.join(["ssh-keygen", *file, "-R", self.known_as or known_name(self.host, self.port or PORT)])
+
+    def _command(self, program: str, port_option: str) -> str:
+        port = [] if self.port is None else [port_option, str(self.port)]
+        return shlex.join([program, *port, self.host if self.user is None else f"{self.user}@{self.host}"])
+
+
+def known_name(host: str, port: int) -> str:
+    """A host as known_hosts writes it."""
+    return host if port == PORT else f"[{host}]:{port}"
+
+
+_UNREACHABLE: Mapping[str, tuple[str, str]] = {
+    "HostKeyChanged": (
+        "the host key of {uri} has changed",
+        "if the board was installed anew, {forget}, then {ssh} once; otherwise another machine answers at its address",
+    ),
+    "HostKeyNotVerifiable": (
+        "the host key of {uri} must be known",
+        "connect with ssh once ({ssh}), compare the fingerprint and accept it",
+    ),
+    "ConnectionLost": (
+        "{uri} must not close the connection before the login",
+        "wait if it restarts; if known_hosts has a key of other type than it has now, {forget}, then {ssh} once",
+    ),
+    "PermissionDenied": (
+        "{uri} must accept a key of this user",
+        "copy one with {ssh_copy_id}; load an encrypted key into ssh-agent with ssh-add; or add ?key=/path to the "
+        "address; check the user name",
+    ),
+    "KeyImportError": (
+        "the private key for {uri} must be readable",
+        "load an encrypted key with ssh-add, or give another with ?key=/path",
+    ),
+    "ConfigParseError": ("~/.ssh/config must be valid", "mend it: ssh -G {host} shows its mistakes"),
+    "gaierror": ("the host name of {uri} must be known", "check its spelling, or give its IP address"),
+    "TimeoutError": (
+        f"{{uri}} must answer within {CONNECT_SECONDS} s",
+        "check that the board is on, its address, and that no firewall drops the port",
+    ),
+    "ConnectionRefusedError": ("an ssh server must listen at {uri}", "start it there (sshd), and check the port"),
+    "EHOSTUNREACH": ("there must be a route to {uri}", "check the network, and that the board is on"),
+    "FileNotFoundError": ("the files that {uri} needs must be readable", "check ?key=/path and ~/.ssh"),
+    "Exception": ("the connection to {uri} cannot be opened", "try: {ssh} -v"),
+}
+"""Rule and remedy of what asyncssh, the operating system and the event loop raise when a connection is opened.
+
+Keys are names of errors and of their bases.
+"""
+
+_SAME = {
+    "KeyEncryptionError": "KeyImportError",
+    "ConnectionResetError": "ConnectionLost",
+    "BrokenPipeError": "ConnectionLost",
+    "PermissionError": "FileNotFoundError",
+    "ENETUNREACH": "EHOSTUNREACH",
+    "EHOSTDOWN": "EHOSTUNREACH",
+}
+
+
+def unreachable(error: Exception, uri: str, place: SshPlace, *, known: bool) -> DeviceError:
     """The error for a connection that could not be opened.
 
     Args:
         error: What asyncssh, the operating system or the event loop raised.
         uri: The address.
+        place: The machine, for commands to type.
         known: Whether known_hosts has a key of this host.
     """
-    name, text = type(error).__name__, str(error) or type(error).__name__
-    host = urlhost(uri)
-    if name in ("HostKeyNotVerifiable", "KeyExchangeFailed") and known:
-        return DeviceError(
-            f"the host key of {uri} has changed",
-            received=text,
-            remedy=f"if the board was installed anew, ssh-keygen -R {host}, then ssh to it once; "
-            "otherwise another machine answers at its address",
-        )
-    if name == "HostKeyNotVerifiable":
-        return DeviceError(
-            f"the host key of {uri} must be known",
-            received=text,
-            remedy="connect with ssh once, compare the fingerprint and accept it",
-        )
-    if name == "ConnectionLost" or isinstance(error, ConnectionResetError | BrokenPipeError):
-        return DeviceError(
-            f"{uri} must not close the connection before the login",
-            received=text,
-            remedy="wait if it restarts; if known_hosts has a key of other type than it has now, "
-            f"ssh-keygen -R {host}, then ssh to it once",
-        )
-    if name == "PermissionDenied":
-        return DeviceError(
-            f"{uri} must accept a key of this user",
-            received=text,
-            remedy="copy one with ssh-copy-id, start ssh-agent, or add ?key=/path to the address; check the user name",
-        )
-    if name in ("KeyImportError", "KeyEncryptionError"):
-        return DeviceError(
-            f"the private key for {uri} must be readable",
-            received=text,
-            remedy="load an encrypted key with ssh-add, or give another with ?key=/path",
-        )
-    if name == "ConfigParseError":
-        return DeviceError(
-            "~/.ssh/config must be valid", received=text, remedy="mend it: ssh -G host shows its mistakes"
-        )
-    if isinstance(error, socket.gaierror):
-        return DeviceError(
-            f"the host name of {uri} must be known", received=text, remedy="check its spelling, or give its IP address"
-        )
-    if isinstance(error, TimeoutError):
-        return DeviceError(
-            f"{uri} must answer within {CONNECT_SECONDS} s",
-            received="no answer",
-            remedy="check that the board is on, its address, and that no firewall drops the port",
-        )
-    if isinstance(error, ConnectionRefusedError):
-        return DeviceError(
-            f"an ssh server must listen at {uri}", received=text, remedy="start it there (sshd), and check the port"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN):
-        return DeviceError(
-            f"there must be a route to {uri}", received=text, remedy="check the network, and that the board is on"
-        )
-    if isinstance(error, FileNotFoundError | PermissionError):
-        return DeviceError(
-            f"the files that {uri} needs must be readable", received=text, remedy="check ?key=/path and ~/.ssh"
-        )
-    return DeviceError(
-        f"the connection to {uri} cannot be opened", received=f"{name}: {text}", remedy=f"try: ssh -v {host}"
-    )
-
-
-def urlhost(uri: str) -> str:
-    """The host as ``ssh`` and ``ssh-keygen`` write it."""
-    host = uri.removeprefix("ssh://").rpartition("@")[2].strip("/")
-    name, _, port = host.partition(":")
-    return f"'[{name}]:{port}'" if port else name
+    name = type(error).__name__
+    text = str(error) or ("no answer" if isinstance(error, TimeoutError) else name)
+    names = [each.__name__ for each in type(error).__mro__]
+    if known and name in ("HostKeyNotVerifiable", "KeyExchangeFailed"):
+        names.insert(0, "HostKeyChanged")
+    number = error.errno if isinstance(error, OSError) else None
+    if number is not None and not isinstance(error, socket.gaierror):
+        names.insert(0, errno.errorcode.get(number, ""))
+    row = next(row for row in (_UNREACHABLE.get(_SAME.get(each, each)) for each in names) if row is not None)
+    words = {
+        "uri": uri,
+        "host": place.host,
+        "ssh": place.ssh,
+        "ssh_copy_id": place.ssh_copy_id,
+        "forget": place.forget,
+    }
+    return DeviceError(row[0].format(**words), received=text, remedy=row[1].format(**words))
 
 
 async def _feed(stdin: Any, data: bytes | None) -> None:

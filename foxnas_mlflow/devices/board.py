@@ -5,6 +5,7 @@ prints one JSON document:
 
     python3 board.py check
     python3 board.py measure model.tflite --threads 1 --runs 200
+    python3 board.py answer model.tflite --outputs answer.npz
 
 An error is JSON too, ``{"error": kind, "message": text}``, with exit status 3.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import ctypes
 import fcntl
 import gc
 import glob
@@ -22,20 +24,41 @@ import importlib
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import zlib
 from typing import Any
 
 RUNTIMES = {"ai_edge_litert": "ai-edge-litert", "tflite_runtime": "tflite-runtime"}
 EDGETPU_LIBRARY = "libedgetpu.so.1"
-LOCK = "/tmp/foxnas-measurement.lock"  # noqa: S108
+DELEGATE_SYMBOLS = ("tflite_plugin_create_delegate", "tflite_plugin_destroy_delegate")
+LOCKS = ("/tmp/foxnas-measurement.lock", "/dev/shm/foxnas-measurement.lock", "/run/lock/foxnas-measurement.lock")  # noqa: S108
+CGROUPS = "/sys/fs/cgroup"
 WARMUP_SECONDS = 1.0
 MIN_TIMED_RUNS = 20
+WINDOW_SECONDS = 10.0
+LAST_SECONDS = 60.0
 THROTTLED_NOW, THROTTLED_SINCE_BOOT = 0xF, 0xF0000
+PI_THROTTLED = "/sys/devices/platform/soc/soc:firmware/get_throttled"
+ENERGY_SEGMENTS = 5
+ENERGY_SECONDS = 10.0
+
+# One int8 convolution, 1x1, from three channels to two: y = (w x + b) / 20, rounded.
+TINY_MODEL = (
+    "eNp9UrtKA0EUPZNdNI8hLhgkhWUKixQBLWwkFmKV0iJFCpFAsLESTCBFSvEb/A7xIzZ+iPgFChnPvXvX3SzBXc6cuXfu4+yd9QBu"
+    "rkenJLyEEDrkMXFLPNeACBkuiR4RE5+ME64TU+KDNrBHO+aaxQjv/0SbhhM7Vp/g8f5hIb3ohvQC2uhyl8Brftv8XYkl5sTS4meV"
+    "vCOukteyvGP1w4nOE902eX6gdZuW6yzGofi2XE/NOCriVHOPxjt5Yvb3JoSEPMhCGsJf9NVNW56LUm1gNRReWA1nHFvfN5v9wGyh"
+    "PperkNVNKnVlv05HF8J3Jf35PA8r8zwr8lXva/hf7zpNtfZTSaMrzUf6dHS6+Osj8z+3HsKeL+zc2/+y6zv46GzmO2aT30Wi9Yp+"
+    "fvv+ol+cfjV7"
+)
+TINY_WEIGHTS, TINY_BIASES = ((7, -5, 3), (-2, 9, 1)), (100, -50)
 
 
 class BoardError(Exception):
@@ -50,16 +73,26 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("check")
+    trying = commands.add_parser("try")
+    trying.add_argument("--library", default="", help="of a delegate; empty: the processor")
+    trying.add_argument("--stick", default="")
+    answering = commands.add_parser("answer")
     measuring = commands.add_parser("measure")
-    measuring.add_argument("model")
-    measuring.add_argument("--threads", type=int, default=1)
+    for command in (answering, measuring):
+        command.add_argument("model")
+        command.add_argument("--threads", type=int, default=1)
+        command.add_argument("--outputs", default="", help=".npz to write what the model answers to the fixed inputs")
+        command.add_argument("--edgetpu", action="store_true")
+        command.add_argument("--stick", default="", help="which Edge TPU, in libedgetpu's words: usb:0")
     measuring.add_argument("--runs", type=int, default=200)
     measuring.add_argument("--warmup", type=int, default=10)
     measuring.add_argument("--min-seconds", type=float, default=0.5)
-    measuring.add_argument("--max-seconds", type=float, default=10.0)
+    measuring.add_argument("--max-seconds", type=float, default=10.0, help="0: no limit")
+    measuring.add_argument("--sustained-seconds", type=float, default=0.0)
+    measuring.add_argument(
+        "--energy", default="", help="auto: the board's own sensors; else a command that prints watts"
+    )
     measuring.add_argument("--wait-seconds", type=float, default=600.0, help="how long to wait for the machine")
-    measuring.add_argument("--input", default="", help=".npy of the model's input; its output is returned")
-    measuring.add_argument("--edgetpu", action="store_true")
     measuring.add_argument("--watch-stdin", action="store_true", help="end when standard input ends")
     options = parser.parse_args()
 
@@ -67,8 +100,9 @@ def main() -> int:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     status = 0
+    work = {"check": lambda: check(), "try": lambda: try_out(options), "answer": lambda: answer_only(options)}
     try:
-        result = check() if options.command == "check" else measure(options)
+        result = work.get(options.command, lambda: measure(options))()
     except BoardError as error:
         result, status = {"error": error.kind, "message": str(error)}, 3
     answer.write(json.dumps(result) + "\n")
@@ -78,63 +112,126 @@ def main() -> int:
 
 
 def check() -> dict[str, Any]:
-    """What this machine has."""
+    """What this machine has, and whether what a measurement does works here."""
     facts = describe_machine()
     facts["free_bytes"] = shutil.disk_usage(os.path.dirname(os.path.abspath(__file__))).free
-    facts["runtime"] = ""
-    facts["edgetpu"] = False
-    for name, module in (("numpy", "numpy"), ("pillow", "PIL")):
+    facts["free_memory_bytes"] = free_memory_bytes()
+    facts["throttle"] = throttle_state()
+    facts.update(_clock_state())
+    facts["managed"] = os.path.exists(os.path.join(os.path.dirname(os.__file__), "EXTERNALLY-MANAGED"))
+    facts["runtime"] = facts["runtime_error"] = facts["lock_error"] = ""
+    for name, module in (("numpy", "numpy"), ("pillow", "PIL"), ("pycoral", "pycoral")):
         facts[name] = ""
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):
             facts[name] = str(importlib.import_module(module).__version__)
+    with contextlib.suppress(BoardError):
+        facts["runtime"] = load_runtime()[0]
     try:
-        facts["runtime"], runtime = load_runtime()
+        with machine_lock(0):
+            pass
     except BoardError as error:
-        facts["runtime_error"] = str(error)
-        return facts
-    try:
-        runtime.load_delegate(EDGETPU_LIBRARY)
-        facts["edgetpu"] = True
-    except (OSError, ValueError):
-        pass
+        facts["lock_error"] = "" if error.kind == "busy" else str(error)
+    # In a process of its own: a wheel for another processor or another NumPy crashes.
+    facts["runtime_error"] = _try_apart([])
+    facts["edgetpu"], facts["edgetpu_error"] = False, _try_apart(["--library", EDGETPU_LIBRARY])
+    facts["edgetpu"] = not facts["edgetpu_error"]
+    facts["edgetpus"] = list_edgetpus() if facts["pycoral"] else []
     return facts
+
+
+def _try_apart(arguments: list[str]) -> str:
+    """What is wrong when the smallest model runs; empty: nothing."""
+    command = [sys.executable, os.path.abspath(__file__), "try", *arguments]
+    try:
+        run = subprocess.run(command, capture_output=True, timeout=60)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return "the smallest model did not end within 60 s"
+    try:
+        answer = json.loads(run.stdout.decode().strip().splitlines()[-1])
+        return str(answer.get("message", "")) or str(answer.get("error", ""))
+    except (ValueError, IndexError):
+        said = (run.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
+        return "the runtime ended with %s %s" % (
+            "signal %d" % -run.returncode if run.returncode < 0 else "status %d" % run.returncode,
+            said,
+        )
+
+
+def try_out(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the smallest model through the runtime, or load a delegate."""
+    np = load_numpy()
+    name, runtime = load_runtime()
+    if options.library:
+        load_delegate(runtime, options.library, options.stick)
+        return {}
+    interpreter = open_model(runtime, name, zlib.decompress(base64.b64decode(TINY_MODEL)), 1, "")
+    given = np.arange(-24, 24).astype(np.int8).reshape(1, 4, 4, 3)
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], given)
+    interpreter.invoke()
+    got = interpreter.get_tensor(interpreter.get_output_details()[0]["index"]).reshape(16, 2)
+    exact = (given.reshape(16, 3).astype(int).dot(np.array(TINY_WEIGHTS).T) + np.array(TINY_BIASES)) / 20.0
+    if abs(got - exact).max() > 1:
+        raise BoardError("bad_model", "%s computes one convolution wrongly" % name)
+    return {}
+
+
+def list_edgetpus() -> list[str]:
+    """Edge TPUs as pycoral sees them."""
+    with contextlib.suppress(Exception):
+        found = importlib.import_module("pycoral.utils.edgetpu").list_edge_tpus()
+        return ["%s %s" % (each["type"], each["path"]) for each in found]
+    return []
+
+
+def answer_only(options: argparse.Namespace) -> dict[str, Any]:
+    """What a model answers to the fixed inputs, without measuring."""
+    np = load_numpy()
+    name, runtime = load_runtime()
+    with open(options.model, "rb") as file:
+        interpreter = open_model(runtime, name, file.read(), options.threads, _library(options), options.stick)
+    set_inputs(interpreter, np)
+    _invoke_first(interpreter, name)
+    write_outputs(interpreter, np, options.outputs)
+    return {"runtime": name}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Load a model, warm up, and time `invoke()` alone."""
     if options.watch_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    try:
-        import numpy as np
-    except ImportError as error:
-        raise BoardError("no_numpy", str(error)) from error
+    np = load_numpy()
     runtime_name, runtime = load_runtime()
+    meter = find_meter(options.energy) if options.energy else None
     with open(options.model, "rb") as file:
         model = file.read()
     with machine_lock(options.wait_seconds):
         result = describe_machine()
-        result.update(_clock_state("start"))
+        idle = meter.segments(ENERGY_SECONDS / 2) if meter else []
+        for key, value in _clock_state().items():
+            result[key + "_start"] = value
+        before, waits = throttle_state(), quota_waits()
         start = time.perf_counter_ns()
-        interpreter = _open(runtime, runtime_name, model, options.threads, options.edgetpu)
+        interpreter = open_model(runtime, runtime_name, model, options.threads, _library(options), options.stick)
         result["load_ms"] = (time.perf_counter_ns() - start) / 1e6
-        inputs, outputs = interpreter.get_input_details(), interpreter.get_output_details()
-        if options.input:
-            _set_given(interpreter, inputs, np.load(options.input, allow_pickle=False))
-        else:
-            _set_random(interpreter, inputs, np)
+        inputs = interpreter.get_input_details()
+        set_inputs(interpreter, np)
         start = time.perf_counter_ns()
-        interpreter.invoke()
+        _invoke_first(interpreter, runtime_name)
         result["first_invoke_ms"] = (time.perf_counter_ns() - start) / 1e6
-        if options.input:
-            result["output"] = _encode(interpreter.get_tensor(outputs[0]["index"]))
+        if options.outputs:
+            write_outputs(interpreter, np, options.outputs)
         samples, result["cpu_share"] = time_invoke(interpreter.invoke, options)
-        result.update(_clock_state("end"))
+        for key, value in _clock_state().items():
+            result[key + "_end"] = value
+        result["windows"], result["sustained_p90_ms"] = sustain(interpreter.invoke, options.sustained_seconds, np)
+        result["throttled"] = throttled(before, throttle_state())
+        result["quota_waits"] = quota_waits() - waits
+        result.update(measure_energy(interpreter.invoke, meter, idle) if meter else {})
     result["samples_ms"] = [round(sample / 1e6, 6) for sample in samples]
     result["clock_tick_ms"] = clock_tick_ns() / 1e6
-    result["throttled"] = _throttled(result.pop("throttle_start"), result.pop("throttle_end"))
     result["peak_memory_bytes"] = peak_memory_bytes()
     result["runtime"] = runtime_name
-    result["batch"] = int(inputs[0]["shape"][0])
+    result["batch"] = int(inputs[0]["shape"][0]) if len(inputs[0]["shape"]) else 1
     result["model_sha256"] = hashlib.sha256(model).hexdigest()
     return result
 
@@ -146,15 +243,15 @@ def time_invoke(invoke: Any, options: argparse.Namespace) -> tuple[list[int], fl
     time; the most time ends it sooner, once there are 20 runs.
     """
     clock = time.perf_counter_ns
+    least, most = options.min_seconds * 1e9, options.max_seconds * 1e9 or float("inf")
     begin = clock()
     done = 0
     while done < options.warmup or clock() - begin < WARMUP_SECONDS * 1e9:
-        if done >= 1 and clock() - begin > options.max_seconds * 1e9:
+        if done >= 1 and clock() - begin > most:
             break
         invoke()
         done += 1
-    samples = []
-    least, most = options.min_seconds * 1e9, options.max_seconds * 1e9
+    samples: list[int] = []
     gc.collect()
     gc.disable()
     begin, busy = clock(), time.process_time_ns()
@@ -173,15 +270,201 @@ def time_invoke(invoke: Any, options: argparse.Namespace) -> tuple[list[int], fl
     return samples, share
 
 
+def sustain(invoke: Any, seconds: float, np: Any) -> tuple[list[dict[str, Any]], float | None]:
+    """Run without a pause; figures a window of ten seconds, and the 90th percentile of the last minute in ms."""
+    if not seconds:
+        return [], None
+    clock = time.perf_counter_ns
+    begin = clock()
+    windows: list[dict[str, Any]] = []
+    recent: list[Any] = []
+    while clock() - begin < seconds * 1e9:
+        opened = clock()
+        samples: list[int] = []
+        length = min(WINDOW_SECONDS, max(seconds - (opened - begin) / 1e9, 0.1))
+        while not samples or clock() - opened < length * 1e9:
+            start = clock()
+            invoke()
+            samples.append(clock() - start)
+        in_ms = np.array(samples) / 1e6
+        recent = [(end, each) for end, each in recent if clock() - end < LAST_SECONDS * 1e9] + [(clock(), in_ms)]
+        window = {"second": (opened - begin) / 1e9, "n_runs": len(samples)}
+        window["p50_ms"], window["p90_ms"] = (float(value) for value in np.percentile(in_ms, (50, 90)))
+        window.update(_clock_state())
+        windows.append(window)
+    return windows, float(np.percentile(np.concatenate([each for _, each in recent]), 90))
+
+
+class Meter:
+    """Reads the power or the energy that this board draws.
+
+    `joules` counts up where the board counts energy; else `watts` reads power, which is summed here.
+    """
+
+    def __init__(self, name: str, watts: Any = None, joules: Any = None) -> None:
+        self.name, self._watts, self._joules = name, watts, joules
+
+    def power(self, seconds: float, work: Any = None) -> tuple[float, int]:
+        """Mean power in watts over some seconds, of idling or of a work that is repeated; and how often it was."""
+        begin, count = time.perf_counter(), 0
+        readings: list[float] = []
+        done = threading.Event()
+        thread = threading.Thread(target=self._collect, args=(readings, done), daemon=True)
+        before = self._joules() if self._joules else 0.0
+        if not self._joules:
+            thread.start()
+        while time.perf_counter() - begin < seconds or (work and not count):
+            if work is None:
+                time.sleep(min(0.05, seconds))
+            else:
+                work()
+                count += 1
+        elapsed = time.perf_counter() - begin
+        if self._joules:
+            return (self._joules() - before) / elapsed, count
+        done.set()
+        thread.join(60)
+        if not readings or readings[-1] != readings[-1]:
+            raise BoardError("no_meter", "%s stopped" % self.name)
+        return sum(readings) / len(readings), count
+
+    def segments(self, seconds: float, work: Any = None) -> list[tuple[float, float]]:
+        """Mean power in watts and seconds a run, of several segments in turn."""
+        found = []
+        for _ in range(ENERGY_SEGMENTS):
+            begin = time.perf_counter()
+            watts, count = self.power(seconds / ENERGY_SEGMENTS, work)
+            found.append((watts, (time.perf_counter() - begin) / max(count, 1)))
+        return found
+
+    def _collect(self, readings: list[float], done: threading.Event) -> None:
+        while not readings or not done.wait(0.05):
+            try:
+                readings.append(float(self._watts()))
+            except (OSError, ValueError, subprocess.SubprocessError):
+                readings.append(float("nan"))
+                return
+
+
+def find_meter(energy: str, root: str = "/sys") -> Meter:
+    """The meter that was asked for: ``auto``, or a command that prints watts.
+
+    RAPL counts microjoules; hwmon's power*_input is in microwatts; a Jetson's INA3221 gives mA and mV a rail, or
+    milliwatts with its older driver. Where a board has an input rail (VDD_IN, POM_5V_IN), it counts alone: the
+    others are behind it.
+    """
+    if energy != "auto":
+        command = shlex.split(energy)
+
+        def ask() -> float:
+            run = subprocess.run(command, stdout=subprocess.PIPE, timeout=10, check=True)  # noqa: S603
+            return float(run.stdout.decode().split()[0])
+
+        try:
+            ask()
+        except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+            raise BoardError("no_meter", "%s: %s" % (energy, error)) from error
+        return Meter(energy, watts=ask)
+    packages = sorted(glob.glob(root + "/class/powercap/intel-rapl:[0-9]*"))
+    packages = [path for path in packages if path.count(":") == 1 and _read(path + "/energy_uj")]
+    if packages:
+        return Meter("RAPL (processor packages)", joules=_Rapl(packages))
+    rails = _rails(root)
+    inputs = [name for name in rails if name.upper().endswith("_IN")]
+    chosen = [rails[name] for name in (inputs[:1] or rails)]
+    if chosen:
+        name = "sensor " + (inputs[0] if inputs else " + ".join(rails))
+        return Meter(name, watts=lambda: sum(read() for read in chosen))
+    raise BoardError("no_meter", "no RAPL, no INA2xx or INA3221, no power sensor in hwmon that this user may read")
+
+
+class _Rapl:
+    """Joules of processor packages since the first reading; each counter wraps."""
+
+    def __init__(self, packages: list[str]) -> None:
+        self._last = {path: self._count(path) for path in packages}
+        self._range = {path: int(_read(path + "/max_energy_range_uj") or 2**32) for path in packages}
+        self._total = 0.0
+
+    def _count(self, path: str) -> int:
+        try:
+            return int(_read(path + "/energy_uj"))
+        except ValueError:
+            raise BoardError("no_meter", "%s stopped" % path) from None
+
+    def __call__(self) -> float:
+        for path, last in self._last.items():
+            now = self._count(path)
+            step = now - last
+            self._total += (step if step >= 0 else step + self._range[path]) / 1e6
+            self._last[path] = now
+        return self._total
+
+
+def _rails(root: str) -> dict[str, Any]:
+    """Readers of power in watts by the name of the rail."""
+    rails: dict[str, Any] = {}
+    for hwmon in sorted(glob.glob(root + "/class/hwmon/hwmon*")):
+        chip = _read(hwmon + "/name")
+        for path in sorted(glob.glob(hwmon + "/power*_input")):
+            number = re.sub(r"\D", "", os.path.basename(path))
+            label = _read(hwmon + "/power%s_label" % number) or "%s power%s" % (chip, number)
+            rails[label] = _product(1e-6, path)
+        if rails or not chip.startswith("ina"):
+            continue
+        for path in sorted(glob.glob(hwmon + "/curr*_input")):
+            number = re.sub(r"\D", "", os.path.basename(path))
+            volts = hwmon + "/in%s_input" % number
+            label = _read(hwmon + "/in%s_label" % number) or "%s rail %s" % (chip, number)
+            if _read(volts) and not label.lower().startswith(("sum", "nc")):
+                rails[label] = _product(1e-6, path, volts)
+    for path in sorted(glob.glob(root + "/bus/i2c/drivers/ina3221x/*/iio:device*/in_power*_input")):
+        number = re.sub(r"\D", "", os.path.basename(path))
+        rails[_read(os.path.dirname(path) + "/rail_name_" + number) or "rail " + number] = _product(1e-3, path)
+    return rails
+
+
+def _product(factor: float, *paths: str) -> Any:
+    def read() -> float:
+        value = factor
+        for path in paths:
+            value *= float(_read(path))
+        return value
+
+    return read
+
+
+def measure_energy(invoke: Any, meter: Meter, idle: list[tuple[float, float]]) -> dict[str, Any]:
+    """Energy of one inference in mJ above what the board draws when it idles, with its error (95 %).
+
+    Both powers are means of segments; the error is two standard errors of their difference. Idling was measured
+    before; here it is measured once more afterwards, so that a drift shows as error.
+    """
+    loaded = meter.segments(ENERGY_SECONDS, invoke)
+    idle = idle + meter.segments(ENERGY_SECONDS / 2)
+
+    def mean(values: list[float]) -> tuple[float, float]:
+        middle = sum(values) / len(values)
+        return middle, sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values)
+
+    (busy, busy_error), (idling, idling_error) = mean([w for w, _ in loaded]), mean([w for w, _ in idle])
+    seconds = sum(s for _, s in loaded) / len(loaded)
+    return {
+        "energy_mj": 1e3 * (busy - idling) * seconds,
+        "energy_error_mj": 2e3 * (busy_error + idling_error) ** 0.5 * seconds,
+        "idle_w": idling,
+        "load_w": busy,
+        "power_meter": meter.name,
+    }
+
+
 @contextlib.contextmanager
 def machine_lock(wait_seconds: float) -> Any:
     """Hold the machine: only one measurement at a time, whoever takes it.
 
     The lock is on a directory, which every user can open whoever made it.
     """
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(LOCK, 0o755)
-    descriptor = os.open(LOCK, os.O_RDONLY)
+    descriptor = os.open(lock_path(), os.O_RDONLY)
     deadline = time.monotonic() + wait_seconds
     try:
         while True:
@@ -195,6 +478,30 @@ def machine_lock(wait_seconds: float) -> Any:
         yield
     finally:
         os.close(descriptor)
+
+
+def lock_path() -> str:
+    """The directory that stands for the machine, made where it can be: /tmp may be read-only."""
+    reasons = []
+    for path in (*LOCKS, os.path.join(tempfile.gettempdir(), os.path.basename(LOCKS[0]))):
+        try:
+            os.mkdir(path, 0o755)
+            return path
+        except FileExistsError:
+            return path
+        except OSError as error:
+            reasons.append("%s: %s" % (path, error.strerror))
+    raise BoardError("no_lock", "; ".join(reasons))
+
+
+def load_numpy() -> Any:
+    """NumPy, or what is wrong with it."""
+    try:
+        import numpy as np
+    except Exception as error:
+        # A wheel for another processor or C library fails in many ways.
+        raise BoardError("no_numpy", str(error)) from error
+    return np
 
 
 def load_runtime() -> tuple[str, Any]:
@@ -218,7 +525,8 @@ def describe_machine() -> dict[str, Any]:
         "device": device_name() + (" (emulated)" if emulated else ""),
         "machine": platform.machine(),
         "system": platform.platform(),
-        "cores": os.cpu_count(),
+        "cores": n_processors(),
+        "quota": quota_processors(),
         "python": platform.python_version(),
         "emulated": emulated,
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
@@ -270,10 +578,16 @@ def temperature_c() -> float | None:
 
 
 def throttle_state() -> str:
-    """A Raspberry Pi's flags (hexadecimal), else the processor's count of throttlings, else empty."""
+    """A Raspberry Pi's flags (hexadecimal), else the processor's count of throttlings, else empty: unknown."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         run = subprocess.run(["vcgencmd", "get_throttled"], stdout=subprocess.PIPE, timeout=10, check=True)  # noqa: S607
-        return run.stdout.decode().strip().split("=")[-1]
+        # It also prints errors with exit status 0.
+        flags = re.match(r"throttled=(0x[0-9a-fA-F]+)$", run.stdout.decode(errors="replace").strip())
+        if flags:
+            return flags.group(1)
+    flags = re.match(r"(?:0x)?([0-9a-fA-F]+)$", _read(PI_THROTTLED))
+    if flags:
+        return "0x" + flags.group(1)
     counts = glob.glob("/sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
     return str(sum(int(_read(path) or 0) for path in counts)) if counts else ""
 
@@ -298,74 +612,182 @@ def peak_memory_bytes() -> int:
     return 0
 
 
-def _open(runtime: Any, runtime_name: str, model: bytes, threads: int, edgetpu: bool) -> Any:
+def free_memory_bytes() -> int | None:
+    """Memory that a new process may have, or None where nothing tells it."""
+    found = []
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            found.append(int(line.split()[1]) * 1024)
+    for directory in _cgroups("memory"):
+        for limit, used in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            with contextlib.suppress(ValueError):
+                found.append(max(int(_read(directory + "/" + limit)) - int(_read(directory + "/" + used)), 0))
+    return min(found) if found else None
+
+
+def n_processors() -> int:
+    """Processors that this process may use: its affinity, within the quota of its container."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = quota_processors()
+    return allowed if quota is None else max(1, min(allowed, int(quota)))
+
+
+def quota_processors() -> float | None:
+    """Processors' worth of time that the control groups leave this process, or None without a quota."""
+    found = []
+    for directory in _cgroups("cpu"):
+        words = _read(directory + "/cpu.max").split() or [
+            _read(directory + "/cpu.cfs_quota_us"),
+            _read(directory + "/cpu.cfs_period_us"),
+        ]
+        with contextlib.suppress(ValueError, IndexError, ZeroDivisionError):
+            quota = int(words[0]) / int(words[1])
+            if quota > 0:
+                found.append(quota)
+    return min(found) if found else None
+
+
+def quota_waits() -> int:
+    """How often a quota has held this process's group back."""
+    waits = 0
+    for directory in _cgroups("cpu"):
+        for line in _read(directory + "/cpu.stat").splitlines():
+            if line.startswith("nr_throttled "):
+                waits += int(line.split()[1])
+    return waits
+
+
+def _cgroups(controller: str) -> list[str]:
+    """Directories of the control groups of this process, innermost first, of version 2 and of a controller of 1."""
+    found = []
+    for line in _read("/proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if number != "0" and controller not in names.split(","):
+            continue
+        root = CGROUPS if number == "0" else os.path.join(CGROUPS, names)
+        if number != "0" and not os.path.isdir(root):
+            root = os.path.join(CGROUPS, controller)
+        # In a container the path may be that of the host, of which only the root is seen.
+        while True:
+            directory = (root + path).rstrip("/")
+            if os.path.isdir(directory) and directory not in found:
+                found.append(directory)
+            if path in ("", "/"):
+                break
+            path = os.path.dirname(path)
+    return found
+
+
+def _library(options: argparse.Namespace) -> str:
+    return EDGETPU_LIBRARY if options.edgetpu else ""
+
+
+def load_delegate(runtime: Any, library: str, stick: str) -> Any:
+    """A delegate, after its library was looked at: the runtime's own words for a wrong one are a traceback."""
+    try:
+        loaded = ctypes.CDLL(library)
+    except OSError as error:
+        raise BoardError("no_edgetpu_library", str(error)) from error
+    missing = [name for name in DELEGATE_SYMBOLS if not hasattr(loaded, name)]
+    if missing:
+        place = [
+            line.split()[-1] for line in _read("/proc/self/maps").splitlines() if os.path.basename(library) in line
+        ]
+        raise BoardError(
+            "no_delegate", "%s is a library without %s" % (place[0] if place else library, " and ".join(missing))
+        )
+    try:
+        return runtime.load_delegate(library, {"device": stick} if stick else None)
+    except OSError as error:
+        raise BoardError("no_edgetpu_library", str(error)) from error
+    except ValueError as error:
+        raise BoardError("no_edgetpu_device", "%s%s" % (stick and stick + ": ", error)) from error
+
+
+def open_model(runtime: Any, runtime_name: str, model: bytes, threads: int, library: str, stick: str = "") -> Any:
+    """An interpreter with its tensors allocated."""
     options: dict[str, Any] = {"num_threads": threads}
-    if edgetpu:
-        try:
-            options["experimental_delegates"] = [runtime.load_delegate(EDGETPU_LIBRARY)]
-        except OSError as error:
-            raise BoardError("no_edgetpu_library", str(error)) from error
-        except ValueError as error:
-            raise BoardError("no_edgetpu_device", str(error)) from error
+    if library:
+        options["experimental_delegates"] = [load_delegate(runtime, library, stick)]
     try:
         interpreter = runtime.Interpreter(model_content=model, **options)
         interpreter.allocate_tensors()
     except Exception as error:
-        import numpy as np
-
+        np = load_numpy()
+        text = "%s: %s" % (runtime_name, error)
         if runtime_name.startswith("tflite-runtime") and int(np.__version__.split(".")[0]) >= 2:
             raise BoardError("numpy_too_new", "NumPy %s: %s" % (np.__version__, error)) from error
-        raise BoardError("bad_model", "%s: %s" % (runtime_name, error)) from error
+        if isinstance(error, (ImportError, SystemError)) or "error set" in str(error):
+            raise BoardError("numpy_too_old", "NumPy %s: %s" % (np.__version__, error)) from error
+        if "Select TensorFlow op" in text or "Flex" in text:
+            raise BoardError("flex_operator", text) from error
+        if "unresolved custom op" in text or "custom op" in text:
+            raise BoardError("custom_operator", text) from error
+        raise BoardError("bad_model", text) from error
     return interpreter
 
 
-def _set_given(interpreter: Any, inputs: Any, array: Any) -> None:
-    if tuple(array.shape) != tuple(inputs[0]["shape"]) or array.dtype != inputs[0]["dtype"]:
-        raise BoardError(
-            "bad_input", "%s %s for %s" % (array.dtype, array.shape, tuple(int(n) for n in inputs[0]["shape"]))
-        )
-    interpreter.set_tensor(inputs[0]["index"], array)
+def set_inputs(interpreter: Any, np: Any) -> None:
+    """Fill every input with numbers that are the same everywhere; integers without a scale are 0 or 1, as indices are.
 
-
-def _set_random(interpreter: Any, inputs: Any, np: Any) -> None:
+    The generator's stream is one that NumPy never changes.
+    """
     rng = np.random.RandomState(0)
-    for detail in inputs:
+    details = interpreter.get_input_details()
+    if not details:
+        raise BoardError("no_input", "0 inputs")
+    for detail in details:
         dtype = np.dtype(detail["dtype"])
-        if dtype.kind in "iu":
+        if dtype.kind in "iu" and (dtype.itemsize == 1 or detail["quantization"][0]):
             limits = np.iinfo(dtype)
             values = rng.randint(max(limits.min, -(2**31)), min(limits.max, 2**31 - 2) + 1, detail["shape"])
-        else:
+        elif dtype.kind in "iub":
+            values = rng.randint(0, 2, detail["shape"])
+        elif dtype.kind in "fc":
             values = rng.standard_normal(detail["shape"])
-        interpreter.set_tensor(detail["index"], values.astype(dtype))
+        else:
+            raise BoardError("no_input", "%s: %s" % (detail["name"], "text" if dtype.kind in "SOU" else dtype))
+        interpreter.set_tensor(detail["index"], np.asarray(values).astype(dtype))
 
 
-def _encode(array: Any) -> dict[str, Any]:
-    return {
-        "dtype": str(array.dtype),
-        "shape": list(array.shape),
-        "base64": base64.b64encode(array.tobytes()).decode(),
-    }
+def _invoke_first(interpreter: Any, runtime_name: str) -> None:
+    try:
+        interpreter.invoke()
+    except Exception as error:
+        raise BoardError("bad_model", "%s: %s" % (runtime_name, error)) from error
 
 
-def _clock_state(moment: str) -> dict[str, Any]:
+def write_outputs(interpreter: Any, np: Any, path: str) -> None:
+    """Write the model's outputs in their order, as NumPy's archive."""
+    outputs = [interpreter.get_tensor(detail["index"]) for detail in interpreter.get_output_details()]
+    np.savez(path, *[output for output in outputs if output.dtype.kind in "iufb"])
+
+
+def _clock_state() -> dict[str, Any]:
     try:
         frequency: float | None = int(_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")) / 1000
     except ValueError:
         frequency = None
-    return {
-        "temperature_c_" + moment: temperature_c(),
-        "frequency_mhz_" + moment: frequency,
-        "throttle_" + moment: throttle_state(),
-    }
+    return {"temperature_c": temperature_c(), "frequency_mhz": frequency}
 
 
-def _throttled(before: str, after: str) -> bool | None:
+def throttled(before: str, after: str) -> bool | None:
+    """Whether the processor was throttled between two states; None: it cannot be known.
+
+    A Pi's flags since boot tell nothing new once they are set.
+    """
     if not before or not after:
         return None
     if not before.startswith("0x"):
         return before != after
     first, last = int(before, 16), int(after, 16)
-    return bool((first | last) & THROTTLED_NOW or (first ^ last) & THROTTLED_SINCE_BOOT)
+    if (first | last) & THROTTLED_NOW or (first ^ last) & THROTTLED_SINCE_BOOT:
+        return True
+    return None if first & THROTTLED_SINCE_BOOT else False
 
 
 def _elf_machine(path: str) -> int | None:

@@ -112,7 +112,8 @@ def open_device(target: Target, space: SearchSpace, device: str, *, compiler_ima
     if target.runtime == "torch":
         yield Timer(_on_gpu(target, space, device), "measured", device)
         return
-    from foxnas_mlflow.tflite import sample_answer, write_probe
+    from foxnas_mlflow.devices import host_answer
+    from foxnas_mlflow.tflite import write_probe
 
     edgetpu = target.runtime == "edgetpu"
     with open_meter(target, device, compiler_image=compiler_image) as measure_int8:
@@ -120,13 +121,13 @@ def open_device(target: Target, space: SearchSpace, device: str, *, compiler_ima
         def time(architecture: Architecture) -> Timing:
             probe = write_probe(build_network(space, architecture), per_channel_dense=not edgetpu)
             # This machine's processor would answer with the same runtime.
-            expected = None if device == "local" and not edgetpu else sample_answer(probe)
+            expected = None if device == "local" and not edgetpu else host_answer(probe)
             benchmark = measure_int8(
                 probe,
                 expected=expected,
                 # Random weights carry through all layers what kernels round differently: LiteRT with and without
                 # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.
-                max_output_levels=1.0 if expected is None else max(1.0, float(expected[1].std())),
+                max_output_levels=1.0 if expected is None else max(1.0, float(expected[0].std())),
             )
             return Timing(
                 latency_ms=benchmark.latency_ms_p50,

@@ -30,6 +30,15 @@ class BenchmarkRequest(Request):
     threads: int = parameter(0, "Threads of the runtime; 0: the target's.", at_least=0)
     runs: int = parameter(200, "Timed runs, at least.", at_least=1)
     warmup: int = parameter(10, "Runs before the timed ones, at least; they also last one second at least.", at_least=1)
+    max_seconds: float = parameter(
+        120.0, "Most seconds of timed runs; fewer runs than asked for are said. 0: no limit.", at_least=0
+    )
+    sustained_seconds: float = parameter(
+        0.0, "Seconds under load without a pause after the timed runs; 0: none.", at_least=0
+    )
+    energy: str = parameter(
+        "", "Measure energy: auto (RAPL, INA sensors, Jetson rails), or a command on the device that prints watts."
+    )
     name: str = parameter("foxnas", "Prefix of the registered model.")
 
 
@@ -108,6 +117,9 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
                 warmup=request.warmup,
                 edgetpu=target.runtime == "edgetpu",
                 expected=expected,
+                max_seconds=request.max_seconds,
+                sustained_seconds=request.sustained_seconds,
+                energy=request.energy,
             )
             log_benchmark(run, benchmark, model, target=target)
     return BenchmarkResult(
@@ -121,20 +133,24 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
 
 
 def _read(model: MeasuredModel) -> tuple[bytes, Any]:
-    """The bytes of a checked model, and an input with the output that this host computes for it."""
-    from foxnas_mlflow.core.edgetpu import COMPILED_OPERATOR
-    from foxnas_mlflow.core.errors import MissingDependencyError
-    from foxnas_mlflow.tflite import check_classifier, read_tflite, sample_answer
+    """The bytes of a model, and what this host answers to the inputs of a measurement."""
+    from foxnas_mlflow.devices import host_answer, read_model
 
-    content = read_tflite(model.path)
-    check_classifier(content)
-    comparable = model.twin
-    if comparable is None and COMPILED_OPERATOR not in content.operator_counts:
-        comparable = model.path
-    try:
-        return content.data, None if comparable is None else sample_answer(comparable.read_bytes())
-    except MissingDependencyError:
-        return content.data, None
+    # A file that is compiled for an accelerator runs there alone: its twin answers, if it has one.
+    return read_model(model.path), host_answer(model.path if model.twin is None else model.twin)
+
+
+def _window(window: Mapping[str, float | None]) -> str:
+    temperature, clock = window["temperature_c"], window["frequency_mhz"]
+    place = "temperature unknown" if temperature is None else f"{temperature:.1f} C"
+    speed = "clock unknown" if clock is None else f"{clock:.0f} MHz"
+    return f"from {window['second']:.0f} s: p50 {window['p50_ms']:.3f}, p90 {window['p90_ms']:.3f} ms, {place}, {speed}"
+
+
+def _limited(benchmark: Benchmark) -> str:
+    if benchmark.n_runs >= benchmark.asked_runs:
+        return ""
+    return f"; {benchmark.asked_runs} were asked for, the time limit ended them (--max-seconds 0: no limit)"
 
 
 def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id: str) -> str:
@@ -151,11 +167,25 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
             f"{benchmark.latency_ms_p50_high:.3f}), p90 {benchmark.latency_ms_p90:.3f}, "
             f"p99 {benchmark.latency_ms_p99:.3f}",
         ),
-        ("runs", f"{benchmark.n_runs} after {benchmark.warmup} or more for warm-up{again}"),
+        ("runs", f"{benchmark.n_runs} after {benchmark.warmup} or more for warm-up{again}{_limited(benchmark)}"),
         ("throughput", f"{benchmark.throughput_per_s:.1f} images/s"),
         ("peak memory", f"{benchmark.peak_memory_bytes / 2**20:.1f} MiB, Python and runtime included"),
         ("output", "not compared" if compared is None else f"at most {compared:g} levels from this host's"),
     ]
+    rows.append(
+        ("throttled", {None: "unknown: the machine cannot tell", True: "yes", False: "no"}[benchmark.throttled])
+    )
+    if benchmark.sustained_p90_ms is not None:
+        rows.append(("sustained", f"p90 {benchmark.sustained_p90_ms:.3f} ms in the last minute"))
+        rows += [("", _window(window)) for window in benchmark.windows]
+    if benchmark.energy_mj is not None:
+        rows.append(
+            (
+                "energy",
+                f"{benchmark.energy_mj:.2f} +- {benchmark.energy_error_mj:.2f} mJ an inference above "
+                f"{benchmark.idle_w:.2f} W idling ({benchmark.power_meter})",
+            )
+        )
     if benchmark.governor not in ("", "performance"):
         rows.append(("governor", f"{benchmark.governor}; steadier with performance"))
     rows.append(("run", f"{run_id}: benchmark.json"))

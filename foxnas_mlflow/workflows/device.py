@@ -224,22 +224,13 @@ def _measure(
 
 
 def _found(found: DeviceCheck) -> str:
-    temperature = "not told" if found.temperature_c is None else f"{found.temperature_c:.1f} C"
     rows = [
-        ("machine", f"{found.device}, {found.machine}, {found.cores} processor(s)"),
+        ("machine", f"{found.device}, {found.machine}"),
         ("system", found.system),
         ("Python", found.python),
-        ("NumPy", found.numpy or "missing"),
-        ("runtime", found.runtime or "missing"),
-        ("Pillow", found.pillow or "none"),
-        ("Edge TPU", "answers" if found.edgetpu else "none"),
-        ("governor", found.governor or "not told"),
-        ("temperature", temperature),
-        ("free disk", f"{found.free_bytes / 2**30:.1f} GiB"),
     ]
     lines = [f"Found at {found.connection}:", *(f"  {key:<14}{text}" for key, text in rows)]
-    lines += [f"  missing       {text}" for text in found.missing]
-    lines += [f"  note          {text}" for text in found.notes]
+    lines += [f"  {finding}" for finding in found.findings]
     return "\n".join(lines)
 
 

@@ -359,7 +359,7 @@ def test_a_board_without_a_runtime(
     assert "lacks what the runner needs" in str(caught.value)
     assert "pip install numpy ai-edge-litert Pillow" in str(caught.value)
     with LocalConnection() as connection:
-        assert any(text.startswith(f"{lacks}: install it there") for text in check(connection).missing)
+        assert any("install it there" in text for text in check(connection).missing)
         with pytest.raises(DeviceError, match=f"must have {lacks}.*install it there"):
             measure(connection, colour_model.path.read_bytes(), runs=1, warmup=1)
     monkeypatch.undo()

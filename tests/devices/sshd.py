@@ -131,7 +131,10 @@ def make_key(path: Path) -> str:
 def board_processes(directory: Path) -> list[int]:
     """Board scripts that run from a working directory below a directory."""
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return [pid for pid in pids if f"{directory}/foxnas-board-" in _command(pid) and "measure" in _command(pid)]
+    commands = {pid: _command(pid) for pid in pids}
+    # Not the shells that become them.
+    wanted = (f"{directory}/foxnas-board-", "board.py measure")
+    return [pid for pid, line in commands.items() if all(word in line for word in wanted) and " -c " not in line]
 
 
 def _below(pid: int) -> list[int]:

@@ -9,8 +9,8 @@ from foxnas_mlflow.core.errors import ConversionError, DeviceError, InvalidInput
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import TPU_SPACE
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.devices import check, connect, measure
-from foxnas_mlflow.tflite import require_compiler, sample_answer, write_probe
+from foxnas_mlflow.devices import check, connect, host_answer, measure
+from foxnas_mlflow.tflite import require_compiler, write_probe
 from foxnas_mlflow.workflows._timers import open_device
 
 pytestmark = [pytest.mark.tflite, pytest.mark.usefixtures("edgetpu")]
@@ -28,7 +28,7 @@ def test_a_compiled_model_runs_there_and_answers_as_the_processor_does(int8: byt
     with connect("local") as connection:
         assert check(connection).edgetpu
         benchmark = measure(
-            connection, compiled, edgetpu=True, expected=sample_answer(int8), runs=20, warmup=1, min_seconds=0.01
+            connection, compiled, edgetpu=True, expected=host_answer(int8), runs=20, warmup=1, min_seconds=0.01
         )
     assert benchmark.edgetpu
     assert benchmark.output_difference == 0

@@ -22,7 +22,7 @@ from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.devices import check, connect, measure
-from foxnas_mlflow.devices._ssh import lost, unreachable
+from foxnas_mlflow.devices._ssh import SshPlace, lost, unreachable
 from foxnas_mlflow.workflows._timers import open_device
 from tests.supernets import register_mini_supernet
 
@@ -62,9 +62,7 @@ def address(server: Server, **options: str) -> str:
     return f"ssh://{os.environ.get('USER') or 'root'}@127.0.0.1:{server.port}?{query}"
 
 
-def test_measure_through_ssh(
-    server: Server, probe: bytes, expected: tuple[np.ndarray, np.ndarray], tmp_path: Path
-) -> None:
+def test_measure_through_ssh(server: Server, probe: bytes, expected: list[np.ndarray], tmp_path: Path) -> None:
     n_threads = threading.active_count()
     with connect(address(server)) as connection:
         assert "?" not in connection.uri
@@ -195,7 +193,7 @@ def test_addresses_that_lead_nowhere(home: Path) -> None:
         ("ssh://board:port", "a device is local"),
         ("ssh://board/path", "a device is local"),
         ("ssh://me:secret@board", r"no password; received ssh://me:\*\*\*@board"),
-        ("ssh://board?colour=red", "takes only python and key"),
+        ("ssh://board?colour=red", "takes only python and key and edgetpu"),
     ):
         with pytest.raises(DeviceError, match=message):
             connect(uri)
@@ -222,7 +220,7 @@ def test_a_board_that_hangs_is_noticed(server: Server, monkeypatch: pytest.Monke
 def test_a_lost_board_comes_back_and_is_measured(
     server: Server, probe: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", (0.1, 0.5, 1.0, 2.0))
+    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", 20.0)
     with connect(address(server)) as connection:
         puller = _pull_the_plug(server, tmp_path / "scratch", again=True)
         # Too many runs for the moment in which the plug is pulled.
@@ -235,7 +233,7 @@ def test_a_lost_board_comes_back_and_is_measured(
 def test_a_board_that_stays_away_is_told(
     server: Server, probe: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", (0.1,))
+    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", 0.2)
     with connect(address(server)) as connection:
         puller = _pull_the_plug(server, tmp_path / "scratch", again=False)
         with pytest.raises(ConnectionLostError, match=r"went away and did not come back.*run the same command again"):
@@ -251,7 +249,8 @@ def test_every_error_of_the_library_is_mapped() -> None:
     assert len(classes) > 20
     for cls in classes:
         error = cls.__new__(cls)
-        for found in (unreachable(error, "ssh://board", known=False), lost(error, "ssh://board")):
+        place = SshPlace("board")
+        for found in (unreachable(error, "ssh://board", place, known=False), lost(error, "ssh://board")):
             assert isinstance(found, DeviceError)
             assert ";" in str(found)
     # What `connect` and `run` catch covers all that asyncssh raises in a client.
@@ -314,7 +313,7 @@ def test_a_sampling_whose_board_goes_away_goes_on_when_it_is_back(
     import mlflow
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", (0.1, 0.1))
+    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", 0.4)
     register_mini_supernet()
     command = ["sample", "--n-samples", "6", "--image-size", "8", "--target", "cpu", "--device", address(server)]
 

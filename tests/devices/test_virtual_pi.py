@@ -73,10 +73,10 @@ def test_what_the_board_has_and_lacks(pi: Server) -> None:
     assert found.runtime.startswith("ai-edge-litert")
     assert any("governor is ondemand" in note for note in found.notes)
     assert any("emulated" in note for note in found.notes)
-    for python, missing in (("python3", ["ai-edge-litert"]), ("python3-bare", ["NumPy", "ai-edge-litert"])):
+    for python, missing in (("python3", ["runtime"]), ("python3-bare", ["NumPy", "runtime"])):
         with connect(address(pi, python=python)) as connection:
             lacking = check(connection)
-        assert [text.split(":")[0].split(" or ")[0] for text in lacking.missing] == missing
+        assert [text.split(":")[0] for text in lacking.missing] == missing
         assert all("pip install numpy ai-edge-litert" in text for text in lacking.missing)
     with (
         connect(address(pi, python="/usr/bin/python4")) as connection,
@@ -85,9 +85,7 @@ def test_what_the_board_has_and_lacks(pi: Server) -> None:
         check(connection)
 
 
-def test_outputs_are_those_of_this_host(
-    pi: Server, probe: bytes, expected: tuple[np.ndarray, np.ndarray], root: Path
-) -> None:
+def test_outputs_are_those_of_this_host(pi: Server, probe: bytes, expected: list[np.ndarray], root: Path) -> None:
     throttled = root / "etc" / "pi-throttled"
     with connect(address(pi)) as connection:
         benchmark = measure(connection, probe, expected=expected, **QUICK)
@@ -113,7 +111,7 @@ def test_outputs_are_those_of_this_host(
 def test_killed_in_the_middle_and_resumed(
     pi: Server, probe: bytes, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", (0.5, 1.0, 2.0, 4.0))
+    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", 20.0)
 
     def pull_the_plug() -> None:
         deadline = time.monotonic() + 60

@@ -12,7 +12,6 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
 from foxnas_mlflow.tflite import write_probe
-from foxnas_mlflow.tflite._model import pack, with_metadata
 
 pytestmark = pytest.mark.server
 
@@ -101,10 +100,6 @@ def test_what_cannot_be_measured_is_one_line_and_no_run(
 
     text = tmp_path / "text.tflite"
     text.write_text("not a model")
-    labels = tmp_path / "labels.tflite"
-    labels.write_bytes(with_metadata(model_path.read_bytes(), {"labels": ["a", "b", "c"]}))
-    floats = tmp_path / "float.tflite"
-    floats.write_bytes(_with_float_input(model_path.read_bytes()))
     with mlflow.start_run():
         log_model(SubnetModel(SPACE.smallest(), SPACE), name="subnet", registered_model_name="mine-subnet-cpu")
     runs = len(mlflow.MlflowClient().search_runs(["0"]))
@@ -112,13 +107,11 @@ def test_what_cannot_be_measured_is_one_line_and_no_run(
     for argv, message in (
         ([], "no version of foxnas-cpu is registered"),
         (["--model", str(text)], "TensorFlow Lite"),
-        (["--model", "/does/not/exist.tflite"], "readable"),
-        (["--model", str(labels)], "one label for each of 10 outputs; received 3 labels"),
-        (["--model", str(floats)], "quantized to 8 bits"),
+        (["--model", "/does/not/exist.tflite"], "can be read"),
         (["--model", "models:/mine-subnet-cpu/1"], "only a model of kind tflite"),
         (["--model", str(model_path), "--target", "rpi4"], "no device of its own"),
         (["--model", str(model_path), "--target", "gpu"], "TensorFlow Lite"),
-        (["--model", str(model_path), "--runs", "0"], "runs must be 1 or more"),
+        (["--model", str(model_path), "--runs", "0"], "runs must be positive"),
         (["--model", str(model_path), "--device", "board"], "a device is local"),
     ):
         assert main(["benchmark", *argv]) == 2
@@ -126,11 +119,3 @@ def test_what_cannot_be_measured_is_one_line_and_no_run(
         assert len(lines) == 1
         assert message in lines[0]
     assert len(mlflow.MlflowClient().search_runs(["0"])) == runs
-
-
-def _with_float_input(data: bytes) -> bytes:
-    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
-    model = schema.ModelT.InitFromPackedBuf(data, 0)
-    graph = model.subgraphs[0]
-    graph.tensors[graph.inputs[0]].type = schema.TensorType.FLOAT32
-    return pack(model)
