@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 from foxnas_mlflow.core.predictors import reference_predictors
-from foxnas_mlflow.core.searchers import SEARCHERS, Objective, exact_optimum, fastest, front_of
+from foxnas_mlflow.core.searchers import SEARCHERS, Limit, Objective, Problem, exact_optimum, fastest, front_of
 
 TOLERANCES = (0.1, 0.01)
 
@@ -46,7 +46,9 @@ for name, searcher in SEARCHERS.items():
     gap, seconds = [], []
     evaluations: dict[float, list[float]] = {tolerance: [] for tolerance in TOLERANCES}
     for seed, (limit, optimum) in enumerate(zip(limits, optima, strict=True)):
-        result = searcher.search(objective, float(limit), evaluations=args.budget, seed=seed)
+        result = searcher.search(
+            Problem(objective, (Limit("latency_ms", float(limit)),)), evaluations=args.budget, seed=seed
+        )
         gap.append(optimum - result.accuracy)
         seconds.append(result.seconds)
         for tolerance, spent in evaluations.items():

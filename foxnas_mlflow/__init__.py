@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.predictors import fit_predictors as fit_predictors
     from foxnas_mlflow.core.searchers import exact_front as exact_front
     from foxnas_mlflow.core.searchers import search as search
+    from foxnas_mlflow.core.searchers import search_each as search_each
     from foxnas_mlflow.core.space import SearchSpace as SearchSpace
     from foxnas_mlflow.flavor import get_default_conda_env as get_default_conda_env
     from foxnas_mlflow.flavor import get_default_pip_requirements as get_default_pip_requirements
@@ -28,6 +29,7 @@ _PUBLIC = {
     "fit_predictors": "foxnas_mlflow.core.predictors",
     "exact_front": "foxnas_mlflow.core.searchers",
     "search": "foxnas_mlflow.core.searchers",
+    "search_each": "foxnas_mlflow.core.searchers",
     "get_default_conda_env": "foxnas_mlflow.flavor",
     "get_default_pip_requirements": "foxnas_mlflow.flavor",
     "load_model": "foxnas_mlflow.flavor",
@@ -47,6 +49,7 @@ __all__ = [
     "log_model",
     "save_model",
     "search",
+    "search_each",
 ]
 
 

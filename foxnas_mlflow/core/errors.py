@@ -11,6 +11,7 @@ received, and the remedy. The command line prints that line and exits with statu
     |   +-- UnknownTargetError         a target that is neither built in nor a file
     |   +-- InvalidFormatError         a file of an unknown, newer or damaged format
     +-- InfeasibleConstraintError      no architecture meets the constraint
+    |   +-- InfeasibleLimitsError      no architecture meets several limits, or an accuracy under them
     +-- FitError                       predictors cannot be fitted from these rows
     |   +-- TooFewSamplesError
     |   +-- RankDeficientError
@@ -27,6 +28,7 @@ received, and the remedy. The command line prints that line and exits with statu
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 
@@ -90,6 +92,43 @@ class InfeasibleConstraintError(FoxNasError):
             received=f"latency_ms={latency_ms:g}",
             remedy=f"the smallest reachable latency is {smallest_latency_ms:.4g} ms: ask for at least that",
         )
+
+
+class InfeasibleLimitsError(InfeasibleConstraintError):
+    """No architecture meets all limits.
+
+    Attributes:
+        smallest: The least of each limited quantity that any architecture reaches.
+        clash: Two limits that cannot be met together, or empty.
+        reachable_accuracy: The best predicted accuracy (percent) under the limits, where only that misses.
+    """
+
+    def __init__(
+        self,
+        limits: Sequence[str],
+        *,
+        smallest: Mapping[str, float],
+        clash: Sequence[str] = (),
+        min_accuracy: float | None = None,
+        reachable_accuracy: float | None = None,
+    ) -> None:
+        self.latency_ms = self.smallest_latency_ms = float("nan")
+        if "latency_ms" in smallest:
+            self.smallest_latency_ms = smallest["latency_ms"]
+        self.smallest = dict(smallest)
+        self.clash = tuple(clash)
+        self.reachable_accuracy = reachable_accuracy
+        asked = ", ".join([*limits, *([] if min_accuracy is None else [f"accuracy >= {min_accuracy:g}"])])
+        alone = ", ".join(f"{quantity} {value:.6g}" for quantity, value in smallest.items())
+        if reachable_accuracy is not None:
+            remedy = (
+                f"under these limits the most accurate network is predicted {reachable_accuracy:.4f} %: ask for less"
+            )
+        else:
+            remedy = f"the smallest that each can reach alone: {alone}"
+            if clash:
+                remedy += f"; these two cannot be met together: {clash[0]} and {clash[1]}"
+        FoxNasError.__init__(self, "no architecture meets all limits", received=asked, remedy=remedy)
 
 
 class FitError(FoxNasError):

@@ -20,7 +20,9 @@ from foxnas_mlflow.core.predictors import (
 )
 from foxnas_mlflow.core.searchers import (
     SEARCHERS,
+    Limit,
     Objective,
+    Problem,
     exact_front,
     exact_optimum,
     rank_edits,
@@ -137,6 +139,10 @@ def test_the_front_is_never_beaten_by_a_searcher() -> None:
         assert outcome.found_by == "exact"
 
 
+def under(objective: Objective, latency_ms: float) -> Problem:
+    return Problem(objective, (Limit("latency_ms", latency_ms),))
+
+
 @pytest.mark.parametrize("name", sorted(SEARCHERS))
 class TestConformance:
     """What every searcher must do."""
@@ -144,7 +150,7 @@ class TestConformance:
     def test_meets_the_constraint_within_the_budget(self, name: str) -> None:
         predictors = reference_predictors("rpi4")
         objective = Objective(predictors, confidence=0.95)
-        result = SEARCHERS[name].search(objective, 70.0, evaluations=3000, seed=1)
+        result = SEARCHERS[name].search(under(objective, 70.0), evaluations=3000, seed=1)
         size = result.architecture.image_size
         upper = predictors.of("latency_ms", size).upper_bound([result.architecture], 0.95)[0]
         np.testing.assert_allclose(upper, result.latency_upper_ms)
@@ -158,16 +164,16 @@ class TestConformance:
 
     def test_is_reproducible(self, name: str) -> None:
         objective = Objective(reference_predictors("rpi4"), confidence=0.9, image_sizes=[192])
-        a, b = (SEARCHERS[name].search(objective, 60.0, evaluations=2000, seed=5) for _ in range(2))
+        a, b = (SEARCHERS[name].search(under(objective, 60.0), evaluations=2000, seed=5) for _ in range(2))
         assert a.architecture == b.architecture
         assert a.trace == b.trace
 
     def test_infeasible_names_the_smallest_latency(self, name: str) -> None:
         objective = Objective(reference_predictors("rpi4"))
         with pytest.raises(InfeasibleConstraintError) as error:
-            SEARCHERS[name].search(objective, 5.0, evaluations=2000)
+            SEARCHERS[name].search(under(objective, 5.0), evaluations=2000)
         smallest = error.value.smallest_latency_ms
-        SEARCHERS[name].search(objective, smallest * 1.0001, evaluations=2000)
+        SEARCHERS[name].search(under(objective, smallest * 1.0001), evaluations=2000)
 
 
 def test_bad_requests() -> None:
@@ -212,6 +218,6 @@ def test_guidance_saves_evaluations() -> None:
     for seed, limit in enumerate((40.0, 60.0, 80.0, 100.0, 120.0)):
         close = exact_optimum(objective, limit).accuracy - 0.1
         for name, evaluations in spent.items():
-            trace = SEARCHERS[name].search(objective, limit, evaluations=100_000, seed=seed).trace
+            trace = SEARCHERS[name].search(under(objective, limit), evaluations=100_000, seed=seed).trace
             evaluations.append(next(point.evaluation for point in trace if point.best_accuracy >= close))
     assert 3 * np.median(spent["annealing"]) < np.median(spent["annealing-unguided"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, get_formula, reference_predictors
-from foxnas_mlflow.core.searchers import SEARCHERS, Objective, exact_front, exact_optimum
+from foxnas_mlflow.core.searchers import SEARCHERS, Limit, Objective, Problem, exact_front, exact_optimum
 from foxnas_mlflow.core.space import SearchSpace, StageSpec
 
 SIZES = (32, 64)
@@ -48,6 +48,10 @@ def _predictors(seed: int, *, pooled: str = "") -> PredictorSet:
     )
 
 
+def _under(objective: Objective, latency_ms: float) -> Problem:
+    return Problem(objective, (Limit("latency_ms", latency_ms),))
+
+
 def _table(predictors: PredictorSet, confidence: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     parts = [
         (
@@ -85,7 +89,7 @@ def test_a_searcher_never_beats_brute_force(name: str, seed: int) -> None:
     predictors = _predictors(seed)
     accuracy, _, upper = _table(predictors, 0.95)
     limit = float(np.quantile(upper, 0.3))
-    result = SEARCHERS[name].search(Objective(predictors, confidence=0.95), limit, evaluations=4000, seed=seed)
+    result = SEARCHERS[name].search(_under(Objective(predictors, confidence=0.95), limit), evaluations=4000, seed=seed)
     assert result.latency_upper_ms <= limit
     assert result.accuracy <= accuracy[upper <= limit].max() + 1e-9
 
@@ -93,5 +97,5 @@ def test_a_searcher_never_beats_brute_force(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", sorted(SEARCHERS))
 @pytest.mark.parametrize("evaluations", [1, 7, 150])
 def test_a_tiny_budget_is_kept(name: str, evaluations: int) -> None:
-    result = SEARCHERS[name].search(Objective(reference_predictors("rpi4")), 1000.0, evaluations=evaluations)
+    result = SEARCHERS[name].search(_under(Objective(reference_predictors("rpi4")), 1000.0), evaluations=evaluations)
     assert 1 <= result.evaluations <= evaluations

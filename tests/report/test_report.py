@@ -45,7 +45,7 @@ def test_effects_are_differences_of_predictions() -> None:
 
 def test_the_page_is_self_contained_and_says_what_was_found(tmp_path: Path) -> None:
     outcome = search(reference_predictors("rpi4"), 60.0, evaluations=5000)
-    comparisons = [s.search(outcome.objective, 60.0, evaluations=2000) for s in SEARCHERS.values()]
+    comparisons = [s.search(outcome.problem, evaluations=2000) for s in SEARCHERS.values()]
     path = tmp_path / "report.html"
     request = {"latency_ms": 60.0, "confidence": 0.95, "name": "<script>alert(1)</script>"}
     row = Measurement(outcome.architecture, 71.5, 47.25, "measured")

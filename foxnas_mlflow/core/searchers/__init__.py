@@ -3,8 +3,12 @@
 from foxnas_mlflow.core.searchers._annealing import SimulatedAnnealing
 from foxnas_mlflow.core.searchers._base import Searcher, SearchResult, TracePoint
 from foxnas_mlflow.core.searchers._evolution import Evolution
-from foxnas_mlflow.core.searchers._exact import Front, Optimum, exact_front, exact_optimum, fastest, front_of
+from foxnas_mlflow.core.searchers._exact import Front, Optimum, exact_front, exact_optimum, fastest, front_of, least
+from foxnas_mlflow.core.searchers._limited import solve
+from foxnas_mlflow.core.searchers._limits import Limit, describe_limits, parse_limits
 from foxnas_mlflow.core.searchers._objective import Objective
+from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices
+from foxnas_mlflow.core.searchers._problem import Problem
 from foxnas_mlflow.core.searchers._random import RandomSearch
 from foxnas_mlflow.core.searchers._search import (
     DEFAULT_EVALUATIONS,
@@ -12,7 +16,10 @@ from foxnas_mlflow.core.searchers._search import (
     SearchOutcome,
     check_budget,
     get_searcher,
+    pose,
     search,
+    search_each,
+    search_problem,
 )
 from foxnas_mlflow.core.searchers._tweak import Edit, rank_edits
 from foxnas_mlflow.core.searchers._verify import Candidate, verify
@@ -24,8 +31,11 @@ __all__ = [
     "Edit",
     "Evolution",
     "Front",
+    "Limit",
+    "LimitPrice",
     "Objective",
     "Optimum",
+    "Problem",
     "RandomSearch",
     "SearchOutcome",
     "SearchResult",
@@ -33,12 +43,21 @@ __all__ = [
     "SimulatedAnnealing",
     "TracePoint",
     "check_budget",
+    "describe_limits",
     "exact_front",
     "exact_optimum",
     "fastest",
+    "feasible_points",
     "front_of",
     "get_searcher",
+    "least",
+    "limit_prices",
+    "parse_limits",
+    "pose",
     "rank_edits",
     "search",
+    "search_each",
+    "search_problem",
+    "solve",
     "verify",
 ]

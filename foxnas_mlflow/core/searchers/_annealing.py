@@ -94,8 +94,7 @@ class SimulatedAnnealing(Searcher):
                 weights = None
             n_changes = max(int(np.ceil(temperature)), self.min_changes)
             proposals = _move(space, np.tile(genes, (tries, 1)), n_changes, weights, rng)
-            values, _ = recorder.evaluate(proposals)
-            values = values.reshape(tries, n_chains)
+            values = recorder.evaluate(proposals).reshape(tries, n_chains)
             best = np.argmax(values, axis=0)
             value = values[best, chains]
             with np.errstate(over="ignore"):
@@ -137,13 +136,14 @@ def guided_weights(
         changed[:, :, -1] = size
         changed[np.arange(len(gene)), :, gene] = value[:, None]
         effects = np.zeros((2, *allowed.shape))
-        for effect, y in zip(effects, space.evaluate(changed.reshape(-1, space.n_genes)), strict=True):
+        found = space.evaluate(changed.reshape(-1, space.n_genes))
+        for effect, y in zip(effects, (found.score, found.amounts[:, 0]), strict=True):
             effect[gene, value] = y.reshape(-1, n).mean(axis=1)
         recorder.evaluations += n * len(gene)
         worth = np.where(allowed, effects[0] - _PRICES[:, None, None] * effects[1], -np.inf)
         greedy = worth.argmax(axis=2).astype(np.int16)
         greedy[:, -1] = size
-        met = np.flatnonzero(~np.isneginf(recorder.evaluate(greedy)[0]))
+        met = np.flatnonzero(~np.isneginf(recorder.evaluate(greedy)))
         chosen = worth[met[-1] if len(met) else 0]
         guided = np.exp((chosen - chosen.max(axis=1, keepdims=True)) / (2 * boltzmann))
         guided /= guided.sum(axis=1, keepdims=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,9 +22,11 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InfeasibleConstraintError, InvalidInputError
-from foxnas_mlflow.core.options import KindArray, decode
-from foxnas_mlflow.core.searchers._exact import Fastest, fastest
-from foxnas_mlflow.core.searchers._objective import FloatArray, Objective
+from foxnas_mlflow.core.options import IndexArray, KindArray, decode
+from foxnas_mlflow.core.searchers._exact import fastest
+from foxnas_mlflow.core.searchers._limited import least_loaded
+from foxnas_mlflow.core.searchers._objective import FloatArray
+from foxnas_mlflow.core.searchers._problem import Evaluated, Problem
 
 Genes = NDArray[np.int16]
 
@@ -53,7 +56,7 @@ class SearchResult:
         algorithm: Name of the searcher.
         architecture: The best architecture that meets the constraint.
         accuracy: Its predicted accuracy in percent.
-        latency_upper_ms: Its upper latency bound in ms.
+        amounts: Every quantity of the objective: upper bounds of predicted ones, counts of the others.
         evaluations: Evaluations spent.
         seconds: Wall time.
         trace: Improvements in order.
@@ -63,19 +66,25 @@ class SearchResult:
     algorithm: str
     architecture: Architecture
     accuracy: float
-    latency_upper_ms: float
+    amounts: Mapping[str, float]
     evaluations: int
     seconds: float
     trace: tuple[TracePoint, ...]
     seed: int
 
+    @property
+    def latency_upper_ms(self) -> float:
+        """Its upper latency bound in ms."""
+        return self.amounts["latency_ms"]
+
 
 class GeneSpace:
     """The genes of a space and the image sizes searched."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, problem: Problem) -> None:
+        objective = problem.objective
         space = objective.space
-        self.objective = objective
+        self.problem, self.objective = problem, objective
         self.n_stages, self.max_depth = space.n_stages, space.max_depth
         per_stage = [len(space.depths)] + [len(space.expansions), len(space.kernels)] * space.max_depth
         self.choices = np.array(per_stage * space.n_stages + [len(objective.sizes)], dtype=np.int16)
@@ -117,39 +126,39 @@ class GeneSpace:
         kinds = stages[:, :, 1::2] * self._n_kernels + stages[:, :, 2::2]
         return np.where(np.arange(self.max_depth) < depth[:, :, None], kinds, -1).astype(np.int16)
 
-    def evaluate(self, genes: Genes) -> tuple[FloatArray, FloatArray]:
-        """Accuracy in percent and upper latency bound in ms of individuals, each (n,)."""
-        return self.objective.evaluate(genes[:, -1].astype(np.int64), self.kinds(genes))
+    def evaluate(self, genes: Genes) -> Evaluated:
+        """What individuals are worth."""
+        return self.problem.evaluate(genes[:, -1].astype(np.int64), self.kinds(genes))
 
     def architecture(self, genes: Genes) -> Architecture:
         """The architecture of one individual, shape (n_genes,)."""
         size = self.objective.image_sizes[int(genes[-1])]
         return decode(self.objective.space, size, self.kinds(genes[None])[0])
 
-    def genes(self, found: Fastest) -> Genes:
-        """The individual of stage options; its sleeping parameters are 0."""
-        kinds = self.objective.options.kinds[found.index].astype(np.int16)
+    def genes(self, size: int, index: IndexArray) -> Genes:
+        """The individual of an image size's position and stage options; its sleeping parameters are 0."""
+        kinds = self.objective.options.kinds[index].astype(np.int16)
         stages = np.zeros((self.n_stages, 1 + 2 * self.max_depth), dtype=np.int16)
         stages[:, 0] = np.searchsorted(self._depths, (kinds >= 0).sum(axis=1))
         stages[:, 1::2], stages[:, 2::2] = np.divmod(np.maximum(kinds, 0), self._n_kernels)
-        return np.append(stages.ravel(), found.size).astype(np.int16)
+        return np.append(stages.ravel(), size).astype(np.int16)
 
 
 @dataclass
 class Recorder:
-    """Counts evaluations against a budget and keeps the best feasible individual.
+    """Counts evaluations against a budget and keeps the best individual that meets the limits.
 
     `n_chains` is the number of chains whose individuals take turns in a batch.
     """
 
     space: GeneSpace
-    limit: float
     budget: int
     n_chains: int = 1
     evaluations: int = 0
     best: Genes | None = None
+    best_score: float = -np.inf
     best_accuracy: float = -np.inf
-    best_latency: float = np.inf
+    best_amounts: FloatArray = field(default_factory=lambda: np.zeros(0))
     trace: list[TracePoint] = field(default_factory=list)
 
     @property
@@ -157,48 +166,56 @@ class Recorder:
         """Evaluations left."""
         return self.budget - self.evaluations
 
-    def evaluate(self, genes: Genes) -> tuple[FloatArray, FloatArray]:
-        """Evaluate individuals; accuracy is -inf where the constraint is not met."""
-        accuracy, upper = self.space.evaluate(genes)
-        feasible = np.where(upper <= self.limit, accuracy, -np.inf)
-        if feasible.max() > self.best_accuracy:
+    def evaluate(self, genes: Genes) -> FloatArray:
+        """Scores of individuals, -inf where a limit is not met, shape (n,)."""
+        found = self.space.evaluate(genes)
+        scores = np.where(found.meets, found.score, -np.inf)
+        if scores.max() > self.best_score:
             # Walk the batch in order, so that the trace says which evaluation improved.
-            running = np.maximum.accumulate(np.maximum(feasible, self.best_accuracy))
-            previous = np.concatenate([[self.best_accuracy], running[:-1]])
+            running = np.maximum.accumulate(np.maximum(scores, self.best_score))
+            previous = np.concatenate([[self.best_score], running[:-1]])
             for i in map(int, np.flatnonzero(running > previous)):
-                self.trace.append(
-                    TracePoint(self.evaluations + i + 1, float(feasible[i]), float(upper[i]), i % self.n_chains)
-                )
-            top = int(np.argmax(feasible))
+                accuracy, latency = float(found.accuracy[i]), float(found.amounts[i, 0])
+                self.trace.append(TracePoint(self.evaluations + i + 1, accuracy, latency, i % self.n_chains))
+            top = int(np.argmax(scores))
             self.best = genes[top].copy()
-            self.best_accuracy, self.best_latency = float(feasible[top]), float(upper[top])
+            self.best_score, self.best_accuracy = float(scores[top]), float(found.accuracy[top])
+            self.best_amounts = found.amounts[top]
         self.evaluations += len(genes)
-        return feasible, upper
+        return scores
 
     def feasible_start(self, rng: np.random.Generator, genes: Genes) -> tuple[Genes, FloatArray]:
-        """Individuals moved towards the fastest network, at random, until they meet the constraint.
+        """Individuals moved towards one that meets the limits, at random, until they meet them too.
 
         Raises:
-            InfeasibleConstraintError: If not even the fastest network meets the constraint.
+            InfeasibleConstraintError: If no network meets the limits.
         """
-        quickest = fastest(self.space.objective)
-        if quickest.latency_upper_ms > self.limit:
-            raise InfeasibleConstraintError(self.limit, quickest.latency_upper_ms)
-        refuge = self.space.genes(quickest)
+        refuge = self.space.genes(*_refuge(self.space.problem))
         genes = genes.copy()
-        # The first is the fastest network, or the best so far: a budget of one evaluation finds something.
+        # The first is the refuge, or the best so far: a budget of one evaluation finds something.
         genes[0] = refuge if self.best is None else self.best
-        accuracy, _ = self.evaluate(genes)
+        scores = self.evaluate(genes)
         for _ in range(64):
-            bad = np.flatnonzero(np.isneginf(accuracy))
+            bad = np.flatnonzero(np.isneginf(scores))
             if not len(bad) or self.left < len(bad):
                 break
             shrink = rng.random((len(bad), self.space.n_genes)) < 0.25
             genes[bad] = np.where(shrink, refuge, genes[bad])
-            accuracy[bad] = self.evaluate(genes[bad])[0]
-        stuck = np.isneginf(accuracy)
-        genes[stuck], accuracy[stuck] = genes[0], accuracy[0]
-        return genes, accuracy
+            scores[bad] = self.evaluate(genes[bad])
+        stuck = np.isneginf(scores)
+        genes[stuck], scores[stuck] = genes[0], scores[0]
+        return genes, scores
+
+
+def _refuge(problem: Problem) -> tuple[int, IndexArray]:
+    """Size and stage options of a network that meets the limits: under one latency the fastest."""
+    if not problem.only_latency:
+        return least_loaded(problem)
+    limit = problem.limits[0].value
+    quickest = fastest(problem.objective)
+    if quickest.amount > limit:
+        raise InfeasibleConstraintError(limit, quickest.amount)
+    return quickest.size, quickest.index
 
 
 class Searcher(ABC):
@@ -214,31 +231,30 @@ class Searcher(ABC):
     def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
         """Spend the recorder's budget; the recorder keeps the best."""
 
-    def search(self, objective: Objective, latency_ms: float, *, evaluations: int, seed: int = 0) -> SearchResult:
-        """Search under a constraint.
+    def search(self, problem: Problem, *, evaluations: int, seed: int = 0) -> SearchResult:
+        """Search under limits.
 
         Args:
-            objective: What to maximise, and the bound that is constrained.
-            latency_ms: The upper latency bound of the result is at most this.
+            problem: The goal and the limits.
             evaluations: Budget, a positive number of evaluations.
             seed: Seed of all randomness: the same seed finds the same network.
 
         Raises:
-            InfeasibleConstraintError: If no architecture was found that meets the constraint.
+            InfeasibleConstraintError: If no architecture meets the limits.
         """
         if evaluations < 1:
             raise InvalidInputError("evaluations must be a positive integer", received=evaluations)
         start = time.perf_counter()
-        space = GeneSpace(objective)
-        recorder = Recorder(space, latency_ms, evaluations)
+        space = GeneSpace(problem)
+        recorder = Recorder(space, evaluations)
         self.run(space, recorder, np.random.default_rng(seed))
         if recorder.best is None:
-            raise InfeasibleConstraintError(latency_ms, fastest(objective).latency_upper_ms)
+            raise AssertionError("unreachable: a searcher starts from a network that meets the limits")
         return SearchResult(
             algorithm=self.name,
             architecture=space.architecture(recorder.best),
             accuracy=recorder.best_accuracy,
-            latency_upper_ms=recorder.best_latency,
+            amounts=dict(zip(problem.objective.quantities, map(float, recorder.best_amounts), strict=True)),
             evaluations=recorder.evaluations,
             seconds=time.perf_counter() - start,
             trace=tuple(recorder.trace),

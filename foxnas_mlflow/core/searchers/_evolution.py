@@ -52,7 +52,7 @@ class Evolution(Searcher):
                     if made >= count or recorder.left < 1:
                         break
                     batch = breed(space, parents, min(count - made, recorder.left), rng)
-                    value, _ = recorder.evaluate(batch)
+                    value = recorder.evaluate(batch)
                     meets = ~np.isneginf(value)
                     children, values = np.vstack([children, batch[meets]]), np.append(values, value[meets])
                     made += int(meets.sum())

@@ -13,7 +13,7 @@ tangent is taken at it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,21 +63,33 @@ class Optimum:
         architecture: The optimal architecture.
         accuracy: Its predicted accuracy in percent.
         latency_ms: Its predicted latency.
-        latency_upper_ms: Its upper latency bound at the confidence.
-        accuracy_bound: No architecture that meets the constraint is predicted above this.
+        amounts: Every quantity of the objective: upper bounds of predicted ones, counts of the others.
+        accuracy_bound: No architecture that meets the constraint is predicted above this. Where least of a
+            quantity was asked for: its own accuracy.
         tangents: Rounds that the proof took.
+        least, least_bound: The least predicted value of the quantity that was asked for, and the bound that no
+            architecture is below; None where accuracy was asked for.
     """
 
     architecture: Architecture
     accuracy: float
     latency_ms: float
-    latency_upper_ms: float
+    amounts: Mapping[str, float]
     accuracy_bound: float
     tangents: int
+    least: float | None = None
+    least_bound: float | None = None
+
+    @property
+    def latency_upper_ms(self) -> float:
+        """Its upper latency bound at the confidence."""
+        return self.amounts["latency_ms"]
 
     @property
     def proof_gap(self) -> float:
-        """Accuracy (points) that the proof leaves open: 0 when the optimum is proven."""
+        """What the proof leaves open, in points or in the quantity's unit: 0 when the optimum is proven."""
+        if self.least is not None and self.least_bound is not None:
+            return max(self.least - self.least_bound, 0.0)
         return max(self.accuracy_bound - self.accuracy, 0.0)
 
 
@@ -95,7 +107,7 @@ def front_of(objective: Objective) -> Front:
     """The front of an objective's predicted latency (its confidence plays no part)."""
     parts = []
     for size in objective.sizes:
-        latency, z, index = _size_front(size, size.beta)
+        latency, z, index = _size_front(size, size.latency.beta)
         parts.append((latency, size.accuracy.from_linear(z), np.full(len(z), size.image_size), index))
     latency, accuracy, image_size, index = (np.concatenate(column) for column in zip(*parts, strict=True))
     keep = _pareto(latency, accuracy)
@@ -103,24 +115,34 @@ def front_of(objective: Objective) -> Front:
 
 
 @dataclass(frozen=True)
-class Fastest:
-    """The fastest architecture.
+class Least:
+    """The architecture with least of a quantity.
 
     Attributes:
         size: Its index into the objective's sizes.
         index: Its stage options, shape (n_stages,).
-        latency_upper_ms: Its upper latency bound.
+        amount: Its amount of the quantity that it has least of.
     """
 
     size: int
     index: IndexArray
-    latency_upper_ms: float
+    amount: float
+
+    @property
+    def latency_upper_ms(self) -> float:
+        """Its upper latency bound, where latency is what it has least of."""
+        return self.amount
 
 
-def fastest(objective: Objective) -> Fastest:
+def fastest(objective: Objective) -> Least:
     """The architecture with the smallest upper latency bound."""
-    found = [_size_fastest(objective, i) for i in range(len(objective.sizes))]
-    return min(found, key=lambda f: f.latency_upper_ms)
+    return least(objective, "latency_ms")
+
+
+def least(objective: Objective, quantity: str) -> Least:
+    """The architecture with least of a quantity of the objective: of its upper bound where it is predicted."""
+    found = [_size_least(objective, i, quantity) for i in range(len(objective.sizes))]
+    return min(found, key=lambda f: f.amount)
 
 
 def exact_optimum(objective: Objective, latency_ms: float) -> Optimum:
@@ -140,21 +162,26 @@ def exact_optimum(objective: Objective, latency_ms: float) -> Optimum:
     return replace(best, accuracy_bound=max(*map(float, bounds), best.accuracy), tangents=tangents)
 
 
-def _size_fastest(objective: Objective, i: int) -> Fastest:
-    """The fastest architecture of one size.
+def _size_least(objective: Objective, i: int, quantity: str) -> Least:
+    """The architecture of one size with least of a quantity.
 
     The network of each stage's cheapest option under a tangent is tried until it does not improve;
-    one that is cheapest under its own tangent is the fastest of all.
+    one that is cheapest under its own tangent is the cheapest of all.
     """
     size = objective.sizes[i]
-    weights, best = size.beta, None
+    column = size.quantities.index(quantity)
+    if quantity not in size.bounds:
+        index = np.array([int(np.argmin(table)) for table in size.counted[quantity].stages])
+        return Least(i, index, float(size.evaluate(index[None])[1][0, column]))
+    bound = size.bounds[quantity]
+    weights, best = bound.beta, None
     for _ in range(_MAX_TANGENTS):
-        _, tables = size.latency_tables(weights)
+        _, tables = bound.tables(weights)
         index = np.array([int(np.argmin(table)) for table in tables])
-        upper = float(size.evaluate(index[None])[1][0])
-        if best is not None and upper >= best.latency_upper_ms:
+        amount = float(size.evaluate(index[None])[1][0, column])
+        if best is not None and amount >= best.amount:
             break
-        best, weights = Fastest(i, index, upper), size.tangent(size.design(index[None])[0])
+        best, weights = Least(i, index, amount), bound.tangent(bound.design(index[None])[0])
     if best is None:
         raise AssertionError("unreachable: there is at least one tangent")
     return best
@@ -163,11 +190,11 @@ def _size_fastest(objective: Objective, i: int) -> Fastest:
 def _size_optimum(objective: Objective, i: int, limit: float) -> tuple[Optimum | None, float]:
     """The best architecture of one size, and a bound of the accuracy's linear scale under the limit."""
     size = objective.sizes[i]
-    start = _size_fastest(objective, i)
+    start = _size_least(objective, i, "latency_ms")
     best_z, best_index, bound = -np.inf, None, np.inf
-    if start.latency_upper_ms <= limit:
+    if start.amount <= limit:
         best_z, best_index = float(size.evaluate(start.index[None])[0][0]), start.index
-    weights = size.beta
+    weights = size.latency.beta
     tangents = 0
     while tangents < _MAX_TANGENTS:
         tangents += 1
@@ -177,28 +204,29 @@ def _size_optimum(objective: Objective, i: int, limit: float) -> tuple[Optimum |
             # The weights underestimate every bound: nothing can meet the constraint.
             return None, -np.inf
         bound = min(bound, float(z[-1]))
-        z, upper = size.evaluate(index)
-        meets = np.flatnonzero(upper <= limit)
+        z, values = size.evaluate(index)
+        meets = np.flatnonzero(values[:, 0] <= limit)
         if len(meets) and z[meets[-1]] > best_z:
             best_z, best_index = float(z[meets[-1]]), index[meets[-1]]
         if best_z >= bound - 1e-12 * abs(bound):
             bound = best_z
             break
-        weights = size.tangent(size.design(index[-1:])[0])
+        weights = size.latency.tangent(size.latency.design(index[-1:])[0])
     if best_index is None:
         return None, bound
-    return _optimum(objective, i, best_index, bound, tangents), bound
+    return optimum_of(objective, i, best_index, bound=bound, tangents=tangents), bound
 
 
-def _optimum(objective: Objective, i: int, index: IndexArray, bound: float, tangents: int) -> Optimum:
+def optimum_of(objective: Objective, i: int, index: IndexArray, *, bound: float, tangents: int) -> Optimum:
+    """A network of stage options with a bound of the accuracy's linear scale."""
     size = objective.sizes[i]
-    z, upper = size.evaluate(index[None])
+    z, values = size.evaluate(index[None])
     accuracy, accuracy_bound = size.accuracy.from_linear(np.array([z[0], bound]))
     return Optimum(
         architecture=objective.architecture(i, index),
         accuracy=float(accuracy),
-        latency_ms=float(size.design(index[None])[0] @ size.beta),
-        latency_upper_ms=float(upper[0]),
+        latency_ms=float(size.latency.design(index[None])[0] @ size.latency.beta),
+        amounts=dict(zip(objective.quantities, map(float, values[0]), strict=True)),
         accuracy_bound=float(accuracy_bound),
         tangents=tangents,
     )
@@ -208,7 +236,7 @@ def _size_front(
     size: SizeObjective, weights: FloatArray, *, limit: float = np.inf
 ) -> tuple[FloatArray, FloatArray, IndexArray]:
     """Front of a linear form of the latency against the accuracy's linear scale, up to a limit."""
-    base, tables = size.latency_tables(weights)
+    base, tables = size.latency.tables(weights)
     fronts = []
     for latency, z in zip(tables, size.accuracy_stages, strict=True):
         keep = _pareto(latency, z)

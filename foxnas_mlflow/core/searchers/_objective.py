@@ -1,17 +1,20 @@
-"""What every searcher evaluates: accuracy, and the latency bound that the constraint is on.
+"""What every searcher evaluates: accuracy, and the quantities that limits are on.
 
 | symbol | name in code   | shape | meaning                                                       |
 |--------|----------------|-------|---------------------------------------------------------------|
-| x(a)   | rows of a table | (p,) | design row of the latency predictor; its last entry is 1      |
+| x(a)   | rows of a table | (p,) | design row of a quantity's predictor; its last entry is 1     |
 | beta   | ``beta``       | (p,)  | its coefficients                                              |
 | C'     | ``spread``     | (p, p)| covariance with the residual variance folded in               |
 | t      | ``t``          | scalar| one-sided quantile of Student's t at the confidence           |
-| U(a)   | ``upper``      | scalar| beta'x + t * sqrt(x'C'x), the upper prediction bound in ms    |
+| U(a)   | ``upper``      | scalar| beta'x + t * sqrt(x'C'x), the upper prediction bound          |
 
 Folding: a constant residual variance k^2 is ``k^2 e e'`` with e the constant's unit vector, a
 relative one ``k^2 beta beta'``. Either way U is a linear form plus t times a norm of x, so it is
 convex and homogeneous in x: its tangent at any x0 underestimates it everywhere. The exact search
 stands on that.
+
+Several predicted quantities under limits hold jointly with the asked confidence: each of the k bounds is
+taken at 1 - (1 - confidence) / k (Bonferroni), which needs nothing of how their errors depend on each other.
 """
 
 from __future__ import annotations
@@ -23,54 +26,40 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError
-from foxnas_mlflow.core.options import IndexArray, KindArray, decode, stage_options
+from foxnas_mlflow.core.options import IndexArray, KindArray, decode, encode, stage_options
 from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet
+from foxnas_mlflow.core.searchers._quantities import check_quantity, counted, predicted_quantities
 
 FloatArray = NDArray[np.float64]
 
 
-class SizeObjective:
-    """The objective at one image size, as tables over the stage options.
+class Bound:
+    """The upper prediction bound of one quantity at one image size.
 
     Attributes:
-        image_size: Image size in pixels.
-        accuracy_base, accuracy_stages: The accuracy's linear scale is the base plus one entry of
-            each stage's table, shape (m,).
-        latency: The latency predictor.
+        beta: The predictor's coefficients.
+        x_base, x_stages: Its design row is the base plus, in some columns, one row of each stage's table.
+        spread: C', or None where the bound is the prediction.
+        root: R with RR' = C'.
     """
 
-    def __init__(self, predictors: PredictorSet, image_size: int, confidence: float) -> None:
-        space = predictors.space
-        kinds = stage_options(space).kinds
-        self.image_size = image_size
-        self.accuracy = predictors.of("accuracy", image_size)
-        self.latency = predictors.of("latency_ms", image_size)
-        self.accuracy_base, self.accuracy_stages = _contributions(self.accuracy, kinds, image_size)
-        recipe = self.latency.recipe
+    def __init__(self, predictor: LinearPredictor, kinds: KindArray, image_size: int, confidence: float) -> None:
+        recipe, space = predictor.recipe, predictor.space
+        if predictor.ceiling is not None:
+            raise OutOfDomainError("a limit is on a quantity that is predicted as a sum", received=predictor.quantity)
         self.x_base = recipe.constant(space, image_size)
         self.x_stages = [recipe.stage(space, j, kinds, image_size) for j in range(space.n_stages)]
-        self.beta = self.latency.coefficients
-        self.t = self.latency.t_quantile(confidence)
-        self.spread = _spread(self.latency, image_size) if self.t > 0 else None
-        self._base_sums, self._stage_sums = self._tables()
+        self.beta = predictor.coefficients
+        self.t = predictor.t_quantile(confidence)
+        self.spread = _spread(predictor, image_size) if self.t > 0 else None
+        self.root = np.zeros((len(self.beta), 0)) if self.spread is None else _root(self.spread)
 
-    def _tables(self) -> tuple[FloatArray, list[FloatArray]]:
-        """What `evaluate` sums over stages: the accuracy's linear scale, beta'x, and R'x with RR' = C'."""
-        root = np.zeros((len(self.beta), 0)) if self.spread is None else _root(self.spread)
-        weights = np.column_stack([self.beta, root])
-        base = np.concatenate([[self.accuracy_base], self.x_base @ weights])
-        stages = [
-            np.column_stack([z, values @ weights[columns]])
-            for z, (columns, values) in zip(self.accuracy_stages, self.x_stages, strict=True)
-        ]
-        return base, stages
-
-    def latency_tables(self, weights: FloatArray) -> tuple[float, list[FloatArray]]:
-        """Base and stage tables of any linear form of the latency's design row."""
+    def tables(self, weights: FloatArray) -> tuple[float, list[FloatArray]]:
+        """Base and stage tables of any linear form of the design row."""
         return float(self.x_base @ weights), [values @ weights[columns] for columns, values in self.x_stages]
 
     def design(self, index: IndexArray) -> FloatArray:
-        """Latency design rows (n, p) of subnets given as option indices (n, n_stages)."""
+        """Design rows (n, p) of subnets given as option indices (n, n_stages)."""
         x = np.tile(self.x_base, (len(index), 1))
         for j, (columns, values) in enumerate(self.x_stages):
             x[:, columns] += values[index[:, j]]
@@ -82,15 +71,85 @@ class SizeObjective:
             return self.beta
         return self.beta + self.t * (self.spread @ x0) / np.sqrt(x0 @ self.spread @ x0)
 
+
+class SizeObjective:
+    """The objective at one image size, as tables over the stage options.
+
+    Attributes:
+        image_size: Image size in pixels.
+        accuracy_base, accuracy_stages: The accuracy's linear scale is the base plus one entry of
+            each stage's table, shape (m,).
+        bounds: Bounds of the predicted quantities by name.
+        counted: Counted quantities by name.
+        latency: The bound of latency.
+    """
+
+    def __init__(self, predictors: PredictorSet, image_size: int, quantities: Sequence[str], confidence: float) -> None:
+        space = predictors.space
+        kinds = stage_options(space).kinds
+        self.image_size = image_size
+        self.accuracy = predictors.of("accuracy", image_size)
+        self.accuracy_base, self.accuracy_stages = _contributions(self.accuracy, kinds, image_size)
+        known = predicted_quantities(predictors)
+        self.quantities = tuple(quantities)
+        self.bounds = {
+            q: Bound(predictors.of(q, image_size), kinds, image_size, confidence) for q in quantities if q in known
+        }
+        self.counted = {q: counted(space, image_size, q) for q in quantities if q not in known}
+        self.latency = self.bounds["latency_ms"]
+        self._columns: dict[str, slice] = {}
+        self._base_sums, self._stage_sums = self._tables()
+
+    def _tables(self) -> tuple[FloatArray, list[FloatArray]]:
+        """What `sums` adds up: the accuracy's linear scale, beta'x and R'x of each bound, and counted sums."""
+        base, stages, width = [np.array([self.accuracy_base])], [[z] for z in self.accuracy_stages], 1
+        for quantity, bound in self.bounds.items():
+            weights = np.column_stack([bound.beta, bound.root])
+            base.append(bound.x_base @ weights)
+            for parts, (columns, values) in zip(stages, bound.x_stages, strict=True):
+                parts.append(values @ weights[columns])
+            self._columns[quantity] = slice(width, width + weights.shape[1])
+            width += weights.shape[1]
+        for quantity, amount in self.counted.items():
+            if not amount.maximum:
+                base.append(np.array([amount.base]))
+                for parts, table in zip(stages, amount.stages, strict=True):
+                    parts.append(table)
+                self._columns[quantity] = slice(width, width + 1)
+                width += 1
+        return np.concatenate(base), [np.column_stack(parts) for parts in stages]
+
     def evaluate(self, index: IndexArray) -> tuple[FloatArray, FloatArray]:
-        """Accuracy's linear scale and upper latency bound U in ms of option indices (n, n_stages), each (n,)."""
+        """Evaluate option indices (n, n_stages).
+
+        Returns:
+            The accuracy's linear scale, shape (n,), and the quantities, shape (n, n_quantities): upper
+            bounds of predicted ones, counts of the others.
+        """
         sums = self._base_sums + self._stage_sums[0].take(index[:, 0], axis=0)
         for j in range(1, len(self._stage_sums)):
             sums += self._stage_sums[j].take(index[:, j], axis=0)
-        upper = sums[:, 1]
-        if self.spread is not None:
-            upper = upper + self.t * np.sqrt(np.square(sums[:, 2:]).sum(axis=1))
-        return sums[:, 0], upper
+        values = np.empty((len(index), len(self.quantities)))
+        for i, quantity in enumerate(self.quantities):
+            if quantity in self._columns:
+                columns = self._columns[quantity]
+                values[:, i] = sums[:, columns.start]
+                if columns.stop - columns.start > 1:
+                    roots = sums[:, columns.start + 1 : columns.stop]
+                    values[:, i] += self.bounds[quantity].t * np.sqrt(np.square(roots).sum(axis=1))
+            else:
+                amount = self.counted[quantity]
+                parts = [table.take(index[:, j]) for j, table in enumerate(amount.stages)]
+                values[:, i] = np.maximum(amount.base, np.max(parts, axis=0))
+        return sums[:, 0], values
+
+    def point(self, quantity: str, index: IndexArray) -> FloatArray:
+        """The prediction (or count) of a quantity, shape (n,)."""
+        if quantity in self.bounds:
+            bound = self.bounds[quantity]
+            return bound.design(index) @ bound.beta
+        values: FloatArray = self.evaluate(index)[1][:, self.quantities.index(quantity)]
+        return values
 
 
 class Objective:
@@ -100,14 +159,24 @@ class Objective:
         predictors: Predictors of the target.
         confidence: Probability with which the constraint is to hold, in [0.5, 1).
         image_sizes: Image sizes to search (px); all that the predictors know when None.
+        quantities: Quantities that limits will be on; latency is evaluated beside them.
+
+    Attributes:
+        quantities: Those evaluated, latency first.
+        level: Confidence of each predicted quantity's own bound.
 
     Raises:
-        InvalidInputError: If the confidence is outside [0.5, 1).
+        InvalidInputError: If the confidence is outside [0.5, 1), or a quantity is unknown.
         OutOfDomainError: If an image size has no predictors.
     """
 
     def __init__(
-        self, predictors: PredictorSet, *, confidence: float = 0.95, image_sizes: Sequence[int] | None = None
+        self,
+        predictors: PredictorSet,
+        *,
+        confidence: float = 0.95,
+        image_sizes: Sequence[int] | None = None,
+        quantities: Sequence[str] = ("latency_ms",),
     ) -> None:
         if not 0.5 <= confidence < 1:
             raise InvalidInputError(
@@ -127,7 +196,12 @@ class Objective:
         self.predictors = predictors
         self.space = predictors.space
         self.confidence = confidence
-        self.sizes = tuple(SizeObjective(predictors, size, confidence) for size in sizes)
+        for quantity in quantities:
+            check_quantity(quantity, predictors)
+        known = predicted_quantities(predictors)
+        self.quantities = ("latency_ms", *(q for q in dict.fromkeys(quantities) if q != "latency_ms"))
+        self.level = joint_level(confidence, len(set(quantities) & set(known)))
+        self.sizes = tuple(SizeObjective(predictors, size, self.quantities, self.level) for size in sizes)
         self.options = stage_options(self.space)
 
     @property
@@ -135,28 +209,19 @@ class Objective:
         """The image sizes searched, in pixels."""
         return tuple(size.image_size for size in self.sizes)
 
-    def evaluate(self, size_index: IndexArray, kinds: KindArray) -> tuple[FloatArray, FloatArray]:
-        """Evaluate a population.
-
-        Args:
-            size_index: Index into `sizes`, shape (n,).
-            kinds: Blocks, shape (n, n_stages, max_depth), -1 where there is none.
-
-        Returns:
-            Accuracy in percent and upper latency bound in ms, each of shape (n,).
-        """
-        index = self.options.lookup(kinds)
-        accuracy, upper = np.empty(len(index)), np.empty(len(index))
-        for i, size in enumerate(self.sizes):
-            rows = np.flatnonzero(size_index == i)
-            if len(rows):
-                z, upper[rows] = size.evaluate(index[rows])
-                accuracy[rows] = size.accuracy.from_linear(z)
-        return accuracy, upper
+    def index_of(self, architecture: Architecture) -> IndexArray:
+        """Stage options of an architecture, shape (n_stages,)."""
+        index: IndexArray = self.options.lookup(encode(self.space, [architecture]))[0]
+        return index
 
     def architecture(self, size_index: int, index: IndexArray) -> Architecture:
         """The architecture of one row of option indices, shape (n_stages,)."""
         return decode(self.space, self.sizes[size_index].image_size, self.options.kinds[index])
+
+
+def joint_level(confidence: float, n_bounds: int) -> float:
+    """Confidence of each of n upper bounds that hold together with `confidence`; 0.5 asks for predictions alone."""
+    return confidence if confidence == 0.5 or n_bounds < 2 else 1 - (1 - confidence) / n_bounds
 
 
 def _contributions(predictor: LinearPredictor, kinds: KindArray, image_size: int) -> tuple[float, list[FloatArray]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidInputError
@@ -14,8 +15,13 @@ from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers._annealing import SimulatedAnnealing
 from foxnas_mlflow.core.searchers._base import Searcher, SearchResult
 from foxnas_mlflow.core.searchers._evolution import Evolution
-from foxnas_mlflow.core.searchers._exact import Front, Optimum, exact_optimum, front_of
+from foxnas_mlflow.core.searchers._exact import Front, Optimum, front_of
+from foxnas_mlflow.core.searchers._limited import solve
+from foxnas_mlflow.core.searchers._limits import Limit, parse_limits
 from foxnas_mlflow.core.searchers._objective import Objective
+from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices
+from foxnas_mlflow.core.searchers._problem import Problem
+from foxnas_mlflow.core.searchers._quantities import check_quantity
 from foxnas_mlflow.core.searchers._random import RandomSearch
 
 SEARCHERS: Mapping[str, Searcher] = {
@@ -32,45 +38,87 @@ class SearchOutcome:
     """Everything that one search found.
 
     Attributes:
-        architecture: The best known architecture that meets the constraint.
+        architecture: The best known architecture that meets the limits.
         found_by: ``exact`` or the searcher's name, whichever is better.
         accuracy: Its predicted accuracy in percent.
         latency_ms: Its predicted latency.
-        latency_upper_ms: Its upper latency bound at the confidence.
+        amounts: Every quantity that was limited, and latency: upper bounds at the confidence, or counts.
         result: What the heuristic searcher found.
         optimum: The exact optimum.
-        front: The whole front of predicted latency and accuracy.
+        prices: What each limit costs, in the order of the limits; empty where accuracy was not the goal.
+        front: The whole front of predicted latency and accuracy, limits aside.
         front_seconds: Time that the front took.
-        objective: What was searched.
+        problem: What was searched for.
     """
 
     architecture: Architecture
     found_by: str
     accuracy: float
     latency_ms: float
-    latency_upper_ms: float
+    amounts: Mapping[str, float]
     result: SearchResult
     optimum: Optimum
+    prices: tuple[LimitPrice, ...]
     front: Front
     front_seconds: float
-    objective: Objective
+    problem: Problem
+
+    @property
+    def objective(self) -> Objective:
+        """Accuracy and the quantities."""
+        return self.problem.objective
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The limits that it meets."""
+        return self.problem.limits
+
+    @property
+    def latency_upper_ms(self) -> float:
+        """Its upper latency bound at the confidence."""
+        return self.amounts["latency_ms"]
 
     @property
     def optimality_gap(self) -> float:
-        """Accuracy points between the exact optimum and what the heuristic searcher found."""
-        return self.optimum.accuracy - self.result.accuracy
+        """What the heuristic searcher left: points of accuracy, or units of the quantity that was to be least."""
+        if self.optimum.least is None:
+            return self.optimum.accuracy - self.result.accuracy
+        size = self.objective.sizes[self.objective.image_sizes.index(self.result.architecture.image_size)]
+        index = self.objective.index_of(self.result.architecture)
+        return float(size.point(self.problem.goal, index[None])[0]) - self.optimum.least
 
     def certificate(self) -> dict[str, Any]:
-        """The proof as JSON."""
-        optimum = self.optimum
+        """The proof as JSON: what was asked for, every limit with the optimum's value, and what is proven."""
+        optimum, problem, objective = self.optimum, self.problem, self.objective
+        if optimum.least_bound is None:
+            claim = f"is predicted more accurate than {optimum.accuracy_bound:.6f} %"
+        else:
+            claim = f"is predicted to have {problem.goal} below {optimum.least_bound:.8g}"
+        priced = {price.limit.quantity: price for price in self.prices}
         return {
             "statement": (
-                f"no architecture of space {self.objective.space.name!r} at {list(self.objective.image_sizes)} px "
-                f"whose latency stays within the constraint at confidence {self.objective.confidence:g} "
-                f"is predicted more accurate than {optimum.accuracy_bound:.6f} %"
+                f"no architecture of space {objective.space.name!r} at {list(objective.image_sizes)} px "
+                f"that meets the constraint ({problem}) at confidence {objective.confidence:g} {claim}"
             ),
+            "constraint": str(problem),
+            "goal": problem.goal,
+            "min_accuracy": problem.min_accuracy,
+            "confidence": objective.confidence,
+            "confidence_of_each_bound": objective.level,
+            "limits": [
+                {
+                    "quantity": limit.quantity,
+                    "limit": limit.value,
+                    "value": optimum.amounts[limit.quantity],
+                    "predicted": limit.quantity in objective.sizes[0].bounds,
+                    **({} if limit.quantity not in priced else priced[limit.quantity].to_dict()),
+                }
+                for limit in problem.limits
+            ],
             "exact_accuracy": optimum.accuracy,
             "accuracy_bound": optimum.accuracy_bound,
+            "least": optimum.least,
+            "least_bound": optimum.least_bound,
             "proof_gap": optimum.proof_gap,
             "exact_latency_ms": optimum.latency_ms,
             "exact_latency_upper_ms": optimum.latency_upper_ms,
@@ -95,37 +143,96 @@ def get_searcher(name: str) -> Searcher:
         raise InvalidInputError(f"algorithm must be one of {sorted(SEARCHERS)}", received=name) from None
 
 
-def check_budget(latency_ms: float, evaluations: int) -> None:
+def check_budget(latency_ms: float | None, evaluations: int) -> None:
     """Check what a search may cost and what it must meet.
 
     Raises:
         InvalidInputError: If latency_ms or evaluations is not positive.
     """
-    if not (math.isfinite(latency_ms) and latency_ms > 0):
-        raise InvalidInputError("latency_ms must be a positive number of milliseconds", received=latency_ms)
+    parse_limits(latency_ms=latency_ms)
     if evaluations < 1:
         raise InvalidInputError("evaluations must be a positive integer", received=evaluations)
 
 
-def search(
+_KNEE_POINTS = 12
+
+KNEE = "knee"
+"""Goal: the network of the front after which more latency buys least."""
+
+
+def pose(
     predictors: PredictorSet,
-    latency_ms: float,
+    latency_ms: float | None = None,
     *,
+    limits: str | Mapping[str, float] | Iterable[Limit] = "",
+    objective: str = "accuracy",
+    min_accuracy: float | None = None,
     confidence: float = 0.95,
     image_sizes: Sequence[int] | None = None,
-    algorithm: str = "annealing",
+) -> Problem:
+    """Turn what `search` is asked into a problem; the arguments are those of `search`.
+
+    The knee becomes a limit: of the networks within the limits, the one whose accuracy lies farthest above the
+    straight line from the fastest to the most accurate one (Satopaa et al., 2011), and its latency bound.
+
+    Raises:
+        InvalidInputError: If an argument breaks a rule.
+        InfeasibleConstraintError: If the knee is asked for and no network meets the limits.
+    """
+    asked = parse_limits(limits, latency_ms=latency_ms)
+    if min_accuracy is not None and not 0 < min_accuracy < 100:
+        raise InvalidInputError("min_accuracy must lie between 0 and 100 percent", received=min_accuracy)
+    goal = "accuracy" if objective == KNEE else objective
+    if goal != "accuracy":
+        check_quantity(goal, predictors)
+    quantities = [limit.quantity for limit in asked]
+    known = Objective(
+        predictors,
+        confidence=confidence,
+        image_sizes=image_sizes,
+        quantities=[*quantities, *([] if goal == "accuracy" else [goal])] or ["latency_ms"],
+    )
+    if objective != KNEE:
+        return Problem(known, asked, goal, min_accuracy)
+    base = Problem(known, asked, min_accuracy=min_accuracy if asked else min_accuracy or 0.0)
+    points = feasible_points(base, solve(base), _KNEE_POINTS)
+    x = np.array([point.latency_upper_ms for point in points])
+    y = np.array([point.accuracy for point in points])
+    line = y[0] + (y[-1] - y[0]) * (x - x[0]) / max(x[-1] - x[0], 1e-300)
+    knee = Limit("latency_ms", float(x[int(np.argmax(y - line))]))
+    return Problem(
+        known, (knee, *(limit for limit in asked if limit.quantity != "latency_ms")), "accuracy", min_accuracy
+    )
+
+
+def search(
+    predictors: PredictorSet,
+    latency_ms: float | None = None,
+    *,
+    limits: str | Mapping[str, float] | Iterable[Limit] = "",
+    objective: str = "accuracy",
+    min_accuracy: float | None = None,
+    confidence: float = 0.95,
+    image_sizes: Sequence[int] | None = None,
+    algorithm: str | Searcher = "annealing",
     evaluations: int = DEFAULT_EVALUATIONS,
     seed: int = 0,
 ) -> SearchOutcome:
-    """Find the most accurate architecture under a latency, and prove it.
+    """Find the best architecture under limits, and prove it.
 
     Args:
         predictors: Predictors of the target.
-        latency_ms: Latency constraint in milliseconds, positive.
-        confidence: Probability with which a measurement of the found network meets the constraint,
-            in [0.5, 1); 0.5 constrains the point prediction.
+        latency_ms: Latency limit in milliseconds, positive: short for a limit of ``latency_ms``.
+        limits: Further limits, for example ``"int8_size_bytes<=2MB, peak_activation_bytes<=400e3"``, or
+            quantities with their values. Known: what the predictors know, ``int8_size_bytes``, ``params``,
+            ``macs`` and ``peak_activation_bytes``.
+        objective: ``accuracy`` (the most accurate network), a quantity (the network predicted to have least of
+            it, at `min_accuracy`), or ``knee`` (the knee of the front of latency and accuracy).
+        min_accuracy: Least predicted accuracy in percent.
+        confidence: Probability with which measurements of the found network meet all limits on predicted
+            quantities together, in [0.5, 1); 0.5 constrains the point predictions.
         image_sizes: Image sizes to search (px); all that the predictors know when None.
-        algorithm: Heuristic searcher beside the exact method: see `SEARCHERS`.
+        algorithm: Heuristic searcher beside the exact method: an object, or a name of `SEARCHERS`.
         evaluations: Its budget.
         seed: Its seed.
 
@@ -134,35 +241,105 @@ def search(
 
     Raises:
         InvalidInputError: If an argument breaks a rule.
-        InfeasibleConstraintError: If no architecture meets the constraint; it names the smallest
-            reachable latency.
+        InfeasibleConstraintError: If no architecture meets the limits; it names what can be reached.
     """
-    check_budget(latency_ms, evaluations)
-    searcher = get_searcher(algorithm)
-    objective = Objective(predictors, confidence=confidence, image_sizes=image_sizes)
-    optimum = exact_optimum(objective, latency_ms)
+    if evaluations < 1:
+        raise InvalidInputError("evaluations must be a positive integer", received=evaluations)
+    searcher = get_searcher(algorithm) if isinstance(algorithm, str) else algorithm
+    problem = pose(
+        predictors,
+        latency_ms,
+        limits=limits,
+        objective=objective,
+        min_accuracy=min_accuracy,
+        confidence=confidence,
+        image_sizes=image_sizes,
+    )
     start = time.perf_counter()
-    front = front_of(objective)
-    front_seconds = time.perf_counter() - start
-    result = searcher.search(objective, latency_ms, evaluations=evaluations, seed=seed)
-    if result.accuracy > optimum.accuracy:
+    front = front_of(problem.objective)
+    return search_problem(
+        problem, front, front_seconds=time.perf_counter() - start, searcher=searcher, evaluations=evaluations, seed=seed
+    )
+
+
+def search_each(
+    predictors: PredictorSet, latencies_ms: Sequence[float], *, limits: str | Mapping[str, float] = "", **options: Any
+) -> list[SearchOutcome]:
+    """One search for each of several latencies, with one front.
+
+    Args:
+        predictors: Predictors of the target.
+        latencies_ms: Latency limits in milliseconds.
+        limits: Further limits, the same for all.
+        options: As `search` takes them.
+
+    Raises:
+        InvalidInputError: If there are no latencies, one is there twice, or an argument breaks a rule.
+        InfeasibleConstraintError: If no architecture meets one of them.
+    """
+    if not latencies_ms or len(set(latencies_ms)) < len(latencies_ms):
+        raise InvalidInputError("latencies must be given, each of them once", received=list(latencies_ms))
+    for latency_ms in latencies_ms:
+        parse_limits(limits, latency_ms=latency_ms)
+    first = search(predictors, latencies_ms[0], limits=limits, **options)
+    algorithm = options.get("algorithm", "annealing")
+    outcomes = [first]
+    for latency_ms in latencies_ms[1:]:
+        asked = parse_limits(limits, latency_ms=latency_ms)
+        problem = Problem(first.objective, asked, first.problem.goal, first.problem.min_accuracy)
+        outcomes.append(
+            search_problem(
+                problem,
+                first.front,
+                front_seconds=first.front_seconds,
+                searcher=get_searcher(algorithm) if isinstance(algorithm, str) else algorithm,
+                evaluations=options.get("evaluations", DEFAULT_EVALUATIONS),
+                seed=options.get("seed", 0),
+            )
+        )
+    return outcomes
+
+
+def search_problem(
+    problem: Problem,
+    front: Front,
+    *,
+    front_seconds: float = 0.0,
+    searcher: Searcher,
+    evaluations: int = DEFAULT_EVALUATIONS,
+    seed: int = 0,
+) -> SearchOutcome:
+    """Solve a problem both ways.
+
+    Args:
+        problem: From `pose`.
+        front: Of its objective.
+        front_seconds: Time that the front took.
+        searcher: Heuristic searcher beside the exact method.
+        evaluations: Its budget.
+        seed: Its seed.
+
+    Raises:
+        InfeasibleConstraintError: If no architecture meets the limits; it names what can be reached.
+    """
+    optimum = solve(problem)
+    result = searcher.search(problem, evaluations=evaluations, seed=seed)
+    if problem.goal == "accuracy" and result.accuracy > optimum.accuracy:
         # Only possible when the proof is left open (proof_gap > 0).
-        architecture, found_by = result.architecture, result.algorithm
+        architecture, found_by, amounts = result.architecture, result.algorithm, result.amounts
     else:
-        architecture, found_by = optimum.architecture, "exact"
-    accuracy = predictors.of("accuracy", architecture.image_size).predict([architecture])[0]
-    latency = predictors.of("latency_ms", architecture.image_size)
-    point = latency.predict([architecture])[0]
-    upper = point if confidence == 0.5 else latency.upper_bound([architecture], confidence)[0]
+        architecture, found_by, amounts = optimum.architecture, "exact", optimum.amounts
+    predictors, size = problem.objective.predictors, architecture.image_size
     return SearchOutcome(
         architecture=architecture,
         found_by=found_by,
-        accuracy=float(accuracy),
-        latency_ms=float(point),
-        latency_upper_ms=float(upper),
+        accuracy=float(predictors.of("accuracy", size).predict([architecture])[0]),
+        latency_ms=float(predictors.of("latency_ms", size).predict([architecture])[0]),
+        amounts=amounts,
         result=result,
         optimum=optimum,
+        prices=limit_prices(problem, optimum),
         front=front,
         front_seconds=front_seconds,
-        objective=objective,
+        problem=problem,
     )

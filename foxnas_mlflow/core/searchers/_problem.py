@@ -1,0 +1,109 @@
+"""What is searched for: a goal under limits, on the quantities of an `Objective`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.options import IndexArray, KindArray
+from foxnas_mlflow.core.searchers._limits import Limit, describe_limits
+from foxnas_mlflow.core.searchers._objective import FloatArray, Objective
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a population is worth.
+
+    Attributes:
+        score: What is to be largest, shape (n,): accuracy in percent, or -100 log of the quantity that is to
+            be least (so that a unit is one percent of it).
+        accuracy: Predicted accuracy in percent, shape (n,).
+        amounts: The objective's quantities, shape (n, n_quantities).
+        meets: Whether all limits are met, shape (n,).
+    """
+
+    score: FloatArray
+    accuracy: FloatArray
+    amounts: FloatArray
+    meets: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A goal under limits.
+
+    Attributes:
+        objective: Accuracy and the quantities.
+        limits: Each on a quantity of the objective.
+        goal: ``accuracy``, to be largest, or a quantity of the objective, to be least as predicted.
+        min_accuracy: Least predicted accuracy in percent, or None.
+
+    Raises:
+        InvalidInputError: If the goal is no quantity of the objective, or least of a quantity is asked for
+            without a least accuracy.
+    """
+
+    objective: Objective
+    limits: tuple[Limit, ...]
+    goal: str = "accuracy"
+    min_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.goal != "accuracy" and self.min_accuracy is None:
+            raise InvalidInputError(
+                f"the least of {self.goal} is asked for at an accuracy", remedy="give min_accuracy in percent"
+            )
+        if not self.limits and self.min_accuracy is None:
+            raise InvalidInputError("a search needs a limit", remedy="give latency_ms, limits, or min_accuracy")
+        for quantity in (*(limit.quantity for limit in self.limits), self.goal):
+            if quantity != "accuracy" and quantity not in self.objective.quantities:
+                raise InvalidInputError(
+                    f"a problem is on the quantities of its objective, {list(self.objective.quantities)}",
+                    received=quantity,
+                )
+
+    @property
+    def room(self) -> FloatArray:
+        """The most of each of the objective's quantities, infinite without a limit, shape (n_quantities,)."""
+        given = {limit.quantity: limit.value for limit in self.limits}
+        return np.array([given.get(quantity, np.inf) for quantity in self.objective.quantities])
+
+    @property
+    def only_latency(self) -> bool:
+        """Whether it is the paper's problem: the most accurate network under one latency."""
+        return (
+            self.goal == "accuracy"
+            and self.min_accuracy is None
+            and tuple(limit.quantity for limit in self.limits) == ("latency_ms",)
+        )
+
+    def __str__(self) -> str:
+        wanted = "most accurate" if self.goal == "accuracy" else f"least {self.goal}"
+        least = "" if self.min_accuracy is None else f", accuracy >= {self.min_accuracy:g}"
+        return f"{wanted} under {describe_limits(self.limits)}{least}"
+
+    def evaluate(self, size_index: IndexArray, kinds: KindArray) -> Evaluated:
+        """Evaluate a population.
+
+        Args:
+            size_index: Index into the objective's sizes, shape (n,).
+            kinds: Blocks, shape (n, n_stages, max_depth), -1 where there is none.
+        """
+        objective = self.objective
+        index = objective.options.lookup(kinds)
+        accuracy, score = np.empty(len(index)), np.empty(len(index))
+        amounts = np.empty((len(index), len(objective.quantities)))
+        for i, size in enumerate(objective.sizes):
+            rows = np.flatnonzero(size_index == i)
+            if len(rows):
+                z, amounts[rows] = size.evaluate(index[rows])
+                accuracy[rows] = size.accuracy.from_linear(z)
+                if self.goal != "accuracy":
+                    score[rows] = -100 * np.log(np.maximum(size.point(self.goal, index[rows]), 1e-300))
+        meets: NDArray[np.bool_] = np.asarray((amounts <= self.room).all(axis=1))
+        if self.min_accuracy is not None:
+            meets &= accuracy >= self.min_accuracy
+        return Evaluated(accuracy if self.goal == "accuracy" else score, accuracy, amounts, meets)

@@ -1,0 +1,354 @@
+"""Several limits at once, against brute force over every architecture of small spaces."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.cost import network_cost
+from foxnas_mlflow.core.errors import InfeasibleConstraintError, InfeasibleLimitsError, InvalidInputError
+from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, get_formula, reference_predictors
+from foxnas_mlflow.core.searchers import (
+    SEARCHERS,
+    Limit,
+    Objective,
+    Problem,
+    SimulatedAnnealing,
+    describe_limits,
+    exact_optimum,
+    feasible_points,
+    least,
+    parse_limits,
+    pose,
+    search,
+    search_each,
+    solve,
+)
+from foxnas_mlflow.core.space import SearchSpace, StageSpec
+
+SIZES = (32, 48)
+SMALL = SearchSpace(
+    name="small3",
+    image_sizes=SIZES,
+    kernels=(3, 5),
+    expansions=(2, 4),
+    depths=(1, 2),
+    stages=(StageSpec(16, 2, "mbconv"), StageSpec(24, 1, "mbconv_se")),
+)
+KINDS = [(b.expansion, b.kernel) for b in SMALL.kinds]
+STAGES = [list(s) for d in SMALL.depths for s in itertools.product(KINDS, repeat=d)]
+EVERY = [SMALL.architecture(size, list(c)) for size in SIZES for c in itertools.product(STAGES, repeat=2)]
+COUNTED = ("int8_size_bytes", "params", "macs", "peak_activation_bytes")
+COSTS = [network_cost(build_network(SMALL, a)) for a in EVERY]
+COUNTS = {quantity: np.array([float(getattr(cost, quantity)) for cost in COSTS]) for quantity in COUNTED}
+
+
+def predictors_of(seed: int) -> PredictorSet:
+    """Random equation 2 for both quantities, so that larger is neither slower nor better by rule."""
+    rng = np.random.default_rng(seed)
+
+    def make(quantity: str, formula: str) -> LinearPredictor:
+        columns = get_formula(formula, quantity).columns(SMALL)
+        p = len(columns)
+        beta = rng.normal(0, 0.3, p) if quantity == "accuracy" else rng.normal(0, 2.0, p)
+        ceiling = None
+        if formula == "calibrated":
+            beta, ceiling = rng.normal(0, 0.2, p), 90.0
+        beta[-1] = -2.5 if formula == "calibrated" else 60.0
+        root = rng.normal(0, 0.05, (p, p))
+        return LinearPredictor(
+            formula, quantity, SMALL, SIZES, SIZES, columns, beta, root @ root.T, 0.05, dof=20, ceiling=ceiling
+        )  # type: ignore[arg-type]
+
+    accuracy = make("accuracy", ("paper", "calibrated")[seed % 2])
+    return PredictorSet("t", SMALL, (accuracy,), (make("latency_ms", "paper"),))
+
+
+def amounts(predictors: PredictorSet, confidence: float) -> Mapping[str, NDArray[np.float64]]:
+    latency = predictors.latency[0]
+    upper = latency.predict(EVERY) if confidence == 0.5 else latency.upper_bound(EVERY, confidence)
+    return {"latency_ms": upper, **COUNTS}
+
+
+def random_limits(rng: np.random.Generator, known: Mapping[str, NDArray[np.float64]], n: int) -> tuple[Limit, ...]:
+    chosen = rng.choice(sorted(known), size=n, replace=False)
+    return tuple(Limit(str(q), float(np.quantile(known[str(q)], rng.uniform(0.2, 0.9)))) for q in chosen)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+@pytest.mark.parametrize("n_limits", [1, 2, 3, 4])
+@pytest.mark.parametrize("seed", range(8))
+def test_the_optimum_under_limits_equals_brute_force(seed: int, n_limits: int, confidence: float) -> None:
+    predictors = predictors_of(seed)
+    known = amounts(predictors, confidence)
+    accuracy = predictors.accuracy[0].predict(EVERY)
+    rng = np.random.default_rng([seed, n_limits])
+    for _ in range(4):
+        limits = random_limits(rng, known, n_limits)
+        problem = pose(predictors, limits=limits, confidence=confidence)
+        meets = np.all([known[limit.quantity] <= limit.value for limit in limits], axis=0)
+        if not meets.any():
+            with pytest.raises(InfeasibleConstraintError):
+                solve(problem)
+            continue
+        optimum = solve(problem)
+        found = EVERY.index(optimum.architecture)
+        assert meets[found]
+        np.testing.assert_allclose(accuracy[found], optimum.accuracy, rtol=1e-12)
+        np.testing.assert_allclose(optimum.accuracy, accuracy[meets].max(), rtol=1e-12)
+        assert optimum.proof_gap <= 1e-9
+        for quantity, amount in optimum.amounts.items():
+            np.testing.assert_allclose(known[quantity][found], amount, rtol=1e-12)
+
+
+@pytest.mark.parametrize("goal", ["latency_ms", *COUNTED])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_least_of_a_quantity_at_an_accuracy_equals_brute_force(seed: int, goal: str) -> None:
+    predictors = predictors_of(seed)
+    known = amounts(predictors, 0.9)
+    accuracy = predictors.accuracy[0].predict(EVERY)
+    worth = predictors.latency[0].predict(EVERY) if goal == "latency_ms" else known[goal]
+    rng = np.random.default_rng(seed)
+    for n_limits in (0, 1, 2):
+        limits = random_limits(rng, {q: v for q, v in known.items() if q != goal}, n_limits)
+        wanted = float(np.quantile(accuracy, 0.6))
+        meets = np.all([accuracy >= wanted, *(known[x.quantity] <= x.value for x in limits)], axis=0)
+        problem = pose(predictors, limits=limits, objective=goal, min_accuracy=wanted, confidence=0.9)
+        if not meets.any():
+            with pytest.raises(InfeasibleConstraintError):
+                solve(problem)
+            continue
+        optimum = solve(problem)
+        found = EVERY.index(optimum.architecture)
+        assert meets[found]
+        np.testing.assert_allclose(optimum.least, worth[meets].min(), rtol=1e-12)
+        np.testing.assert_allclose(worth[found], optimum.least, rtol=1e-12)
+        if goal != "latency_ms":
+            # Of networks with the same count the most accurate one is taken.
+            np.testing.assert_allclose(accuracy[found], accuracy[meets & (worth <= optimum.least)].max())
+
+
+def test_counts_are_those_of_whole_networks() -> None:
+    objective = Objective(predictors_of(0), quantities=COUNTED)
+    for i, size in enumerate(SIZES):
+        part = [a for a in EVERY if a.image_size == size]
+        index = np.array([objective.index_of(a) for a in part])
+        values = objective.sizes[i].evaluate(index)[1]
+        rows = [EVERY.index(a) for a in part]
+        for column, quantity in enumerate(objective.quantities[1:], start=1):
+            np.testing.assert_array_equal(values[:, column], COUNTS[quantity][rows])
+
+
+def test_one_latency_limit_goes_the_old_way_and_agrees_with_the_new_one() -> None:
+    predictors = reference_predictors("rpi4")
+    for latency_ms in (45.0, 80.0, 150.0):
+        old = exact_optimum(Objective(predictors), latency_ms)
+        # A limit that nothing meets too little of changes nothing but the way.
+        new = solve(pose(predictors, latency_ms, limits="macs<=1e12"))
+        assert new.architecture == old.architecture
+        assert new.accuracy == old.accuracy
+        assert old.proof_gap == 0
+        assert new.proof_gap < 1e-9
+
+
+def test_bounds_of_several_predicted_quantities_hold_together() -> None:
+    predictors = reference_predictors("rpi4")
+    one = Objective(predictors, confidence=0.9, quantities=["latency_ms", "macs"])
+    assert one.level == 0.9
+    from foxnas_mlflow.core.searchers._objective import joint_level
+
+    assert joint_level(0.9, 2) == pytest.approx(0.95)
+    assert joint_level(0.5, 3) == 0.5
+
+
+@pytest.mark.parametrize("name", sorted(SEARCHERS))
+@pytest.mark.parametrize("goal", ["accuracy", "int8_size_bytes", "latency_ms"])
+def test_searchers_solve_the_same_problem(name: str, goal: str) -> None:
+    problem = pose(
+        reference_predictors("rpi4"),
+        limits="latency_ms<=90, int8_size_bytes<=4.5MB, peak_activation_bytes<=800e3, macs<=300M",
+        objective=goal,
+        min_accuracy=None if goal == "accuracy" else 72.0,
+    )
+    optimum = solve(problem)
+    result = SEARCHERS[name].search(problem, evaluations=3000, seed=1)
+    for limit in problem.limits:
+        assert result.amounts[limit.quantity] <= limit.value
+    assert result.evaluations <= 3000
+    if goal == "accuracy":
+        assert result.accuracy <= optimum.accuracy
+    else:
+        assert result.accuracy >= 72.0
+        assert optimum.least is not None
+        assert result.amounts[goal] >= optimum.least
+
+
+def test_the_certificate_names_every_limit_and_which_bind() -> None:
+    outcome = search(
+        reference_predictors("rpi4"), 90.0, limits="int8_size_bytes<=4MB, peak_activation_bytes<=1e7", evaluations=500
+    )
+    certificate = outcome.certificate()
+    assert "latency_ms <= 90" in certificate["constraint"]
+    assert "int8_size_bytes <= 4e+06" in certificate["statement"]
+    limits = {entry["quantity"]: entry for entry in certificate["limits"]}
+    assert list(limits) == ["latency_ms", "int8_size_bytes", "peak_activation_bytes"]
+    assert all(entry["value"] <= entry["limit"] for entry in limits.values())
+    assert [entry["binds"] for entry in limits.values()] == [True, True, False]
+    assert limits["latency_ms"]["predicted"]
+    assert not limits["int8_size_bytes"]["predicted"]
+    # The price is what a search with a twentieth more finds.
+    more = search(
+        reference_predictors("rpi4"), 90.0, limits="int8_size_bytes<=4.2MB, peak_activation_bytes<=1e7", evaluations=500
+    )
+    gained = more.optimum.accuracy - outcome.optimum.accuracy
+    assert gained > 0
+    assert limits["int8_size_bytes"]["price_points_per_unit"] == pytest.approx(gained / 0.2e6)
+    assert outcome.prices[2].per_unit == 0
+
+
+def test_infeasible_limits_name_what_each_can_reach_and_the_pair_that_clashes() -> None:
+    predictors = reference_predictors("rpi4")
+    with pytest.raises(InfeasibleLimitsError, match="smallest that each can reach alone") as error:
+        solve(pose(predictors, 60.0, limits="int8_size_bytes<=1e6"))
+    smallest = error.value.smallest
+    assert smallest["int8_size_bytes"] > 1e6
+    objective = Objective(predictors, quantities=["latency_ms", "int8_size_bytes"])
+    assert smallest["latency_ms"] == least(objective, "latency_ms").amount
+    solve(pose(predictors, limits={"int8_size_bytes": smallest["int8_size_bytes"]}))
+    # Each can be met, and with macs too, but small macs at 256 px leave nothing for a late, large stage.
+    predictors = predictors_of(0)
+    known = amounts(predictors, 0.95)
+    for a, b in itertools.permutations(known, 2):
+        low = float(np.quantile(known[a], 0.05))
+        other = float(known[b][known[a] <= low].min())
+        if known[b].min() < other:
+            pair = {a: low, b: (other + float(known[b].min())) / 2, "params": 1e9}
+            with pytest.raises(InfeasibleLimitsError, match="cannot be met together") as error:
+                solve(pose(predictors, limits=pair))
+            assert {text.split()[0] for text in error.value.clash} == {a, b}
+            return
+    pytest.fail("no two quantities of this space clash")
+
+
+def test_an_accuracy_beyond_reach_names_the_one_within() -> None:
+    predictors = reference_predictors("rpi4")
+    best = solve(pose(predictors, 60.0)).accuracy
+    for objective in ("accuracy", "int8_size_bytes"):
+        with pytest.raises(InfeasibleLimitsError, match=f"predicted {best:.4f} %"):
+            solve(pose(predictors, 60.0, objective=objective, min_accuracy=best + 0.1))
+    assert solve(pose(predictors, 60.0, objective="int8_size_bytes", min_accuracy=best)).accuracy == best
+
+
+def test_the_knee_lies_on_the_front_within_the_limits() -> None:
+    predictors = reference_predictors("rpi4")
+    outcome = search(predictors, objective="knee", limits="int8_size_bytes<=5MB", evaluations=500)
+    base = pose(predictors, limits="int8_size_bytes<=5MB")
+    points = feasible_points(base, solve(base), 12)
+    assert outcome.architecture in [point.architecture for point in points]
+    x = np.array([p.latency_upper_ms for p in points])
+    y = np.array([p.accuracy for p in points])
+    above = y - np.interp(x, x[[0, -1]], y[[0, -1]])
+    assert outcome.accuracy == pytest.approx(y[above.argmax()])
+
+
+def test_points_below_an_optimum_are_optima_of_their_latencies() -> None:
+    predictors = predictors_of(3)
+    known = amounts(predictors, 0.95)
+    accuracy = predictors.accuracy[0].predict(EVERY)
+    size = float(np.quantile(known["int8_size_bytes"], 0.5))
+    problem = pose(predictors, float(np.quantile(known["latency_ms"], 0.7)), limits={"int8_size_bytes": size})
+    points = feasible_points(problem, solve(problem), 8)
+    assert len(points) > 2
+    for point in points:
+        meets = (known["latency_ms"] <= point.latency_upper_ms) & (known["int8_size_bytes"] <= size)
+        np.testing.assert_allclose(accuracy[meets].max(), point.accuracy)
+    assert np.all(np.diff([p.accuracy for p in points]) > 0)
+
+
+def test_each_of_several_latencies_has_its_own_network_and_one_front() -> None:
+    predictors = reference_predictors("rpi4")
+    outcomes = search_each(predictors, [45.0, 90.0], evaluations=300)
+    assert [o.limits for o in outcomes] == [(Limit("latency_ms", 45.0),), (Limit("latency_ms", 90.0),)]
+    assert outcomes[0].front is outcomes[1].front
+    for outcome, latency_ms in zip(outcomes, (45.0, 90.0), strict=True):
+        alone = search(predictors, latency_ms, evaluations=300)
+        assert outcome.architecture == alone.architecture
+        assert outcome.result.trace == alone.result.trace
+    with pytest.raises(InvalidInputError, match="search_each"):
+        search(predictors, [45.0, 90.0])  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="each of them once"):
+        search_each(predictors, [45.0, 45.0])
+
+
+def test_a_searcher_is_taken_as_an_object_too() -> None:
+    predictors = reference_predictors("rpi4")
+    by_name = search(predictors, 60.0, algorithm="annealing", evaluations=2000, seed=4)
+    assert search(predictors, 60.0, algorithm=SimulatedAnnealing(), evaluations=2000, seed=4).result.trace == (
+        by_name.result.trace
+    )
+    assert search(predictors, 60.0, algorithm=SimulatedAnnealing(n_chains=2), evaluations=500).result.evaluations <= 500
+
+
+def test_limits_are_read_from_text() -> None:
+    text = "latency_ms<=20, int8_size_bytes<=2MB, peak_activation_bytes <= 400 kB, macs<=100M, energy_mj<=1.5J"
+    limits = parse_limits(text)
+    assert [(x.quantity, x.value) for x in limits] == [
+        ("latency_ms", 20.0),
+        ("int8_size_bytes", 2e6),
+        ("peak_activation_bytes", 400e3),
+        ("macs", 100e6),
+        ("energy_mj", 1500.0),
+    ]
+    assert parse_limits(describe_limits(limits)) == limits
+    assert parse_limits("latency_ms@second-board<=0.5s") == (Limit("latency_ms@second-board", 500.0),)
+    assert parse_limits({"macs": 1e8}, latency_ms=3) == (Limit("latency_ms", 3.0), Limit("macs", 1e8))
+    assert parse_limits("") == ()
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ("latency<=20", "known|quantities that these predictors know"),
+        ("latency_ms<=20, latency_ms<=30", "one limit"),
+        ("latency_ms<=20MB", "units"),
+        ("macs<=20ms", "units"),
+        ("macs>=20", "quantity<=value"),
+        ("macs<=", "quantity<=value"),
+        ("macs<=0", "positive"),
+        ("macs<=1.2.3", "number"),
+        ("accuracy<=70", "min_accuracy"),
+    ],
+)
+def test_bad_limits(limits: str, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        pose(reference_predictors("rpi4"), limits=limits)
+
+
+def test_bad_goals() -> None:
+    predictors = reference_predictors("rpi4")
+    with pytest.raises(InvalidInputError, match="needs a limit"):
+        search(predictors)
+    with pytest.raises(InvalidInputError, match="min_accuracy"):
+        search(predictors, 60.0, objective="macs")
+    with pytest.raises(InvalidInputError, match="quantities"):
+        search(predictors, 60.0, objective="beauty", min_accuracy=70)
+    with pytest.raises(InvalidInputError, match="between 0 and 100"):
+        search(predictors, 60.0, objective="macs", min_accuracy=0.7e3)
+    with pytest.raises(InvalidInputError, match="one limit"):
+        search(predictors, 60.0, limits="latency_ms<=20")
+    with pytest.raises(InvalidInputError, match="quantities of its objective"):
+        Problem(Objective(predictors), (Limit("macs", 1e9),))
+
+
+def test_every_network_is_reachable_by_its_indices() -> None:
+    objective = Objective(predictors_of(1))
+    architecture = Architecture.from_json(EVERY[-1].to_json())
+    found = objective.architecture(1, objective.index_of(architecture))
+    assert found.image_size == SIZES[1]
+    np.testing.assert_array_equal(objective.index_of(found), objective.index_of(architecture))
