@@ -109,7 +109,7 @@ def verified(
             found_by="verification",
             accuracy=chosen.predicted_accuracy,
             latency_ms=chosen.predicted_latency_ms,
-            latency_upper_ms=chosen.predicted_latency_upper_ms,
+            amounts={**outcome.amounts, "latency_ms": chosen.predicted_latency_upper_ms},
         )
     model = None
     if supernet is not None and evaluator is not None:

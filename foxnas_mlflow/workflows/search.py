@@ -206,8 +206,7 @@ def _searched(request: SearchRequest, inputs: _Inputs) -> tuple[SearchOutcome, l
     )
     budget = min(request.evaluations, COMPARISON_EVALUATIONS)
     comparisons = [
-        searcher.search(outcome.objective, request.latency_ms, evaluations=budget, seed=request.seed)
-        for searcher in SEARCHERS.values()
+        searcher.search(outcome.problem, evaluations=budget, seed=request.seed) for searcher in SEARCHERS.values()
     ]
     return outcome, comparisons
 
