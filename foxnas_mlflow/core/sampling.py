@@ -9,12 +9,15 @@ import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import FitError, InvalidMeasurementsError
-from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished
+from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished, write_measurements
 from foxnas_mlflow.core.predictors import PredictorSet, fit_predictors
 from foxnas_mlflow.core.searchers import exact_front
 from foxnas_mlflow.core.space import SearchSpace
 
 _FRONT_POINTS = 50
+
+_TIMING_ROUNDS = 3
+"""How often latencies that were disturbed are measured again."""
 
 
 def collect(
@@ -29,9 +32,12 @@ def collect(
 ) -> list[Measurement]:
     """Evaluate and time subnets; each row is on disk before the next one begins.
 
+    A latency that was disturbed is measured again after the others, as long as that brings any.
+
     Args:
         plan: The subnets in order.
-        path: ``measurements.csv`` to append to; subnets whose rows it has are not done again.
+        path: ``measurements.csv`` to append to; what its rows have is not done again, a latency that one lacks
+            is measured. In the end it has one row a subnet.
         evaluate: Accuracy of a subnet in percent.
         time: Latency of a subnet; one with problems is not written.
         n_timed: Time only so many of the plan's first subnets; all when None.
@@ -41,21 +47,36 @@ def collect(
     Returns:
         The rows, those of an earlier call first.
     """
-    rows = read_finished(path)
-    known = {row.architecture for row in rows}
-    timed = set(plan if n_timed is None else plan[:n_timed])
+    # The last row of a subnet is the one that has most.
+    rows = {row.architecture: row for row in read_finished(path)}
+    timed = set() if time is None else set(plan if n_timed is None else plan[:n_timed])
+
+    def collected() -> list[Measurement]:
+        return list(rows.values())
+
+    def keep(row: Measurement) -> None:
+        append_measurement(row, path)
+        rows[row.architecture] = row
+
     for architecture in plan:
-        if architecture in known:
+        if architecture in rows:
             continue
         accuracy = evaluate(architecture)
         timing = time(architecture) if time is not None and architecture in timed else None
-        row = Measurement.of(architecture, timing, accuracy)
-        append_measurement(row, path)
-        rows.append(row)
-        on_row(row, len(rows))
-        if stop(rows):
+        keep(Measurement.of(architecture, timing, accuracy))
+        on_row(rows[architecture], len(rows))
+        if stop(collected()):
             break
-    return rows
+    for _ in range(_TIMING_ROUNDS):
+        disturbed = [row for row in rows.values() if row.latency_ms is None and row.architecture in timed]
+        for row in disturbed:
+            timing = time(row.architecture) if time is not None else None
+            if timing is not None and not timing.problems:
+                keep(Measurement.of(row.architecture, timing, row.accuracy))
+        if all(rows[row.architecture].latency_ms is None for row in disturbed):
+            break
+    write_measurements(collected(), path)
+    return collected()
 
 
 def front_width(

@@ -42,6 +42,10 @@ class SampleRequest(Request):
     name: str = parameter("foxnas", "Prefix of registered models.")
 
 
+MIN_LATENCIES = 13
+"""Measured networks that the calibrated latency formula needs: eight coefficients, and five rows beyond them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleResult(Result):
     """A table of measured networks.
@@ -150,12 +154,32 @@ def _sample(
         finally:
             # However it ends, what is finished is where others can go on from.
             best_effort(log.upload)()
+        _check_latencies(rows, request)
         uri, summary = log_samples(run, rows, log, supernet=supernet, target=target)
         shutil.rmtree(directory)
     n_latencies = sum(row.latency_ms is not None for row in rows)
     return SampleResult(
         run_id=run.run_id, measurements=uri, n_samples=len(rows), n_latencies=n_latencies, summary=summary
     )
+
+
+def _check_latencies(rows: Sequence[Measurement], request: SampleRequest) -> None:
+    """Refuse to call a sampling done whose latencies no cost model can be fitted to.
+
+    Raises:
+        DeviceError: If too many were disturbed; the rows are kept, and the same command measures what is missing.
+    """
+    from foxnas_mlflow.core.errors import DeviceError
+
+    planned = min(request.n_measurements or len(rows), len(rows))
+    needed = min(planned, MIN_LATENCIES)
+    n = sum(row.latency_ms is not None for row in rows)
+    if request.device and n < needed:
+        raise DeviceError(
+            f"a latency model needs {needed} networks that were measured without disturbance",
+            received=f"{n} of {planned}",
+            remedy="quiet and cool the machine, and run the same command again: what is finished is kept",
+        )
 
 
 def _given_rows(resume: str, space: SearchSpace, directory: Path) -> list[Measurement]:
