@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import math
 import re
 import subprocess
@@ -13,9 +14,11 @@ from typing import Literal
 import pytest
 import yaml
 
-from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.cli.main import build_parser, main
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.pins import pins
 from foxnas_mlflow.workflows import WORKFLOWS, AnyWorkflow, Request, parameter
+from foxnas_mlflow.workflows.init import project_files
 
 HEAVY = ("torch", "tensorflow", "statsmodels", "mlflow", "matplotlib", "plotly", "pandas", "scipy")
 
@@ -42,15 +45,43 @@ def test_public_names_load_on_first_use() -> None:
         _ = foxnas_mlflow.nothing
 
 
-def test_mlproject_declares_the_parameters_of_the_commands(root: Path) -> None:
-    project = yaml.safe_load((root / "MLproject").read_text())
+def test_the_checkouts_project_is_the_one_that_init_writes(root: Path) -> None:
+    for name, text in project_files(root).items():
+        assert (root / name).read_text(encoding="utf-8") == text, "type: foxnas init . --overwrite"
+
+
+def test_init_writes_a_project_whose_commands_take_every_parameter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["init", str(tmp_path / "project")]) == 0
+    project = yaml.safe_load((tmp_path / "project" / "MLproject").read_text())
     requests = {workflow.name: workflow.request for workflow in WORKFLOWS if workflow.entry_point}
     assert set(project["entry_points"]) == set(requests)
     for name, entry in project["entry_points"].items():
         declared = {key: value["default"] for key, value in entry["parameters"].items()}
         assert declared == {p.name: p.default_text for p in requests[name].parameters()}
-        used = re.findall(r"--([a-z-]+) \{([a-z_]+)\}", entry["command"])
-        assert {(o.replace("-", "_"), v) for o, v in used} == {(k, k) for k in declared}
+        filled = [part.format(**declared) for part in entry["command"].split()]  # empty values too
+        assert filled[:3] == ["python", "-m", "foxnas_mlflow"]
+        parsed = vars(build_parser().parse_args(filled[3:]))
+        assert {key: parsed[key] for key in declared} == declared
+    packages = yaml.safe_load((tmp_path / "project" / "conda.yaml").read_text())["dependencies"][-1]["pip"]
+    assert packages[0].startswith("foxnas-mlflow")
+    assert packages[1:] == [f"{package}=={version}" for package, version in pins().items()]
+    capsys.readouterr()
+    # Again it is as it was; what somebody changed is left alone.
+    assert main(["init", str(tmp_path / "project")]) == 0
+    (tmp_path / "project" / "conda.yaml").write_text("name: mine\n")
+    assert main(["init", str(tmp_path / "project")]) == 2
+    assert "another conda.yaml" in capsys.readouterr().err
+    assert (tmp_path / "project" / "conda.yaml").read_text() == "name: mine\n"
+
+
+def test_pins_are_of_packages_that_the_package_declares(root: Path) -> None:
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    declared = setup["options"]["install_requires"] + "".join(setup["options.extras_require"].values())
+    named = {re.split(r"[<>=\[]", line)[0].lower() for line in declared.splitlines()}
+    assert {package.lower() for package in pins()} - named == {"httptools", "uvloop"}  # uvicorn's, of a served model
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda workflow: workflow.name)

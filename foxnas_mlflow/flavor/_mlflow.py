@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ from mlflow.utils.model_utils import (
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
+from foxnas_mlflow.core.pins import pins
 from foxnas_mlflow.flavor._example import input_example_of
 from foxnas_mlflow.flavor._files import (
     CODE,
@@ -72,27 +73,13 @@ if TYPE_CHECKING:
 FLAVOR_NAME = "foxnas"
 
 # Beside MLflow, which its own helpers add; pinned to what is installed where the model is logged, and
-# to these versions where a package is not (a model can be logged where it cannot run).
-_REQUIREMENTS: Mapping[str, Mapping[str, str]] = {
-    "predictors": {"numpy": "2.4.6", "pandas": "3.1.1", "PyYAML": "6.0.3", "scipy": "1.17.1"},
-    "subnet": {"numpy": "2.4.6", "pandas": "3.1.1", "PyYAML": "6.0.3"},
-    "supernet": {
-        "numpy": "2.4.6",
-        "pandas": "3.1.1",
-        "Pillow": "12.0.0",
-        "PyYAML": "6.0.3",
-        "safetensors": "0.6.2",
-        "torch": "2.13.0",
-    },
-    "tflite": {
-        "ai-edge-litert": "2.3.0",
-        "httptools": "0.9.0",
-        "numpy": "2.4.6",
-        "pandas": "3.1.1",
-        "Pillow": "12.0.0",
-        # Without uvloop a scoring server with two workers takes 40 ms longer for every request.
-        "uvloop": "0.23.0",
-    },
+# to pins.txt where a package is not (a model can be logged where it cannot run).
+_REQUIREMENTS: Mapping[str, Sequence[str]] = {
+    "predictors": ("numpy", "pandas", "PyYAML", "scipy"),
+    "subnet": ("numpy", "pandas", "PyYAML"),
+    "supernet": ("numpy", "pandas", "Pillow", "PyYAML", "safetensors", "torch"),
+    # Without uvloop a scoring server with two workers takes 40 ms longer for every request.
+    "tflite": ("ai-edge-litert", "httptools", "numpy", "pandas", "Pillow", "uvloop"),
 }
 
 
@@ -106,10 +93,10 @@ def get_default_pip_requirements(kind: str = "tflite", *, weights: bool = False)
     Returns:
         Pip requirements without MLflow, which every environment gets beside them.
     """
-    needed = dict(_REQUIREMENTS["tflite" if check_kind(kind) == "edgetpu" else kind])
+    needed = set(_REQUIREMENTS["tflite" if check_kind(kind) == "edgetpu" else kind])
     if kind == "subnet" and weights:
-        needed |= _REQUIREMENTS["supernet"]
-    return [f"{package}=={_installed(package) or known}" for package, known in sorted(needed.items())]
+        needed |= set(_REQUIREMENTS["supernet"])
+    return [f"{package}=={_installed(package) or pins()[package]}" for package in sorted(needed)]
 
 
 def get_default_conda_env(kind: str = "tflite", *, weights: bool = False) -> dict[str, Any]:

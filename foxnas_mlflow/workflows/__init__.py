@@ -11,7 +11,19 @@ A step is called from Python as it is from the command line:
 step tells while it works goes to the logger ``foxnas_mlflow``, which the command line prints.
 """
 
-from foxnas_mlflow.workflows import benchmark, device, doctor, estimate, fit, main, promote, quantize, sample, search
+from foxnas_mlflow.workflows import (
+    benchmark,
+    device,
+    doctor,
+    estimate,
+    fit,
+    init,
+    main,
+    promote,
+    quantize,
+    sample,
+    search,
+)
 from foxnas_mlflow.workflows import supernet as _supernet
 from foxnas_mlflow.workflows._request import Parameter, Request, parameter
 from foxnas_mlflow.workflows._workflow import AnyWorkflow, Result, Workflow
@@ -22,6 +34,7 @@ from foxnas_mlflow.workflows.doctor import DoctorRequest, DoctorResult, run_doct
 from foxnas_mlflow.workflows.estimate import EstimateRequest, EstimateResult, run_estimate
 from foxnas_mlflow.workflows.finetune import FinetuneRequest, FinetuneResult, run_finetune
 from foxnas_mlflow.workflows.fit import FitRequest, FitStepResult, run_fit
+from foxnas_mlflow.workflows.init import InitRequest, InitResult, run_init
 from foxnas_mlflow.workflows.main import MainRequest, MainResult, run_main
 from foxnas_mlflow.workflows.promote import PromoteRequest, PromoteResult, run_promote
 from foxnas_mlflow.workflows.quantize import QuantizeRequest, QuantizeResult, run_quantize
@@ -43,6 +56,7 @@ WORKFLOWS: tuple[AnyWorkflow, ...] = tuple(
         promote,
         doctor,
         device,
+        init,
     )
 )
 """All steps and tools, in the order of their use."""
@@ -64,6 +78,8 @@ __all__ = [
     "FinetuneResult",
     "FitRequest",
     "FitStepResult",
+    "InitRequest",
+    "InitResult",
     "MainRequest",
     "MainResult",
     "Parameter",
@@ -88,6 +104,7 @@ __all__ = [
     "run_estimate",
     "run_finetune",
     "run_fit",
+    "run_init",
     "run_main",
     "run_promote",
     "run_quantize",
