@@ -8,13 +8,10 @@ measurements.csv. Without it the packaged predictors, fitted to that table, are 
 
 import sys
 
-from foxnas_mlflow import exact_front, fit_predictors, search
-from foxnas_mlflow.core.measurements import read_measurements
-from foxnas_mlflow.core.predictors import reference_predictors
-from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow import exact_front, fit_predictors, get_space, read_measurements, reference_predictors, search
 
 if len(sys.argv) > 1:
-    fit = fit_predictors(read_measurements(sys.argv[1]), CPU_SPACE, target="rpi4")
+    fit = fit_predictors(read_measurements(sys.argv[1]), get_space("cpu"), target="rpi4")
     for quantity, report in fit.reports.items():
         print(f"{quantity}: {report.metrics['n_samples']:.0f} rows, cross-validated R2 {report.metrics['cv_r2']:.3f}")
     predictors = fit.predictors

@@ -12,9 +12,7 @@ import sys
 
 import yaml
 
-from foxnas_mlflow import search
-from foxnas_mlflow.core.predictors import load_predictors
-from foxnas_mlflow.core.searchers import Objective, fastest
+from foxnas_mlflow import Objective, fastest, load_predictors, search
 
 device, *options = sys.argv[1:] or ["local"]
 foxnas = [sys.executable, "-m", "foxnas_mlflow"]

@@ -13,11 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from foxnas_mlflow import SearchSpace
-from foxnas_mlflow.core.cost import network_cost
-from foxnas_mlflow.core.network import build_network
-from foxnas_mlflow.core.predictors import reference_latency
-from foxnas_mlflow.core.targets import get_target
+from foxnas_mlflow import SearchSpace, build_network, get_target, network_cost, reference_latency
 
 path = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_suffix(".yaml")
 space = SearchSpace.from_yaml(path)

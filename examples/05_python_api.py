@@ -3,11 +3,16 @@
 # Cells of a notebook (Jupyter and editors read `# %%`); `python examples/05_python_api.py` runs them all.
 
 # %% A network is a value: an image size and blocks, with JSON.
-from foxnas_mlflow import Architecture, exact_front, search
-from foxnas_mlflow.core.cost import network_cost
-from foxnas_mlflow.core.network import build_network
-from foxnas_mlflow.core.predictors import marginal_effects, reference_predictors
-from foxnas_mlflow.core.searchers import rank_edits
+from foxnas_mlflow import (
+    Architecture,
+    build_network,
+    exact_front,
+    marginal_effects,
+    network_cost,
+    rank_edits,
+    reference_predictors,
+    search,
+)
 
 predictors = reference_predictors("rpi4")
 space = predictors.space

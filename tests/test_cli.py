@@ -35,16 +35,6 @@ def test_light_imports(statement: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_public_names_load_on_first_use() -> None:
-    import foxnas_mlflow
-
-    for name in foxnas_mlflow.__all__:
-        assert getattr(foxnas_mlflow, name) is not None
-    assert foxnas_mlflow.log_model.__module__.startswith("foxnas_mlflow.flavor")
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = foxnas_mlflow.nothing
-
-
 def test_the_checkouts_project_is_the_one_that_init_writes(root: Path) -> None:
     for name, text in project_files(root).items():
         assert (root / name).read_text(encoding="utf-8") == text, "type: foxnas init . --overwrite"
