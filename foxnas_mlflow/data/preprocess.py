@@ -4,7 +4,7 @@ Needs NumPy, and Pillow where an image is decoded or resized; never torch or ten
 
 | step      | from                       | to                                                |
 |-----------|----------------------------|---------------------------------------------------|
-| decode    | bytes, JPEG or PNG         | uint8 (height, width, channels), 0..255           |
+| decode    | bytes of a known format    | uint8 (height, width, channels), 0..255, upright  |
 | resize    | uint8 (height, width, c)   | uint8 (image_size, image_size, c)                 |
 | normalise | uint8 (..., c)             | float32 (..., c), (value / 255 - mean) / std      |
 | quantize  | float32 (..., c)           | int8 or uint8 (..., c), for a quantized network   |
@@ -12,9 +12,13 @@ Needs NumPy, and Pillow where an image is decoded or resized; never torch or ten
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
 import io
 import math
 import numbers
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,22 +31,40 @@ from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, imp
 MAX_PIXELS = 40_000_000
 """Default limit of an untrusted image, width x height; checked before its pixels are decoded."""
 
-FORMATS = ("JPEG", "PNG")
-"""Image formats that are read; every other decoder of Pillow stays closed to untrusted bytes."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+"""Image formats that are read, the last two where Pillow has a decoder; every other decoder of Pillow stays closed."""
+
+WHITE = 255
+"""What shows through where an image is transparent."""
+
+REDUCING_GAP = 3.0
+"""A JPEG is decoded at a half, a quarter or an eighth while that leaves so many times the pixels that are asked for."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-_MODES_OF_EIGHT_BITS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+# A JPEG is read row by row at the reduced size, a progressive one is not: its whole content is held in memory.
+_LARGEST_REDUCTION = 8
+_MODES_OF_EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+_MODES_OF_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112
 
 
-def decode_image(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode a JPEG or PNG image.
+def decode_image(
+    data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS, background: int = WHITE, shorter: int = 0
+) -> NDArray[np.uint8]:
+    """Decode an image as a viewer shows it: upright, on a background where it is transparent.
+
+    Of an animation it is the first frame. 16 bits a channel are scaled to 8.
 
     Args:
         data: The encoded image.
-        channels: 3 for colour, 1 for grey; the image is converted. Transparency is dropped.
-        max_pixels: Largest width x height accepted.
+        channels: 3 for colour, 1 for grey; the image is converted.
+        max_pixels: Largest width x height that is decoded.
+        background: Grey level behind transparent parts, 0..255.
+        shorter: Shorter side in pixels that the image will be scaled to, or 0. A JPEG of more than
+            `REDUCING_GAP` times that is decoded at a reduced size, so that a large photo takes little
+            memory and time; the limit then is on the pixels that are decoded.
 
     Returns:
         uint8 (height, width, channels).
@@ -50,32 +72,103 @@ def decode_image(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS
     Raises:
         InvalidInputError: If the bytes are not a whole image of a known format within the limit.
     """
+    picture = _decoded(data, channels=channels, max_pixels=max_pixels, background=background, shorter=shorter)
+    return np.asarray(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels)
+
+
+@functools.cache
+def read_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that are decoded here: AVIF and HEIF need a newer Pillow, or the package pillow-heif."""
+    image = import_or_raise("PIL.Image", extra="serve", feature="decoding images")
+    if "HEIF" not in image.OPEN and importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    image.init()
+    return tuple(name for name in FORMATS if name in image.OPEN)
+
+
+def _decoded(data: bytes, *, channels: int, max_pixels: int, background: int, shorter: int) -> Any:
+    """A Pillow image of mode RGB or L."""
     image = import_or_raise("PIL.Image", extra="serve", feature="decoding images")
     pillow = import_or_raise("PIL", extra="serve", feature="decoding images")
     try:
-        with image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        with image.open(io.BytesIO(data), formats=read_formats()) as opened:
+            if shorter and opened.format in ("JPEG", "MPO") and not opened.info.get("progressive"):
+                _reduce(opened, shorter, max_pixels)
             width, height = opened.size
             if width * height > max_pixels:
-                raise InvalidInputError(
-                    f"an image has at most {max_pixels} pixels", received=f"{width} x {height}", remedy="scale it down"
-                )
-            if opened.mode not in _MODES_OF_EIGHT_BITS:
-                raise InvalidInputError("an image has 8 bits a channel", received=f"mode {opened.mode}")
-            pixels = np.asarray(opened.convert("RGB" if channels == 3 else "L"), dtype=np.uint8)
+                raise _too_large(f"{width} x {height}", max_pixels)
+            opened.load()
+            return _shown(opened, channels, background)
     except InvalidInputError:
         raise
     except (image.DecompressionBombError, image.DecompressionBombWarning) as error:
-        raise InvalidInputError(
-            f"an image has at most {max_pixels} pixels", received=str(error), remedy="scale it down"
-        ) from error
+        raise _too_large(str(error), max_pixels) from error
     except pillow.UnidentifiedImageError:
         raise InvalidInputError(
-            f"an image must be {' or '.join(FORMATS)}", received=f"{len(data)} bytes of something else"
+            f"an image must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
+            received=f"{len(data)} bytes of something else",
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         # Pillow raises these for truncated and damaged files.
         raise InvalidInputError("an image must be whole and undamaged", received=str(error)) from error
-    return pixels.reshape(height, width, channels)
+
+
+def _too_large(received: str, max_pixels: int) -> InvalidInputError:
+    return InvalidInputError(f"an image has at most {max_pixels} pixels", received=received, remedy="scale it down")
+
+
+def _reduce(opened: Any, shorter: int, max_pixels: int) -> None:
+    """Let the decoder of JPEG leave out what scaling would take away."""
+    width, height = opened.size
+    if width * height > _LARGEST_REDUCTION * max_pixels:
+        raise _too_large(f"{width} x {height}", max_pixels)
+    least = math.ceil(REDUCING_GAP * shorter)
+    scale = next((s for s in (8, 4, 2) if min(width, height) >= s * least), 1)
+    if scale > 1:
+        opened.draft(None, (width // scale, height // scale))
+
+
+def _shown(opened: Any, channels: int, background: int) -> Any:
+    """What a viewer shows of an opened image, as RGB or L."""
+    image = import_or_raise("PIL.Image", extra="serve", feature="decoding images")
+    picture = opened
+    # Older releases of Pillow open a PNG of 16 bits as I.
+    if opened.mode in _MODES_OF_SIXTEEN_BITS or (opened.mode == "I" and opened.format == "PNG"):
+        levels = np.asarray(opened).astype(np.uint32)
+        picture = image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    elif opened.mode not in _MODES_OF_EIGHT_BITS:
+        raise InvalidInputError("an image has 8 or 16 bits a channel", received=f"mode {opened.mode}")
+    picture = _upright(picture, opened)
+    mode = "RGB" if channels == 3 else "L"
+    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in opened.info:
+        layer = picture.convert("RGBA") if picture.mode not in ("La", "RGBa") else _straight(picture)
+        picture = image.alpha_composite(image.new("RGBA", layer.size, (background,) * 3 + (255,)), layer)
+    return picture.convert(mode)
+
+
+def _straight(picture: Any) -> Any:
+    """From premultiplied to straight alpha."""
+    return picture.convert("LA" if picture.mode == "La" else "RGBA").convert("RGBA")
+
+
+def _upright(picture: Any, opened: Any) -> Any:
+    """Turned as the camera says that it was held."""
+    image = import_or_raise("PIL.Image", extra="serve", feature="decoding images")
+    turn = image.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    try:
+        orientation = opened.getexif().get(_ORIENTATION, 1)
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return picture  # A damaged note about an image that is whole.
+    return picture.transpose(turns[orientation]) if orientation in turns else picture
 
 
 def resize(image: NDArray[np.uint8], size: int, *, crop: float = 1.0) -> NDArray[np.uint8]:
@@ -93,7 +186,7 @@ def resize(image: NDArray[np.uint8], size: int, *, crop: float = 1.0) -> NDArray
         InvalidInputError: If it is so narrow that it would have more than `MAX_PIXELS` when scaled.
     """
     height, width, channels = image.shape
-    shorter = math.floor(size / crop + 0.5)
+    shorter = scaled_side(size, crop)
     scale = shorter / min(height, width)
     scaled = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
     if scaled[0] * scaled[1] > MAX_PIXELS:
@@ -108,6 +201,11 @@ def resize(image: NDArray[np.uint8], size: int, *, crop: float = 1.0) -> NDArray
         image = np.asarray(source.resize(scaled, pillow.Resampling.BILINEAR)).reshape(scaled[1], scaled[0], channels)
     top, left = (scaled[1] - size) // 2, (scaled[0] - size) // 2
     return np.ascontiguousarray(image[top : top + size, left : left + size])
+
+
+def scaled_side(size: int, crop: float = 1.0) -> int:
+    """The shorter side in pixels that an image is scaled to before its centre of `size` px is cut out."""
+    return math.floor(size / crop + 0.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +267,22 @@ class Preprocessing:
         channels: 3 for colour, 1 for grey.
         crop: Share of the shorter side that is kept, see `resize`.
         normalization: Mean and std.
+        background: Grey level behind transparent parts, 0..255.
     """
 
     image_size: int
     channels: int = 3
     crop: float = 1.0
     normalization: Normalization = Normalization()
+    background: int = WHITE
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
             raise InvalidInputError("image_size must be a positive integer (px)", received=repr(self.image_size))
         if not isinstance(self.crop, numbers.Real) or not 0.0 < self.crop <= 1.0:
             raise InvalidInputError("crop must be in (0, 1]", received=repr(self.crop))
+        if isinstance(self.background, bool) or self.background not in range(256):
+            raise InvalidInputError("background must be a grey level in 0..255", received=repr(self.background))
         if self.channels != len(self.normalization.mean):
             raise InvalidInputError(
                 "a normalization has one mean and std a channel",
@@ -189,7 +291,17 @@ class Preprocessing:
 
     def decode(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Decode and resize: bytes to uint8 (image_size, image_size, channels)."""
-        image = decode_image(data, channels=self.channels, max_pixels=max_pixels)
+        image = decode_image(
+            data,
+            channels=self.channels,
+            max_pixels=max_pixels,
+            background=self.background,
+            shorter=scaled_side(self.image_size, self.crop),
+        )
+        return self.resize(image)
+
+    def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Resize what is decoded: uint8 (height, width, channels) to (image_size, image_size, channels)."""
         return resize(image, self.image_size, crop=self.crop)
 
     def __call__(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.float32]:
@@ -204,6 +316,7 @@ class Preprocessing:
             "crop": self.crop,
             "mean": list(self.normalization.mean),
             "std": list(self.normalization.std),
+            "background": self.background,
         }
 
     @classmethod
@@ -214,9 +327,14 @@ class Preprocessing:
             InvalidFormatError: If keys are missing or unknown.
             InvalidInputError: If a value breaks a rule.
         """
-        keys = {"image_size", "channels", "crop", "mean", "std"}
-        if not isinstance(data, Mapping) or set(data) != keys:
+        keys = {"image_size", "channels", "crop", "mean", "std", "background"}
+        # Descriptions before 0.2 do not tell the background.
+        if not isinstance(data, Mapping) or set(data) | {"background"} != keys:
             raise InvalidFormatError(f"a preprocessing has exactly the keys {sorted(keys)}", received=data)
         return cls(
-            data["image_size"], data["channels"], data["crop"], Normalization(tuple(data["mean"]), tuple(data["std"]))
+            data["image_size"],
+            data["channels"],
+            data["crop"],
+            Normalization(tuple(data["mean"]), tuple(data["std"])),
+            data.get("background", WHITE),
         )

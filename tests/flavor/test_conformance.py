@@ -299,7 +299,7 @@ def test_08_serve_and_score_pixels(served: str, colour_model: TfliteModel) -> No
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"dataframe_records": [{"image": "bm90IGFuIGltYWdl"}]}, "must be JPEG or PNG"),
+        ({"dataframe_records": [{"image": "bm90IGFuIGltYWdl"}]}, "must be JPEG, PNG"),
         ({"dataframe_records": [{"image": "%%%"}]}, "base64"),
         ({"dataframe_records": [{"picture": "aGk="}]}, "Model is missing inputs ['image']"),
         ({"inputs": np.zeros((1, 8, 8, 3)).tolist()}, "must have the shape (32, 32, 3)"),
@@ -436,11 +436,11 @@ def png_header(width: int, height: int, depth: int = 8) -> bytes:
 
 
 UNTRUSTED = {
-    "empty": (b"", "must be JPEG or PNG"),
+    "empty": (b"", "must be JPEG, PNG"),
     "truncated JPEG": (jpegs()[0][:-40], "must be whole and undamaged"),
     "truncated PNG": (encoded(image_of("red"), "PNG")[:200], "must be whole and undamaged"),
-    "another format": (encoded(image_of("red"), "BMP"), "must be JPEG or PNG"),
-    "16 bits": (encoded(np.zeros((9, 9), np.uint16), "PNG"), "has 8 bits a channel"),
+    "another format": (encoded(image_of("red"), "PPM"), "must be JPEG, PNG"),
+    "floats": (encoded(np.zeros((9, 9), np.float32), "TIFF"), "has 8 or 16 bits a channel"),
     "above the limit": (png_header(8000, 6000), "at most 40000000 pixels; received 8000 x 6000"),
     "far above the limit": (png_header(60_000, 60_000), "at most 40000000 pixels"),
     "a line": (encoded(np.zeros((1, 60_000), np.uint8), "PNG"), "received 60000 x 1"),
