@@ -4,17 +4,23 @@
 |-------------------|------------------------------------------------------------------------------|
 | ``digits``        | scikit-learn's 1,797 handwritten digits, 8 x 8 grey, embedded                 |
 | ``fashion-mnist`` | 70,000 pictures of clothes, 28 x 28 grey, from Debian's dataset-fashion-mnist |
-| a folder          | IDX files; one folder a class; or ``train`` and ``val`` with one folder a     |
-|                   | class each, which is ImageNet's layout                                        |
+| a folder          | IDX files; one folder a class; or ``train`` and ``val`` (and ``test``) with   |
+|                   | one folder a class each, under any usual name                                 |
+| a list            | CSV or JSON Lines with ``file``, ``label`` and perhaps ``split``              |
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
+import json
+import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +28,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
-from foxnas_mlflow.data.preprocess import MAX_PIXELS, Normalization, Preprocessing, decode_image, resize
+from foxnas_mlflow.core.files import cache_directory, json_digest, write_atomically
+from foxnas_mlflow.data._sources import (
+    LIST_SUFFIXES,
+    Pictures,
+    find_parts,
+    find_root,
+    is_idx,
+    is_junk,
+    pictures_of,
+    pictures_of_list,
+    subfolders,
+)
+from foxnas_mlflow.data.preprocess import MAX_PIXELS, Normalization, Preprocessing, decode_image, resize, scaled_side
 
 ImageArray = NDArray[np.uint8]
 
@@ -30,9 +48,9 @@ MAX_UNREADABLE = 0.05
 """Share of a folder's images that may be unreadable; they are left out and named."""
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-_SUFFIXES = (".jpg", ".jpeg", ".png")
-_TRAIN_NAMES, _VAL_NAMES = ("train",), ("val", "validation", "valid", "test")
 _STATISTICS_IMAGES = 2000
+FEW_IMAGES, IMBALANCE = 10, 10
+"""A class with fewer training images, and a ratio between classes, that a user is warned of."""
 
 
 class ImageSet(Protocol):
@@ -47,6 +65,9 @@ class ImageSet(Protocol):
 
     def __getitem__(self, i: int) -> ImageArray:
         """Image i as uint8 (height, width, channels)."""
+
+    def prepared(self, i: int, size: int, *, crop: float = 1.0) -> ImageArray:
+        """Image i as a served model gets it, before normalisation: uint8 (size, size, channels)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +88,10 @@ class ArrayImages:
     def __getitem__(self, i: int) -> ImageArray:
         image: ImageArray = self.images[i]
         return image
+
+    def prepared(self, i: int, size: int, *, crop: float = 1.0) -> ImageArray:
+        """Image i scaled and cut to uint8 (size, size, channels)."""
+        return resize(self.images[i], size, crop=crop)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +114,19 @@ class FileImages:
         return len(self.targets)
 
     def __getitem__(self, i: int) -> ImageArray:
-        return decode_image(self.paths[i].read_bytes(), channels=self.channels, max_pixels=self.max_pixels)
+        return self._decoded(i)
+
+    def prepared(self, i: int, size: int, *, crop: float = 1.0) -> ImageArray:
+        """Image i scaled and cut to uint8 (size, size, channels), a large photo decoded at a reduced size."""
+        return resize(self._decoded(i, scaled_side(size, crop)), size, crop=crop)
+
+    def reduced(self, i: int) -> ImageArray:
+        """Image i, one of more than a megapixel or so at a reduced size: what its mean and deviation need."""
+        return self._decoded(i, 256)
+
+    def _decoded(self, i: int, shorter: int = 0) -> ImageArray:
+        data = self.paths[i].read_bytes()
+        return decode_image(data, channels=self.channels, max_pixels=self.max_pixels, shorter=shorter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +142,8 @@ class ImageDataset:
         normalization: Mean and std of the training images.
         digest: SHA-256 of the pixels, or of the names and sizes of the files.
         unreadable: Files that could not be read and were left out.
+        test: Images held out from both, where the source has such a part.
+        unread: How many files of each suffix are no pictures that are read here.
     """
 
     source: str
@@ -115,6 +154,33 @@ class ImageDataset:
     normalization: Normalization
     digest: str
     unreadable: tuple[str, ...] = ()
+    test: ImageSet | None = None
+    unread: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def majority_share(self) -> float:
+        """Share of the validation images that the most frequent class has: what always answering it would reach."""
+        return float(np.bincount(self.val.targets).max() / len(self.val))
+
+    def warnings(self) -> list[str]:
+        """What a user should know of the data before training, each with its numbers."""
+        counts = np.bincount(self.train.targets, minlength=self.n_classes)
+        few = [f"{self.labels[i]} ({counts[i]})" for i in np.flatnonzero(counts < FEW_IMAGES)]
+        missing = [self.labels[i] for i in sorted(set(range(self.n_classes)) - set(self.val.targets.tolist()))]
+        found = []
+        if counts.max() >= IMBALANCE * counts.min():
+            most, least = self.labels[int(counts.argmax())], self.labels[int(counts.argmin())]
+            found.append(f"classes are unbalanced: {counts.max()} training images of {most}, {counts.min()} of {least}")
+        if few:
+            found.append(f"classes with fewer than {FEW_IMAGES} training images: {', '.join(few)}")
+        if missing:
+            found.append(f"classes without validation images: {', '.join(missing)}")
+        if self.unread:
+            listed = ", ".join(f"{n} {suffix}" for suffix, n in sorted(self.unread.items()))
+            found.append(f"files that are not read: {listed}")
+        if self.unreadable:
+            found.append(f"{len(self.unreadable)} damaged files are left out: {', '.join(self.unreadable[:5])}")
+        return found
 
     @property
     def n_classes(self) -> int:
@@ -132,23 +198,14 @@ class ImageDataset:
         unreadable = list(self.unreadable)
         train, val = (self._decoded(images, size, unreadable) for images in (self.train, self.val))
         _check_unreadable(unreadable, len(self.train) + len(self.val) + len(self.unreadable), self.source)
-        return ImageDataset(
-            self.source,
-            self.labels,
-            train,
-            val,
-            self.channels,
-            self.normalization,
-            self.digest,
-            tuple(unreadable),
-        )
+        return dataclasses.replace(self, train=train, val=val, unreadable=tuple(unreadable))
 
     def _decoded(self, images: ImageSet, size: int, unreadable: list[str]) -> ArrayImages:
         pixels = np.empty((len(images), size, size, self.channels), np.uint8)
         kept: list[int] = []
         for i in range(len(images)):
             try:
-                pixels[len(kept)] = resize(images[i], size)
+                pixels[len(kept)] = images.prepared(i, size)
             except (InvalidInputError, OSError):
                 unreadable.append(str(images.paths[i]) if isinstance(images, FileImages) else f"image {i}")
                 continue
@@ -185,15 +242,21 @@ def load_dataset(
         dataset = _idx(FASHION_MNIST, source, val_fraction, seed)
     else:
         path = Path(source).expanduser()
-        if not path.is_dir():
-            raise InvalidInputError("data must be 'digits', 'fashion-mnist' or the path of a folder", received=source)
-        has_idx = any("idx" in p.name for p in path.iterdir() if p.is_file())
-        dataset = (_idx if has_idx else _folder)(path, source, val_fraction, seed)
+        if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+            dataset = _list(path, source, val_fraction, seed)
+        elif path.is_dir():
+            has_idx = any(is_idx(p) for p in path.iterdir() if p.is_file() and not is_junk(p.name))
+            dataset = (_idx if has_idx else _folder)(path, source, val_fraction, seed)
+        else:
+            raise InvalidInputError(
+                "data must be 'digits', 'fashion-mnist' or the path of a folder or list", received=source
+            )
     rng = np.random.default_rng([seed, 1])
     train, val = _at_most(dataset.train, max_train, rng), _at_most(dataset.val, max_val, rng)
-    return _assemble(
+    limited = _assemble(
         source, dataset.labels, train, val, dataset.channels, dataset.digest, dataset.unreadable, split=None
     )
+    return dataclasses.replace(limited, test=dataset.test, unread=dataset.unread)
 
 
 def stratified_split(
@@ -232,7 +295,7 @@ def prepared_batches(
         pixels, targets = [], []
         for i in map(int, chosen[start : start + batch_size]):
             try:
-                pixels.append(resize(images[i], preprocessing.image_size, crop=preprocessing.crop))
+                pixels.append(images.prepared(i, preprocessing.image_size, crop=preprocessing.crop))
             except (InvalidInputError, OSError):
                 continue
             targets.append(images.targets[i])
@@ -294,6 +357,12 @@ def _assemble(
         if split is None:
             raise TypeError("a set without validation images needs a split")
         _check_classes(source, labels, train)
+        counts = np.bincount(train.targets, minlength=len(labels))
+        if counts.min() < 2:
+            raise InvalidInputError(
+                "every class needs two readable images, one to train on and one to validate on",
+                received=labels[int(counts.argmin())],
+            )
         rest, taken = stratified_split(train.targets, split[0], np.random.default_rng([split[1], 0]))
         train, val = _subset(train, rest), _subset(train, taken)
     _check_classes(source, labels, train)
@@ -312,10 +381,8 @@ def _check_classes(source: str, labels: Sequence[str], train: ImageSet) -> None:
             remedy="make one folder a class, with its images inside",
         )
     counts = np.bincount(train.targets, minlength=len(labels))
-    if counts.min() < 2:
-        raise InvalidInputError(
-            "every class needs at least two readable training images", received=labels[int(counts.argmin())]
-        )
+    if counts.min() < 1:
+        raise InvalidInputError("every class needs readable training images", received=labels[int(counts.argmin())])
 
 
 def _normalization(train: ImageSet, channels: int) -> Normalization:
@@ -324,7 +391,8 @@ def _normalization(train: ImageSet, channels: int) -> Normalization:
     total, squares, count = np.zeros(channels), np.zeros(channels), 0
     for i in map(int, index):
         try:
-            pixels = train[i].reshape(-1, channels) / 255.0
+            image = train.reduced(i) if isinstance(train, FileImages) else train[i]
+            pixels = image.reshape(-1, channels) / 255.0
         except (InvalidInputError, OSError):
             continue
         total += pixels.sum(axis=0)
@@ -396,7 +464,7 @@ _FASHION_LABELS = [
 
 
 def _find_idx(path: Path, part: str, kind: str) -> Path | None:
-    return next((p for p in sorted(path.iterdir()) if p.name.startswith(f"{part}-{kind}") and "idx" in p.name), None)
+    return next((p for p in sorted(path.iterdir()) if p.name.startswith(f"{part}-{kind}") and is_idx(p)), None)
 
 
 def _read_idx(path: Path) -> ImageArray:
@@ -415,59 +483,111 @@ def _read_idx(path: Path) -> ImageArray:
 
 
 def _folder(path: Path, source: str, val_fraction: float, seed: int) -> ImageDataset:
-    folders = {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and not p.name.startswith(".")}
-    train_path = next((folders[name] for name in _TRAIN_NAMES if name in folders), None)
-    val_path = next((folders[name] for name in _VAL_NAMES if name in folders), None)
-    if (train_path is None) != (val_path is None) and set(folders) <= {*_TRAIN_NAMES, *_VAL_NAMES}:
-        raise InvalidInputError(
-            "a folder with a split needs both 'train' and 'val'",
-            received=sorted(folders),
-            remedy="add the other, or put the class folders at the top",
-        )
-    split = train_path is not None and val_path is not None
-    root = train_path if split and train_path is not None else path
-    labels = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    unreadable: list[str] = []
-    digest = hashlib.sha256()
-    train = _scan(root, labels, unreadable, digest)
-    val = None
-    if split and val_path is not None:
-        extra = sorted({p.name for p in val_path.iterdir() if p.is_dir() and not p.name.startswith(".")} - set(labels))
+    root = find_root(path)
+    parts = find_parts(root)
+    labels = list(subfolders(parts.get("train", root)))
+    folders = parts or {"": root}
+    for name in ("val", "test"):
+        extra = sorted(set(subfolders(folders[name])) - set(labels)) if name in folders else []
         if extra:
             raise InvalidInputError(
-                "every class of the validation folder must be in the training folder",
+                f"every class of the {'validation' if name == 'val' else name} folder must be in the training folder",
                 received=extra[0],
                 remedy="remove it, or add training images of it",
             )
-        val = _scan(val_path, labels, unreadable, digest)
-    _check_unreadable(unreadable, len(train) + len(val or ()) + len(unreadable), source)
-    return _assemble(source, labels, train, val, 3, digest.hexdigest(), unreadable, split=(val_fraction, seed))
+    found = {
+        part: pictures_of(folder, [label for label in labels if (folder / label).is_dir()])
+        for part, folder in folders.items()
+    }
+    return _pictures(found, labels, source, val_fraction, seed)
 
 
-def _scan(root: Path, labels: Sequence[str], unreadable: list[str], digest: hashlib._Hash) -> FileImages:
-    image = import_or_raise("PIL.Image", extra="train", feature="reading image folders")
-    paths, targets = [], []
-    for target, label in enumerate(labels):
-        for path in sorted(p for p in (root / label).rglob("*") if p.suffix.lower() in _SUFFIXES):
-            try:
-                # The header alone: cheap, and bounded whatever the file claims to hold.
-                with image.open(path, formats=("JPEG", "PNG")) as opened:
-                    width, height = opened.size
-                if width * height > MAX_PIXELS:
-                    raise ValueError(f"{width} x {height} pixels")
-            except (OSError, SyntaxError, ValueError, image.DecompressionBombError):
-                unreadable.append(str(path))
-                continue
-            digest.update(f"{path.relative_to(root)}:{path.stat().st_size}\n".encode())
-            paths.append(path)
-            targets.append(target)
-    return FileImages(tuple(paths), np.array(targets, dtype=np.int64), 3)
+def _list(path: Path, source: str, val_fraction: float, seed: int) -> ImageDataset:
+    every = pictures_of_list(path)
+    found: dict[str, Pictures] = {}
+    for name, label, part in zip(every.names, every.labels, every.parts, strict=True):
+        pictures = found.setdefault(part, Pictures(every.root))
+        pictures.names.append(name)
+        pictures.labels.append(label)
+    return _pictures(found, sorted(set(every.labels)), source, val_fraction, seed)
+
+
+def _pictures(
+    found: Mapping[str, Pictures], labels: list[str], source: str, val_fraction: float, seed: int
+) -> ImageDataset:
+    """A data set of the pictures that are whole; its digest is of their names and sizes."""
+    unreadable: list[str] = []
+    unread: Counter[str] = Counter()
+    digest = hashlib.sha256()
+    sets: dict[str, FileImages] = {}
+    n_listed = 0
+    target = {label: i for i, label in enumerate(labels)}
+    for part in sorted(found, key=("", "train", "val", "test").index):
+        pictures = found[part]
+        unread += pictures.unread
+        n_listed += len(pictures.names)
+        paths = [pictures.root / name for name in pictures.names]
+        damaged = damaged_files(paths)
+        unreadable += [str(path) for path in paths if path in damaged]
+        kept = [i for i, path in enumerate(paths) if path not in damaged]
+        for i in kept:
+            digest.update(f"{pictures.names[i]}:{paths[i].stat().st_size}\n".encode("utf-8", "surrogateescape"))
+        targets = np.array([target[pictures.labels[i]] for i in kept], np.int64)
+        sets[part] = FileImages(tuple(paths[i] for i in kept), targets, 3)
+    _check_unreadable(unreadable, n_listed, source)
+    dataset = _assemble(
+        source,
+        labels,
+        sets.get("train", sets.get("", FileImages((), np.empty(0, np.int64), 3))),
+        sets.get("val"),
+        3,
+        digest.hexdigest(),
+        unreadable,
+        split=(val_fraction, seed),
+    )
+    return dataclasses.replace(dataset, test=sets.get("test"), unread=dict(unread))
+
+
+def damaged_files(paths: Sequence[Path]) -> set[Path]:
+    """Those that cannot be decoded to the end; found once for files that stay as they are.
+
+    Args:
+        paths: The files.
+    """
+
+    def known_as(path: Path) -> str:
+        try:
+            facts = path.stat()
+        except OSError:
+            return f"{path}:gone"
+        return f"{path}:{facts.st_size}:{facts.st_mtime_ns}"
+
+    names = {known_as(path): path for path in paths}
+    verdicts = cache_directory("pictures") / f"{json_digest(sorted(names))[:32]}.json"
+    try:
+        return {names[name] for name in json.loads(verdicts.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, KeyError):
+        pass
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        whole = list(threads.map(_is_whole, names.values()))
+    damaged = [name for name, right in zip(names, whole, strict=True) if not right]
+    write_atomically(verdicts, json.dumps(damaged))
+    return {names[name] for name in damaged}
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        # A photo is decoded to its end at an eighth of its size too.
+        decode_image(path.read_bytes(), shorter=1)
+    except (InvalidInputError, OSError):
+        return False
+    return True
 
 
 def _check_unreadable(unreadable: Sequence[str], total: int, source: str) -> None:
     if total == 0:
         raise InvalidInputError(
-            "a folder of images needs one folder a class with JPEG or PNG files", received=f"no image in {source}"
+            "a folder of images needs one folder a class with pictures", received=f"no image in {source}"
         )
     if len(unreadable) > MAX_UNREADABLE * total:
         raise InvalidInputError(

@@ -7,6 +7,7 @@ the middle of an epoch sees the batches that it would have seen.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from foxnas_mlflow.core.errors import import_or_raise
+from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
 from foxnas_mlflow.data import ArrayImages, ImageSet
-from foxnas_mlflow.data.preprocess import Normalization, resize
+from foxnas_mlflow.data.preprocess import Normalization
 
 AUGMENTED_EPOCHS = 12
 """What is seen more often than that is varied: a network that sees its images less often learns them slower varied."""
@@ -35,6 +36,9 @@ class Batches:
         seed: Seed of order and augmentation.
         workers: Processes that decode files; 0 decodes in this one.
         rank, world_size: This process among those that share every epoch.
+
+    Attributes:
+        skipped: Indices of images whose files could not be read any more when their turn came.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Batches:
         self._augmentation = import_or_raise("kornia.augmentation", extra="train", feature="augmentation")
         self.images, self.flip, self.augment = images, flip, augment
         self.batch_size = min(batch_size, len(images) // world_size)
+        self.skipped: set[int] = set()
         self._seed, self._workers = seed, workers
         self._rank, self._world_size = rank, world_size
         self._size = image_size
@@ -99,20 +104,32 @@ class Batches:
             return
         # Decoding dominates here, so it goes to processes; PyTorch keeps their order.
         stored_size = round(self._size * 1.15) if self.augment else self._size
-        loader = DataLoader(
-            _Decoded(self.images, stored_size),
-            batch_sampler=[index.tolist() for index in chosen],
-            num_workers=self._workers,
+        loader: DataLoader[Any] = DataLoader(
+            _Decoded(self.images, stored_size), batch_size=None, sampler=chosen, num_workers=self._workers
         )
-        yield from loader
+        for pixels, targets, skipped in loader:
+            self.skipped.update(map(int, skipped))
+            if len(targets) > 1:  # Batch norm has no variance of one image.
+                yield pixels, targets
 
 
-class _Decoded(Dataset[tuple[Tensor, int]]):
+class _Decoded(Dataset[tuple[Tensor, Tensor, list[int]]]):
+    """Whole batches by their images' indices, and those of images that cannot be read any more."""
+
     def __init__(self, images: ImageSet, size: int) -> None:
         self._images, self._size = images, size
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return torch.from_numpy(resize(self._images[i], self._size)), int(self._images.targets[i])
+    def __getitem__(self, index: NDArray[np.int64]) -> tuple[Tensor, Tensor, list[int]]:
+        pixels, kept, skipped = [], [], []
+        for i in map(int, index):
+            try:
+                pixels.append(self._images.prepared(i, self._size))
+            except (InvalidInputError, OSError):
+                skipped.append(i)
+                continue
+            kept.append(i)
+        stacked = np.stack(pixels) if pixels else np.empty((0, self._size, self._size, 1), np.uint8)
+        return torch.from_numpy(stacked), torch.from_numpy(self._images.targets[kept]), skipped

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.data import ImageDataset, ImageSet, stratified_split
-from foxnas_mlflow.data.preprocess import resize
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.data import ImageDataset, ImageSet, Preprocessing, prepared_batches, stratified_split
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, norms_of, subnet_weights
 
 _BATCH = 250
@@ -93,8 +93,7 @@ class SubnetEvaluator:
         self._validation = np.arange(n_val)
         if validation_images is not None and validation_images < n_val:
             self._validation = stratified_split(dataset.val.targets, validation_images / n_val, rng)[1]
-        self._targets = torch.from_numpy(dataset.val.targets[self._validation])
-        self._cache: dict[tuple[int, bool], NDArray[np.uint8]] = {}
+        self._cache: dict[tuple[int, bool], tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
 
     @property
     def n_images(self) -> int:
@@ -107,38 +106,52 @@ class SubnetEvaluator:
 
     def accuracy(self, plain: PlainNetwork, image_size: int) -> Evaluation:
         """Recalibrate any network of these images' classes and count its right answers."""
-        recalibrate(plain, self._images(image_size, validation=False))
+        recalibrate(plain, self._images(image_size))
         return self._count(plain, image_size)
 
     def _count(self, plain: PlainNetwork, image_size: int) -> Evaluation:
         n_correct = 0
         with torch.no_grad():
-            start = 0
-            for images in self._images(image_size, validation=True):
-                predicted = plain(images).argmax(1).cpu()
-                n_correct += int((predicted == self._targets[start : start + len(images)]).sum())
-                start += len(images)
-        return Evaluation.of(n_correct, start)
+            n_images = 0
+            for images, targets in self._batches(image_size, validation=True):
+                n_correct += int((plain(images).argmax(1).cpu() == targets).sum())
+                n_images += len(images)
+        return Evaluation.of(n_correct, n_images)
 
     def network(self, architecture: Architecture) -> PlainNetwork:
         """A subnet as a plain network with its own statistics, in evaluation mode."""
         plain = self._supernet.extract(architecture).to(self._device)
-        recalibrate(plain, self._images(architecture.image_size, validation=False))
+        recalibrate(plain, self._images(architecture.image_size))
         return plain
 
     def weights(self, architecture: Architecture) -> dict[str, NDArray[Any]]:
         """Its weights by name: what quantization and the registry take."""
         return subnet_weights(self.network(architecture))
 
-    def _images(self, size: int, *, validation: bool) -> Iterator[Tensor]:
+    def _images(self, size: int) -> Iterator[Tensor]:
+        """Images for the statistics of batch norm."""
+        return (images for images, _ in self._batches(size, validation=False))
+
+    def _batches(self, size: int, *, validation: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images, prepared as in serving, and their targets; damaged files are left out."""
         key = (size, validation)
         if key not in self._cache:
             images: ImageSet = self._dataset.val if validation else self._dataset.train
             index = self._validation if validation else self._calibration
             # Kept as bytes: as floats they would take four times the memory.
-            self._cache[key] = np.stack([resize(images[int(i)], size) for i in index])
-        pixels = self._cache[key]
+            read = list(
+                prepared_batches(
+                    images,
+                    Preprocessing(size, self._dataset.channels, normalization=self._dataset.normalization),
+                    index,
+                )
+            )
+            if not read:
+                raise InvalidInputError("the images must be readable", received="none is any more")
+            self._cache[key] = np.concatenate([p for p, _ in read]), np.concatenate([t for _, t in read])
+        pixels, targets = self._cache[key]
         for start in range(0, len(pixels), _BATCH):
             normalized = self._dataset.normalization(pixels[start : start + _BATCH])
             # Channels stay last in memory: up to 1.8 times as fast for colour images on a processor without AVX-512.
-            yield torch.from_numpy(normalized).to(self._device).permute(0, 3, 1, 2)
+            x = torch.from_numpy(normalized).to(self._device).permute(0, 3, 1, 2)
+            yield x, torch.from_numpy(targets[start : start + _BATCH])

@@ -110,6 +110,8 @@ def run_supernet(request: SupernetRequest, *, tags: Mapping[str, str] | None = N
         given = {key: value for key, value in request.texts().items() if key not in resolved}
         with entry_run(stage="supernet", params=given, space=space.name, tags=tags) as run:
             log_dataset(run, dataset, context="training")
+            for warning in dataset.warnings():
+                logger.warning("%s", warning)
             return _train_and_register(request, preset, space, dataset, worker, run)
 
 
@@ -138,7 +140,7 @@ def _train_and_register(
     checkpoints = local_checkpoints(run.run_id)
     quick = SubnetEvaluator(
         state.supernet,
-        data,
+        dataset,
         calibration_images=_EPOCH_IMAGES,
         validation_images=_EPOCH_IMAGES,
         seed=request.seed,
@@ -160,7 +162,7 @@ def _train_and_register(
         )
     seconds = time.monotonic() - start
     n_images = _CACHED_BYTES // (size * size * space.in_channels)
-    evaluator = SubnetEvaluator(supernet, data, validation_images=n_images, seed=request.seed, device=worker.device)
+    evaluator = SubnetEvaluator(supernet, dataset, validation_images=n_images, seed=request.seed, device=worker.device)
     metrics, lines = _accuracies(evaluator, space, request.seed, N_RANDOM)
     config = {
         "data": request.data,

@@ -1,0 +1,201 @@
+"""What a user's folder holds: its parts, its classes, its pictures, and what is none of these."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.data.preprocess import read_formats
+
+PARTS: Mapping[str, str] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Usual names of the parts of a data set, in small letters and without what is usually appended."""
+
+LIST_SUFFIXES = (".csv", ".jsonl", ".ndjson")
+"""A list of pictures with their labels."""
+
+_SUFFIXES: Mapping[str, str] = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".avif": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+}
+_JUNK = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found"})
+_IDX_HEADERS = tuple(bytes((0, 0, 8, n)) for n in (1, 3))
+
+
+@dataclass
+class Pictures:
+    """Pictures with their classes, in the order in which they are counted.
+
+    Attributes:
+        root: Folder that the names are relative to.
+        names: One a picture.
+        labels: Its class.
+        parts: ``train``, ``val`` or ``test``; empty where the source does not say.
+        unread: How many files of each suffix are not read.
+    """
+
+    root: Path
+    names: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+
+
+def is_junk(name: str) -> bool:
+    """Whether systems and programs leave a file or folder of this name beside a user's own."""
+    return name.startswith(".") or name.lower() in _JUNK
+
+
+def is_idx(path: Path) -> bool:
+    """Whether a file begins as an IDX file of labels or grey images does, compressed with gzip or not."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(4)
+        if header[:2] == b"\x1f\x8b":
+            with gzip.open(path, "rb") as packed:
+                header = packed.read(4)
+    except (OSError, EOFError):
+        return False
+    return header in _IDX_HEADERS
+
+
+def find_root(path: Path) -> Path:
+    """The folder that holds parts or classes: the given one, or the only one inside it that has folders itself."""
+    folders = list(subfolders(path).values())
+    return folders[0] if len(folders) == 1 and subfolders(folders[0]) and _part(folders[0].name) is None else path
+
+
+def subfolders(path: Path) -> dict[str, Path]:
+    """Folders by name, in order, without what is junk."""
+    return {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and not is_junk(p.name)}
+
+
+def find_parts(root: Path) -> dict[str, Path]:
+    """The folders ``train``, ``val`` and ``test`` under whatever usual names they have; empty where there is no split.
+
+    Where there is no ``val``, ``test`` is what a network is validated on.
+
+    Raises:
+        InvalidInputError: If one is missing, or two folders mean the same part.
+    """
+    folders = subfolders(root)
+    found: dict[str, Path] = {}
+    for name, folder in folders.items():
+        part = _part(name)
+        # A class may be called so too; a part has folders inside.
+        if part is None or not subfolders(folder):
+            continue
+        if part in found:
+            raise InvalidInputError(
+                f"one folder is the part '{part}'", received=f"{found[part].name} and {name}", remedy="remove one"
+            )
+        found[part] = folder
+    if "val" not in found and "train" in found and "test" in found:
+        found["val"] = found.pop("test")
+    if {"train", "val"} <= set(found):
+        return found
+    if found and len(found) == len(folders):
+        raise InvalidInputError(
+            "a folder with a split needs both 'train' and 'val'",
+            received=sorted(folders),
+            remedy="add the other, or put the class folders at the top",
+        )
+    return {}
+
+
+def _part(name: str) -> str | None:
+    """The part that a folder's name means."""
+    return PARTS.get(re.sub(r"[_ -]?(images|imgs|set|data)$", "", name.lower()))
+
+
+def pictures_of(root: Path, labels: list[str]) -> Pictures:
+    """The pictures of class folders, those in folders inside them too."""
+    found, formats = Pictures(root), read_formats()
+    for label in labels:
+        for name in sorted(_files(root / label, label), key=lambda name: name.split("/")):
+            suffix = os.path.splitext(name)[1].lower()
+            if _SUFFIXES.get(suffix) not in formats:
+                found.unread[suffix or "no suffix"] += 1
+                continue
+            found.names.append(name)
+            found.labels.append(label)
+            found.parts.append("")
+    return found
+
+
+def _files(folder: Path, prefix: str) -> list[str]:
+    names = []
+    for entry in os.scandir(folder):
+        if is_junk(entry.name):
+            continue
+        name = f"{prefix}/{entry.name}"
+        names.extend(_files(Path(entry.path), name) if entry.is_dir() else [name])
+    return names
+
+
+def pictures_of_list(path: Path) -> Pictures:
+    """The pictures of a CSV or JSON Lines list with the columns ``file`` and ``label``, and perhaps ``split``.
+
+    Files are relative to the list.
+
+    Raises:
+        InvalidInputError: If a column is missing or a split has an unknown name; the message names the line.
+    """
+    found = Pictures(path.parent)
+    for number, row in _rows(path):
+        if not row.get("file") or row.get("label") in (None, ""):
+            raise InvalidInputError(
+                "every line of a list needs a 'file' and a 'label'", received=f"line {number} of {path.name}"
+            )
+        part = str(row.get("split") or "").lower()
+        if part and part not in PARTS:
+            raise InvalidInputError(
+                f"a split is one of {', '.join(PARTS)}", received=f"{part!r} in line {number} of {path.name}"
+            )
+        found.names.append(str(row["file"]))
+        found.labels.append(str(row["label"]))
+        found.parts.append(PARTS.get(part, ""))
+    if any(found.parts) and not all(found.parts):
+        raise InvalidInputError("every line of a list has a split, or none has", received=path.name)
+    if "val" not in found.parts:
+        found.parts = ["val" if part == "test" else part for part in found.parts]
+    if any(found.parts) and not {"train", "val"} <= set(found.parts):
+        raise InvalidInputError("a list with a split needs both 'train' and 'val'", received=sorted(set(found.parts)))
+    return found
+
+
+def _rows(path: Path) -> list[tuple[int, Mapping[str, object]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".csv":
+            return list(enumerate(csv.DictReader(text.splitlines()), 2))
+        return [(i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InvalidInputError("a list of pictures must be readable", received=f"{path.name}: {error}") from error
