@@ -10,9 +10,9 @@ import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.design import choose_samples
-from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError
+from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.measurements import Measurement
-from foxnas_mlflow.core.predictors import PredictorSet, fit_family, reference_predictors, widest_formula
+from foxnas_mlflow.core.predictors import PredictorSet, fit_family, widest_formula, with_packaged_accuracy
 from foxnas_mlflow.core.random import Stream, stream
 from foxnas_mlflow.core.space import SearchSpace
 
@@ -24,9 +24,6 @@ N_DRAWN = 2
 
 N_CHECKS = 3
 """Random networks that a calibration is held against."""
-
-_ACCURACY_SOURCES = ("rpi4",)
-"""Targets whose packaged predictors know accuracies; these do not depend on the board."""
 
 
 def choose_probes(
@@ -123,13 +120,5 @@ def calibrate(
         errors = latency.predict([row.architecture for row in outside]) / observed - 1
         checked = {"outside_mape": 100 * float(np.mean(np.abs(errors))), "n_outside": float(len(outside))}
         latency = dataclasses.replace(latency, metrics=dict(latency.metrics) | checked)
-    predictors = PredictorSet(target, space, (), (latency,), tuple(notes))
-    for name in _ACCURACY_SOURCES:
-        try:
-            known = reference_predictors(name)
-        except OutOfDomainError:
-            continue
-        if known.space.digest == space.digest:
-            note = "Accuracy is ImageNet top-1 predicted by the packaged predictors of this space."
-            return dataclasses.replace(predictors, accuracy=known.accuracy, notes=(*predictors.notes, note))
-    return predictors
+    latency = dataclasses.replace(latency, origin="calibrated", notes=tuple(notes))
+    return with_packaged_accuracy(PredictorSet(target, space, (), (latency,)))

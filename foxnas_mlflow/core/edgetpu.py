@@ -54,7 +54,7 @@ def array_ms(pixels: int, depth: int, channels: int) -> float:
 def edgetpu_terms(layers: Iterable[Layer]) -> FloatArray:
     """Sum `array` and `depthwise` over layers; `link` holds all int8 weights in MB, on chip or not.
 
-    Which weights travel is decided by their sum over the network: `CalibratedEdgeTpu`.
+    Which weights travel is decided by their sum over the network (`EdgeTpuLatency` in `core.predictors`).
     """
     total = np.zeros(len(EDGETPU_TERMS))
     for layer in layers:

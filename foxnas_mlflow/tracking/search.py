@@ -219,7 +219,8 @@ def _register_predictors(
 
 def latency_note(predictors: PredictorSet, target: Target) -> str:
     """What must be said of predicted milliseconds: a target's note is of its cost model, not of a user's own fit."""
-    return target.latency_note if predictors.notes else ""
+    own = all(predictor.origin == "fitted" for predictor in predictors.latency)
+    return "" if own else target.latency_note
 
 
 def _tags(verification: Verification | None) -> dict[str, str]:

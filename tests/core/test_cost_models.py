@@ -118,7 +118,7 @@ def test_a_cost_model_serves_another_space_and_says_so() -> None:
     (model,) = carried.latency
     assert carried.accuracy == ()
     assert "extrapolates" in carried.notes[-1]
-    assert carried.notes[:-1] == reference.notes[:-1]
+    assert carried.notes[:-1] == reference.latency[0].notes
     assert not any("ImageNet" in note for note in carried.notes)
     network = [small.largest(64)]
     # The prices are those of the packaged model; the interval is the one for sizes that were not fitted.
@@ -126,10 +126,20 @@ def test_a_cost_model_serves_another_space_and_says_so() -> None:
     interval = model.interval(network)
     assert (interval.upper - interval.value)[0] > 1.96 * model.transfer_sigma * interval.value[0]
     own = reference_latency(get_target("rpi4"), CPU_SPACE)
-    assert own.notes == reference.notes[:-1]
+    assert own.notes == reference.latency[0].notes
     assert own.latency[0].to_dict() == reference.latency[0].to_dict()
     with pytest.raises(OutOfDomainError, match="know nothing of accuracy"):
         Objective(carried)
+
+
+def test_ethos_targets_are_searched_with_the_packaged_accuracy_and_say_so() -> None:
+    predictors = reference_predictors("ethos-u55-128")
+    assert predictors.image_sizes == (192, 256)
+    assert any("does not depend on the board" in note for note in predictors.notes)
+    limit = float(predictors.latency[0].predict([CPU_SPACE.uniform(192, depth=3, expansion=4, kernel=3)])[0])
+    assert exact_optimum(Objective(predictors), limit).latency_ms <= limit
+    # A cost model alone stays one: nothing of accuracy comes with it.
+    assert reference_latency(get_target("ethos-u55-128"), CPU_SPACE).accuracy == ()
 
 
 def test_a_target_without_a_cost_model_is_told_how_to_get_one(tmp_path: Path) -> None:

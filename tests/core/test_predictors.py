@@ -149,7 +149,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     data = reference_predictors("rpi4").to_dict()
     for change, message in (
-        ({"format": 2}, "format 1"),
+        ({"format": 3}, "format 2 or 1"),
         ({"surprise": 1}, "surprise"),
         ({"accuracy": [{**data["accuracy"][0], "coefficients": [1.0]}]}, "columns"),
         ({"accuracy": [{**data["accuracy"][0], "coefficients": ["a"]}]}, "numbers"),
@@ -157,6 +157,61 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps({**data, **change}))
         with pytest.raises(InvalidFormatError, match=message):
             load_predictors(path)
+
+
+def test_predictors_of_format_1_are_read(tmp_path: Path) -> None:
+    old = json.loads((Path(__file__).parent / "old" / "predictors-1.json").read_text())
+    path = tmp_path / "p.json"
+    for notes, origin in ((old["notes"], "packaged"), ([], "fitted")):
+        path.write_text(json.dumps(old | {"notes": notes}))
+        (read,) = load_predictors(path).latency
+        assert (read.origin, list(read.notes)) == (origin, notes)
+        assert read.coefficients.tolist() == old["latency"][0]["coefficients"]
+    # Notes stood for all predictors together; those of accuracy began with its name.
+    new = reference_predictors("rpi4").to_dict()
+    written = {
+        key: [
+            {k: v for k, v in p.items() if k not in ("origin", "notes", "own_space_only", "held_out")} | {"unit": "x"}
+            for p in new[key]
+        ]
+        for key in ("accuracy", "latency")
+    }
+    said = ["Latency is slow.", "Accuracy is high."]
+    path.write_text(json.dumps({k: new[k] for k in ("target", "space")} | written | {"format": 1, "notes": said}))
+    read_set = load_predictors(path)
+    assert [p.notes for p in read_set.latency] == [(said[0],)]
+    assert {p.notes for p in read_set.accuracy} == {(said[1],)}
+
+
+def test_further_quantities_are_kept_and_predicted(tmp_path: Path) -> None:
+    known = reference_predictors("rpi4")
+    energy = dataclasses.replace(known.latency[0], quantity="energy_mj", coefficients=known.latency[0].coefficients * 2)
+    predictors = dataclasses.replace(known, quantities={"energy_mj": (energy,)})
+    predictors.save(tmp_path / "p.json")
+    read = load_predictors(tmp_path / "p.json")
+    network = CPU_SPACE.largest(256)
+    table = read.predict_table([network])
+    assert table["energy_mj"][0] == pytest.approx(2 * table["latency_ms"][0])
+    assert list(read.groups) == ["accuracy", "latency_ms", "energy_mj"]
+    assert read.bound("energy_mj", network, 0.95) > read.bound("energy_mj", network, 0.5)
+    with pytest.raises(OutOfDomainError, match="know ram_bytes"):
+        read.of("ram_bytes", 256)
+
+
+def test_bounds_hold_what_held_out_errors_ask_for() -> None:
+    (latency,) = reference_predictors("rpi4").latency
+    errors = tuple(np.linspace(-3.0, 4.0, 39))
+    held = dataclasses.replace(latency, held_out=errors)
+    # 38 of 39 errors, or Student's quantile where it is more.
+    assert held.t_quantile(0.95) == pytest.approx(errors[37])
+    assert held.t_quantile(0.5) == 0.0
+    assert held.stated_confidence == pytest.approx(39 / 40)
+    calm = dataclasses.replace(latency, held_out=(0.0,) * 39)
+    assert calm.t_quantile(0.95) == latency.t_quantile(0.95)
+    x = latency.design([CPU_SPACE.largest(192)])
+    sd = np.sqrt(np.einsum("ij,jk,ik->i", x, latency.spread(192), x))
+    upper = x @ latency.coefficients + latency.t_quantile(0.9) * sd
+    np.testing.assert_allclose(latency.upper_bound([CPU_SPACE.largest(192)], 0.9), upper)
 
 
 def test_too_few_rows_says_how_many_are_needed() -> None:
@@ -296,7 +351,8 @@ def test_accuracies_at_their_ceiling_are_fitted() -> None:
         rows.append(Measurement(a, 100 * rng.binomial(360, share) / 360, float(capacity), latency_source="measured"))
     (predictor,) = fit_predictors(rows, CPU_SPACE).predictors.accuracy
     predicted = predictor.predict(CPU_SPACE.sample(rng, n=200, image_size=256))
-    assert predicted.max() <= 100.5
+    assert predicted.max() <= 100
+    assert predictor.interval(CPU_SPACE.sample(rng, n=200, image_size=256)).upper.max() <= 100
     assert predicted.min() > 94
 
 

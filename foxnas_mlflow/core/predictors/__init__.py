@@ -24,6 +24,7 @@ from foxnas_mlflow.core.predictors._reference import (
     build_reference,
     reference_latency,
     reference_predictors,
+    with_packaged_accuracy,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "reference_latency",
     "reference_predictors",
     "widest_formula",
+    "with_packaged_accuracy",
 ]

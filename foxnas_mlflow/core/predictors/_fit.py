@@ -5,7 +5,6 @@ statsmodels and its dependants are imported inside functions: predicting never n
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,11 +147,9 @@ def fit_predictors(
             result.paper[quantity] = reports["paper"][0]
         elif "paper" in errors:
             result.refused[quantity] = str(errors["paper"])
-    predictors = PredictorSet(target, space, tuple(r.predictor for r in chosen["accuracy"]), ())
-    if "latency_ms" in chosen:
-        predictors = dataclasses.replace(predictors, latency=tuple(r.predictor for r in chosen["latency_ms"]))
-    elif latency is not None:
-        predictors = dataclasses.replace(predictors, latency=latency.latency, notes=latency.notes)
+    of = {quantity: tuple(r.predictor for r in reports) for quantity, reports in chosen.items()}
+    known = () if latency is None else latency.latency
+    predictors = PredictorSet(target, space, of["accuracy"], of.get("latency_ms", known))
     return FitResult(predictors, result.reports, result.paper, result.refused)
 
 

@@ -435,13 +435,13 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 
 def get_formula(name: str, quantity: str) -> Formula:
-    """A formula by name and quantity.
+    """A formula by name and quantity; further measured quantities have the formulas of latency.
 
     Raises:
         InvalidInputError: If there is none.
     """
     try:
-        return FORMULAS[name, quantity]
+        return FORMULAS[name, "accuracy" if quantity == "accuracy" else "latency_ms"]
     except KeyError:
         names = sorted({n for n, _ in FORMULAS})
         raise InvalidInputError(f"formula must be one of {names}", received=name) from None

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +27,14 @@ import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, OutOfDomainError
+from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.core.predictors._formulas import FloatArray, Formula, get_formula
 from foxnas_mlflow.core.space import SearchSpace
 
-PREDICTORS_FORMAT = 1
+PREDICTORS_FORMAT = 2
+"""Format 2 has notes and origin with each predictor, bounds from held-out errors, and further quantities."""
+
+Origin = Literal["fitted", "calibrated", "packaged"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class LinearPredictor:
 
     Attributes:
         formula: Name of the formula.
-        quantity: ``accuracy`` (percent) or ``latency_ms``.
+        quantity: ``accuracy`` (percent), ``latency_ms``, or another measured quantity with its unit in the name.
         space: The space it was fitted in.
         image_sizes: Image sizes (px) that it may be asked for.
         fitted_sizes: Image sizes (px) of the rows it was fitted from.
@@ -69,10 +72,15 @@ class LinearPredictor:
         ceiling: Ceiling of the accuracy in percent, for formulas with that link.
         metrics: Figures of the fit and its cross-validation.
         provenance: Where the rows came from, with their digest.
+        origin: ``fitted`` to the user's own rows, ``calibrated`` on the user's device, or ``packaged``.
+        notes: Sentences that must be shown wherever the predictions are.
+        own_space_only: Whether a cost model must not be carried to another space.
+        held_out: Ascending errors of m networks that the fit did not see, each divided by the standard
+            deviation predicted for it, shape (m,); empty where none were kept.
     """
 
     formula: str
-    quantity: Literal["accuracy", "latency_ms"]
+    quantity: str
     space: SearchSpace
     image_sizes: tuple[int, ...]
     fitted_sizes: tuple[int, ...]
@@ -85,6 +93,10 @@ class LinearPredictor:
     transfer_sigma: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin = "fitted"
+    notes: tuple[str, ...] = ()
+    own_space_only: bool = False
+    held_out: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         expected = self.recipe.columns(self.space)
@@ -157,18 +169,57 @@ class LinearPredictor:
         return self.from_linear(linear + self.t_quantile(confidence) * sd)
 
     def t_quantile(self, probability: float) -> float:
-        """Quantile of Student's t with the fit's degrees of freedom."""
+        """Standard deviations between a prediction and its bound.
+
+        The quantile of Student's t with the fit's degrees of freedom, or that of the held-out errors where it is
+        larger: the k-th smallest of m errors with ``k = ceil((m + 1) * probability)``, which a new network of
+        their kind meets with at least that probability whatever the errors' distribution (split conformal
+        prediction, Vovk et al. 2005). With k > m the largest error counts: see `stated_confidence`.
+        """
         from scipy.special import stdtrit
 
-        return 0.0 if probability == 0.5 else float(stdtrit(self.dof, probability))
+        if probability == 0.5:
+            return 0.0
+        student = float(stdtrit(self.dof, probability))
+        if not self.held_out or probability < 0.5:
+            return student
+        rank = min(math.ceil((len(self.held_out) + 1) * probability - 1e-9), len(self.held_out))
+        return max(student, self.held_out[rank - 1])
+
+    @property
+    def stated_confidence(self) -> float:
+        """The highest confidence of an upper bound that held-out networks bear out; 1 where none were kept."""
+        m = len(self.held_out)
+        return m / (m + 1) if m else 1.0
+
+    def spread(self, image_size: int) -> FloatArray:
+        """C' of shape (p, p): a new observation at an image size has the variance ``x'C'x`` on the linear scale.
+
+        Raises:
+            OutOfDomainError: If the predictor has no covariance.
+        """
+        if self.covariance is None:
+            raise self._no_intervals()
+        variance = self.sigma**2 + float(self._extra_sigma([image_size])[0]) ** 2
+        direction = self.coefficients if self.recipe.relative else np.eye(len(self.coefficients))[-1]
+        spread: FloatArray = self.covariance + variance * np.outer(direction, direction)
+        return spread
 
     def from_linear(self, linear: FloatArray) -> FloatArray:
-        """Map the linear scale to percent or milliseconds; monotone increasing."""
-        return linear if self.ceiling is None else self.ceiling - np.exp(-linear)
+        """Map the linear scale to the quantity's unit; monotone increasing, an accuracy never above 100 %."""
+        value = linear if self.ceiling is None else self.ceiling - np.exp(-linear)
+        return np.minimum(value, 100.0) if self.quantity == "accuracy" else value
 
     def to_linear(self, value: FloatArray) -> FloatArray:
         """Inverse of `from_linear`."""
         return value if self.ceiling is None else -np.log(self.ceiling - value)
+
+    @staticmethod
+    def _no_intervals() -> OutOfDomainError:
+        return OutOfDomainError(
+            "a predictor known by its coefficients alone has no intervals",
+            remedy="use confidence 0.5, or fit the predictor from measurements",
+        )
 
     def _extra_sigma(self, image_sizes: Sequence[int]) -> FloatArray:
         fitted = np.isin(np.asarray(image_sizes), self.fitted_sizes)
@@ -176,10 +227,7 @@ class LinearPredictor:
 
     def _sd(self, x: FloatArray, linear: FloatArray, extra: FloatArray, *, kind: str = "prediction") -> FloatArray:
         if self.covariance is None:
-            raise OutOfDomainError(
-                "a predictor known by its coefficients alone has no intervals",
-                remedy="use confidence 0.5, or fit the predictor from measurements",
-            )
+            raise self._no_intervals()
         scale = np.abs(linear) if self.recipe.relative else np.ones_like(linear)
         variance = np.einsum("ij,jk,ik->i", x, self.covariance, x) + (extra * scale) ** 2
         if kind == "prediction":
@@ -194,7 +242,6 @@ class LinearPredictor:
         return {
             "formula": self.formula,
             "quantity": self.quantity,
-            "unit": "percent" if self.quantity == "accuracy" else "ms",
             "image_sizes": list(self.image_sizes),
             "fitted_sizes": list(self.fitted_sizes),
             "ceiling": self.ceiling,
@@ -206,6 +253,10 @@ class LinearPredictor:
             "covariance": None if self.covariance is None else self.covariance.tolist(),
             "metrics": dict(self.metrics),
             "provenance": dict(self.provenance),
+            "origin": self.origin,
+            "notes": list(self.notes),
+            "own_space_only": self.own_space_only,
+            "held_out": list(self.held_out),
         }
 
     @classmethod
@@ -216,16 +267,17 @@ class LinearPredictor:
             InvalidFormatError: If keys are missing or unknown, or shapes disagree.
         """
         keys = {
-            "formula", "quantity", "unit", "image_sizes", "fitted_sizes", "ceiling", "sigma", "transfer_sigma",
-            "dof", "columns", "coefficients", "covariance", "metrics", "provenance",
+            "formula", "quantity", "image_sizes", "fitted_sizes", "ceiling", "sigma", "transfer_sigma",
+            "dof", "columns", "coefficients", "covariance", "metrics", "provenance", "origin", "notes",
+            "own_space_only", "held_out",
         }  # fmt: skip
         check_keys("a predictor", data, keys)
-        values = {key: data[key] for key in keys - {"unit"}}
+        values = dict(data)
         try:
             values["coefficients"] = np.asarray(data["coefficients"], dtype=np.float64)
             if data["covariance"] is not None:
                 values["covariance"] = np.asarray(data["covariance"], dtype=np.float64)
-            for key in ("image_sizes", "fitted_sizes", "columns"):
+            for key in ("image_sizes", "fitted_sizes", "columns", "notes", "held_out"):
                 values[key] = tuple(data[key])
             if not np.isfinite(values["coefficients"]).all() or not math.isfinite(float(data["sigma"])):
                 raise ValueError("not finite")
@@ -243,14 +295,26 @@ class PredictorSet:
         space: The search space.
         accuracy: Predictors of accuracy; no two cover the same image size.
         latency: Predictors of latency; no two cover the same image size.
-        notes: Sentences that must be shown wherever the predictions are.
+        quantities: Predictors of further measured quantities (``energy_mj``, ``latency_ms@second-board``) by name.
     """
 
     target: str
     space: SearchSpace
     accuracy: tuple[LinearPredictor, ...]
     latency: tuple[LinearPredictor, ...]
-    notes: tuple[str, ...] = ()
+    quantities: Mapping[str, tuple[LinearPredictor, ...]] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> dict[str, tuple[LinearPredictor, ...]]:
+        """The predictors of every quantity that is known, by its name: accuracy and latency first."""
+        known = {"accuracy": self.accuracy, "latency_ms": self.latency, **self.quantities}
+        return {quantity: group for quantity, group in known.items() if group}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What must be said wherever the predictions are shown, latency first, nothing twice."""
+        groups = (self.latency, self.accuracy, *self.quantities.values())
+        return tuple(dict.fromkeys(note for group in groups for p in group for note in p.notes))
 
     @property
     def image_sizes(self) -> tuple[int, ...]:
@@ -264,7 +328,7 @@ class PredictorSet:
         Raises:
             OutOfDomainError: If none covers it.
         """
-        group = self.accuracy if quantity == "accuracy" else self.latency
+        group = self.groups.get(quantity, ())
         for predictor in group:
             if image_size in predictor.image_sizes:
                 return predictor
@@ -275,18 +339,22 @@ class PredictorSet:
             remedy="choose one of those sizes, or bring predictors fitted at that size with predictors=",
         )
 
-    def latency_bound_ms(self, architecture: Architecture, confidence: float) -> float:
-        """The latency that a search at this confidence constrains: the upper bound, at 0.5 the prediction."""
-        latency = self.of("latency_ms", architecture.image_size)
+    def bound(self, quantity: str, architecture: Architecture, confidence: float) -> float:
+        """What a search at this confidence limits: the upper bound of a quantity, at 0.5 the prediction."""
+        predictor = self.of(quantity, architecture.image_size)
         if confidence == 0.5:
-            return float(latency.predict([architecture])[0])
-        return float(latency.upper_bound([architecture], confidence)[0])
+            return float(predictor.predict([architecture])[0])
+        return float(predictor.upper_bound([architecture], confidence)[0])
+
+    def latency_bound_ms(self, architecture: Architecture, confidence: float) -> float:
+        """`bound` of the latency."""
+        return self.bound("latency_ms", architecture, confidence)
 
     def predict_table(self, architectures: Sequence[Architecture], confidence: float = 0.95) -> dict[str, list[float]]:
-        """Columns accuracy, latency_ms and their interval ends, one row an architecture."""
-        names = [f"{q}{end}" for q in ("accuracy", "latency_ms") for end in ("", "_lower", "_upper")]
+        """A column of every known quantity and its interval's ends, one row an architecture."""
+        names = [f"{q}{end}" for q in self.groups for end in ("", "_lower", "_upper")]
         table: dict[str, list[float]] = {name: [math.nan] * len(architectures) for name in names}
-        for quantity in ("accuracy", "latency_ms"):
+        for quantity in self.groups:
             for size in sorted({a.image_size for a in architectures}):
                 rows = [i for i, a in enumerate(architectures) if a.image_size == size]
                 subset = [architectures[i] for i in rows]
@@ -309,7 +377,7 @@ class PredictorSet:
             "space": self.space.to_dict(),
             "accuracy": [p.to_dict() for p in self.accuracy],
             "latency": [p.to_dict() for p in self.latency],
-            "notes": list(self.notes),
+            "quantities": {name: [p.to_dict() for p in group] for name, group in self.quantities.items()},
         }
 
     @classmethod
@@ -319,27 +387,32 @@ class PredictorSet:
         Raises:
             InvalidFormatError: If the format is unknown or newer, or keys are wrong.
         """
-        check_keys("predictors", data, {"format", "target", "space", "accuracy", "latency", "notes"})
-        if data["format"] != PREDICTORS_FORMAT:
+        version = data.get("format") if isinstance(data, Mapping) else None
+        if version == 1:
+            data = _from_format_1(data)
+        elif version != PREDICTORS_FORMAT:
             raise InvalidFormatError(
-                f"predictors must have format {PREDICTORS_FORMAT}",
-                received=data["format"],
+                f"predictors must have format {PREDICTORS_FORMAT} or 1",
+                received=version,
                 remedy="read them with the release of foxnas-mlflow that wrote them, or a later one",
             )
+        check_keys("predictors", data, {"format", "target", "space", "accuracy", "latency", "quantities"})
         space = SearchSpace.from_dict(data["space"])
+
+        def group(predictors: Any) -> tuple[LinearPredictor, ...]:
+            return tuple(LinearPredictor.from_dict(p, space) for p in predictors)
+
         return cls(
             target=data["target"],
             space=space,
-            accuracy=tuple(LinearPredictor.from_dict(p, space) for p in data["accuracy"]),
-            latency=tuple(LinearPredictor.from_dict(p, space) for p in data["latency"]),
-            notes=tuple(data["notes"]),
+            accuracy=group(data["accuracy"]),
+            latency=group(data["latency"]),
+            quantities={name: group(predictors) for name, predictors in data["quantities"].items()},
         )
 
     def save(self, path: str | Path) -> None:
         """Write JSON in one step."""
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, json.dumps(self.to_dict(), indent=1))
 
 
 def load_predictors(path: str | Path) -> PredictorSet:
@@ -358,6 +431,31 @@ def load_predictors(path: str | Path) -> PredictorSet:
     except ValueError as error:
         raise InvalidFormatError("a predictors file must be JSON", received=str(path)) from error
     return PredictorSet.from_dict(data)
+
+
+def _from_format_1(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 1 had notes for all predictors together, those of accuracy began with its name; a user's fit had none."""
+    check_keys("predictors", data, {"format", "target", "space", "accuracy", "latency", "notes"})
+    notes = list(data["notes"])
+    of_accuracy = [note for note in notes if note.startswith("Accuracy ")]
+    shared: dict[str, Any] = {"origin": "packaged" if notes else "fitted", "held_out": []}
+
+    def upgraded(predictor: Any, own_notes: list[str]) -> Any:
+        if not isinstance(predictor, Mapping):
+            return predictor
+        provenance = predictor.get("provenance")
+        own_space = isinstance(provenance, Mapping) and bool(provenance.get("own_space_only"))
+        kept = {key: value for key, value in predictor.items() if key != "unit"}
+        return kept | shared | {"notes": own_notes, "own_space_only": own_space}
+
+    return {
+        "format": PREDICTORS_FORMAT,
+        "target": data["target"],
+        "space": data["space"],
+        "accuracy": [upgraded(p, of_accuracy) for p in data["accuracy"]],
+        "latency": [upgraded(p, [note for note in notes if note not in of_accuracy]) for p in data["latency"]],
+        "quantities": {},
+    }
 
 
 def check_confidence(confidence: float) -> None:

@@ -46,8 +46,12 @@ _STEMS = {
 }
 
 
+_ACCURACY_SOURCE = "rpi4"
+"""The target whose packaged predictors know accuracies."""
+
+
 def reference_predictors(target: str) -> PredictorSet:
-    """The packaged predictors of a target.
+    """The packaged predictors of a target, with the packaged accuracies of its space where it has none of its own.
 
     Raises:
         OutOfDomainError: If none are packaged for it.
@@ -63,7 +67,18 @@ def reference_predictors(target: str) -> PredictorSet:
             "a latency model comes from: foxnas device calibrate",
         )
     with importlib.resources.as_file(file) as path:
-        return load_predictors(path)
+        predictors = load_predictors(path)
+    return predictors if predictors.accuracy else with_packaged_accuracy(predictors)
+
+
+def with_packaged_accuracy(predictors: PredictorSet) -> PredictorSet:
+    """Predictors with the packaged ones of accuracy, if their space has some: accuracy depends on no board."""
+    known = reference_predictors(_ACCURACY_SOURCE)
+    if known.space.digest != predictors.space.digest:
+        return predictors
+    note = "Accuracy is that of the packaged predictors of this space: it does not depend on the board."
+    accuracy = tuple(dataclasses.replace(p, notes=(note, *p.notes)) for p in known.accuracy)
+    return dataclasses.replace(predictors, accuracy=accuracy)
 
 
 def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
@@ -90,11 +105,9 @@ def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
     source = (
         reference_predictors(target.name) if target.predictors == "reference" else load_predictors(target.predictors)
     )
-    # What is said of the published accuracies is not said of a user's own.
-    notes = tuple(note for note in source.notes if not note.startswith("Accuracy "))
     if source.space.digest == space.digest:
-        return dataclasses.replace(source, accuracy=(), notes=notes)
-    models = [p for p in source.latency if p.recipe.any_size and not p.provenance.get("own_space_only")]
+        return dataclasses.replace(source, accuracy=())
+    models = [p for p in source.latency if p.recipe.any_size and not p.own_space_only]
     if not models:
         raise OutOfDomainError(
             f"the latency predictors of target {target.name!r} hold in space {source.space.name!r} only",
@@ -102,12 +115,14 @@ def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
             remedy="measure on the device with device=, or make a cost model of your space with: "
             "foxnas device calibrate",
         )
-    model = dataclasses.replace(models[0], space=space, image_sizes=space.image_sizes, fitted_sizes=())
     note = (
         f"The latency cost model of {target.name} comes from networks of another space or size "
         f"({source.space.name}): in this space ({space.name}) it extrapolates."
     )
-    return PredictorSet(source.target, space, (), (model,), (*notes, note))
+    model = dataclasses.replace(
+        models[0], space=space, image_sizes=space.image_sizes, fitted_sizes=(), notes=(*models[0].notes, note)
+    )
+    return PredictorSet(source.target, space, (), (model,))
 
 
 def authors_predictor(
@@ -185,15 +200,22 @@ def build_reference(table: str | Path, coefficients: str | Path) -> PredictorSet
         },
     )
     carried = _carry_accuracy(accuracy, architectures, at_size, authors_predictor(published, "accuracy"))
-    notes = (
+    latency_notes = (
         "Latency is that of the authors' setup of 2021 (TFLite int8 on a Raspberry Pi 4, batch 1); today's LiteRT "
         "with XNNPACK is several times faster. Calibrate from about ten probes on your board.",
         f"Latency was measured at 256 px. At other sizes the cost model carries it over: at {size} px it differs from "
         f"the authors' own predictor by {100 * transfer:.1f} % (root mean square), which widens the intervals there.",
-        "Accuracy is ImageNet top-1 of weight-shared subnets, known at 256 px (measured) and 192 px (carried over). "
-        "Other image sizes have no published accuracy and are not searched.",
     )
-    return PredictorSet("rpi4", CPU_SPACE, (carried, accuracy), (latency,), notes)
+    accuracy_note = (
+        "Accuracy is ImageNet top-1 of weight-shared subnets, known at 256 px (measured) and 192 px (carried over). "
+        "Other image sizes have no published accuracy and are not searched."
+    )
+    return PredictorSet(
+        "rpi4",
+        CPU_SPACE,
+        tuple(_replace(p, origin="packaged", notes=(accuracy_note,)) for p in (carried, accuracy)),
+        (_replace(latency, origin="packaged", notes=latency_notes),),
+    )
 
 
 def _carry_accuracy(

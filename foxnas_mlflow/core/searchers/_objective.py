@@ -51,7 +51,7 @@ class Bound:
         self.x_stages = [recipe.stage(space, j, kinds, image_size) for j in range(space.n_stages)]
         self.beta = predictor.coefficients
         self.t = predictor.t_quantile(confidence)
-        self.spread = _spread(predictor, image_size) if self.t > 0 else None
+        self.spread = predictor.spread(image_size) if self.t > 0 else None
         self.root = np.zeros((len(self.beta), 0)) if self.spread is None else _root(self.spread)
 
     def tables(self, weights: FloatArray) -> tuple[float, list[FloatArray]]:
@@ -231,20 +231,6 @@ def _contributions(predictor: LinearPredictor, kinds: KindArray, image_size: int
         columns, values = recipe.stage(predictor.space, j, kinds, image_size)
         tables.append(values @ beta[columns])
     return float(recipe.constant(predictor.space, image_size) @ beta), tables
-
-
-def _spread(predictor: LinearPredictor, image_size: int) -> FloatArray:
-    if predictor.covariance is None:
-        raise OutOfDomainError(
-            "a predictor known by its coefficients alone has no intervals",
-            received="confidence above 0.5",
-            remedy="use confidence 0.5, or fit the predictor from measurements",
-        )
-    transfer = 0.0 if image_size in predictor.fitted_sizes else predictor.transfer_sigma
-    variance = predictor.sigma**2 + transfer**2
-    direction = predictor.coefficients if predictor.recipe.relative else np.eye(len(predictor.coefficients))[-1]
-    spread: FloatArray = predictor.covariance + variance * np.outer(direction, direction)
-    return spread
 
 
 def _root(spread: FloatArray) -> FloatArray:

@@ -45,7 +45,7 @@ class Counted:
 
 def predicted_quantities(predictors: PredictorSet) -> tuple[str, ...]:
     """Quantities other than accuracy that predictors know, latency first."""
-    return ("latency_ms",) if predictors.latency else ()
+    return tuple(quantity for quantity in predictors.groups if quantity != "accuracy")
 
 
 def check_quantity(quantity: str, predictors: PredictorSet) -> None:
