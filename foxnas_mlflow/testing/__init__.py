@@ -1,0 +1,18 @@
+"""Conformance suites: what a searcher, a formula, a connection, a timer or a model kind must do to fit in.
+
+A suite is a class of pytest tests. Derive from it, say what is to be tested, and pytest runs it:
+
+    from foxnas_mlflow.testing import SearcherSuite
+
+    class TestMySearcher(SearcherSuite):
+        def searcher(self):
+            return MySearcher()
+
+The project's own implementations pass the same suites. Needs pytest.
+"""
+
+from foxnas_mlflow.testing.formulas import FormulaSuite
+from foxnas_mlflow.testing.models import ModelKindSuite
+from foxnas_mlflow.testing.searchers import SearcherSuite
+
+__all__ = ["FormulaSuite", "ModelKindSuite", "SearcherSuite"]
