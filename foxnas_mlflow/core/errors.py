@@ -10,12 +10,12 @@ received, and the remedy. The command line prints that line and exits with statu
     |   +-- InvalidMeasurementsError   a measurements table that cannot be used
     |   +-- UnknownTargetError         a target that is neither built in nor a file
     |   +-- InvalidFormatError         a file of an unknown, newer or damaged format
+    |   +-- OutOfDomainError           a predictor is asked for what it was not fitted for
     +-- InfeasibleConstraintError      no architecture meets the constraint
     |   +-- InfeasibleLimitsError      no architecture meets several limits, or an accuracy under them
     +-- FitError                       predictors cannot be fitted from these rows
     |   +-- TooFewSamplesError
     |   +-- RankDeficientError
-    +-- OutOfDomainError               a predictor is asked for what it was not fitted for
     +-- MissingDependencyError         an optional package is not installed
     +-- TrainingError                  training cannot go on (NaN loss, foreign checkpoint)
     +-- ConversionError                a network cannot be converted, or a check on it failed
