@@ -153,7 +153,8 @@ class SshConnection(Connection):
             self._ssh = None
         place, known = SshPlace(self._host, self._options.get("port"), self._options.get("username")), False
         try:
-            options = self._asyncssh.SSHClientConnectionOptions(host=self._host, **self._options)
+            # Empty: the usual files; without it none are read.
+            options = self._asyncssh.SSHClientConnectionOptions(host=self._host, config=(), **self._options)
             alias = options.host_key_alias
             name = alias or options.host.lower()
             if name != (alias or options.host):

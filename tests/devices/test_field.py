@@ -1,0 +1,338 @@
+"""Boards as they are found: their shells, keys, file systems, quotas and libraries."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from foxnas_mlflow.core.errors import DeviceError
+from foxnas_mlflow.deploy._board import split_target
+from foxnas_mlflow.devices import LocalConnection, board, check, connect, host_answer, measure
+from foxnas_mlflow.devices._check import _throttling
+from foxnas_mlflow.devices._script import install_command
+from foxnas_mlflow.devices._ssh import SshPlace, known_name, wrapped
+from foxnas_mlflow.tflite import require_compiler
+
+from .sshd import Server, make_key, ssh_server
+
+needs_sshd = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="no OpenSSH server (openssh-server)")
+USER = os.environ.get("USER") or "root"
+BOARD = Path(board.__file__)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("asyncssh")
+    (tmp_path / "home" / ".ssh").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    make_key(tmp_path / "home" / ".ssh" / "id_ed25519")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def server(home: Path, tmp_path: Path) -> Iterator[Server]:
+    public = (home / ".ssh" / "id_ed25519.pub").read_text()
+    with ssh_server(tmp_path / "sshd", public) as running:
+        (home / ".ssh" / "known_hosts").write_text(running.known_hosts_line)
+        yield running
+
+
+@needs_sshd
+def test_a_host_in_upper_case_is_found_as_ssh_finds_it(server: Server, home: Path) -> None:
+    (home / ".ssh" / "config").write_text(f"Host MyPi\n  HostName LocalHost\n  Port {server.port}\n  User {USER}\n")
+    (home / ".ssh" / "known_hosts").write_text(f"[localhost]:{server.port} {server.host_key}\n")
+    for device in ("ssh://MyPi", split_target("edge://MyPi")[0]):
+        with connect(device) as connection:
+            assert connection.run(["echo", "hello"], timeout_s=10).stdout == "hello\n"
+    with pytest.raises(DeviceError, match="host name of ssh://mypi must be known"):
+        connect("ssh://mypi")
+
+
+@needs_sshd
+def test_a_shell_that_prints_is_named_and_worked_around(
+    home: Path, tmp_path: Path, probe: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if Path(os.path.expanduser(f"~{USER}")).exists() and "bash" not in _login_shell():
+        pytest.skip("the login shell here reads no BASH_ENV")
+    (tmp_path / "welcome").write_text("echo 'Welcome to your board!'; printf 'no newline'\n")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {"BASH_ENV": str(tmp_path / "welcome"), "TMPDIR": str(scratch)}
+    with ssh_server(tmp_path / "sshd", (home / ".ssh" / "id_ed25519.pub").read_text(), env=environment) as server:
+        (home / ".ssh" / "known_hosts").write_text(server.known_hosts_line)
+        with connect(f"ssh://{USER}@127.0.0.1:{server.port}?python={sys.executable}") as connection:
+            found = check(connection)
+            data = os.urandom(10_000)
+            connection.put(data, f"{connection.workspace({})}/data")
+            assert connection.get(f"{connection.workspace({})}/data") == data
+            assert found.ready
+            assert any("prints 'Welcome to your board!' before every command" in note for note in found.notes)
+            assert measure(connection, probe, runs=5, warmup=1, min_seconds=0.01, attempts=1).n_runs >= 5
+    assert not list(scratch.iterdir())
+
+
+def _login_shell() -> str:
+    import pwd
+
+    return pwd.getpwuid(os.getuid()).pw_shell
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash", "fish", "zsh", "tcsh", "busybox"])
+def test_every_shell_runs_the_same_command(shell: str) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    argv = ["printf", "[%s]", "it's $HOME; a `name`\n\\'x\\\\", "é!!", "", "*", "a\n"]
+    command = [shell, *(["sh"] if shell == "busybox" else []), "-c", wrapped(argv, "MARK")]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stdout == b"MARK\n" + subprocess.run(argv, capture_output=True, check=True).stdout
+
+
+@needs_sshd
+def test_a_login_that_runs_no_commands_is_told(home: Path, tmp_path: Path) -> None:
+    public = (home / ".ssh" / "id_ed25519.pub").read_text()
+    forced = f'command="echo This account is currently not available." {public}'
+    with ssh_server(tmp_path / "sshd", forced) as server:
+        (home / ".ssh" / "known_hosts").write_text(server.known_hosts_line)
+        with (
+            connect(f"ssh://{USER}@127.0.0.1:{server.port}") as connection,
+            pytest.raises(DeviceError, match="must run commands; received This account is currently not available"),
+        ):
+            check(connection)
+
+
+@needs_sshd
+def test_an_encrypted_key_is_left_to_the_agent(
+    server: Server, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tmp_path / "encrypted"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(key)], check=True)
+    authorized = tmp_path / "sshd" / "authorized_keys"
+    authorized.write_text(key.with_suffix(".pub").read_text())
+    address = f"ssh://{USER}@127.0.0.1:{server.port}?key={key}"
+    with pytest.raises(DeviceError, match="load an encrypted key into ssh-agent with ssh-add"):
+        connect(address)
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(tmp_path / "agent")], stdout=subprocess.DEVNULL)
+    try:
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+        (tmp_path / "ask").write_text("#!/bin/sh\necho secret\n")
+        (tmp_path / "ask").chmod(0o755)
+        ask = {**os.environ, "SSH_ASKPASS": str(tmp_path / "ask"), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": "x"}
+        for _ in range(100):
+            if subprocess.run(["ssh-add", str(key)], env=ask, capture_output=True, stdin=subprocess.DEVNULL).returncode:
+                continue
+            break
+        with connect(address) as connection:
+            assert connection.run(["true"], timeout_s=10).status == 0
+    finally:
+        agent.terminate()
+        agent.wait()
+
+
+@pytest.mark.parametrize(("host", "port"), [("::1", 2403), ("::1", 22), ("board.lan", 2222), ("board.lan", 22)])
+def test_the_remedy_for_a_changed_key_works_when_pasted(host: str, port: int, tmp_path: Path) -> None:
+    known_hosts = tmp_path / "known hosts"
+    key = make_key(tmp_path / "key")
+    known_hosts.write_text(f"{known_name(host, port)} {key}\nother {key}\n")
+    place = SshPlace(host, port, "pi", known_as=known_name(host, port), known_hosts=str(known_hosts))
+    subprocess.run(["sh", "-c", place.forget], check=True, capture_output=True)
+    assert known_hosts.read_text() == f"other {key}\n"
+    assert place.ssh == f"ssh -p {port} pi@{host}"
+    if shutil.which("ssh"):
+        asked = subprocess.run([*shlex.split(place.ssh), "-G"], capture_output=True, text=True, check=True).stdout
+        assert f"hostname {host}\n" in asked
+        assert f"port {port}\n" in asked
+
+
+@needs_sshd
+def test_ipv6_and_options_of_an_address(home: Path) -> None:
+    from tests.servers import free_port
+
+    port = free_port()
+    with pytest.raises(DeviceError, match=rf"must listen at ssh://pi@\[::1\]:{port}|no route|route to"):
+        connect(f"ssh://pi@[::1]:{port}")
+    with connect("local?edgetpu=usb:1") as connection:
+        assert connection.edgetpu == "usb:1"
+    for wrong in ("local?python=x", "docker://image?cpus=none", "docker://image?cpus=0", "ssh://"):
+        with pytest.raises(DeviceError):
+            connect(wrong)
+
+
+def test_the_lock_is_made_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "LOCKS", ("/proc/none/foxnas-measurement.lock",))
+    monkeypatch.setattr(board.tempfile, "tempdir", str(tmp_path))
+    assert board.lock_path() == str(tmp_path / "foxnas-measurement.lock")
+    monkeypatch.setattr(board.tempfile, "tempdir", "/proc/none")
+    with pytest.raises(board.BoardError, match="No such file"):
+        board.lock_path()
+
+
+def test_a_read_only_tmp_with_another_directory(tmp_path: Path, probe: bytes) -> None:
+    place = Path("/var/tmp") / tmp_path.name
+    place.mkdir()
+    try:
+        (place / "model.tflite").write_bytes(probe)
+        shutil.copy(BOARD, place / "board.py")
+        script = (
+            "mount -t tmpfs -o ro tmpfs /tmp && mount -t tmpfs -o ro tmpfs /dev/shm && "
+            'export TMPDIR="$1"; exec "$2" "$1/board.py" measure "$1/model.tflite" --runs 3 --max-seconds 0.1'
+        )
+        command = ["unshare", "--mount", "sh", "-c", script, "sh", str(place), sys.executable]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if "not permitted" in done.stderr or "ermission denied" in done.stderr:
+            pytest.skip("a file system of its own needs the right to mount one")
+        assert '"samples_ms"' in done.stdout, done.stderr
+    finally:
+        shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "quota"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, 1.5),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 0.5),
+        ("0::/\n", {"cpu.max": "max 100000"}, None),
+        (
+            "4:cpu,cpuacct:/docker/x\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "50000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            0.5,
+        ),
+        (
+            "1:cpu:/x\n0::/\n",
+            {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"},
+            None,
+        ),
+        ("", {}, None),
+    ],
+)
+def test_quotas_of_both_versions_of_control_groups(
+    cgroup: str, files: dict[str, str], quota: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text + "\n")
+    read = board._read
+    monkeypatch.setattr(board, "CGROUPS", str(tmp_path))
+    monkeypatch.setattr(board, "_read", lambda path: cgroup if path == "/proc/self/cgroup" else read(path))
+    assert board.quota_processors() == quota
+    expected = len(os.sched_getaffinity(0)) if quota is None else max(1, min(len(os.sched_getaffinity(0)), int(quota)))
+    assert board.n_processors() == expected
+
+
+def test_a_quota_is_named_for_what_it_takes(probe: bytes) -> None:
+    group = Path("/sys/fs/cgroup/cpu" if Path("/sys/fs/cgroup/cpu").is_dir() else "/sys/fs/cgroup", "foxnas-test")
+    try:
+        group.mkdir()
+        if (group / "cpu.cfs_quota_us").exists():
+            (group / "cpu.cfs_quota_us").write_text("50000")
+            (group / "cpu.shares").write_text("262144")
+        else:
+            (group / "cpu.max").write_text("50000 100000")
+            (group / "cpu.weight").write_text("10000")
+    except OSError as error:
+        pytest.skip(f"a control group of its own needs rights ({error})")
+
+    class Held(LocalConnection):
+        """This machine's Python in a control group that others cannot hold back."""
+
+        def run(self, argv: list[str], *, timeout_s: float):  # type: ignore[no-untyped-def, override]
+            script = f'echo $$ > {group}/cgroup.procs; exec "$@"'
+            return super().run(["sh", "-c", script, "sh", *argv], timeout_s=timeout_s)
+
+    try:
+        with Held() as connection:
+            found = check(connection)
+            benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=1.0, attempts=1)
+    finally:
+        group.rmdir()
+    assert (found.quota, found.cores) == (0.5, 1)
+    assert any("a quota of 0.5 processors" in note for note in found.notes)
+    assert not benchmark.valid
+    assert any("a quota of 0.5 processors held it back" in reason for reason in benchmark.invalid_reasons), benchmark
+    assert not any("other processes" in reason for reason in benchmark.invalid_reasons)
+
+
+def test_a_library_that_is_no_delegate_is_named(
+    tmp_path: Path, probe: bytes, monkeypatch: pytest.MonkeyPatch, edgetpu: None
+) -> None:
+    compiled = require_compiler().compile(probe)
+    (tmp_path / "empty.c").write_text("int nothing(void) { return 0; }\n")
+    library = tmp_path / "libedgetpu.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "empty.c")], check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    message = rf"one of TensorFlow Lite; received {library} is a library without tflite_plugin_create_delegate"
+    with connect("local") as connection:
+        assert not check(connection).edgetpu
+        with pytest.raises(DeviceError, match=message):
+            measure(connection, compiled, edgetpu=True)
+    assert host_answer(probe) is not None
+
+
+@pytest.mark.parametrize(
+    ("state", "verdict"),
+    [("", "unknown"), ("0x0", "fine"), ("0x50000", "unknown"), ("0x50005", "not fine"), ("12", "fine")],
+)
+def test_throttling_that_cannot_be_known_is_not_called_fine(state: str, verdict: str) -> None:
+    assert _throttling(state).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("machine", "python", "packages"),
+    [
+        ("aarch64", "3.11.2", "numpy ai-edge-litert"),
+        ("aarch64", "3.9.2", "'numpy<2' tflite-runtime"),
+        ("armv7l", "3.11.2", "'numpy<2' tflite-runtime"),
+        ("armv7l", "3.13.1", ""),
+        ("armv6l", "3.11.2", ""),
+    ],
+)
+def test_a_remedy_names_what_installs_there(machine: str, python: str, packages: str) -> None:
+    command = install_command(machine, python)
+    assert command.endswith(packages)
+    assert bool(command) == bool(packages)
+
+
+OLD_PYTHON = next(iter(sorted(Path(os.path.expanduser("~root/.pyenv/versions")).glob("3.9.*/bin/python3.9"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.board
+@pytest.mark.parametrize(
+    ("numpy", "works"), [("numpy==1.26.4", True), ("numpy==1.19.5", False), ("numpy==2.0.2", False)]
+)
+def test_a_board_that_has_tflite_runtime_only(numpy: str, works: bool, tmp_path: Path, probe: bytes) -> None:
+    python = shutil.which("python3.9") if OLD_PYTHON is None else str(OLD_PYTHON)
+    if python is None:
+        pytest.skip("no Python 3.9 here")
+    subprocess.run([python, "-m", "venv", str(tmp_path / "venv")], check=True)
+    pip = [str(tmp_path / "venv" / "bin" / "pip"), "install", "--quiet", "--only-binary=:all:", "--no-deps"]
+    if subprocess.run([*pip, "tflite-runtime==2.14.0", numpy]).returncode:
+        pytest.skip("the wheels cannot be downloaded")
+
+    class Old(LocalConnection):
+        """This machine with an old Python."""
+
+        python = str(tmp_path / "venv" / "bin" / "python")
+
+    with Old() as connection:
+        found = check(connection)
+        assert found.runtime == "tflite-runtime 2.14.0"
+        assert found.ready == works, found.missing
+        if works:
+            expected = host_answer(probe)
+            benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=0.1, expected=expected)
+            # Kernels of 2023: random weights carry what they round differently through all layers.
+            assert benchmark.output_difference is not None
+            assert expected is not None
+            assert benchmark.output_difference <= max(1.0, expected[0].std())
+        else:
+            assert "numpy<2" in found.missing[0]
+            with pytest.raises(DeviceError, match="NumPy"):
+                measure(connection, probe, runs=1, warmup=1)
