@@ -1,0 +1,143 @@
+"""Energy of an inference, on made-up /sys trees and a stand-in meter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from foxnas_mlflow.core.errors import DeviceError
+from foxnas_mlflow.devices import board, connect, measure
+
+
+def tree(root: Path, files: dict[str, str]) -> str:
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text + "\n")
+    return str(root)
+
+
+def test_rapl_counts_packages_and_wraps(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "class/powercap/intel-rapl:0/energy_uj": "900000",
+            "class/powercap/intel-rapl:0/max_energy_range_uj": "1000000",
+            "class/powercap/intel-rapl:1/energy_uj": "0",
+            "class/powercap/intel-rapl:1/max_energy_range_uj": "1000000",
+            # Cores are a part of their package.
+            "class/powercap/intel-rapl:0:0/energy_uj": "5",
+        },
+    )
+    meter = board.find_meter("auto", root)
+    assert meter.name.startswith("RAPL")
+    assert meter._joules() == 0
+    (tmp_path / "class/powercap/intel-rapl:0/energy_uj").write_text("100000")
+    (tmp_path / "class/powercap/intel-rapl:1/energy_uj").write_text("50000")
+    assert meter._joules() == pytest.approx(0.25)
+    (tmp_path / "class/powercap/intel-rapl:1/energy_uj").write_text("")
+    with pytest.raises(board.BoardError, match="intel-rapl:1 stopped"):
+        meter._joules()
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "watts"),
+    [
+        ({"name": "ina219", "power1_input": "2500000"}, "sensor ina219 power1", 2.5),
+        (
+            {
+                "name": "ina3221", "in1_label": "VDD_IN", "in1_input": "5000", "curr1_input": "800",
+                "in2_label": "VDD_CPU", "in2_input": "5000", "curr2_input": "300",
+            },
+            "sensor VDD_IN",
+            4.0,
+        ),
+        (
+            {
+                "name": "ina3221", "in1_label": "CPU", "in1_input": "5000", "curr1_input": "200",
+                "in2_label": "GPU", "in2_input": "5000", "curr2_input": "400",
+            },
+            "sensor CPU + GPU",
+            3.0,
+        ),
+    ],
+)  # fmt: skip
+def test_sensors_of_hwmon(files: dict[str, str], name: str, watts: float, tmp_path: Path) -> None:
+    meter = board.find_meter("auto", tree(tmp_path, {f"class/hwmon/hwmon0/{key}": text for key, text in files.items()}))
+    assert meter.name == name
+    assert meter.power(0.1)[0] == pytest.approx(watts)
+
+
+def test_rails_of_an_old_jetson(tmp_path: Path) -> None:
+    place = "bus/i2c/drivers/ina3221x/6-0040/iio:device0"
+    files = {"in_power0_input": "3300", "rail_name_0": "POM_5V_IN", "in_power1_input": "900", "rail_name_1": "POM_CPU"}
+    meter = board.find_meter("auto", tree(tmp_path, {f"{place}/{key}": text for key, text in files.items()}))
+    assert meter.name == "sensor POM_5V_IN"
+    assert meter.power(0.1)[0] == pytest.approx(3.3)
+
+
+def test_idling_is_subtracted_and_the_error_covers_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A board that draws 3 W, and 2 W more while it works: runs of 5 ms cost 10 mJ."""
+    monkeypatch.setattr(board, "ENERGY_SECONDS", 1.0)
+    clock = {"joules": 0.0, "at": time.perf_counter()}
+
+    def joules() -> float:
+        now = time.perf_counter()
+        clock["joules"] += (now - clock["at"]) * 3.0
+        clock["at"] = now
+        return clock["joules"]
+
+    spent: list[float] = []
+
+    def work() -> None:
+        begin = time.perf_counter()
+        time.sleep(0.005)
+        spent.append(time.perf_counter() - begin)
+        clock["joules"] += 2.0 * spent[-1]
+
+    meter = board.Meter("stand-in", joules=joules)
+    result = board.measure_energy(work, meter, meter.segments(0.5))
+    assert result["idle_w"] == pytest.approx(3.0, rel=0.01)
+    truth = 2e3 * sum(spent) / len(spent)
+    assert result["energy_mj"] == pytest.approx(truth, abs=result["energy_error_mj"] + 0.05 * truth)
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: str(d / "none"), "a meter that it can read; received .*No such file"),
+        (lambda d: script(d / "words", "echo on fire"), "a meter that it can read"),
+        (lambda d: script(d / "stops", f"test -e {d}/once && exit 1; touch {d}/once; echo 3.5"), "stops stopped"),
+    ],
+    ids=["none", "words", "stops"],
+)
+def test_a_meter_that_fails_is_one_line(
+    make: Callable[[Path], str], message: str, tmp_path: Path, probe: bytes
+) -> None:
+    with connect("local") as connection, pytest.raises(DeviceError, match=message) as caught:
+        measure(connection, probe, runs=3, warmup=1, max_seconds=0.05, attempts=1, energy=make(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_users_command_measures(tmp_path: Path, probe: bytes) -> None:
+    command = script(tmp_path / "meter", "echo 4.25")
+    with connect("local") as connection:
+        benchmark = measure(connection, probe, runs=3, warmup=1, max_seconds=0.05, attempts=1, energy=command)
+    assert benchmark.power_meter == command
+    assert benchmark.idle_w == benchmark.load_w == pytest.approx(4.25)
+    assert benchmark.energy_mj == pytest.approx(0.0, abs=1e-9)
+    assert {"benchmark/energy_mj", "benchmark/energy_error_mj"} <= set(benchmark.metrics())
+
+
+def test_no_sensor_is_said(tmp_path: Path) -> None:
+    with pytest.raises(board.BoardError, match="no RAPL, no INA2xx"):
+        board.find_meter("auto", str(tmp_path))
