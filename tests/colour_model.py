@@ -45,11 +45,15 @@ open(sys.argv[1], "wb").write(converter.convert())
 """
 
 
-def build_colour_model(path: Path) -> TfliteModel:
-    """Convert the network and describe it."""
+def convert_colour_model(path: Path) -> None:
+    """Convert the network."""
     result = subprocess.run([sys.executable, "-c", _BUILD, str(path)], capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(result.stderr[-2000:])
+
+
+def colour_model(path: Path) -> TfliteModel:
+    """The converted network, described."""
     return TfliteModel(path, LABELS, PREPROCESSING, "logits")
 
 

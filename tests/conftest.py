@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import os
 import shutil
 import signal
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,62 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+GROUPS = {
+    # Two measurements at a time would disturb each other.
+    "measures": (
+        "devices/test_device",
+        "devices/test_measure",
+        "devices/test_edgetpu",
+        "devices/test_docker",
+        "devices/test_ssh",
+        "tracking/test_benchmark_run",
+    ),
+    # Servers of several processes each.
+    "serves": (
+        "flavor/test_conformance",
+        "flavor/test_serving",
+        "tracking/test_stack",
+        "tracking/test_rights",
+        "deploy/test_deploy",
+    ),
+    # What a module makes once: a board, a trained subnet, a converted network.
+    "board": ("devices/test_virtual_pi",),
+    "subnet": ("tracking/test_quantize_run",),
+    "conversion": ("tflite/test_convert",),
+}
+"""Tests that one worker runs one after the other, by the beginning of their path."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Name the groups for `pytest --dist loadgroup`."""
+    for item in items:
+        place = item.path.relative_to(ROOT / "tests").as_posix()
+        for group, beginnings in GROUPS.items():
+            if place.startswith(beginnings):
+                item.add_marker(pytest.mark.xdist_group(group))
+
+
+def once_a_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A directory that the first test of a run in need of it makes, for all of the run's workers.
+
+    Args:
+        factory: Knows where the run's files are.
+        name: Name of the directory.
+        make: Fills it; what it raises is raised for every worker, each of which tries.
+    """
+    # A worker's directory lies in that of the run.
+    base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    directory, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            make(directory)
+            done.touch()
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -52,11 +109,14 @@ def rng() -> np.random.Generator:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite store with MLflow's tables: making them takes seconds, copying the file does not."""
-    import mlflow
 
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}", f"sqlite:///{path}").search_experiments()
-    return path
+    def make(directory: Path) -> None:
+        import mlflow
+
+        uri = f"sqlite:///{directory / 'mlflow.db'}"
+        mlflow.MlflowClient(uri, uri).search_experiments()
+
+    return once_a_run(tmp_path_factory, "store", make) / "mlflow.db"
 
 
 @pytest.fixture
@@ -85,11 +145,12 @@ def edgetpu_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with stand-ins for the Edge TPU's compiler and library."""
     from tests.edgetpu_stand_in import build_library, write_stand_in
 
-    directory = tmp_path_factory.mktemp("edgetpu")
-    if build_library(directory) is None:
-        pytest.skip("a stand-in for libedgetpu.so.1 needs a C compiler (cc)")
-    write_stand_in(directory)
-    return directory
+    def make(directory: Path) -> None:
+        if build_library(directory) is None:
+            pytest.skip("a stand-in for libedgetpu.so.1 needs a C compiler (cc)")
+        write_stand_in(directory)
+
+    return once_a_run(tmp_path_factory, "edgetpu", make)
 
 
 @pytest.fixture
@@ -101,12 +162,15 @@ def edgetpu(edgetpu_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def colour_model(tmp_path_factory: pytest.TempPathFactory) -> TfliteModel:
-    """A tiny int8 classifier of colours, converted once a session."""
-    from tests.colour_model import build_colour_model
+    """A tiny int8 classifier of colours, converted once a run."""
+    from tests.colour_model import colour_model, convert_colour_model
 
-    if importlib.util.find_spec("tensorflow") is None:
-        pytest.skip("converting the test network needs tensorflow")
-    return build_colour_model(tmp_path_factory.mktemp("colour") / "colour.tflite")
+    def make(directory: Path) -> None:
+        if importlib.util.find_spec("tensorflow") is None:
+            pytest.skip("converting the test network needs tensorflow")
+        convert_colour_model(directory / "colour.tflite")
+
+    return colour_model(once_a_run(tmp_path_factory, "colour", make) / "colour.tflite")
 
 
 @pytest.fixture(scope="session")

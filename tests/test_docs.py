@@ -31,7 +31,8 @@ from tests.servers import free_port, running
 NOT_RUN: dict[str, str] = {
     r"python3? -m venv|^\. \S*activate|^source ": "makes the environment that this test runs in: .ci/run does it",
     r"^pip install|^sudo |apt-get": "installs: .ci/run does it",
-    r"scripts/check": "is what runs this test",
+    r"scripts/(check|test)": "is what runs this test",
+    r"scripts/demo": "installs, and takes minutes; tests/test_pipeline.py runs it on small settings",
     r"scripts/build_reference": "needs the authors' table; tests/core/test_predictors.py rebuilds from it",
     r"^python benchmarks/": "takes minutes; figures are taken by hand",
     r"\btorchrun\b": "needs several processes for minutes; tests/tracking/test_supernet_run.py runs two",
