@@ -147,7 +147,8 @@ def class_indices(labels: Any, names: Sequence[str]) -> NDArray[np.int64]:
     """Labels, given as names of classes or as their indices, as indices.
 
     Raises:
-        InvalidInputError: If one is neither.
+        InvalidInputError: If one is neither, or whole numbers may mean either: classes named 001 to 012 and the
+            labels 1 to 12.
     """
     import numpy as np
 
@@ -155,9 +156,16 @@ def class_indices(labels: Any, names: Sequence[str]) -> NDArray[np.int64]:
 
     # Names first: a model's classes may be called "0" to "9".
     known: dict[Any, int] = {name: k for k, name in enumerate(names)}
+    numbered = {int(name): k for k, name in enumerate(names) if name.isdecimal()}
     indices = []
     for label in labels:
-        value = known.get(str(label))
+        if isinstance(label, int | np.integer) and numbered and numbered.get(int(label)) != label:
+            raise InvalidInputError(
+                "a whole number is no label where classes are named by other numbers than their indices",
+                received=f"{label} for the classes {', '.join(names[:3])}, ...",
+                remedy=f"give the names as text, for example {names[0]!r}",
+            )
+        value = known.get(str(label), numbered.get(label) if isinstance(label, int | np.integer) else None)
         if value is None and isinstance(label, int | np.integer) and 0 <= label < len(names):
             value = int(label)
         if value is None:
