@@ -509,13 +509,22 @@ def _list(path: Path, source: str, val_fraction: float, seed: int) -> ImageDatas
         pictures = found.setdefault(part, Pictures(every.root))
         pictures.names.append(name)
         pictures.labels.append(label)
-    return _pictures(found, sorted(set(every.labels)), source, val_fraction, seed)
+    return _pictures(found, sorted(set(every.labels)), source, val_fraction, seed, listed=True)
 
 
 def _pictures(
-    found: Mapping[str, Pictures], labels: list[str], source: str, val_fraction: float, seed: int
+    found: Mapping[str, Pictures],
+    labels: list[str],
+    source: str,
+    val_fraction: float,
+    seed: int,
+    *,
+    listed: bool = False,
 ) -> ImageDataset:
-    """A data set of the pictures that are whole; its digest is of their names and sizes."""
+    """A data set of the pictures that are whole.
+
+    Its digest is of their names and sizes; in a folder a name has class and part in it, in a list they count beside it.
+    """
     unreadable: list[str] = []
     unread: Counter[str] = Counter()
     digest = hashlib.sha256()
@@ -531,7 +540,9 @@ def _pictures(
         unreadable += [str(path) for path in paths if path in damaged]
         kept = [i for i, path in enumerate(paths) if path not in damaged]
         for i in kept:
-            digest.update(f"{pictures.names[i]}:{paths[i].stat().st_size}\n".encode("utf-8", "surrogateescape"))
+            fact = f"{pictures.names[i]}:{paths[i].stat().st_size}"
+            fact += f":{pictures.labels[i]}:{part}\n" if listed else "\n"
+            digest.update(fact.encode("utf-8", "surrogateescape"))
         targets = np.array([target[pictures.labels[i]] for i in kept], np.int64)
         sets[part] = FileImages(tuple(paths[i] for i in kept), targets, 3)
     _check_unreadable(unreadable, n_listed, source)

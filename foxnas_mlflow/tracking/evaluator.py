@@ -165,7 +165,7 @@ def class_indices(labels: Any, names: Sequence[str]) -> NDArray[np.int64]:
                 received=f"{label} for the classes {', '.join(names[:3])}, ...",
                 remedy=f"give the names as text, for example {names[0]!r}",
             )
-        value = known.get(str(label), numbered.get(label) if isinstance(label, int | np.integer) else None)
+        value = known.get(str(label), numbered.get(int(label)) if isinstance(label, int | np.integer) else None)
         if value is None and isinstance(label, int | np.integer) and 0 <= label < len(names):
             value = int(label)
         if value is None:

@@ -232,6 +232,16 @@ def test_a_list_of_pictures(tmp_path: Path, suffix: str) -> None:
         load_dataset(str(path))
 
 
+def test_a_list_with_other_labels_is_other_data(tmp_path: Path) -> None:
+    write_images(tmp_path / "all", 12)
+    path = tmp_path / "list.csv"
+    digests = set()
+    for labels in ("ab", "ab", "ba"):
+        path.write_text("file,label\n" + "".join(f"all/{i}.png,{labels[i % 2]}\n" for i in range(12)), encoding="utf-8")
+        digests.add(load_dataset(str(path)).digest)
+    assert len(digests) == 2
+
+
 @pytest.mark.train
 def test_a_file_that_breaks_later_ends_nothing(tmp_path: Path) -> None:
     pytest.importorskip("torch")
