@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,19 @@ class Evaluation:
         top1_percent: Share of images whose most probable class is right, in percent.
         standard_error: Of that share as an estimate of the data's, in percentage points.
         n_images: Number of validation images.
+        correct: Whether each of them was answered right, in their order, shape (n_images,).
     """
 
     top1_percent: float
     standard_error: float
     n_images: int
+    correct: NDArray[np.bool_] = field(compare=False)
 
     @classmethod
-    def of(cls, n_correct: int, n_images: int) -> Evaluation:
-        """From a count of right answers."""
-        share = n_correct / n_images
-        return cls(100 * share, 100 * math.sqrt(share * (1 - share) / n_images), n_images)
+    def of(cls, correct: NDArray[np.bool_]) -> Evaluation:
+        """From right and wrong answers."""
+        share = int(correct.sum()) / len(correct)
+        return cls(100 * share, 100 * math.sqrt(share * (1 - share) / len(correct)), len(correct), correct)
 
 
 def recalibrate(plain: PlainNetwork, batches: Iterable[Tensor]) -> None:
@@ -110,13 +112,11 @@ class SubnetEvaluator:
         return self._count(plain, image_size)
 
     def _count(self, plain: PlainNetwork, image_size: int) -> Evaluation:
-        n_correct = 0
+        correct = []
         with torch.no_grad():
-            n_images = 0
             for images, targets in self._batches(image_size, validation=True):
-                n_correct += int((plain(images).argmax(1).cpu() == targets).sum())
-                n_images += len(images)
-        return Evaluation.of(n_correct, n_images)
+                correct.append((plain(images).argmax(1).cpu() == targets).numpy())
+        return Evaluation.of(np.concatenate(correct))
 
     def network(self, architecture: Architecture) -> PlainNetwork:
         """A subnet as a plain network with its own statistics, in evaluation mode."""

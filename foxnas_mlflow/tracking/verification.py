@@ -24,12 +24,16 @@ class Verification:
         device: Address of the device, or empty.
         supernet: The supernet, or None.
         model: The chosen network with its own batch norm statistics, or None without a supernet.
+        reason: Why it was chosen, in one sentence.
+        dominated: Whether another that was looked at beats it on measured figures.
     """
 
     candidates: tuple[Candidate, ...]
     device: str = ""
     supernet: TrainedSupernet | None = None
     model: SubnetModel | None = None
+    reason: str = ""
+    dominated: bool = False
 
     @property
     def chosen(self) -> Candidate:

@@ -13,7 +13,7 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InfeasibleConstraintError
 from foxnas_mlflow.core.files import cache_directory, json_digest, worked_on
 from foxnas_mlflow.core.predictors import PredictorSet
-from foxnas_mlflow.core.searchers import Candidate, SearchOutcome, verify
+from foxnas_mlflow.core.searchers import Candidate, Evaluated, SearchOutcome, verify
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel
@@ -54,13 +54,13 @@ def kept_measurements(predictors: PredictorSet, target: Target, request: Mapping
 def verified(
     run: EntryRun,
     outcome: SearchOutcome,
-    latency_ms: float,
     *,
     target: Target,
     supernet: TrainedSupernet | None,
     device: str,
     compiler_image: str = "",
     n: int,
+    tolerance_points: float | None = None,
     kept: Path,
 ) -> tuple[SearchOutcome, Verification]:
     """Measure and evaluate the candidates of a search and choose among them.
@@ -68,12 +68,12 @@ def verified(
     Args:
         run: The open run; it has the table of what was looked at, however the verification ends.
         outcome: The search.
-        latency_ms: The constraint.
         target: The target.
         supernet: Evaluates accuracies; None: the predicted ones count.
         device: Measures latencies; empty: the predicted upper bounds count.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
         n: Networks of the front to look at.
+        tolerance_points: See `foxnas_mlflow.core.searchers.verify`.
         kept: Directory of what the device said, so that a search that was cut off does not ask it again.
 
     Returns:
@@ -93,15 +93,16 @@ def verified(
             timer = stack.enter_context(open_device(target, space, device, compiler_image=compiler_image))
             time = remembered(timer, kept / MEASUREMENTS).time
         stack.callback(lambda: log_verification(run, looked))
-        looked[:] = verify(
+        verdict = verify(
             outcome,
-            latency_ms,
             n_candidates=n,
+            tolerance_points=tolerance_points,
             time=time,
             evaluate=None if evaluator is None else _evaluate(evaluator),
             on_candidate=looked.append,
         )
-    chosen = next(candidate for candidate in looked if candidate.chosen)
+        looked[:] = verdict.candidates
+    chosen = verdict.chosen
     if chosen.architecture != outcome.architecture:
         outcome = dataclasses.replace(
             outcome,
@@ -109,7 +110,7 @@ def verified(
             found_by="verification",
             accuracy=chosen.predicted_accuracy,
             latency_ms=chosen.predicted_latency_ms,
-            amounts={**outcome.amounts, "latency_ms": chosen.predicted_latency_upper_ms},
+            amounts=chosen.amounts,
         )
     model = None
     if supernet is not None and evaluator is not None:
@@ -122,12 +123,12 @@ def verified(
             ),
             labels=supernet.dataset.labels,
         )
-    return outcome, Verification(tuple(looked), device, supernet, model)
+    return outcome, Verification(verdict.candidates, device, supernet, model, verdict.reason, verdict.dominated)
 
 
-def _evaluate(evaluator: SubnetEvaluator) -> Callable[[Architecture], tuple[float, float]]:
-    def evaluate(architecture: Architecture) -> tuple[float, float]:
+def _evaluate(evaluator: SubnetEvaluator) -> Callable[[Architecture], Evaluated]:
+    def evaluate(architecture: Architecture) -> Evaluated:
         evaluation = evaluator.evaluate(architecture)
-        return evaluation.top1_percent, evaluation.standard_error
+        return Evaluated(evaluation.top1_percent, evaluation.standard_error, evaluation.correct)
 
     return evaluate

@@ -230,7 +230,6 @@ def _verified(
     return verified(
         run,
         outcome,
-        request.latency_ms,
         target=inputs.target,
         supernet=inputs.supernet,
         device=request.device,

@@ -2,6 +2,16 @@
 
 from foxnas_mlflow.core.searchers._annealing import SimulatedAnnealing
 from foxnas_mlflow.core.searchers._base import Searcher, SearchResult, TracePoint
+from foxnas_mlflow.core.searchers._evidence import (
+    Combined,
+    Signal,
+    accuracy_signal,
+    combine,
+    evaluation_covariance,
+    paired_difference,
+    prediction_covariance,
+    rank_signal,
+)
 from foxnas_mlflow.core.searchers._evolution import Evolution
 from foxnas_mlflow.core.searchers._exact import Front, Optimum, exact_front, exact_optimum, fastest, front_of, least
 from foxnas_mlflow.core.searchers._limited import solve
@@ -22,13 +32,15 @@ from foxnas_mlflow.core.searchers._search import (
     search_problem,
 )
 from foxnas_mlflow.core.searchers._tweak import Edit, rank_edits
-from foxnas_mlflow.core.searchers._verify import Candidate, verify
+from foxnas_mlflow.core.searchers._verify import Candidate, Evaluated, Verdict, choose, verify
 
 __all__ = [
     "DEFAULT_EVALUATIONS",
     "SEARCHERS",
     "Candidate",
+    "Combined",
     "Edit",
+    "Evaluated",
     "Evolution",
     "Front",
     "Limit",
@@ -40,10 +52,16 @@ __all__ = [
     "SearchOutcome",
     "SearchResult",
     "Searcher",
+    "Signal",
     "SimulatedAnnealing",
     "TracePoint",
+    "Verdict",
+    "accuracy_signal",
     "check_budget",
+    "choose",
+    "combine",
     "describe_limits",
+    "evaluation_covariance",
     "exact_front",
     "exact_optimum",
     "fastest",
@@ -52,9 +70,12 @@ __all__ = [
     "get_searcher",
     "least",
     "limit_prices",
+    "paired_difference",
     "parse_limits",
     "pose",
+    "prediction_covariance",
     "rank_edits",
+    "rank_signal",
     "search",
     "search_each",
     "search_problem",

@@ -1,23 +1,35 @@
 """Choosing the winner on measured figures (paper section 3.3, and what it leaves to the reader).
 
-A prediction picks the candidates, a measurement the winner: the best networks of the front near the
-constraint are timed on the device and evaluated with the supernet, whichever is there. When none
-meets the constraint, the best one is edited, parameter by parameter, the cheapest saving first,
-until its measured latency does.
+A prediction picks the candidates, along the whole front within the limits and as far apart as the predictors can
+tell networks apart; measurements and evaluations pick the winner. Predicted and evaluated accuracies are combined by
+their variances (`_evidence`). Of the networks that this evidence cannot tell from the best one, the fastest wins; one
+that another beats on measured latency and, beyond noise, on evaluated accuracy never does. When the found one misses
+its latency, the best one is edited, parameter by parameter, the cheapest saving first, until its measured latency does.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.errors import DeviceError, InfeasibleConstraintError
+from foxnas_mlflow.core.errors import DeviceError, InfeasibleConstraintError, InvalidInputError
 from foxnas_mlflow.core.measurements import Timing
+from foxnas_mlflow.core.searchers._evidence import (
+    BoolArray,
+    Combined,
+    combine,
+    dominated,
+    evaluation_covariance,
+    paired_difference,
+    prediction_covariance,
+)
+from foxnas_mlflow.core.searchers._limited import solve
+from foxnas_mlflow.core.searchers._prices import feasible_points
 from foxnas_mlflow.core.searchers._search import SearchOutcome
 from foxnas_mlflow.core.searchers._tweak import Edit, rank_edits
 
@@ -27,8 +39,23 @@ MAX_EDITS = 40
 _REACH = 1.1
 """Measured latencies up to this multiple of the constraint are mended by edits alone."""
 
-Evaluated = tuple[float, float]
-"""Accuracy in percent and its standard error in points."""
+_FRONT_POINTS = 400
+"""Most points of a front among which candidates are chosen."""
+
+
+class Evaluated(NamedTuple):
+    """What a supernet says of a network.
+
+    Attributes:
+        accuracy: In percent.
+        standard_error: In points.
+        correct: Whether each image was answered right, shape (n_images,), the same images for every network; None
+            where that is not known, and comparisons are then not paired.
+    """
+
+    accuracy: float
+    standard_error: float
+    correct: BoolArray | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +65,14 @@ class Candidate:
     Attributes:
         architecture: The network.
         origin: ``found``, ``front``, or the edit that made it.
-        predicted_accuracy, predicted_latency_ms, predicted_latency_upper_ms: Of the predictors.
+        predicted_accuracy, predicted_latency_ms: Of the predictors.
+        amounts: Every quantity of the objective: upper bounds of predicted ones, counts of the others.
         timing: Measured latency, or None without a device.
-        accuracy: Evaluated accuracy in percent, or None without a supernet.
-        standard_error: Of that accuracy, in points.
-        meets: Whether it meets the constraint: on the measured latency, or without a device on
+        evaluated: What the supernet says, or None without one.
+        meets: Whether it meets the limits: on the measured latency, or without a device on
             the predicted upper bound. A measurement with problems meets nothing.
+        combined_accuracy, combined_standard_error: Of prediction and evaluation together, in percent and
+            points; None until all candidates were looked at.
         chosen: Whether it won.
     """
 
@@ -51,18 +80,39 @@ class Candidate:
     origin: str
     predicted_accuracy: float
     predicted_latency_ms: float
-    predicted_latency_upper_ms: float
+    amounts: Mapping[str, float]
     timing: Timing | None
-    accuracy: float | None
-    standard_error: float | None
+    evaluated: Evaluated | None
     meets: bool
+    combined_accuracy: float | None = None
+    combined_standard_error: float | None = None
     chosen: bool = False
 
     @property
+    def predicted_latency_upper_ms(self) -> float:
+        """The latency bound that the search limited."""
+        return self.amounts["latency_ms"]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Evaluated accuracy in percent, or None without a supernet."""
+        return None if self.evaluated is None else self.evaluated.accuracy
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the evaluated accuracy, in points."""
+        return None if self.evaluated is None else self.evaluated.standard_error
+
+    @property
+    def speed_ms(self) -> float:
+        """The latency that it is judged by: the measured one, or without a device the predicted one."""
+        return self.predicted_latency_ms if self.timing is None else self.timing.latency_ms
+
+    @property
     def rank(self) -> tuple[float, float]:
-        """What winners are chosen by: evaluated accuracy where there is one, and predicted accuracy."""
-        first = self.predicted_accuracy if self.accuracy is None else self.accuracy
-        return first, self.predicted_accuracy
+        """What networks are ordered by: combined or evaluated accuracy where there is one, and the predicted one."""
+        known = self.combined_accuracy if self.combined_accuracy is not None else self.accuracy
+        return self.predicted_accuracy if known is None else known, self.predicted_accuracy
 
     def to_row(self) -> dict[str, Any]:
         """A row of ``verification.csv``."""
@@ -83,74 +133,231 @@ class Candidate:
             "predicted_accuracy": self.predicted_accuracy,
             "evaluated_accuracy": self.accuracy,
             "standard_error": self.standard_error,
+            "combined_accuracy": self.combined_accuracy,
+            "combined_standard_error": self.combined_standard_error,
+            **{f"limited_{quantity}": value for quantity, value in self.amounts.items() if quantity != "latency_ms"},
             "architecture": self.architecture.to_json(),
         }
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """The winner, and why.
+
+    Attributes:
+        candidates: All networks that were looked at, in order; exactly one is chosen.
+        reason: One sentence: what the winner was chosen by, and what slower networks would have bought.
+        dominated: Whether a network that was looked at beats the winner on measured latency and, beyond noise, on
+            evaluated accuracy; the choice never lets that be.
+    """
+
+    candidates: tuple[Candidate, ...]
+    reason: str
+    dominated: bool
+
+    @property
+    def chosen(self) -> Candidate:
+        """The winner."""
+        return next(candidate for candidate in self.candidates if candidate.chosen)
+
+
 def verify(
     outcome: SearchOutcome,
-    latency_ms: float,
     *,
     n_candidates: int = 5,
+    tolerance_points: float | None = None,
     time: Callable[[Architecture], Timing] | None = None,
     evaluate: Callable[[Architecture], Evaluated] | None = None,
     on_candidate: Callable[[Candidate], None] = lambda candidate: None,
-) -> list[Candidate]:
+) -> Verdict:
     """Measure the best candidates of a search and choose among them.
 
     Args:
-        outcome: The search.
-        latency_ms: The constraint.
+        outcome: The search; its limits are what the winner meets.
         n_candidates: Networks of the front to look at, the found one among them.
+        tolerance_points: The fastest network that is at most so much less accurate than the best one wins; None: one
+            standard error of the difference of the two; 0: the best one itself.
         time: Measures a network on the device.
         evaluate: Evaluates a network with the supernet.
         on_candidate: Told of each network that was looked at.
 
-    Returns:
-        All networks that were looked at, in order; exactly one is chosen.
-
     Raises:
+        InvalidInputError: If the tolerance is negative.
         InfeasibleConstraintError: If not even edited networks meet the constraint on the device;
             it names the smallest latency measured.
         DeviceError: If no measurement can be trusted.
     """
+    if tolerance_points is not None and tolerance_points < 0:
+        raise InvalidInputError("tolerance_points must be 0 or more, or auto", received=tolerance_points)
     seen: list[Candidate] = []
 
     def look(architecture: Architecture, origin: str) -> Candidate:
-        candidate = _look(outcome, architecture, origin, latency_ms, time, evaluate)
+        candidate = _look(outcome, architecture, origin, time, evaluate)
         seen.append(candidate)
         on_candidate(candidate)
         return candidate
 
-    for architecture in candidates(outcome, latency_ms, n_candidates, measured=time is not None):
+    for architecture in candidates(outcome, n_candidates, measured=time is not None):
         look(architecture, "found" if architecture == outcome.architecture else "front")
-    if time is not None and not any(c.meets for c in seen):
-        _mend(outcome, latency_ms, seen, look)
-    meeting = [i for i, candidate in enumerate(seen) if candidate.meets]
-    if not meeting:
+    if time is not None and not seen[0].meets and np.isfinite(outcome.problem.room[0]):
+        # Slower than predicted: what the limit still allows lies between the networks that were looked at.
+        _mend(outcome, float(outcome.problem.room[0]), seen, look)
+    if not any(c.meets for c in seen):
         raise InfeasibleConstraintError(
-            latency_ms,
+            float(outcome.problem.room[0]),
             min(c.timing.latency_ms for c in seen if c.timing is not None and not c.timing.problems),
             context=f" among {len(seen)} measured on the device",
         )
-    winner = max(meeting, key=lambda i: seen[i].rank)
-    seen[winner] = dataclasses.replace(seen[winner], chosen=True)
-    return seen
+    return choose(outcome, seen, tolerance_points=tolerance_points)
 
 
-def candidates(outcome: SearchOutcome, latency_ms: float, n: int, *, measured: bool) -> list[Architecture]:
-    """The found network, and the best others of the front that may meet the constraint.
+def choose(outcome: SearchOutcome, seen: Sequence[Candidate], *, tolerance_points: float | None = None) -> Verdict:
+    """Choose among networks that were looked at, one of which meets the limits at least, as `verify` does."""
+    evidence = _combined(outcome, seen)
+    meeting = [i for i, candidate in enumerate(seen) if candidate.meets]
+    latencies = [None if (timing := seen[i].timing) is None else timing.latency_ms for i in meeting]
+    beaten = [
+        dominated(latencies, [_evaluated_more(seen[j], seen[i]) for j in meeting], k) for k, i in enumerate(meeting)
+    ]
+    standing = [i for i, is_beaten in zip(meeting, beaten, strict=True) if not is_beaten]
+    problem = outcome.problem
+    accuracy = [seen[i].predicted_accuracy if evidence is None else float(evidence.mean[i]) for i in range(len(seen))]
+    if problem.goal != "accuracy" and problem.min_accuracy is not None:
+        enough = [i for i in standing if accuracy[i] >= problem.min_accuracy]
+        # Where no network is as accurate as asked once it was evaluated, the most accurate one is nearest to it.
+        winner = min(
+            enough, key=lambda i: _goal(seen[i], problem.goal), default=max(standing, key=lambda i: accuracy[i])
+        )
+        reason = f"of {len(seen)} networks it has least {problem.goal} at an accuracy of {problem.min_accuracy:g} %"
+        if not enough:
+            reason = (
+                f"no network of {len(seen)} was evaluated at {problem.min_accuracy:g} %: this is the most accurate one"
+            )
+    else:
+        best = max(standing, key=lambda i: (accuracy[i], seen[i].predicted_accuracy))
+        winner, reason = _fastest_alike(seen, standing, best, evidence, tolerance_points)
+    chosen = [
+        dataclasses.replace(
+            candidate,
+            chosen=i == winner,
+            combined_accuracy=None if evidence is None else float(evidence.mean[i]),
+            combined_standard_error=None if evidence is None else float(evidence.standard_error[i]),
+        )
+        for i, candidate in enumerate(seen)
+    ]
+    return Verdict(tuple(chosen), reason, winner not in standing)
 
-    With a device the predicted latency must meet it, without one the upper bound.
+
+def _fastest_alike(
+    seen: Sequence[Candidate], standing: Sequence[int], best: int, evidence: Combined | None, tolerance: float | None
+) -> tuple[int, str]:
+    """The fastest network that cannot be told from the best one, and the sentence that says so."""
+    if evidence is None:
+        gaps = {i: (seen[best].predicted_accuracy - seen[i].predicted_accuracy, 0.0) for i in standing}
+    else:
+        gaps = {i: evidence.difference(best, i) for i in standing}
+    alike = [i for i in standing if i == best or gaps[i][0] <= (gaps[i][1] if tolerance is None else tolerance)]
+    winner = min(alike, key=lambda i: (seen[i].speed_ms, -seen[i].predicted_accuracy))
+    if winner == best:
+        return winner, f"of {len(seen)} networks it is the most accurate that meets the limits"
+    gap, error = gaps[winner]
+    width = "one standard error" if tolerance is None else f"{tolerance:g} points"
+    return winner, (
+        f"the fastest within {width} of the most accurate of {len(seen)} networks, which would have bought "
+        f"{gap:.2f} points (standard error {error:.2f}) for {seen[best].speed_ms - seen[winner].speed_ms:.3g} ms more"
+    )
+
+
+def _combined(outcome: SearchOutcome, seen: Sequence[Candidate]) -> Combined | None:
+    """What predictions and evaluations say together, where all were evaluated."""
+    evaluated = [c.evaluated for c in seen if c.evaluated is not None]
+    if len(evaluated) < len(seen):
+        return None
+    errors = [e.standard_error for e in evaluated]
+    predicted = np.array([c.predicted_accuracy for c in seen])
+    return combine(
+        predicted,
+        prediction_covariance(
+            outcome.objective.predictors, [c.architecture for c in seen], evaluation_error=float(np.median(errors))
+        ),
+        np.array([e.accuracy for e in evaluated]),
+        evaluation_covariance(errors, [e.correct for e in evaluated]),
+    )
+
+
+def _evaluated_more(first: Candidate, second: Candidate) -> tuple[float, float] | None:
+    """How much more accurate the first was evaluated than the second, with the standard error of the difference."""
+    a, b = first.evaluated, second.evaluated
+    if a is None or b is None:
+        return None
+    if a.correct is not None and b.correct is not None and a.correct.shape == b.correct.shape:
+        return paired_difference(a.correct, b.correct)
+    return a.accuracy - b.accuracy, float(np.hypot(a.standard_error, b.standard_error))
+
+
+def _goal(candidate: Candidate, goal: str) -> float:
+    return candidate.speed_ms if goal == "latency_ms" else candidate.amounts[goal]
+
+
+def candidates(outcome: SearchOutcome, n: int, *, measured: bool) -> list[Architecture]:
+    """The found network, and others of the front within the limits, as far apart as predictors can tell them.
+
+    Each next network is the first down the front that is predicted less accurate than the one before by a standard
+    deviation of the difference of the two; where the front ends sooner, its end and what lies between are added. With
+    a device the predicted latency must meet its limit, without one the upper bound. Where least of a quantity
+    was asked for, they are its optima at accuracies higher by such steps.
     """
-    front = outcome.front
-    chosen = [outcome.architecture]
-    for i in reversed(np.flatnonzero(front.latency_ms <= latency_ms)):
+    if outcome.problem.goal != "accuracy":
+        return _ladder(outcome, n)
+    found = outcome.architecture
+    points = [a for a in _front_within(outcome, n, measured=measured) if a != found]
+    # From the most accurate to the fastest; the found one may be anywhere near the top.
+    ordered = sorted([found, *points], key=lambda a: -_accuracy(outcome, a))
+    accuracy = np.array([_accuracy(outcome, a) for a in ordered])
+    covariance = prediction_covariance(outcome.objective.predictors, ordered)
+    sd = np.sqrt(np.diag(covariance)[:, None] + np.diag(covariance) - 2 * covariance)
+    chosen = [ordered.index(found)]
+    last = 0
+    if last not in chosen and len(chosen) < n:
+        chosen.append(last)
+    for i in range(1, len(ordered)):
         if len(chosen) >= n:
             break
-        architecture = front.architecture(int(i))
-        if architecture not in chosen and (measured or _upper(outcome, architecture) <= latency_ms):
-            chosen.append(architecture)
+        if i not in chosen and accuracy[last] - accuracy[i] >= sd[last, i]:
+            chosen.append(i)
+            last = i
+    while len(chosen) < min(n, len(ordered)):
+        # The front is spent: its end first, then the middle of the widest stretch without a candidate.
+        free = [i for i in range(len(ordered)) if i not in chosen]
+        distance = [min(abs(i - j) for j in chosen) for i in free]
+        chosen.append(free[int(np.argmax(distance))])
+    return [ordered[i] for i in chosen[:n]]
+
+
+def _front_within(outcome: SearchOutcome, n: int, *, measured: bool) -> list[Architecture]:
+    """Networks of the front that may meet the limits."""
+    problem = outcome.problem
+    if not problem.only_latency:
+        return [point.architecture for point in feasible_points(problem, outcome.optimum, 2 * n)]
+    front, limit = outcome.front, problem.limits[0].value
+    inside = np.flatnonzero(front.latency_ms <= limit)
+    inside = inside[np.unique(np.linspace(0, len(inside) - 1, _FRONT_POINTS).astype(int))] if len(inside) else inside
+    # The neighbours just under the limit are all kept: which of them meets it only the device knows.
+    architectures = [front.architecture(int(i)) for i in inside]
+    return [a for a in architectures if measured or _amounts(outcome, a)["latency_ms"] <= limit]
+
+
+def _ladder(outcome: SearchOutcome, n: int) -> list[Architecture]:
+    """Optima of the goal at accuracies that rise by what the predictors can tell apart."""
+    problem, chosen = outcome.problem, [outcome.architecture]
+    step = float(np.sqrt(2 * prediction_covariance(outcome.objective.predictors, chosen)[0, 0]))
+    for k in range(1, n):
+        try:
+            higher = solve(dataclasses.replace(problem, min_accuracy=(problem.min_accuracy or 0.0) + k * step))
+        except InfeasibleConstraintError:
+            break
+        if higher.architecture not in chosen:
+            chosen.append(higher.architecture)
     return chosen
 
 
@@ -160,7 +367,7 @@ def _mend(
     seen: list[Candidate],
     look: Callable[[Architecture, str], Candidate],
 ) -> None:
-    """Look for networks that meet the constraint when no candidate does."""
+    """Look for networks that meet the constraint when the found one does not."""
     trusted = [c for c in seen if c.timing is not None and not c.timing.problems]
     if not trusted:
         problems = next(c.timing.problems for c in seen if c.timing is not None)
@@ -169,7 +376,7 @@ def _mend(
             received=f"{len(seen)} measurements with problems, the first: {problems[0]}",
             remedy="let the machine do nothing else, and see with: foxnas benchmark",
         )
-    best = max(trusted, key=lambda c: c.rank)
+    best = max(trusted, key=lambda c: c.predicted_accuracy)
     slowness = float(np.median([c.timing.latency_ms / c.predicted_latency_ms for c in trusted if c.timing is not None]))
     if best.timing is not None and best.timing.latency_ms > _REACH * latency_ms:
         # The device is slower than predicted: begin where the front meets the constraint there.
@@ -185,7 +392,8 @@ def _mend(
         saved = 0.0
         while saved < latency - latency_ms or not names:
             missing = (latency - latency_ms - saved) / slowness
-            edit = _cheapest(rank_edits(outcome.objective.predictors, architecture), missing)
+            edits_here = rank_edits(outcome.objective.predictors, architecture)
+            edit = _cheapest([e for e in edits_here if _counts_meet(outcome, e.architecture)], missing)
             if edit is None or edits >= MAX_EDITS:
                 break
             architecture = edit.architecture
@@ -211,33 +419,43 @@ def _look(
     outcome: SearchOutcome,
     architecture: Architecture,
     origin: str,
-    latency_ms: float,
     time: Callable[[Architecture], Timing] | None,
     evaluate: Callable[[Architecture], Evaluated] | None,
 ) -> Candidate:
-    predictors = outcome.objective.predictors
-    upper = _upper(outcome, architecture)
+    predictors, size = outcome.objective.predictors, architecture.image_size
     timing = None
     if time is not None:
         timing = time(architecture)
         if timing.problems:
             timing = time(architecture)
-    accuracy, error = (None, None) if evaluate is None else evaluate(architecture)
-    meets = (upper if timing is None else timing.latency_ms) <= latency_ms
-    size = architecture.image_size
+    amounts = _amounts(outcome, architecture)
+    judged = amounts if timing is None else {**amounts, "latency_ms": timing.latency_ms}
+    meets = all(judged[limit.quantity] <= limit.value for limit in outcome.limits)
     return Candidate(
         architecture=architecture,
         origin=origin,
-        predicted_accuracy=float(predictors.of("accuracy", size).predict([architecture])[0]),
+        predicted_accuracy=_accuracy(outcome, architecture),
         predicted_latency_ms=float(predictors.of("latency_ms", size).predict([architecture])[0]),
-        predicted_latency_upper_ms=upper,
+        amounts=amounts,
         timing=timing,
-        accuracy=accuracy,
-        standard_error=error,
+        evaluated=None if evaluate is None else evaluate(architecture),
         meets=meets and (timing is None or not timing.problems),
     )
 
 
-def _upper(outcome: SearchOutcome, architecture: Architecture) -> float:
-    """The latency bound that the search constrained."""
-    return outcome.objective.predictors.latency_bound_ms(architecture, outcome.objective.confidence)
+def _amounts(outcome: SearchOutcome, architecture: Architecture) -> dict[str, float]:
+    """Every quantity of the objective, as the search limited it."""
+    objective = outcome.objective
+    size = objective.sizes[objective.image_sizes.index(architecture.image_size)]
+    values = size.evaluate(objective.index_of(architecture)[None])[1][0]
+    return dict(zip(objective.quantities, map(float, values), strict=True))
+
+
+def _counts_meet(outcome: SearchOutcome, architecture: Architecture) -> bool:
+    """Whether a network meets all limits but that on latency, which the device judges."""
+    amounts = _amounts(outcome, architecture)
+    return all(amounts[x.quantity] <= x.value for x in outcome.limits if x.quantity != "latency_ms")
+
+
+def _accuracy(outcome: SearchOutcome, architecture: Architecture) -> float:
+    return float(outcome.objective.predictors.of("accuracy", architecture.image_size).predict([architecture])[0])
