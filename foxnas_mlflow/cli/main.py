@@ -1,6 +1,7 @@
 """The command ``foxnas``: a subcommand for every MLproject entry point.
 
-Exit status: 0 done, 2 bad input or a failure that the message explains, 130 or 143 interrupted.
+Exit status: 0 done, 2 bad input or a failure that the message explains, 3 a benchmark that is done and logged but
+not valid, 130 or 143 interrupted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="foxnas",
         description="Hardware-aware neural architecture search with MLflow: find, prove, explain, measure, promote.",
+        epilog="Exit status: 0 done; 2 bad input, or a failure that the message explains; 3 a benchmark that is done "
+        "and logged, but not valid; 130 or 143 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"foxnas-mlflow {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -44,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     tell_on_stdout()
     try:
-        print(arguments.workflow.run(requested(arguments)).describe())
+        result = arguments.workflow.run(requested(arguments))
+        print(result.describe())
     except KeyboardInterrupt:
         print("foxnas: interrupted; finished work is kept, run the same command to continue", file=sys.stderr)
         return 130
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"foxnas: {message}", file=sys.stderr)
         return 2
-    return 0
+    return int(result.exit_status)
 
 
 def _one_line(error: Exception) -> str | None:

@@ -237,6 +237,15 @@ def _declared(name: str, hint: Any, field: dataclasses.Field[Any]) -> Parameter:
     return Parameter(name, one, many, optional, field.default, field.metadata["rules"], choices)
 
 
+NO_DEVICE = "none"
+"""Given as device: nothing is measured, also where the target has a device of its own."""
+
+
+def chosen_device(given: str, default: str = "") -> str:
+    """The device that was given, or the default where none was; empty: none."""
+    return "" if given == NO_DEVICE else given or default
+
+
 def compiler_image() -> Any:
     """The parameter of every step that may need the Edge TPU's compiler."""
     return parameter("", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH.")

@@ -33,6 +33,11 @@ class Result:
         """The lines that a person reads."""
         return self.summary
 
+    @property
+    def exit_status(self) -> int:
+        """Status of the command that made it."""
+        return 0
+
     def to_dict(self) -> dict[str, Any]:
         """All but the summary, as JSON values."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "summary"}

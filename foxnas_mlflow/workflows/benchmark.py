@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from foxnas_mlflow.workflows._request import Request, parameter
+from foxnas_mlflow.workflows._request import Request, chosen_device, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow
 
 if TYPE_CHECKING:
@@ -58,6 +58,11 @@ class BenchmarkResult(Result):
     emulated: bool
     metrics: Mapping[str, float]
 
+    @property
+    def exit_status(self) -> int:
+        """3 where the figures, which are logged all the same, cannot be trusted."""
+        return 0 if self.valid else 3
+
 
 def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None = None) -> BenchmarkResult:
     """Measure a model, log the figures, and tag its version.
@@ -83,10 +88,11 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
             received=f"the target {target.name}, which runs PyTorch",
             remedy=f"its networks are measured by: foxnas sample --target {target.name} --device local",
         )
-    device = request.device or target.device
+    device = chosen_device(request.device, target.device)
     if not device:
         raise InvalidInputError(
-            f"the target {target.name} has no device of its own",
+            "a benchmark is made on a device",
+            received=request.device or f"the target {target.name}, which has none of its own",
             remedy="say where to measure: --device ssh://user@host",
         )
     threads = request.threads or target.threads

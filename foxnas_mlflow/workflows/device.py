@@ -180,7 +180,7 @@ def _measure(
     """Measure networks beside those of a table; each row is on disk before the next one begins.
 
     Args:
-        args: Of the command.
+        request: Of the command.
         found: The machine.
         target: The target.
         space: The space.
@@ -188,8 +188,8 @@ def _measure(
         choose: Networks to measure, given those that are.
     """
     from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
-    from foxnas_mlflow.core.measurements import Measurement, append_measurement, read_finished
-    from foxnas_mlflow.workflows._timers import open_device
+    from foxnas_mlflow.core.measurements import Measurement, read_finished
+    from foxnas_mlflow.workflows._timers import open_device, remembered
 
     rows = read_finished(path)
     others = sorted({f"{row.device}, {row.runtime}" for row in rows} - {f"{found.device}, {found.runtime}"})
@@ -205,14 +205,13 @@ def _measure(
     unsteady: list[str] = []
     total = len(rows) + len(networks)
     with open_device(target, space, request.device) as timer, progress_bar("calibrate", "network") as show:
+        time = remembered(timer, path).time
         for architecture in networks:
-            timing = timer.time(architecture)
+            timing = time(architecture)
             if timing.problems:
                 unsteady.append("; ".join(timing.problems))
                 continue
-            row = Measurement.of(architecture, timing)
-            append_measurement(row, path)
-            rows.append(row)
+            rows.append(Measurement.of(architecture, timing))
             show(len(rows), total, f"{timing.latency_ms:.2f} ms")
     if len(rows) < total:
         raise DeviceError(

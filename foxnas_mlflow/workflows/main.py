@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
+from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
 from foxnas_mlflow.workflows.benchmark import BenchmarkRequest, BenchmarkResult, run_benchmark
 from foxnas_mlflow.workflows.compare import CompareRequest, CompareResult, run_compare
@@ -132,7 +132,7 @@ def run_main(request: MainRequest) -> MainResult:
         raise InvalidInputError(
             "main makes int8 models: the target's runtime must be litert or edgetpu", received=target.name
         )
-    device = "" if request.device == "none" else request.device or target.device
+    device = chosen_device(request.device, target.device)
     # Hours of training are not spent before what ends the work is known to be there.
     for needed in _NEEDS:
         _require(*needed)

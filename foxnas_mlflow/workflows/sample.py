@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
+from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ class SampleRequest(Request):
     supernet: str = parameter("", "Model URI of a trained supernet; empty: the newest version of {name}-supernet.")
     data: str = parameter("", "The images that it was trained on, where they are now; empty: where they were.")
     target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML.")
-    device: str = parameter("", "Where to measure: local, ssh://user@host, docker://image; empty: the cost model.")
+    device: str = parameter(
+        "", "Where to measure: local, ssh://user@host, docker://image; empty or none: the cost model."
+    )
     compiler_image: str = compiler_image()
     n_samples: int = parameter(60, "Subnets in all, those of resume included.", at_least=1)
     design: Literal["design", "random"] = parameter("design", "How to choose: D-optimal, or random as in the paper.")
@@ -76,6 +78,7 @@ def run_sample(request: SampleRequest, *, tags: Mapping[str, str] | None = None)
     from foxnas_mlflow.core.targets import get_target
 
     target = get_target(request.target)
+    request = request.replace(device=chosen_device(request.device))
     import_or_raise("torch", extra="train", feature="evaluating subnets")
 
     from foxnas_mlflow.tracking.inputs import open_supernet

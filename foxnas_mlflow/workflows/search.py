@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
+from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ class SearchRequest(Request):
         "", "Model URI of a trained supernet, to evaluate networks and give the found one weights."
     )
     data: str = parameter("", "The images that it was trained on, where they are now; empty: where they were.")
-    device: str = parameter("", "Where to measure: local, ssh://user@host, docker://image; empty: the cost model.")
+    device: str = parameter(
+        "", "Where to measure: local, ssh://user@host, docker://image; empty or none: the cost model."
+    )
     compiler_image: str = compiler_image()
     verify: int = parameter(5, "Networks of the front to measure and evaluate before one is chosen.", at_least=1)
     measurements: str = parameter("", "Table of measured networks to draw in the report: measurements.csv.")
@@ -110,6 +112,7 @@ def run_search(request: SearchRequest, *, tags: Mapping[str, str] | None = None)
         OutOfDomainError: If the predictors know nothing of what is asked.
         DeviceError: If the device cannot be reached; finished measurements are kept.
     """
+    request = request.replace(device=chosen_device(request.device))
     # What can be refused at once is refused before there is a run.
     inputs = _open(request)
 

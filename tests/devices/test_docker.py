@@ -98,11 +98,12 @@ def test_the_commands_measure_in_a_container(
     assert main(["device", "check", "--device", device]) == 0
     assert f"Found at {device}" in capsys.readouterr().out
     (tmp_path / "probe.tflite").write_bytes(probe)
-    assert main(["benchmark", "--model", str(tmp_path / "probe.tflite"), "--device", device, "--runs", "20"]) == 0
+    status = main(["benchmark", "--model", str(tmp_path / "probe.tflite"), "--device", device, "--runs", "20"])
     assert "at most 0 levels from this host's" in capsys.readouterr().out
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert run.data.tags["foxnas.device"] == device
     assert run.data.metrics["benchmark/latency_ms_p50"] > 0
+    assert status == (0 if run.data.metrics["benchmark/valid"] else 3)
 
 
 def test_the_edge_tpu_compiler_in_a_container(board_image: str, probe: bytes, monkeypatch: pytest.MonkeyPatch) -> None:

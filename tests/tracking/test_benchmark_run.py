@@ -12,6 +12,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
 from foxnas_mlflow.tflite import write_probe
+from foxnas_mlflow.workflows import BenchmarkRequest, BenchmarkResult, run_benchmark
 
 pytestmark = pytest.mark.server
 
@@ -47,11 +48,13 @@ def test_a_registered_model_gets_its_figures(
         )
     described = {"facts": {"file, bytes": "1,234", "latency median, ms": 1e9}, "command": "foxnas benchmark"}
     describe_version("mine-cpu", "1", "tflite", **described)
-    assert main(["benchmark", "--name", "mine", *QUICK]) == 0
+    status = main(["benchmark", "--name", "mine", *QUICK])
     out = capsys.readouterr().out
     client = mlflow.MlflowClient()
     (run,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'benchmark'")
     assert run.info.status == "FINISHED"
+    # A busy machine's figures are kept, and the command says by its status that they are not to be trusted.
+    assert status == (0 if run.data.metrics["benchmark/valid"] else 3)
     tags = run.data.tags
     assert tags["foxnas.latency_source"] == "measured"
     assert tags["foxnas.target"] == "cpu"
@@ -83,12 +86,15 @@ def test_a_registered_model_gets_its_figures(
 def test_a_file_is_measured_too(tracking: str, model_path: Path) -> None:
     import mlflow
 
-    from foxnas_mlflow.workflows import BenchmarkRequest, run_benchmark
-
     result = run_benchmark(BenchmarkRequest(model=str(model_path), runs=20, warmup=1))
     run = mlflow.get_run(result.run_id)
     assert run.data.metrics["benchmark/latency_ms_p50"] == result.latency_ms
     assert run.data.params["cfg.model"] == str(model_path)
+
+
+@pytest.mark.parametrize(("valid", "status"), [(True, 0), (False, 3)])
+def test_the_status_tells_whether_figures_can_be_trusted(valid: bool, status: int) -> None:
+    assert BenchmarkResult(run_id="a", latency_ms=1, valid=valid, emulated=False, metrics={}).exit_status == status
 
 
 def test_what_cannot_be_measured_is_one_line_and_no_run(
@@ -109,7 +115,8 @@ def test_what_cannot_be_measured_is_one_line_and_no_run(
         (["--model", str(text)], "TensorFlow Lite"),
         (["--model", "/does/not/exist.tflite"], "can be read"),
         (["--model", "models:/mine-subnet-cpu/1"], "only a model of kind tflite"),
-        (["--model", str(model_path), "--target", "rpi4"], "no device of its own"),
+        (["--model", str(model_path), "--target", "rpi4"], "none of its own"),
+        (["--model", str(model_path), "--device", "none"], "a benchmark is made on a device; received none"),
         (["--model", str(model_path), "--target", "gpu"], "TensorFlow Lite"),
         (["--model", str(model_path), "--runs", "0"], "runs must be positive"),
         (["--model", str(model_path), "--device", "board"], "a device is local"),
