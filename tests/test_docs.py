@@ -60,7 +60,12 @@ SERVERS: dict[str, tuple[str, str]] = {
 }
 """Pattern of a command that runs until it is stopped, to its option for a port and what it answers."""
 
-DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    "README.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    "docs/tasks/goals.md",
+]
+"""Those of the tasks repeat the README's commands, but for the goals."""
 
 
 @dataclass(frozen=True)

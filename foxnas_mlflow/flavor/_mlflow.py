@@ -269,8 +269,8 @@ def log_model(
         step: Training step of the model.
         model_id: Id of an initialised logged model to fill.
         run_id: Id of the run, if not the active one.
-        conda_env, code_paths, signature, input_example, pip_requirements, extra_pip_requirements,
-            kind, model_config, metadata, extra_files: As for `save_model`.
+
+    All other arguments are those of `save_model`.
 
     Returns:
         MLflow's ModelInfo; `model_id` is what metrics of this model are logged with.
