@@ -331,7 +331,8 @@ def test_a_board_that_has_tflite_runtime_only(numpy: str, works: bool, tmp_path:
             # Kernels of 2023: random weights carry what they round differently through all layers.
             assert benchmark.output_difference is not None
             assert expected is not None
-            assert benchmark.output_difference <= max(1.0, expected[0].std())
+            # tflite-runtime 2.14 differs from LiteRT 2.3 by 2 levels on random weights.
+            assert benchmark.output_difference <= max(2.0, expected[0].std())
         else:
             assert "numpy<2" in found.missing[0]
             with pytest.raises(DeviceError, match="NumPy"):

@@ -165,7 +165,7 @@ def test_a_damaged_model_and_bad_counts_are_refused(probe: bytes) -> None:
 
 
 def test_one_machine_measures_one_thing_at_a_time(probe: bytes) -> None:
-    descriptor = os.open(board.LOCK, os.O_RDONLY)
+    descriptor = os.open(board.lock_path(), os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         with connect("local") as connection, pytest.raises(DeviceError, match="another measurement holds local"):

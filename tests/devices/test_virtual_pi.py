@@ -68,7 +68,9 @@ def test_what_the_board_has_and_lacks(pi: Server) -> None:
         found = check(connection)
     assert found.ready
     assert found.device == "Raspberry Pi 4 Model B Rev 1.4 (emulated)"
-    assert (found.machine, found.emulated, found.cores) == ("aarch64", True, CORES)
+    # Of the board's processors, those that the emulator may use.
+    assert (found.machine, found.emulated) == ("aarch64", True)
+    assert 1 <= found.cores <= CORES
     assert (found.governor, found.temperature_c) == ("ondemand", 48.312)
     assert found.runtime.startswith("ai-edge-litert")
     assert any("governor is ondemand" in note for note in found.notes)

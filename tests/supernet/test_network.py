@@ -9,7 +9,7 @@ from foxnas_mlflow.core.errors import InvalidFormatError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace
 from foxnas_mlflow.supernet import Supernet, get_preset, subnet_weights, time_forward
-from foxnas_mlflow.supernet._network import _relu6
+from foxnas_mlflow.supernet._style import _relu6
 from foxnas_mlflow.tflite._graph import lower
 from foxnas_mlflow.tflite._reference import reference_forward
 from foxnas_mlflow.tflite._weights import fold_weights, weight_shapes

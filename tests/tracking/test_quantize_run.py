@@ -229,7 +229,7 @@ def test_bad_input(tracking: str, subnet: SubnetModel, tmp_path: Path, capsys: p
         (["--subnet", good, "--data", str(tmp_path / "letters")], "must have the 10 classes of the subnet"),
         (["--subnet", good, "--data", str(tmp_path / "colour")], "images of 1 channels, as the subnet"),
         (["--subnet", good, "--target", "gpu"], "runtime must be litert or edgetpu"),
-        (["--subnet", good, "--calibration-images", "3"], "calibration_images must be 8 or more"),
+        (["--subnet", good, "--calibration-images", "3"], "calibration_images must be at least 8"),
         (["--subnet", good, "--input-type", "float"], "input_type must be one of"),
         (["--subnet", good, "--name", "a/b"], "name is not empty and has no"),
     ):
