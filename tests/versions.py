@@ -41,6 +41,10 @@ def register_version(
     latency_source: str = "measured",
     weights: str = "trained",
     tags: Mapping[str, str] = {},
+    target: str = "rpi4",
+    measured_for: str = "rpi4",
+    machine: str = "Raspberry Pi 4 Model B Rev 1.4",
+    emulated: bool = False,
 ) -> str:
     """Log and register a version as `quantize` and `benchmark` do; returns its number.
 
@@ -48,17 +52,49 @@ def register_version(
     """
     path = directory / "probe.tflite"
     path.write_bytes(probe())
-    model = TfliteModel(path, ("a", "b", "c"), Preprocessing(128, 3), weights=weights)  # type: ignore[arg-type]
+    details = {"target": target} if target else {}
+    model = TfliteModel(path, ("a", "b", "c"), Preprocessing(128, 3), weights=weights, details=details)  # type: ignore[arg-type]
     client = mlflow.MlflowClient()
-    with mlflow.start_run(tags={"foxnas.latency_source": latency_source}, nested=True) as run:
+    values = {key: value for key, value in {**FIGURES, **figures}.items() if value is not None}
+    with mlflow.start_run(nested=True):
         info = log_model(model, name="model", registered_model_name=name, code_paths=[])
-        for key, value in {**FIGURES, **figures}.items():
-            if value is not None:
-                mlflow.log_metric(key, value, run_id=run.info.run_id, model_id=info.model_id)
+        quality = {key: value for key, value in values.items() if key.startswith("accuracy/")}
+        mlflow.log_metrics(quality, model_id=info.model_id)
+    log_measurement(
+        info.model_id,
+        {key: value for key, value in values.items() if key not in quality},
+        target=measured_for,
+        machine=machine,
+        emulated=emulated,
+        latency_source=latency_source,
+    )
     number = str(info.registered_model_version)
-    for key, value in {"weights": weights, "emulated": "false", "benchmark_device": "board", **tags}.items():
+    for key, value in {"weights": weights, "target": target, **tags}.items():
         client.set_model_version_tag(name, number, key, value)
     return number
+
+
+def log_measurement(
+    model_id: str,
+    figures: Mapping[str, float],
+    *,
+    target: str = "rpi4",
+    machine: str = "Raspberry Pi 4 Model B Rev 1.4",
+    emulated: bool = False,
+    latency_source: str = "measured",
+) -> str:
+    """A run with latencies of a model, as `benchmark` leaves it; returns its id."""
+    tags = {
+        "foxnas.stage": "benchmark",
+        "foxnas.latency_source": latency_source,
+        "foxnas.target": target,
+        "foxnas.board": machine,
+        "foxnas.emulated": str(emulated).lower(),
+    }
+    with mlflow.start_run(tags=tags, nested=True) as run:
+        if figures:
+            mlflow.log_metrics(dict(figures), model_id=model_id)
+    return str(run.info.run_id)
 
 
 def state(name: str = NAME) -> dict[str, Any]:

@@ -7,6 +7,7 @@ its reference predictors come from. Built-in ones are data; a user's own is the 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ class Target:
         predictors: Predictors to use when none are given: ``reference`` (packaged), a path, or empty.
             They may know latency alone: a cost model of the board.
         latency_note: What the target's predicted milliseconds are, shown wherever they appear.
+        machine: Regular expression that the name of a machine must match for its figures to count in a
+            promotion; empty: any.
     """
 
     name: str
@@ -41,12 +44,19 @@ class Target:
     device: str = ""
     predictors: str = ""
     latency_note: str = ""
+    machine: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
             raise UnknownTargetError("a target's name has only letters, digits, '-' and '_'", received=repr(self.name))
         if self.runtime not in ("litert", "edgetpu", "torch"):
             raise UnknownTargetError("a target's runtime is litert, edgetpu or torch", received=repr(self.runtime))
+        try:
+            re.compile(self.machine)
+        except (re.error, TypeError):
+            raise UnknownTargetError(
+                "a target's machine is a regular expression", received=repr(self.machine)
+            ) from None
         for name in ("threads", "batch"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -68,6 +78,8 @@ class Target:
         return cls(**data)
 
 
+_PI_4 = r"Raspberry Pi (Compute Module )?4"
+
 BUILTIN_TARGETS: Mapping[str, Target] = {
     target.name: target
     for target in (
@@ -75,6 +87,7 @@ BUILTIN_TARGETS: Mapping[str, Target] = {
             "rpi4",
             "Raspberry Pi 4 (Cortex-A72), int8 TFLite, batch 1",
             predictors="reference",
+            machine=_PI_4,
             latency_note=(
                 "milliseconds of the authors' setup of 2021 (TFLite int8 on a Raspberry Pi 4); "
                 "today's LiteRT with XNNPACK is several times faster: calibrate from about ten probes on your board"
@@ -91,11 +104,12 @@ BUILTIN_TARGETS: Mapping[str, Target] = {
                     f"milliseconds of a cost model of the Edge TPU ({host}) fitted to published figures, "
                     "about 10 % off on networks that it has not seen; nothing was measured on your board"
                 ),
+                machine=machine,
             )
-            for name, host in (
-                ("edgetpu", "USB Accelerator on USB 3 of an x86 desktop"),
-                ("edgetpu-devboard", "Coral Dev Board"),
-                ("edgetpu-rpi4", "USB Accelerator on a Raspberry Pi 4"),
+            for name, host, machine in (
+                ("edgetpu", "USB Accelerator on USB 3 of an x86 desktop", ""),
+                ("edgetpu-devboard", "Coral Dev Board", ""),
+                ("edgetpu-rpi4", "USB Accelerator on a Raspberry Pi 4", _PI_4),
             )
         ),
         *(

@@ -30,6 +30,7 @@ class MeasuredModel:
         kind: Kind of the logged model.
         model_id: Id of the logged model, or None for a plain file.
         version: Its registered version, or None.
+        target: Name of the target that it was made for, or empty.
     """
 
     source: str
@@ -38,6 +39,7 @@ class MeasuredModel:
     kind: str = "tflite"
     model_id: str | None = None
     version: ModelVersion | None = None
+    target: str = ""
 
 
 def find_model(source: str, directory: Path) -> MeasuredModel:
@@ -68,7 +70,8 @@ def find_model(source: str, directory: Path) -> MeasuredModel:
         )
     # From the model itself: SQL stores leave its id out of the version.
     info = mlflow.models.get_model_info(source)
-    return MeasuredModel(source, model.path, model.fallback, info.flavors[FLAVOR_NAME]["kind"], info.model_id, version)
+    kind, target = info.flavors[FLAVOR_NAME]["kind"], str(model.details.get("target", ""))
+    return MeasuredModel(source, model.path, model.fallback, kind, info.model_id, version, target)
 
 
 def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, target: Target) -> None:
@@ -115,6 +118,7 @@ def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, tar
         raise
     if model.version is None:
         return
+    # For people: a promotion reads the run's tags, which no copy of a version and no second measurement changes.
     tags = {
         "benchmark_device": benchmark.device,
         "benchmark_target": target.name,
@@ -123,13 +127,18 @@ def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, tar
     }
     tag_version(model.version.name, model.version.version, tags)
     words = "valid" if benchmark.valid else f"not valid: {'; '.join(benchmark.invalid_reasons)}"
-    facts = {
+    facts: dict[str, object] = {
         "latency median, ms": benchmark.latency_ms_p50,
         "latency p90, ms": benchmark.latency_ms_p90,
-        "measured on": benchmark.device,
+        "measured on": f"{benchmark.device}, target {target.name}",
         "measured with": f"{benchmark.runtime}, {benchmark.threads} thread(s)",
         "measurement": "emulated: no real time" if benchmark.emulated else words,
     }
+    if model.target not in ("", target.name):
+        # Its own rows are of the machines that it is for.
+        facts = {
+            f"measured for {target.name} too": f"p90 {benchmark.latency_ms_p90:.4g} ms on {benchmark.device}, {words}"
+        }
     describe_version(model.version.name, model.version.version, model.kind, facts=facts, command=promote_command(model))
 
 

@@ -1,12 +1,14 @@
 """Gates: what a version must show before it is promoted.
 
-A gate judges figures that belong to the version itself, logged with its `model_id`, and the files
-that were logged. It says what it saw: the verdict, the numbers, and what to run when a number is
-missing.
+A gate judges figures of the logged model itself, found by its id, and the files that were logged.
+What a latency is of (target, machine, emulated, valid) is a fact of the run that logged it, and is
+taken from there: tags of a version can be edited, and travel with copies. It says what it saw: the
+verdict, the numbers, and what to run when a number is missing.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,31 +19,86 @@ DROP = "accuracy/quantization_drop"
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """Latencies of one run, and what they are of.
+
+    Attributes:
+        run_id: The run.
+        figures: Its metrics of the model.
+        target: Name of the target that was measured for, or empty.
+        machine: The machine in one line, or empty where nothing tells.
+        emulated: Whether its processor was emulated.
+        source: ``measured`` or ``cost_model``, or empty where nothing tells.
+    """
+
+    run_id: str
+    figures: Mapping[str, float]
+    target: str = ""
+    machine: str = ""
+    emulated: bool = False
+    source: str = ""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it was measured, on hardware that exists."""
+        return self.source == "measured" and bool(self.machine) and not self.emulated
+
+    def __str__(self) -> str:
+        """What it is of, for people."""
+        words = "an unknown machine" if not self.machine else self.machine
+        return f"{words}{' (emulated)' if self.emulated else ''}, target {self.target or 'unknown'}"
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """What is known of a version.
 
     Attributes:
         version: The version's number.
-        figures: Latest value of every metric of its model.
+        figures: Latest value of every metric of its model; latencies count from `benchmarks` alone.
+        benchmarks: Runs that logged a latency of its model, the newest first.
         tags: Tags of the version.
         kind: Kind of the model.
         weights: What its sealed description says: ``trained``, ``none`` or ``random``.
         sha256: Checksum of its main file, which was verified.
-        latency_source: ``measured`` or ``cost_model``: tag of the run that logged its latency, or empty.
+        target: The target that it was made for, by its sealed description; empty: none in particular.
+        machine: Regular expression of the machines of that target; empty: any.
+        sealed: Whether its manifest is the one that the registry has; False: the registry has none.
     """
 
     version: str
     figures: Mapping[str, float]
+    benchmarks: Sequence[Measured] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     kind: str = "tflite"
     weights: str = ""
     sha256: str = ""
-    latency_source: str = ""
+    target: str = ""
+    machine: str = ""
+    sealed: bool = True
+
+    def suits(self, measured: Measured) -> bool:
+        """Whether a latency is of what the version is for."""
+        return (not self.target or measured.target == self.target) and bool(re.search(self.machine, measured.machine))
 
     @property
-    def device(self) -> str:
-        """What its latency was measured on, or empty."""
-        return self.tags.get("benchmark_device", "")
+    def benchmark(self) -> Measured | None:
+        """The latency that counts: of its own target and machines; the newest that is real and valid, if any is."""
+        suitable = [measured for measured in self.benchmarks if self.suits(measured)]
+        for wanted in (
+            lambda m: m.is_measured and m.figures.get(VALID) == 1,
+            lambda m: m.is_measured,
+            lambda m: True,
+        ):
+            for measured in suitable:
+                if wanted(measured):
+                    return measured
+        return None
+
+    @property
+    def latency_ms(self) -> float | None:
+        """The 90th percentile that counts."""
+        return None if self.benchmark is None else self.benchmark.figures.get(LATENCY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +137,7 @@ def judge(
         max_accuracy_drop: Most points of top-1 that quantization may cost.
     """
     return [
-        Verdict("intact", True, f"files as logged, kind {candidate.kind}, sha256 {candidate.sha256[:12]}"),
+        _intact(candidate),
         _weights(candidate),
         _measured(candidate),
         _valid(candidate),
@@ -88,6 +145,13 @@ def judge(
         _drop(candidate, max_accuracy_drop),
         _holder(candidate, holder),
     ]
+
+
+def _intact(candidate: Candidate) -> Verdict:
+    if not candidate.sealed:
+        text = "the registry has no checksum of its files: it was logged by an earlier release; log it again"
+        return Verdict("intact", False, text)
+    return Verdict("intact", True, f"files as logged, kind {candidate.kind}, sha256 {candidate.sha256[:12]}")
 
 
 def _weights(candidate: Candidate) -> Verdict:
@@ -100,18 +164,24 @@ def _weights(candidate: Candidate) -> Verdict:
 
 
 def _measured(candidate: Candidate) -> Verdict:
-    on = f" on {candidate.device}" if candidate.device else ""
-    if LATENCY not in candidate.figures:
+    found = candidate.benchmark
+    if found is None and candidate.benchmarks:
+        made_for = f"target {candidate.target or 'any'}{f' ({candidate.machine})' if candidate.machine else ''}"
+        text = f"measured on {candidate.benchmarks[0]}, but the version is for {made_for}: run foxnas benchmark there"
+        return Verdict("measured", False, text)
+    if found is None:
         return Verdict("measured", False, "no measured latency: run foxnas benchmark on this version")
-    if candidate.latency_source == "cost_model":
+    if found.source == "cost_model":
         return Verdict("measured", False, "the latency comes from the cost model: run foxnas benchmark with a device")
-    if candidate.tags.get("emulated", "false").lower() == "true":
-        return Verdict("measured", False, f"measured{on}, which is emulated: benchmark on the board itself")
-    return Verdict("measured", True, f"measured{on}, not emulated")
+    if found.emulated:
+        return Verdict("measured", False, f"measured on {found}: benchmark on the board itself")
+    if not found.is_measured:
+        return Verdict("measured", False, f"run {found.run_id} does not say what was measured: run foxnas benchmark")
+    return Verdict("measured", True, f"measured on {found}")
 
 
 def _valid(candidate: Candidate) -> Verdict:
-    valid = candidate.figures.get(VALID)
+    valid = None if candidate.benchmark is None else candidate.benchmark.figures.get(VALID)
     if valid is None:
         return Verdict("valid", False, "no benchmark: run foxnas benchmark on this version")
     text = "the benchmark is valid" if valid == 1 else "the benchmark is not valid: its benchmark.json tells why"
@@ -119,7 +189,7 @@ def _valid(candidate: Candidate) -> Verdict:
 
 
 def _latency(candidate: Candidate, limit: float) -> Verdict:
-    value = candidate.figures.get(LATENCY)
+    value = candidate.latency_ms
     if value is None:
         return Verdict("latency", False, "no p90 latency: run foxnas benchmark on this version", limit=limit or None)
     if not limit:
@@ -144,13 +214,13 @@ def _holder(candidate: Candidate, holder: Candidate | None) -> Verdict:
         return Verdict("holder", True, "nobody holds the stage")
     if holder.version == candidate.version:
         return Verdict("holder", True, "it holds the stage itself")
-    pairs = [(c.figures.get(ACCURACY), c.figures.get(LATENCY)) for c in (candidate, holder)]
+    pairs = [(c.figures.get(ACCURACY), c.latency_ms) for c in (candidate, holder)]
     (accuracy, latency), (held_accuracy, held_latency) = pairs
     who = f"version {holder.version}"
     if accuracy is None or latency is None or held_accuracy is None or held_latency is None:
         return Verdict("holder", True, f"not comparable: {who} or this one lacks accuracy or latency")
-    if candidate.device != holder.device:
-        return Verdict("holder", True, f"not comparable: {who} was measured on {holder.device or 'an unknown device'}")
+    if str(candidate.benchmark) != str(holder.benchmark):
+        return Verdict("holder", True, f"not comparable: {who} was measured on {holder.benchmark}")
     numbers = f"{accuracy:.2f} %, {latency:.4g} ms against {held_accuracy:.2f} %, {held_latency:.4g} ms of {who}"
     if held_accuracy > accuracy and held_latency < latency:
         return Verdict("holder", False, f"beaten on both: {numbers}")

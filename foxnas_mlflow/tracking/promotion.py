@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,16 +12,18 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from foxnas_mlflow.core.errors import InvalidFormatError, PromotionError
-from foxnas_mlflow.flavor import FLAVOR_NAME, main_file, read_manifest
-from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, Candidate, Verdict, judge, passed
+from foxnas_mlflow.core.targets import BUILTIN_TARGETS
+from foxnas_mlflow.flavor import FLAVOR_NAME, check_seal, main_file, model_id_of, read_manifest, sealed
+from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, Candidate, Measured, Verdict, judge, passed
 from foxnas_mlflow.tracking.history import former_versions
 from foxnas_mlflow.tracking.holders import ARCHIVED, STAGES, StageKeeper
-from foxnas_mlflow.tracking.registry import describe_version, version_metric_sources
+from foxnas_mlflow.tracking.registry import describe_version, metrics_of
 from foxnas_mlflow.tracking.run import EntryRun
 
 PROMOTION_FORMAT = 1
@@ -220,27 +222,67 @@ def _candidate(version: ModelVersion, directory: Path) -> Candidate:
     if FLAVOR_NAME not in flavors:
         raise InvalidFormatError("promote moves models of flavor foxnas", received=f"{uri} has {sorted(flavors)}")
     manifest = read_manifest(local / flavors[FLAVOR_NAME]["data"])
-    candidate = _held(version.name, str(version.version))
+    model_id = model_id_of(version)
+    expected = None if model_id is None else sealed(model_id)
+    check_seal(manifest, expected)
+    details = manifest.metadata.get("details", {})
+    target = str(details.get("target", ""))
+    builtin = BUILTIN_TARGETS.get(target)
     return dataclasses.replace(
-        candidate,
+        _held(version.name, str(version.version)),
         kind=manifest.kind,
         weights=str(manifest.metadata.get("weights", "none")),
         sha256=manifest.files[main_file(manifest.kind)],
+        target=target,
+        machine=str(details.get("machine", "" if builtin is None else builtin.machine)),
+        sealed=expected is not None,
     )
 
 
 def _held(name: str, number: str) -> Candidate:
+    """What the registry knows of a version, whose target is taken from its tag: its files may be gone."""
     version = MlflowClient().get_model_version(name, number)
-    sources = version_metric_sources(version)
-    figures = {key: value for key, (value, _) in sources.items()}
-    source = ""
-    if LATENCY in sources:
+    model_id = model_id_of(version)
+    try:
+        metrics = [] if model_id is None else metrics_of(model_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        metrics = []  # a holder whose model was deleted keeps nobody out
+    return Candidate(
+        number,
+        {metric.key: metric.value for metric in metrics},
+        _benchmarks(metrics),
+        dict(version.tags),
+        target=version.tags.get("target", ""),
+    )
+
+
+def _benchmarks(metrics: Sequence[Metric]) -> tuple[Measured, ...]:
+    """The runs that logged a latency, the newest first; one that was deleted counts no more."""
+    client = MlflowClient()
+    found = []
+    for run_id in dict.fromkeys(m.run_id for m in reversed(metrics) if m.key == LATENCY and m.run_id):
         try:
-            run = MlflowClient().get_run(sources[LATENCY][1])
-            source = run.data.tags.get("foxnas.latency_source", "")
-        except MlflowException:
-            source = ""  # its run was deleted; the figure stays with the model
-    return Candidate(number, figures, dict(version.tags), latency_source=source)
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            continue
+        if run.info.lifecycle_stage != LifecycleStage.ACTIVE:
+            continue
+        tags = run.data.tags
+        found.append(
+            Measured(
+                run_id,
+                {m.key: m.value for m in metrics if m.run_id == run_id},
+                tags.get("foxnas.target", ""),
+                tags.get("foxnas.board", ""),
+                tags.get("foxnas.emulated", "false").lower() == "true",
+                tags.get("foxnas.latency_source", ""),
+            )
+        )
+    return tuple(found)
 
 
 def _is_ready(name: str, number: str) -> bool:
@@ -251,12 +293,12 @@ def _is_ready(name: str, number: str) -> bool:
 
 
 def _describe(name: str, candidate: Candidate) -> None:
-    shown = {ACCURACY: "int8 top-1, %", DROP: "lost by quantization, points", LATENCY: "latency p90, ms"}
+    shown = {ACCURACY: "int8 top-1, %", DROP: "lost by quantization, points"}
     facts: dict[str, object] = {
         words: candidate.figures[key] for key, words in shown.items() if key in candidate.figures
     }
-    if candidate.device:
-        facts["measured on"] = candidate.device
+    if candidate.benchmark is not None:
+        facts |= {"latency p90, ms": candidate.latency_ms, "measured on": str(candidate.benchmark)}
     facts |= {"weights": candidate.weights, "SHA-256": candidate.sha256}
     command = f"mlflow models serve -m models:/{name}/{candidate.version} --env-manager local"
     describe_version(name, candidate.version, candidate.kind, facts=facts, command=command)

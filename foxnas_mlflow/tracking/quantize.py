@@ -131,6 +131,7 @@ def log_quantized(
         details={
             "sha256": conversion.sha256,
             "target": target.name,
+            "machine": target.machine,
             "provenance": dict(quantized.provenance),
             "operators": dict(conversion.operator_counts),
         },

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
+from foxnas_mlflow.flavor import model_id_of
 from foxnas_mlflow.tracking.run import best_effort
 
 _RIGHTS = ("permission", "readonly", "read-only", "denied", "privilege", "forbidden", "unauthor", "not authorized")
@@ -200,7 +203,8 @@ def version_metrics(version: ModelVersion) -> dict[str, float]:
 
     Metrics that only its run has are left out: a run may hold figures of several models.
     """
-    return {key: value for key, (value, _) in version_metric_sources(version).items()}
+    model_id = model_id_of(version)
+    return {} if model_id is None else {metric.key: metric.value for metric in metrics_of(model_id)}
 
 
 _WHAT: Mapping[str, str] = {
@@ -212,11 +216,16 @@ _WHAT: Mapping[str, str] = {
 }
 
 
+FACTS = "foxnas.facts"
+"""Tag of a version: the rows of its page as a JSON object."""
+
+
 def describe_version(name: str, version: str | int, kind: str, *, facts: Mapping[str, object], command: str) -> None:
     """Write what a version is on its page: what it is, its figures, and the next command.
 
-    Rows that are there already stay unless a new one has their key. The registered model gets a
-    description too. What somebody else has written stays. A registry that takes no text stops no work.
+    The rows are kept as data in the tag `FACTS`: those that are there already stay unless a new one has
+    their key. The registered model gets a description too. What somebody else has written stays. A
+    registry that takes no text stops no work.
 
     Args:
         name: The registered model.
@@ -230,38 +239,26 @@ def describe_version(name: str, version: str | int, kind: str, *, facts: Mapping
 
 def _describe_version(name: str, version: str, kind: str, facts: Mapping[str, object], command: str) -> None:
     client = MlflowClient()
-    written = client.get_model_version(name, version).description
-    if not written or written.startswith(tuple(_WHAT.values())):
-        rows = dict(re.findall(r"^\| (.+?) \| (.*) \|$", written or "", re.MULTILINE))
-        rows |= {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in facts.items()}
-        table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
-        text = "\n".join([_WHAT[kind], "", *table, "", "Next:", "", f"    {command}"])
-        client.update_model_version(name, version, description=text)
+    found = client.get_model_version(name, version)
+    rows: dict[str, str] = json.loads(found.tags.get(FACTS, "{}"))
+    rows |= {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in facts.items()}
+    client.set_model_version_tag(name, version, FACTS, json.dumps(rows))
+    if not found.description or found.description.startswith(tuple(_WHAT.values())):
+        client.update_model_version(name, version, description=_page(kind, rows, command))
     if not client.get_registered_model(name).description:
         client.update_registered_model(name, description=_WHAT[kind])
 
 
-def model_id_of(version: ModelVersion) -> str | None:
-    """Id of the logged model that a version was registered from, or None.
-
-    SQL stores leave `model_id` of a version empty; its source, ``models:/m-...`` or the place of
-    the model's artifacts, names it.
-    """
-    if version.model_id:
-        return str(version.model_id)
-    found = re.search(r"\bm-[0-9a-f]{32}\b", version.source or "")
-    return found.group() if found else None
+def _page(kind: str, rows: Mapping[str, str], command: str) -> str:
+    table = ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items())]
+    return "\n".join([_WHAT[kind], "", *table, "", "Next:", "", f"    {command}"])
 
 
-def version_metric_sources(version: ModelVersion) -> dict[str, tuple[float, str]]:
-    """The figures of a version, each with the id of the run that logged it."""
-    model_id = model_id_of(version)
-    if model_id is None:
-        return {}
-    model = MlflowClient().get_logged_model(model_id)
-    latest: dict[str, tuple[int, int, float, str]] = {}
-    for metric in model.metrics or []:
-        candidate = (metric.timestamp, metric.step, metric.value, metric.run_id or "")
-        if metric.key not in latest or candidate[:2] >= latest[metric.key][:2]:
-            latest[metric.key] = candidate
-    return {key: (value, run_id) for key, (_, _, value, run_id) in latest.items()}
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def metrics_of(model_id: str) -> list[Metric]:
+    """Every value of every metric of a logged model, the newest last."""
+    metrics = MlflowClient().get_logged_model(model_id).metrics or []
+    return sorted(metrics, key=lambda metric: (metric.timestamp, metric.step))

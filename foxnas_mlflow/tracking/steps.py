@@ -1,13 +1,15 @@
 """Steps of a pipeline that are found again instead of done again.
 
 A step is a nested run that carries the digest of everything that its result depends on. It counts
-as done when its run is FINISHED and says what it made; a run that a kill left behind is ended and
-offered to the step, which goes on from what it left (a checkpoint, measured rows).
+as done when its run is FINISHED, says what it made, and all of that is still there: versions with
+their files, artifacts. A run that a kill left behind is ended and offered to the step, which goes on
+from what it left (a checkpoint, measured rows).
 
 | tag of a step's run   | meaning                                                         |
 |-----------------------|-----------------------------------------------------------------|
 | foxnas.step_digest    | SHA-256 of name, inputs and format of the step                  |
 | foxnas.step_outputs   | JSON: what the step returned; set when it is done               |
+| foxnas.step_artifacts | JSON: names at the root of the run's artifacts when it was done |
 | foxnas.process        | host, process id and its start: tells a running run from a dead |
 """
 
@@ -20,8 +22,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mlflow import MlflowClient
+from mlflow.artifacts import list_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from foxnas_mlflow.core.files import json_digest
@@ -30,6 +34,7 @@ from foxnas_mlflow.tracking.run import EntryRun
 
 DIGEST_TAG = "foxnas.step_digest"
 OUTPUTS_TAG = "foxnas.step_outputs"
+ARTIFACTS_TAG = "foxnas.step_artifacts"
 
 _FORMAT = 2
 """Raised when what a step's inputs mean changes; results of earlier releases are then made anew."""
@@ -124,6 +129,7 @@ def run_step(
         _adopt(client, run, parent)
     outputs = dict(action([run.info.run_id for run in cut_off], {DIGEST_TAG: digest}))
     run_id = str(outputs["run_id"])
+    client.set_tag(run_id, ARTIFACTS_TAG, json.dumps(sorted(_names(client, run_id))))
     client.set_tag(run_id, OUTPUTS_TAG, json.dumps(outputs))
     return StepResult(step.name, run_id, outputs, False, time.monotonic() - start)
 
@@ -134,14 +140,31 @@ def _outputs(client: MlflowClient, run: Run) -> dict[str, Any] | None:
     if run.info.status != "FINISHED" or text is None:
         return None
     outputs: dict[str, Any] = json.loads(text)
-    for value in outputs.values():
-        if isinstance(value, str) and value.startswith("models:/") and value.count("/") == 2:
-            name, version = value.removeprefix("models:/").split("/")
-            try:
-                client.get_model_version(name, version)
-            except MlflowException:
-                return None
-    return outputs
+    expected = set(json.loads(run.data.tags.get(ARTIFACTS_TAG, "[]")))
+    if not expected <= _names(client, run.info.run_id):
+        return None
+    return outputs if all(_exists(client, value) for value in outputs.values()) else None
+
+
+def _exists(client: MlflowClient, value: object) -> bool:
+    """Whether a registered version or an artifact that a result names is there; anything else always is."""
+    if not isinstance(value, str) or value.count("/") < 2:
+        return True
+    if value.startswith("runs:/"):
+        run_id, _, path = value.removeprefix("runs:/").partition("/")
+        return any(file.path == path for file in client.list_artifacts(run_id, path.rpartition("/")[0] or None))
+    if not value.startswith("models:/"):
+        return True
+    name, version = value.removeprefix("models:/").split("/", 1)
+    try:
+        client.get_model_version(name, version)
+        return any(file.path == MLMODEL_FILE_NAME for file in list_artifacts(artifact_uri=value))
+    except (MlflowException, OSError):
+        return False
+
+
+def _names(client: MlflowClient, run_id: str) -> set[str]:
+    return {file.path for file in client.list_artifacts(run_id)}
 
 
 def _is_at_work(run: Run) -> bool:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from foxnas_mlflow.tracking.benchmark import MeasuredModel
 
 
+_DEFAULT_TARGET = "cpu"
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRequest(Request):
     """What to measure; see `run_benchmark`."""
@@ -23,7 +26,9 @@ class BenchmarkRequest(Request):
     model: str = parameter(
         "", "Path of a .tflite file, or models:/NAME/VERSION; empty: the newest version that quantize registered."
     )
-    target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")
+    target: str = parameter(
+        "", "Target: rpi4, edgetpu, cpu, or the path of a target YAML; empty: the model's own, of a file cpu."
+    )
     device: str = parameter(
         "", "Where to measure: local, ssh://user@host[:port], docker://image; empty: the target's device."
     )
@@ -75,42 +80,43 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
         InvalidInputError: If there is no such model, or it cannot be measured.
         DeviceError: If the device cannot be reached, or lacks something.
     """
+    import contextlib
     import tempfile
     from pathlib import Path
 
-    from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.core.targets import get_target
-
-    target = get_target(request.target)
-    if target.runtime == "torch":
-        raise InvalidInputError(
-            "a benchmark is of a TensorFlow Lite model",
-            received=f"the target {target.name}, which runs PyTorch",
-            remedy=f"its networks are measured by: foxnas sample --target {target.name} --device local",
-        )
-    device = chosen_device(request.device, target.device)
-    if not device:
-        raise InvalidInputError(
-            "a benchmark is made on a device",
-            received=request.device or f"the target {target.name}, which has none of its own",
-            remedy="say where to measure: --device ssh://user@host",
-        )
-    threads = request.threads or target.threads
-
     from foxnas_mlflow.devices import connect, measure
     from foxnas_mlflow.tracking.benchmark import find_model, log_benchmark
     from foxnas_mlflow.tracking.registry import registered_name
     from foxnas_mlflow.tracking.run import entry_run
 
-    kind = "edgetpu" if target.runtime == "edgetpu" else "tflite"
-    source = request.model or f"models:/{registered_name(request.name, kind, target.name)}/latest"
-    with tempfile.TemporaryDirectory(prefix="foxnas-") as directory, connect(device) as connection:
+    # What to measure is looked up by the target, and the target, where none is given, by what is measured.
+    target = None if request.model and not request.target else get_target(request.target or _DEFAULT_TARGET)
+    if target is not None:
+        _check_target(target)
+    kind = "edgetpu" if target is not None and target.runtime == "edgetpu" else "tflite"
+    name = "" if target is None else target.name
+    source = request.model or f"models:/{registered_name(request.name, kind, name)}/latest"
+    with tempfile.TemporaryDirectory(prefix="foxnas-") as directory, contextlib.ExitStack() as stack:
         # A model that cannot be measured and a machine that does not answer leave no run behind.
+        if target is not None:
+            connection = stack.enter_context(connect(_device(request, target)))
         model = find_model(source, Path(directory))
+        if target is None:
+            target = _own_target(model)
+            _check_target(target)
+            connection = stack.enter_context(connect(_device(request, target)))
+        threads = request.threads or target.threads
         data, expected = _read(model)
         with entry_run(
             stage="benchmark",
-            params=request.texts() | {"model": model.source, "device": device, "threads": threads},
+            params=request.texts()
+            | {
+                "model": model.source,
+                "target": request.target or target.name,
+                "device": _device(request, target),
+                "threads": threads,
+            },
             target=target.name,
             latency_source="measured",
             tags=tags,
@@ -136,6 +142,45 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
         metrics=benchmark.metrics(),
         summary=_summary(benchmark, model, target, run.run_id),
     )
+
+
+def _check_target(target: Target) -> None:
+    from foxnas_mlflow.core.errors import InvalidInputError
+
+    if target.runtime == "torch":
+        raise InvalidInputError(
+            "a benchmark is of a TensorFlow Lite model",
+            received=f"the target {target.name}, which runs PyTorch",
+            remedy=f"its networks are measured by: foxnas sample --target {target.name} --device local",
+        )
+
+
+def _device(request: BenchmarkRequest, target: Target) -> str:
+    from foxnas_mlflow.core.errors import InvalidInputError
+
+    device = chosen_device(request.device, target.device)
+    if not device:
+        raise InvalidInputError(
+            "a benchmark is made on a device",
+            received=request.device or f"the target {target.name}, which has none of its own",
+            remedy="say where to measure: --device ssh://user@host",
+        )
+    return device
+
+
+def _own_target(model: MeasuredModel) -> Target:
+    """The target that a model was made for; of a file that does not say, this host."""
+    from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.core.targets import BUILTIN_TARGETS
+
+    name = model.target or _DEFAULT_TARGET
+    if name not in BUILTIN_TARGETS:
+        raise InvalidInputError(
+            "the target of a model must be known to measure it",
+            received=f"{model.source}, made for {name}",
+            remedy="give the path of its YAML file with --target",
+        )
+    return BUILTIN_TARGETS[name]
 
 
 def _read(model: MeasuredModel) -> tuple[bytes, Any]:

@@ -9,18 +9,38 @@ from typing import Any
 import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, VALID, Candidate, judge, passed
+from foxnas_mlflow.core.targets import BUILTIN_TARGETS
+from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, VALID, Candidate, Measured, judge, passed
 from foxnas_mlflow.tracking.history import Entry, former_versions, held_on, next_moment, read_history
 
 FIGURES = {LATENCY: 40.0, VALID: 1.0, ACCURACY: 75.0, DROP: 0.4}
+PI = "Raspberry Pi 4 Model B Rev 1.4"
+BENCHMARK = Measured("run", {LATENCY: 40.0, VALID: 1.0}, "rpi4", PI, emulated=False, source="measured")
 GOOD = Candidate(
-    "2", FIGURES, {"weights": "trained", "emulated": "false", "benchmark_device": "board"}, weights="trained"
+    "2",
+    FIGURES,
+    (BENCHMARK,),
+    {"weights": "trained"},
+    weights="trained",
+    target="rpi4",
+    machine=BUILTIN_TARGETS["rpi4"].machine,
 )
 
 
 def changed(figures: dict[str, float | None] | None = None, **values: Any) -> Candidate:
+    """The good version with other figures, or none; of its benchmark too."""
     merged = {key: value for key, value in {**FIGURES, **(figures or {})}.items() if value is not None}
-    return dataclasses.replace(GOOD, figures=merged, **values)
+    latencies = {key: merged[key] for key in (LATENCY, VALID) if key in merged}
+    benchmarks = (measured(figures=latencies),) if LATENCY in merged else ()
+    return dataclasses.replace(GOOD, **{"figures": merged, "benchmarks": benchmarks, **values})
+
+
+def measured(**values: Any) -> Measured:
+    return dataclasses.replace(BENCHMARK, **values)
+
+
+def timed(latency_ms: float, valid: float = 1.0, **values: Any) -> Measured:
+    return measured(figures={LATENCY: latency_ms, VALID: valid}, **values)
 
 
 def failed(candidate: Candidate, holder: Candidate | None = None, max_latency_ms: float = 60) -> dict[str, str]:
@@ -40,17 +60,26 @@ def test_a_good_version_passes_at_the_limits() -> None:
     ("candidate", "gates", "words"),
     [
         (changed({LATENCY: 60.1}), {"latency"}, "p90 60.1 ms > 60 ms"),
-        (changed({LATENCY: None}), {"measured", "latency"}, "run foxnas benchmark"),
+        (changed({LATENCY: None}), {"measured", "valid", "latency"}, "run foxnas benchmark"),
         (changed({VALID: 0.0}), {"valid"}, "benchmark.json"),
         (changed({VALID: None}), {"valid"}, "run foxnas benchmark"),
         (changed({DROP: 1.5}), {"quantization"}, "1.5 points of top-1 > 1"),
         (changed({DROP: None}), {"quantization"}, "run foxnas quantize"),
-        (changed(latency_source="cost_model"), {"measured"}, "cost model"),
+        (changed(benchmarks=(measured(source="cost_model"),)), {"measured"}, "cost model"),
+        (changed(benchmarks=(measured(emulated=True),)), {"measured"}, f"measured on {PI} (emulated), target rpi4"),
+        (changed(benchmarks=(measured(source=""),)), {"measured"}, "run run does not say what was measured"),
         (
-            changed(tags={"emulated": "true", "benchmark_device": "qemu"}),
-            {"measured"},
-            "measured on qemu, which is emulated",
+            changed(benchmarks=(measured(target="cpu", machine="AMD EPYC"),)),
+            {"measured", "valid", "latency"},
+            "measured on AMD EPYC, target cpu, but the version is for target rpi4",
         ),
+        (
+            # Who says rpi4 on a PC is not believed.
+            changed(benchmarks=(measured(machine="AMD EPYC"),)),
+            {"measured", "valid", "latency"},
+            "measured on AMD EPYC, target rpi4, but the version is for target rpi4 (Raspberry Pi",
+        ),
+        (changed(sealed=False), {"intact"}, "logged by an earlier release"),
         (changed(weights="random"), {"weights"}, "only trained weights"),
         (changed(tags={"weights": "none"}), {"weights"}, "only trained weights"),
         (changed(weights="none", tags={}), {"weights"}, "weights are none"),
@@ -70,8 +99,27 @@ def test_only_better_on_both_keeps_the_stage(accuracy: float, latency: float, be
     holder = changed({ACCURACY: accuracy, LATENCY: latency}, version="1")
     assert ("holder" in failed(GOOD, holder)) == beaten
     # Milliseconds of two boards, or figures that are not there, say nothing.
-    assert failed(GOOD, dataclasses.replace(holder, tags={"benchmark_device": "another"})) == {}
+    another = timed(latency, machine="Raspberry Pi Compute Module 4 Rev 1.0")
+    assert failed(GOOD, dataclasses.replace(holder, benchmarks=(another,))) == {}
     assert failed(GOOD, dataclasses.replace(holder, figures={})) == {}
+
+
+def test_which_of_several_measurements_counts() -> None:
+    foreign = timed(1.0, target="cpu", machine="AMD EPYC")
+    emulated, busy = timed(900.0, emulated=True), timed(80.0, valid=0.0)
+    for benchmarks, latency_ms in (
+        # The newest first. What is of another machine never counts, and an emulator's time not beside a real one.
+        ((foreign, emulated, timed(41.0), timed(39.0)), 41.0),
+        # A measurement that was disturbed takes nothing from one that was not.
+        ((busy, timed(42.0)), 42.0),
+        ((busy, emulated), 80.0),
+        ((emulated, foreign), 900.0),
+        ((foreign,), None),
+        ((), None),
+    ):
+        assert changed(benchmarks=benchmarks).latency_ms == latency_ms
+    # A version for no target in particular takes what there is.
+    assert changed(benchmarks=(foreign,), target="", machine="").latency_ms == 1.0
 
 
 START = datetime(2026, 11, 1, 12, tzinfo=UTC)

@@ -12,9 +12,9 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.cli.main import main
-from foxnas_mlflow.flavor import MODEL_FORMAT
+from foxnas_mlflow.flavor import MODEL_FORMAT, model_id_of
 from foxnas_mlflow.tracking.holders import StageKeeper
-from tests.versions import NAME, register_version, state
+from tests.versions import NAME, log_measurement, register_version, state
 
 pytestmark = pytest.mark.server
 
@@ -69,6 +69,7 @@ def test_a_version_goes_through_the_stages(tracking: str, tmp_path: Path, capsys
     assert tags["promotion_run"] == run.info.run_id
     description = mlflow.MlflowClient().get_model_version(NAME, "2").description
     assert "| latency p90, ms | 40 |" in description
+    assert "| measured on | Raspberry Pi 4 Model B Rev 1.4, target rpi4 |" in description
     assert run.info.run_name == "promote"
     mlflow.MlflowClient().update_model_version(NAME, "2", description="mine")
     # Again: nothing changes, and the history has no second entry.
@@ -107,11 +108,66 @@ def test_a_gate_that_fails_moves_nothing(
     assert tags["gates"] == "failed for Production"
 
 
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ({"measured_for": "cpu", "machine": "AMD EPYC"}, "measured on AMD EPYC, target cpu, but the version is for"),
+        ({"machine": "AMD EPYC"}, "measured on AMD EPYC, target rpi4, but the version is for target rpi4 (Raspberry"),
+        ({"emulated": True}, "(emulated), target rpi4: benchmark on the board itself"),
+    ],
+)
+def test_figures_of_another_machine_never_count(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], made: dict[str, Any], words: str
+) -> None:
+    """Not by a copy, a second registration or an edited tag either: what a figure is of stays with the figure."""
+    client = mlflow.MlflowClient()
+    register_version(tmp_path, **made)
+    model_id = model_id_of(client.get_model_version(NAME, "1"))
+    assert model_id is not None
+    mlflow.register_model(f"models:/{model_id}", NAME)
+    client.copy_model_version(f"models:/{NAME}/1", "shelf")
+    for name, number in ((NAME, "1"), (NAME, "2"), ("shelf", "1")):
+        for key, value in {"emulated": "false", "benchmark_device": "board", "benchmark_target": "rpi4"}.items():
+            client.set_model_version_tag(name, number, key, value)
+        client.set_model_version_tag(name, number, "weights", "trained")
+        assert promote(f"models:/{name}/{number}") == 2
+        assert words in capsys.readouterr().err
+    # Measured on the board, all three are what they were registered from.
+    log_measurement(model_id, {"benchmark/latency_ms_p90": 40.0, "benchmark/valid": 1.0})
+    for name, number in ((NAME, "1"), (NAME, "2"), ("shelf", "1")):
+        assert promote(f"models:/{name}/{number}") == 0
+        assert str(client.get_model_version_by_alias(name, "production").version) == number
+
+
+def test_a_measurement_that_was_deleted_counts_no_more(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'benchmark'")
+    client.delete_run(run.info.run_id)
+    assert promote(NAME) == 2
+    assert "no measured latency" in capsys.readouterr().err
+
+
+def test_labels_that_were_swapped_are_not_promoted(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path)
+    (file,) = tmp_path.glob("**/artifacts/data/foxnas.json")
+    manifest = json.loads(file.read_text())
+    manifest["metadata"]["labels"].reverse()
+    file.write_text(json.dumps(manifest))
+    assert promote(NAME) == 2
+    assert "changed together with their checksums" in capsys.readouterr().err
+    assert state() == {"aliases": {}, "stages": {"1": "None"}}
+
+
 def test_better_on_one_side_is_enough(tracking: str, tmp_path: Path) -> None:
     register_version(tmp_path)
     assert promote(NAME) == 0
     register_version(tmp_path, {"benchmark/latency_ms_p90": 39.0, "accuracy/int8_top1": 74.0})
-    register_version(tmp_path, {"benchmark/latency_ms_p90": 50.0}, tags={"benchmark_device": "another board"})
+    register_version(tmp_path, {"benchmark/latency_ms_p90": 50.0}, machine="Raspberry Pi Compute Module 4 Rev 1.0")
     assert promote(f"models:/{NAME}/2") == 0
     # Milliseconds of two boards say nothing about each other.
     assert promote(f"models:/{NAME}/3") == 0

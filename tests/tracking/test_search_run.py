@@ -19,7 +19,7 @@ from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.predictors import reference_predictors
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
-from foxnas_mlflow.tracking.registry import model_id_of
+from foxnas_mlflow.flavor import model_id_of
 
 pytestmark = pytest.mark.server
 

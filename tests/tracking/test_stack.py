@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 
 from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.flavor import model_id_of
 from foxnas_mlflow.tracking.holders import StageKeeper
-from foxnas_mlflow.tracking.registry import model_id_of
 from tests.colour_model import encoded, image_of
 from tests.servers import listening_on, postgres, request, s3, scoring_server, tracking_server
 from tests.versions import FIGURES, NAME, register_version

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from foxnas_mlflow.flavor import TfliteModel
 from foxnas_mlflow.tracking.process import is_dead, process_identity
 
 pytestmark = pytest.mark.server
@@ -79,21 +82,42 @@ def test_a_step_whose_result_holds_no_more_is_done_again_and_told_of_it(tracking
     assert action.cut_off == [[], [first.run_id]]
 
 
-def test_a_step_whose_model_was_deleted_is_done_again(tracking: str) -> None:
-    from mlflow import MlflowClient
+@pytest.mark.parametrize("lost", ["version", "files of the version", "table", "page"])
+def test_a_step_of_whose_result_something_is_gone_is_done_again(
+    tracking: str, tmp_path: Path, lost: str, colour_model: TfliteModel
+) -> None:
+    import mlflow
 
+    from foxnas_mlflow.flavor import log_model
     from foxnas_mlflow.tracking.run import entry_run
     from foxnas_mlflow.tracking.steps import Step, run_step
 
-    client = MlflowClient()
-    client.create_registered_model("m")
-    client.create_model_version("m", "file:///nowhere")
-    action = Action({"model_uri": "models:/m/1"})
+    n_done = 0
+
+    def act(cut_off: Sequence[str], tags: Mapping[str, str]) -> Mapping[str, Any]:
+        nonlocal n_done
+        n_done += 1
+        with entry_run(stage="quantize", params={}, tags=tags) as run:
+            run.log_text("a,b", "tables/rows.csv")
+            run.log_text("<html>", "report.html")
+            info = log_model(colour_model, name="model", registered_model_name="m", code_paths=[])
+        version = f"models:/m/{info.registered_model_version}"
+        return {"run_id": run.run_id, "model_uri": version, "measurements": f"runs:/{run.run_id}/tables/rows.csv"}
+
     with entry_run(stage="main", params={}) as parent:
-        assert not run_step(parent, Step("fit", {}), action).reused
-        assert run_step(parent, Step("fit", {}), action).reused
-        client.delete_model_version("m", "1")
-        assert not run_step(parent, Step("fit", {}), action).reused
+        run_id = run_step(parent, Step("quantize", {}), act).run_id
+        assert run_step(parent, Step("quantize", {}), act).reused
+        (artifacts,) = (file.parent for file in tmp_path.glob(f"mlruns/**/{run_id}/artifacts/report.html"))
+        if lost == "version":
+            mlflow.MlflowClient().delete_model_version("m", "1")
+        elif lost == "files of the version":
+            (description,) = tmp_path.glob("mlruns/**/artifacts/MLmodel")
+            shutil.rmtree(description.parent)
+        else:
+            (artifacts / {"table": "tables/rows.csv", "page": "report.html"}[lost]).unlink()
+        assert not run_step(parent, Step("quantize", {}), act).reused
+        assert run_step(parent, Step("quantize", {}), act).reused
+    assert n_done == 2
 
 
 def test_a_failed_step_is_done_again_and_told_of_its_runs(tracking: str) -> None:
