@@ -32,10 +32,13 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {
     # Two measurements at a time would disturb each other.
     "measures": (
+        "devices/test_any_model",
         "devices/test_device",
-        "devices/test_measure",
-        "devices/test_edgetpu",
         "devices/test_docker",
+        "devices/test_edgetpu",
+        "devices/test_energy",
+        "devices/test_field",
+        "devices/test_measure",
         "devices/test_ssh",
         "tracking/test_benchmark_run",
     ),

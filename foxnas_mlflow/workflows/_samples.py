@@ -35,14 +35,14 @@ class SampleLog:
         n_before: Rows of an earlier sampling.
 
     Attributes:
-        problems: Why measurements were left out, one entry each.
+        problems: Why a subnet has no latency, by subnet: one that succeeded later has.
         width: Widest prediction interval (points) on the front, when it was looked at last.
         stopped: Whether it was narrow enough.
     """
 
     def __init__(self, run: EntryRun, path: Path, timer: Timer, *, n_images: int, n_before: int) -> None:
         self.timer, self.n_images, self.n_before = timer, n_images, n_before
-        self.problems: list[str] = []
+        self.problems: dict[Architecture, str] = {}
         self.emulated = False
         self.width: float | None = None
         self.stopped = False
@@ -56,7 +56,9 @@ class SampleLog:
         timing = self.timer.time(architecture)
         self.emulated |= timing.emulated
         if timing.problems:
-            self.problems.append("; ".join(timing.problems))
+            self.problems[architecture] = "; ".join(timing.problems)
+        else:
+            self.problems.pop(architecture, None)
         return timing
 
     def add(self, row: Measurement, n: int) -> None:
@@ -124,9 +126,8 @@ def log_samples(
             f"{log.timer.where}{' (emulated: no real times)' if log.emulated else ''}"
         )
     if log.problems:
-        lines.append(
-            f"  left out    {len(log.problems)} latencies that cannot be trusted, the last: {log.problems[-1]}"
-        )
+        last = list(log.problems.values())[-1]
+        lines.append(f"  left out    {len(log.problems)} latencies that cannot be trusted, the last: {last}")
     if log.width is not None:
         early = "stopped: " if log.stopped else ""
         lines.append(f"  front       {early}accuracies along it are known to {log.width:.2f} points (95 % intervals)")

@@ -175,11 +175,10 @@ def _check_latencies(rows: Sequence[Measurement], request: SampleRequest) -> Non
     from foxnas_mlflow.core.errors import DeviceError
 
     planned = min(request.n_measurements or len(rows), len(rows))
-    needed = min(planned, MIN_LATENCIES)
     n = sum(row.latency_ms is not None for row in rows)
-    if request.device and n < needed:
+    if request.device and n < MIN_LATENCIES <= planned:
         raise DeviceError(
-            f"a latency model needs {needed} networks that were measured without disturbance",
+            f"a latency model needs {MIN_LATENCIES} networks that were measured without disturbance",
             received=f"{n} of {planned}",
             remedy="quiet and cool the machine, and run the same command again: what is finished is kept",
         )

@@ -42,7 +42,7 @@ def test_measure_in_a_container(board_image: str, probe: bytes, expected: list[n
 
 
 def test_a_container_and_this_machine_wait_for_each_other(board_image: str, probe: bytes) -> None:
-    descriptor = os.open(board.LOCK, os.O_RDONLY)
+    descriptor = os.open(board.lock_path(), os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         message = "another measurement holds docker://"

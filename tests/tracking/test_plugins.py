@@ -128,7 +128,9 @@ def test_the_figures_of_a_matrix() -> None:
 def test_labels_are_names_before_they_are_indices() -> None:
     assert class_indices(["b", "a"], ("a", "b")).tolist() == [1, 0]
     assert class_indices(np.array([1, 0]), ("a", "b")).tolist() == [1, 0]
-    assert class_indices([3, "5"], ("5", "3")).tolist() == [1, 0]
+    assert class_indices(["3", "5"], ("5", "3")).tolist() == [1, 0]
+    with pytest.raises(InvalidInputError, match="a whole number is no label where classes are named by other numbers"):
+        class_indices([3], ("5", "3"))
     for wrong in (-1, 2, 0.5, "c", None):
         with pytest.raises(InvalidInputError, match="name of one of the model's classes"):
             class_indices([wrong], ("a", "b"))
