@@ -58,14 +58,12 @@ GROUPS = {
 """Tests that one worker runs one after the other, by the beginning of their path."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Name the groups for `pytest --dist loadgroup`."""
-    for item in items:
-        place = item.path.relative_to(ROOT / "tests").as_posix()
-        for group, beginnings in GROUPS.items():
-            if place.startswith(beginnings):
-                item.add_marker(pytest.mark.xdist_group(group))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Name the groups for `pytest --dist loadgroup`, before xdist looks for them."""
+    place = item.path.relative_to(ROOT / "tests").as_posix()
+    for group, beginnings in GROUPS.items():
+        if place.startswith(beginnings):
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def once_a_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:

@@ -123,10 +123,15 @@ def _of_registration(model: Path) -> str | None:
     registration = model / _REGISTRATION
     if not registration.is_file():
         return None
-    meta = yaml.safe_load(registration.read_text(encoding="utf-8"))
-    if meta["model_name"] is None:  # a logged model that was loaded by its own id
+    try:
+        meta = yaml.safe_load(registration.read_text(encoding="utf-8"))
+        name, version = meta["model_name"], meta["model_version"]
+    except (yaml.YAMLError, TypeError, KeyError):
+        # Where the artifacts are a directory that several load from, another may be writing it now.
         return None
-    return model_id_of(MlflowClient().get_model_version(meta["model_name"], str(meta["model_version"])))
+    if name is None:  # a logged model that was loaded by its own id
+        return None
+    return model_id_of(MlflowClient().get_model_version(name, str(version)))
 
 
 def _of_description(model: Path) -> str | None:

@@ -139,3 +139,12 @@ def test_a_registry_that_does_not_answer_stops_no_serving(files: Path, monkeypat
     mlflow.set_tracking_uri("http://127.0.0.1:9")
     with pytest.warns(UserWarning, match="was not compared with its registry"):
         assert isinstance(load_model(str(files)), TfliteModel)
+
+
+@pytest.mark.parametrize("half", ["", "model_name: foxnas-cpu\n", "model_name: 'foxn"])
+def test_what_another_loader_is_writing_is_not_waited_for(files: Path, half: str) -> None:
+    (files / "registered_model_meta").write_text(half)
+    assert isinstance(load_model(str(files)), TfliteModel)
+    swap_labels(files)
+    with pytest.raises(InvalidFormatError, match="as they were logged"):
+        load_model(str(files))
