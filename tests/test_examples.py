@@ -9,14 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from foxnas_mlflow.cli.main import build_parser, main
-from tests.pipelines import options
 
 
 def run(root: Path, *argv: str, timeout: float = 300) -> str:
@@ -32,7 +28,6 @@ def run(root: Path, *argv: str, timeout: float = 300) -> str:
     [
         ("01_published_measurements", "0.0000  2-"),
         ("04_custom_space", "tiny3: 1.78e+06 networks"),
-        ("05_python_api", "is predicted more accurate than"),
     ],
 )
 def test_an_example_runs(root: Path, example: str, said: str) -> None:
@@ -92,39 +87,3 @@ def test_the_project_for_containers_is_the_pipeline(root: Path) -> None:
     assert (root / config["kube-job-template-path"]).samefile(folder / "job.yaml")
     task = json.loads((folder / "databricks.json").read_text())["tasks"][0]["python_wheel_task"]
     build_parser().parse_args(task["parameters"])
-
-
-@pytest.mark.slow
-@pytest.mark.server
-@pytest.mark.train
-@pytest.mark.tflite
-def test_own_images_to_a_served_model(
-    root: Path, tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(root))
-    folder = tmp_path / "images"
-    digits = load_digits()
-    for i, (pixels, label) in enumerate(zip(digits.images[:400], digits.target[:400], strict=True)):
-        (folder / f"class {label}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 15.9375).astype(np.uint8)).convert("RGB").save(folder / f"class {label}" / f"{i}.png")
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(root / "examples" / "02_own_images.py"),
-            str(folder),
-            *options(tmp_path),
-            # After three steps all networks may answer the same: there would be nothing to fit.
-            "--epochs",
-            "8",
-            "--n-compare",
-            "0",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    answer = r"^models:/foxnas-cpu\S+: class \d/\d+\.png is class \d \(\d\.\d\d\)$"
-    assert re.search(answer, done.stdout, re.M)

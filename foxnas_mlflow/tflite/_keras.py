@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -71,22 +72,26 @@ def quiet_tensorflow() -> Iterator[Any]:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stdout.flush()
     sys.stderr.flush()
+    chatty = logging.getLogger("tensorflow")
+    level = chatty.level
     with tempfile.TemporaryFile() as sink:
         saved = os.dup(1), os.dup(2)
+        # In a notebook Python's streams are not the process's.
+        python = open(os.dup(sink.fileno()), "w", encoding="utf-8", errors="replace")  # noqa: SIM115
 
         def text() -> str:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            python.flush()
             sink.seek(0)
             return " ".join(sink.read().decode("utf-8", "replace").split())
 
         try:
             os.dup2(sink.fileno(), 1)
             os.dup2(sink.fileno(), 2)
-            yield text
+            chatty.setLevel(logging.ERROR)
+            with python, contextlib.redirect_stdout(python), contextlib.redirect_stderr(python):
+                yield text
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            chatty.setLevel(level)
             os.dup2(saved[0], 1)
             os.dup2(saved[1], 2)
             os.close(saved[0])
