@@ -48,7 +48,7 @@ def test_a_new_board(root: Path, tracking: str, tmp_path: Path) -> None:
     # Probes that something disturbed are measured by the next call; those that were steady are kept.
     for _ in range(4):
         done = subprocess.run(
-            [sys.executable, str(root / "examples" / "03_new_board.py"), "local"],
+            [sys.executable, str(root / "examples" / "03_new_board.py"), "local", "--n-checks", "3"],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(root)},
             capture_output=True,
@@ -60,7 +60,9 @@ def test_a_new_board(root: Path, tracking: str, tmp_path: Path) -> None:
         assert "must be measured without disturbance" in done.stderr, done.stderr[-3000:]
     assert done.stdout.count("% predicted, cpu @ ") == 3
     # The calibrated target is one that foxnas search takes, and it says whose milliseconds these are.
-    following = re.search(r"^Next: foxnas (search --target board.yaml --latency-ms (\S+))$", done.stdout, re.M)
+    following = re.search(
+        r"^Next: foxnas (search --target board.yaml --latency-ms (\S+) --confidence 0.75)$", done.stdout, re.M
+    )
     assert following is not None
     assert main([*following[1].split(), "--evaluations", "2000"]) == 0
     client = mlflow.MlflowClient()

@@ -32,6 +32,12 @@ class DeviceRequest(Request):
     device: str = parameter("local", "The machine: local, ssh://user@host[:port], docker://image.")
     target: str = parameter("rpi4", "calibrate: target whose space and threads the new one has: a name or a YAML.")
     n_probes: int = parameter(12, "calibrate: networks to measure; more make the cost model surer.", at_least=1)
+    n_checks: int = parameter(
+        20,
+        "calibrate: random networks to measure beside them, which bounds are held against; n bear out a "
+        "confidence of n / (n + 1).",
+        at_least=3,
+    )
     image_size: tuple[int, ...] = parameter(
         (), "calibrate: image sizes in px, comma separated; empty: all of the space."
     )
@@ -53,14 +59,16 @@ class DeviceResult(Result):
     Attributes:
         device: The machine.
         target: Path of the target file; empty after a check.
-        outside_mape: Error in percent on networks outside of the calibration.
+        outside_mape: Error in percent on random networks, each left out of the fit that predicts it.
+        stated_confidence: Highest confidence of an upper bound that these networks bear out.
         cv_mape: Cross-validated error in percent.
-        n_probes: Networks measured.
+        n_probes: Networks of the design that were measured.
     """
 
     device: str
     target: str = ""
     outside_mape: float | None = None
+    stated_confidence: float | None = None
     cv_mape: float | None = None
     n_probes: int = 0
 
@@ -94,7 +102,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
 
     import yaml
 
-    from foxnas_mlflow.core.calibration import N_CHECKS, calibrate, choose_checks, choose_probes
+    from foxnas_mlflow.core.calibration import calibrate, choose_checks, choose_probes
     from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
     from foxnas_mlflow.core.files import write_atomically
     from foxnas_mlflow.core.space import get_space
@@ -135,7 +143,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
             space, request.n_probes, measured=measured, image_sizes=sizes, seed=request.seed
         ),
     )
-    checks = choose_checks(space, N_CHECKS, image_sizes=sizes, seed=request.seed)
+    checks = choose_checks(space, request.n_checks, image_sizes=sizes, seed=request.seed)
     outside = _measure(
         request,
         found,
@@ -148,7 +156,10 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
         rows,
         space,
         target=target.name,
-        notes=[f"Latency is calibrated on {found.device} with {found.runtime} from {len(rows)} measured networks."],
+        notes=[
+            f"Latency is calibrated on {found.device} with {found.runtime} from {len(rows) + len(outside)} "
+            "measured networks."
+        ],
         seed=request.seed,
         provenance={"device": found.device, "runtime": found.runtime, "threads": base.threads},
         outside=outside,
@@ -157,15 +168,17 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
     # Last: a target file that is there is whole.
     values = {key: value for key, value in dataclasses.asdict(target).items() if value != ""}
     write_atomically(out, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    metrics = predictors.latency[0].metrics
+    latency = predictors.latency[0]
+    metrics = latency.metrics
     return DeviceResult(
         run_id="",
         device=found.device,
         target=str(out),
         outside_mape=metrics["outside_mape"],
+        stated_confidence=latency.stated_confidence,
         cv_mape=metrics["cv_mape"],
         n_probes=len(rows),
-        summary=_calibrated(predictors.latency[0], rows, out, bool(predictors.accuracy)),
+        summary=_calibrated(latency, [*rows, *outside], out, bool(predictors.accuracy)),
     )
 
 
@@ -245,7 +258,10 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
         text = f"{price:.4f} ms" if column == "const" else f"{price:.4f} ns each"
         lines.append(f"  {column:<14}{text}")
     lines += [
-        f"  error on {metrics['n_outside']:.0f} other networks {metrics['outside_mape']:.2f} % (mean absolute)",
+        f"  error on {metrics['n_outside']:.0f} random networks, each left out {metrics['outside_mape']:.2f} % "
+        f"(mean absolute; on average predicted {_bias(metrics['outside_bias'])})",
+        f"  upper bounds  hold with up to {100 * predictor.stated_confidence:.0f} %: of these networks the formula's "
+        f"own 95 % held for {metrics['formula_coverage']:.0f} %, so they are {_widened(predictor)}",
         f"  cross-validated error {metrics['cv_mape']:.2f} % (without a probe the others must tell its price)",
         f"  written       {out}, {', '.join(f'{out.stem}-{name}' for name in (PREDICTORS, MEASUREMENTS, CHECKS))}",
     ]
@@ -255,10 +271,25 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
             f"anew without {out.stem}-{MEASUREMENTS} and {out.stem}-{CHECKS}, or go on with a greater --n-probes."
         )
     if searchable:
-        lines.append(f"Next: foxnas search --target {out} --latency-ms {times[len(times) // 2]:.3g}")
+        stated = int(100 * predictor.stated_confidence) / 100
+        sure = "" if stated >= 0.95 else f" --confidence {stated:g}"
+        lines.append(f"Next: foxnas search --target {out} --latency-ms {times[len(times) // 2]:.3g}{sure}")
     else:
         lines.append(f"Next: foxnas sample --target {out}, for accuracies in this space")
     return "\n".join(lines)
+
+
+def _bias(percent: float) -> str:
+    return f"{abs(percent):.1f} % too {'slow' if percent > 0 else 'fast'}"
+
+
+def _widened(predictor: LinearPredictor) -> str:
+    """What the left-out networks did to the bound at the highest confidence that is at most 95 %."""
+    import dataclasses
+
+    confidence = min(0.95, predictor.stated_confidence)
+    share = predictor.t_quantile(confidence) / dataclasses.replace(predictor, held_out=()).t_quantile(confidence)
+    return "as the formula says" if share <= 1 else f"{share:.1f} times as wide"
 
 
 WORKFLOW = Workflow(

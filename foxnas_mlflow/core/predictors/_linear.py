@@ -161,12 +161,26 @@ class LinearPredictor:
         return Prediction(self.from_linear(linear), self.from_linear(linear - half), self.from_linear(linear + half))
 
     def upper_bound(self, architectures: Sequence[Architecture], confidence: float) -> FloatArray:
-        """One-sided upper prediction bound, shape (n,); at confidence 0.5 the prediction itself."""
+        """One-sided upper prediction bound, shape (n,); at confidence 0.5 the prediction itself.
+
+        Raises:
+            OutOfDomainError: If held-out networks do not bear the confidence out.
+        """
         check_confidence(confidence)
+        self.check_stated(confidence)
         x = self.design(architectures)
         linear = x @ self.coefficients
         sd = self._sd(x, linear, self._extra_sigma([a.image_size for a in architectures]))
         return self.from_linear(linear + self.t_quantile(confidence) * sd)
+
+    def prediction_sd(self, architectures: Sequence[Architecture]) -> FloatArray:
+        """Standard deviation of new observations on the linear scale, shape (n,).
+
+        Raises:
+            OutOfDomainError: If the predictor has no covariance.
+        """
+        x = self.design(architectures)
+        return self._sd(x, x @ self.coefficients, self._extra_sigma([a.image_size for a in architectures]))
 
     def t_quantile(self, probability: float) -> float:
         """Standard deviations between a prediction and its bound.
@@ -191,6 +205,21 @@ class LinearPredictor:
         """The highest confidence of an upper bound that held-out networks bear out; 1 where none were kept."""
         m = len(self.held_out)
         return m / (m + 1) if m else 1.0
+
+    def check_stated(self, confidence: float) -> None:
+        """Refuse an upper bound at a confidence that held-out networks do not bear out.
+
+        Raises:
+            OutOfDomainError: If it is above `stated_confidence`.
+        """
+        if confidence > self.stated_confidence:
+            needed = math.ceil(confidence / (1 - confidence) - 1e-9)
+            raise OutOfDomainError(
+                f"an upper bound of {self.quantity} must have a confidence of at most {self.stated_confidence:.3f}: "
+                f"{len(self.held_out)} networks outside of the calibration bear out no more",
+                received=confidence,
+                remedy=f"ask for less confidence, or calibrate again with --n-checks {needed} or more",
+            )
 
     def spread(self, image_size: int) -> FloatArray:
         """C' of shape (p, p): a new observation at an image size has the variance ``x'C'x`` on the linear scale.

@@ -50,6 +50,7 @@ class Bound:
         self.x_base = recipe.constant(space, image_size)
         self.x_stages = [recipe.stage(space, j, kinds, image_size) for j in range(space.n_stages)]
         self.beta = predictor.coefficients
+        predictor.check_stated(confidence)
         self.t = predictor.t_quantile(confidence)
         self.spread = predictor.spread(image_size) if self.t > 0 else None
         self.root = np.zeros((len(self.beta), 0)) if self.spread is None else _root(self.spread)
