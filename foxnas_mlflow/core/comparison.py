@@ -68,12 +68,12 @@ def spread_over(front: Front, n: int, *, without: Architecture) -> list[Architec
     return chosen
 
 
-def agreement(rows: Sequence[Comparison], latency_ms: float) -> dict[str, float]:
+def agreement(rows: Sequence[Comparison], latency_ms: float | None) -> dict[str, float]:
     """How well predictions agree with what was measured.
 
     Args:
         rows: The networks; the found one first.
-        latency_ms: The constraint.
+        latency_ms: The limit, or None.
 
     Returns:
         ``accuracy_kendall_tau``, ``accuracy_mean_error`` (points) and, where latencies were measured,
@@ -90,7 +90,7 @@ def agreement(rows: Sequence[Comparison], latency_ms: float) -> dict[str, float]
             "latency_mape": 100 * float(np.mean([abs(r.predicted_latency_ms / real - 1) for r, real in timed])),
             "upper_bound_kept": float(np.mean([real <= r.predicted_latency_upper_ms for r, real in timed])),
         }
-    if rows[0].latency_ms is not None:
+    if rows[0].latency_ms is not None and latency_ms is not None:
         metrics["constraint_met"] = float(rows[0].latency_ms <= latency_ms)
     return metrics
 

@@ -109,6 +109,7 @@ class InfeasibleLimitsError(InfeasibleConstraintError):
         *,
         smallest: Mapping[str, float],
         clash: Sequence[str] = (),
+        beside: Sequence[str] = (),
         min_accuracy: float | None = None,
         reachable_accuracy: float | None = None,
     ) -> None:
@@ -128,6 +129,8 @@ class InfeasibleLimitsError(InfeasibleConstraintError):
             remedy = f"the smallest that each can reach alone: {alone}"
             if clash:
                 remedy += f"; these two cannot be met together: {clash[0]} and {clash[1]}"
+            if beside:
+                remedy += f"; possible is {', or '.join(beside)}"
         FoxNasError.__init__(self, "no architecture meets all limits", received=asked, remedy=remedy)
 
 

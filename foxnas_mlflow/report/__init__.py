@@ -3,7 +3,7 @@
 from foxnas_mlflow.report._confusion import draw_confusion_matrix
 from foxnas_mlflow.report._pipeline import PipelinePage, write_pipeline_report
 from foxnas_mlflow.report._plots import write_predictor_files
-from foxnas_mlflow.report._search import write_search_report
+from foxnas_mlflow.report._search import write_search_report, write_searches_report
 
 __all__ = [
     "PipelinePage",
@@ -11,4 +11,5 @@ __all__ = [
     "write_pipeline_report",
     "write_predictor_files",
     "write_search_report",
+    "write_searches_report",
 ]

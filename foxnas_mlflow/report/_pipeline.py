@@ -39,6 +39,7 @@ class PipelinePage:
 
     Attributes:
         request: What was asked, with everything resolved.
+        latency_ms: The limit on latency, or None.
         target: The target.
         model_uri: The registered int8 model.
         steps: Of each step: name, run_id, url, reused, seconds.
@@ -59,6 +60,7 @@ class PipelinePage:
     """
 
     request: Mapping[str, Any]
+    latency_ms: float | None
     target: Target
     model_uri: str
     steps: Sequence[Mapping[str, Any]]
@@ -95,13 +97,16 @@ def write_pipeline_report(path: Path, page: PipelinePage) -> None:
         ("Predictors", _predictors(page.predictors)),
         ("Data and supernet", _training(page)),
         ("Steps", _steps(page.steps)),
-        ("What was asked", table(("parameter", "value"), [(k, str(v)) for k, v in page.request.items() if v != ""])),
+        (
+            "What was asked",
+            table(("parameter", "value"), [(k, str(v)) for k, v in page.request.items() if v not in ("", None, [])]),
+        ),
     ]
     write_page(path, title=f"FOX-NAS pipeline for {page.target.name}", lead=_lead(page), sections=sections)
 
 
 def _lead(page: PipelinePage) -> str:
-    found, limit = page.comparisons[0], float(page.request["latency_ms"])
+    found, limit = page.comparisons[0], page.latency_ms
     sentence = (
         f"From {escape(page.data['training images'])} images of <b>{escape(page.data['source'])}</b> to "
         f"<b>{escape(page.model_uri)}</b>: <b>{found.accuracy:.2f} %</b> ± {found.standard_error:.2f} top-1 of the "
@@ -113,9 +118,9 @@ def _lead(page: PipelinePage) -> str:
             f", predicted to take at most <b>{found.predicted_latency_upper_ms:.4g} ms</b>; nothing was measured. "
         )
     else:
-        kept = "within" if latency <= limit else "<b>above</b>"
+        kept = "" if limit is None else f", {'within' if latency <= limit else '<b>above</b>'} the asked {limit:.4g} ms"
         machine = escape(page.benchmark["device"])
-        sentence += f" and <b>{latency:.4g} ms</b> median on {machine}, {kept} the asked {limit:.4g} ms. "
+        sentence += f" and <b>{latency:.4g} ms</b> median on {machine}{kept}. "
     if page.refusal:
         return sentence + f"The gates refused <b>{escape(page.stage)}</b>."
     return sentence + (f"It holds the stage <b>{escape(page.stage)}</b>." if page.stage else "It was not promoted.")
@@ -187,7 +192,7 @@ def _identity(pairs: Sequence[tuple[float, float]], what: str) -> dict[str, Any]
 
 def _front_figure(page: PipelinePage) -> dict[str, Any]:
     rows = [m for m in page.measurements if m.latency_ms is not None and m.accuracy is not None]
-    front, limit = page.front, float(page.request["latency_ms"])
+    front, limit = page.front, page.latency_ms
     real = [(c.latency_ms or c.predicted_latency_ms, c.accuracy) for c in page.comparisons]
     accuracies = [*front.accuracy, *(m.accuracy for m in rows if m.accuracy is not None), *(a for _, a in real)]
     data = [
@@ -195,14 +200,17 @@ def _front_figure(page: PipelinePage) -> dict[str, Any]:
         scatter(front.latency_ms, front.accuracy, "front, predicted", _BLUE, 4),
         scatter([x for x, _ in real[1:]], [y for _, y in real[1:]], "front, real", _GREEN, 9),
         scatter([real[0][0]], [real[0][1]], "found, real", _RED, 13),
-        {
-            "x": [limit, limit],
-            "y": [float(min(accuracies)), float(max(accuracies))],
-            "mode": "lines",
-            "name": f"constraint {limit:.4g} ms",
-            "line": {"color": _RED, "dash": "dash", "width": 1},
-        },
     ]
+    if limit is not None:
+        data.append(
+            {
+                "x": [limit, limit],
+                "y": [float(min(accuracies)), float(max(accuracies))],
+                "mode": "lines",
+                "name": f"limit {limit:.4g} ms",
+                "line": {"color": _RED, "dash": "dash", "width": 1},
+            }
+        )
     data[3]["marker"]["symbol"] = "star"
     layout = axes_layout("latency (ms)", "top-1 (%)")
     latencies = [*front.latency_ms, *(m.latency_ms for m in rows if m.latency_ms is not None), *(x for x, _ in real)]
@@ -244,7 +252,7 @@ def _latency(page: PipelinePage) -> str:
         ("runtime", f"{benchmark['runtime']}, {benchmark['threads']} thread(s), batch {benchmark['batch']}"),
         ("median", f"{benchmark['latency_ms_p50']:.4g} ms of {benchmark['n_runs']} runs"),
         ("p90, p99", f"{benchmark['latency_ms_p90']:.4g} ms, {benchmark['latency_ms_p99']:.4g} ms"),
-        ("asked for", f"at most {float(page.request['latency_ms']):.4g} ms"),
+        ("asked for", "any" if page.latency_ms is None else f"at most {page.latency_ms:.4g} ms"),
         ("peak memory", f"{benchmark['peak_memory_bytes'] / 2**20:.1f} MiB"),
         ("valid", "yes" if benchmark["valid"] else "; ".join(benchmark["invalid_reasons"])),
     ]

@@ -16,7 +16,15 @@ from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.options import encode
 from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, marginal_effects
-from foxnas_mlflow.core.searchers import Candidate, SearchOutcome, SearchResult, rank_edits
+from foxnas_mlflow.core.searchers import (
+    Candidate,
+    Front,
+    SearchOutcome,
+    SearchResult,
+    accuracy_signal,
+    rank_edits,
+    spoken,
+)
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.report._page import axes_layout, escape, plot, scatter, table, write_page
 
@@ -47,6 +55,7 @@ def write_search_report(
     target: Target,
     measurements: Sequence[Measurement] = (),
     candidates: Sequence[Candidate] = (),
+    reason: str = "",
 ) -> None:
     """Write a self-contained interactive page.
 
@@ -54,18 +63,20 @@ def write_search_report(
         path: File to write.
         outcome: The search.
         comparisons: All searchers under one common budget.
-        request: What was asked: latency_ms, confidence, seed, predictors and the rest.
+        request: What was asked: confidence, seed, predictors and the rest.
         target: The target.
         measurements: Measured rows to draw beside the front.
         candidates: Networks that a device or a supernet looked at; one of them is chosen.
+        reason: Why it was chosen, in one sentence.
     """
     predictors = outcome.objective.predictors
     latency = predictors.of("latency_ms", outcome.architecture.image_size)
     accuracy = predictors.of("accuracy", outcome.architecture.image_size)
     sections = [
-        ("Latency against accuracy", plot("front", _front_figure(outcome, request, measurements, candidates))),
+        ("Latency against accuracy", plot("front", _front_figure(outcome, measurements, candidates))),
+        ("Limits", _limits_table(outcome)),
         *([("Predicted and found out", _candidates_table(candidates))] if candidates else []),
-        ("Searching: best so far against evaluations", plot("trace", _trace_figure(outcome, comparisons))),
+        *_searching(outcome, comparisons),
         ("The network", network_drawing(predictors, outcome.architecture)),
     ]
     if latency.recipe.any_size:
@@ -80,7 +91,7 @@ def write_search_report(
     write_page(
         path,
         title=f"FOX-NAS search for {target.name}",
-        lead=_sentence(outcome, request, target, candidates),
+        lead=_sentence(outcome, target, candidates, reason),
         sections=sections,
     )
 
@@ -102,23 +113,81 @@ def stage_latencies(latency: LinearPredictor, architecture: Architecture) -> tup
     return constant, stages
 
 
-def _sentence(
-    outcome: SearchOutcome, request: Mapping[str, Any], target: Target, candidates: Sequence[Candidate]
-) -> str:
-    proof = (
-        "No network of the search space is predicted better within this constraint: the optimum is proven."
-        if outcome.optimum.proof_gap == 0
-        else f"The proof leaves {outcome.optimum.proof_gap:.4f} points open."
+def write_searches_report(
+    path: Path,
+    *,
+    outcomes: Sequence[SearchOutcome],
+    chosen: Sequence[Candidate | None],
+    request: Mapping[str, Any],
+    target: Target,
+) -> None:
+    """Write the page of several networks of one front, found under one latency each.
+
+    Args:
+        path: File to write.
+        outcomes: The searches.
+        chosen: What a device or a supernet said of each network, or None.
+        request: What was asked.
+        target: The target.
+    """
+    rows = []
+    for outcome, candidate in zip(outcomes, chosen, strict=True):
+        timing = None if candidate is None else candidate.timing
+        known = None if candidate is None else candidate.accuracy
+        rows.append(
+            (
+                str(outcome.problem),
+                f"{outcome.architecture.image_size}",
+                f"{_ms(outcome.latency_ms)} (at most {_ms(outcome.latency_upper_ms)})",
+                "" if timing is None else _ms(timing.latency_ms),
+                f"{outcome.accuracy:.2f}",
+                "" if known is None or candidate is None else f"{known:.2f} ± {candidate.standard_error:.2f}",
+                f"{outcome.latency_limit_ms:g}ms/report.html",
+            )
+        )
+    header = ("asked for", "px", "predicted ms", "measured ms", "predicted %", "evaluated %", "page beside this one")
+    front = outcomes[0].front
+    stars = scatter([o.latency_ms for o in outcomes], [o.accuracy for o in outcomes], "found", "#c0392b", 13)
+    stars["marker"]["symbol"] = "star"
+    data = [*_front_lines(front), stars]
+    figure = {"data": data, "layout": axes_layout("predicted latency (ms)", "predicted accuracy (top-1, %)")}
+    parameters = [(str(k), str(v)) for k, v in request.items() if v not in ("", None, [])]
+    write_page(
+        path,
+        title=f"FOX-NAS searches for {target.name}",
+        lead=f"{_warning(outcomes[0])}{len(outcomes)} networks of one front, one for each latency that was asked for.",
+        sections=[
+            ("The networks", table(header, rows)),
+            ("Latency against accuracy", plot("front", figure)),
+            ("What was asked", table(("parameter", "value"), parameters)),
+        ],
     )
+
+
+def _sentence(outcome: SearchOutcome, target: Target, candidates: Sequence[Candidate], reason: str) -> str:
+    optimum, problem = outcome.optimum, outcome.problem
+    if optimum.proof_gap > 0:
+        unit = "points" if optimum.least is None else problem.goal
+        proof = f"The proof leaves {optimum.proof_gap:.4g} {unit} open."
+    elif optimum.least is None:
+        proof = "No network of the search space is predicted better within these limits: the optimum is proven."
+    else:
+        proof = f"No network of the search space is predicted to have less {problem.goal}: the optimum is proven."
     return (
-        f"Asked for at most <b>{float(request['latency_ms']):g} ms</b> on <b>{escape(target.name)}</b> at confidence "
-        f"{float(request['confidence']):g}; found a network of <b>{outcome.accuracy:.2f} %</b> predicted top-1 and "
+        f"{_warning(outcome)}Asked for: <b>{escape(problem)}</b> on <b>{escape(target.name)}</b> at confidence "
+        f"{outcome.objective.confidence:g}. Found: a network of <b>{outcome.accuracy:.2f} %</b> predicted top-1 and "
         f"<b>{_ms(outcome.latency_ms)} ms</b> predicted latency (at most {_ms(outcome.latency_upper_ms)} ms) at "
-        f"{outcome.architecture.image_size} px. {escape(proof)} {_found_out(candidates)}"
+        f"{outcome.architecture.image_size} px. {escape(proof)} {_found_out(candidates, reason)}"
     )
 
 
-def _found_out(candidates: Sequence[Candidate]) -> str:
+def _warning(outcome: SearchOutcome) -> str:
+    """What is said before anything else, as HTML: that accuracy predictors know nothing, where they do not."""
+    signal = accuracy_signal(outcome.objective.predictors)
+    return "" if signal is None or not signal.absent else f"<b>Beware: {escape(signal)}.</b> "
+
+
+def _found_out(candidates: Sequence[Candidate], reason: str) -> str:
     """What of a search is not prediction, as HTML."""
     if not candidates:
         return "All figures are predictions; nothing here was measured."
@@ -129,7 +198,41 @@ def _found_out(candidates: Sequence[Candidate]) -> str:
         parts.append(f"<b>{_ms(chosen.timing.latency_ms)} ms</b> measured on {escape(chosen.timing.device)}{emulated}")
     if chosen.accuracy is not None:
         parts.append(f"<b>{chosen.accuracy:.2f} %</b> ± {chosen.standard_error:.2f} evaluated with the supernet")
-    return f"It was chosen among {len(candidates)} networks that were looked at: {' and '.join(parts)}."
+    why = f" Why this one: {escape(reason)}." if reason else ""
+    return f"It was chosen among {len(candidates)} networks that were looked at: {' and '.join(parts)}.{why}"
+
+
+def _limits_table(outcome: SearchOutcome) -> str:
+    """Every limit with the network's amount, what it costs, and what more of it would buy."""
+    prices = {price.limit: price for price in outcome.prices}
+    predicted = outcome.objective.sizes[0].bounds
+    rows = []
+    for limit in outcome.limits:
+        amount = outcome.amounts[limit.quantity]
+        price = prices.get(limit)
+        rows.append(
+            (
+                limit.quantity,
+                spoken(limit.value),
+                f"{'at most ' if limit.quantity in predicted else ''}{spoken(amount)}",
+                f"{100 * amount / limit.value:.1f} %",
+                "" if price is None else "binds" if price.binds else "does not bind",
+                "" if price is None else f"{price.lost:.2f}",
+                "" if price is None or not price.binds else price.buys(),
+            )
+        )
+    if outcome.problem.min_accuracy is not None:
+        accuracy = f"at least {outcome.problem.min_accuracy:g} %"
+        rows.append(("accuracy", accuracy, f"{outcome.accuracy:.2f} %", "", "", "", ""))
+    header = ("quantity", "limit", "this network", "of the limit", "for the optimum it", "costs (points)", "more of it")
+    level = outcome.objective.level
+    text = ""
+    if level != outcome.objective.confidence:
+        text = f" Each predicted bound is taken at {level:.4g}, so that they hold together."
+    return (
+        "<p>Prices are those of the exact optimum: what it would gain without the limit, and with a little more of it."
+        f"{text}</p>" + table(header, rows)
+    )
 
 
 def _candidates_table(candidates: Sequence[Candidate]) -> str:
@@ -171,9 +274,19 @@ def _candidates_table(candidates: Sequence[Candidate]) -> str:
     return table(header, rows)
 
 
+def _front_lines(front: Front) -> list[dict[str, Any]]:
+    """The exact front, a colour for each image size."""
+    return [
+        scatter(front.latency_ms[on], front.accuracy[on], f"exact front, {size} px", colour, 4)
+        for size, colour in zip(
+            sorted({int(s) for s in front.image_size}), itertools.cycle(_SIZE_COLOURS), strict=False
+        )
+        if (on := front.image_size == size).any()
+    ]
+
+
 def _front_figure(
     outcome: SearchOutcome,
-    request: Mapping[str, Any],
     measurements: Sequence[Measurement],
     candidates: Sequence[Candidate],
 ) -> dict[str, Any]:
@@ -184,9 +297,7 @@ def _front_figure(
         data.append(
             scatter([m.latency_ms for m in rows], [m.accuracy for m in rows], "measured networks", "#b9bec7", 5)
         )
-    for size, colour in zip(sorted({int(s) for s in front.image_size}), itertools.cycle(_SIZE_COLOURS), strict=False):
-        on = front.image_size == size
-        data.append(scatter(front.latency_ms[on], front.accuracy[on], f"exact front, {size} px", colour, 4))
+    data += _front_lines(front)
     looked = [c for c in candidates if c.timing is not None or c.accuracy is not None]
     if looked:
         data.append(
@@ -198,7 +309,6 @@ def _front_figure(
                 8,
             )
         )
-    limit = float(request["latency_ms"])
     low = float(front.accuracy.min())
     high = float(front.accuracy.max())
     data.append(
@@ -216,16 +326,25 @@ def _front_figure(
             "marker": {"size": 13, "symbol": "star", "color": "#c0392b"},
         }
     )
-    data.append(
-        {
-            "x": [limit, limit],
-            "y": [low, high],
-            "mode": "lines",
-            "name": f"constraint {limit:g} ms",
-            "line": {"color": "#c0392b", "dash": "dash", "width": 1},
-        }
-    )
+    limit = outcome.latency_limit_ms
+    if limit is not None:
+        data.append(
+            {
+                "x": [limit, limit],
+                "y": [low, high],
+                "mode": "lines",
+                "name": f"limit {limit:g} ms",
+                "line": {"color": "#c0392b", "dash": "dash", "width": 1},
+            }
+        )
     return {"data": data, "layout": axes_layout("predicted latency (ms)", "predicted accuracy (top-1, %)")}
+
+
+def _searching(outcome: SearchOutcome, comparisons: Sequence[SearchResult]) -> list[tuple[str, str]]:
+    """The chart of the searchers; traces are of accuracy, so there is none where something else was to be best."""
+    if outcome.problem.goal != "accuracy":
+        return []
+    return [("Searching: best so far against evaluations", plot("trace", _trace_figure(outcome, comparisons)))]
 
 
 def _trace_figure(outcome: SearchOutcome, comparisons: Sequence[SearchResult]) -> dict[str, Any]:
@@ -375,7 +494,7 @@ def _provenance(
     if not any(c.accuracy is not None for c in candidates):
         notes.append("The network has no weights yet: give supernet to extract and evaluate them.")
     origin = predictors.latency[0].provenance.get("source", "")
-    rows = [(str(k), str(v)) for k, v in request.items() if v != ""]
+    rows = [(str(k), str(v)) for k, v in request.items() if v not in ("", None, [])]
     rows += [("measurements", str(origin)), ("found by", outcome.found_by)]
     certificate = outcome.certificate()["statement"]
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)

@@ -12,13 +12,13 @@ from foxnas_mlflow.tracking.run import EntryRun
 COMPARISON = "predicted_vs_real.csv"
 
 
-def log_comparison(run: EntryRun, rows: Sequence[Comparison], latency_ms: float) -> dict[str, float]:
+def log_comparison(run: EntryRun, rows: Sequence[Comparison], latency_ms: float | None) -> dict[str, float]:
     """Log ``predicted_vs_real.csv`` and how well it agrees.
 
     Args:
         run: The open run.
         rows: The networks, the found one first.
-        latency_ms: The constraint.
+        latency_ms: The limit, or None.
 
     Returns:
         The figures.

@@ -35,7 +35,8 @@ def conclude(
     done: Mapping[str, StepResult],
     *,
     request: Mapping[str, Any],
-    latency_ms: float,
+    latency_ms: float | None,
+    limits: str,
     confidence: float,
     model_uri: str,
     target: Target,
@@ -49,7 +50,8 @@ def conclude(
         run: The pipeline's run.
         done: What its steps made.
         request: What was asked, with everything resolved, for the page.
-        latency_ms: The constraint.
+        latency_ms: The limit on latency, or None.
+        limits: All limits, as text.
         confidence: Of the search.
         model_uri: The int8 model that runs on the target.
         target: The target.
@@ -79,7 +81,7 @@ def conclude(
         "pipeline/promoted": float(bool(gates) and not refusal),
     }
     run.log_metrics(metrics)
-    run.log_params({"chosen_latency_ms": latency_ms})
+    run.log_params({"chosen_latency_ms": "" if latency_ms is None else latency_ms, "chosen_limits": limits})
     run.set_tags({"foxnas.model": model_uri, **{f"foxnas.step.{name}": r.run_id for name, r in done.items()}})
     run.log_json({"format": 1, "steps": [result.to_dict() for result in done.values()]}, "pipeline.json")
     predictors, _ = open_predictors(str(done["fit"].outputs["model_uri"]), target.name)
@@ -97,6 +99,7 @@ def conclude(
         supernet = runs.get("supernet")
         page = PipelinePage(
             request=request,
+            latency_ms=latency_ms,
             target=target,
             model_uri=model_uri,
             steps=tuple(result.to_dict() | {"url": _url(runs[name])} for name, result in done.items()),
@@ -163,7 +166,7 @@ def _series(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]
 
 def _summary(
     metrics: Mapping[str, float],
-    limit: float,
+    limit: float | None,
     measured: bool,
     dataset: ImageDataset,
     model_uri: str,
@@ -179,10 +182,11 @@ def _summary(
     ]
     if "benchmark/latency_ms_p50" in metrics:
         latency = metrics["benchmark/latency_ms_p50"]
-        kept = "within" if latency <= limit else "ABOVE"
-        lines.append(f"  latency              {latency:.4g} ms median, {kept} {limit:.4g} ms")
+        kept = "" if limit is None else f", {'within' if latency <= limit else 'ABOVE'} {limit:.4g} ms"
+        lines.append(f"  latency              {latency:.4g} ms median{kept}")
     else:
-        lines.append(f"  latency              not measured; at most {limit:.4g} ms by the cost model")
+        bound = "" if limit is None else f"; at most {limit:.4g} ms by the cost model"
+        lines.append(f"  latency              not measured{bound}")
     taus = [
         f"{name} {metrics[f'pipeline/{name}_kendall_tau']:.2f}"
         for name in ("latency", "accuracy")

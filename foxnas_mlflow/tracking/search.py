@@ -17,7 +17,7 @@ from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
-from foxnas_mlflow.core.searchers import Front, SearchOutcome, SearchResult
+from foxnas_mlflow.core.searchers import Front, SearchOutcome, SearchResult, describe_limits
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import SubnetModel, log_model
 from foxnas_mlflow.tracking.registry import register, registered_name
@@ -26,87 +26,120 @@ from foxnas_mlflow.tracking.verification import Verification
 
 
 @dataclass(frozen=True)
+class Searched:
+    """One network that was searched for, with all that was found out about it.
+
+    Attributes:
+        outcome: The search.
+        comparisons: All searchers under one common budget, for the report.
+        verification: What a device or a supernet said of its candidates, or None.
+    """
+
+    outcome: SearchOutcome
+    comparisons: tuple[SearchResult, ...]
+    verification: Verification | None = None
+
+    def place(self, n: int) -> str:
+        """Directory of its files in a run that searches n networks: its latency; the root where it is the only one."""
+        return "" if n == 1 else f"{self.outcome.latency_limit_ms:g}ms"
+
+
+@dataclass(frozen=True)
+class LoggedNetwork:
+    """A registered network.
+
+    Attributes:
+        uri: Its registered version.
+        metrics: Figures of it, as logged.
+    """
+
+    uri: str
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class LoggedSearch:
     """A search in MLflow.
 
     Attributes:
-        subnet_uri: The registered network.
-        predictors_uri: The registered predictors that it was found with.
-        metrics: Figures of the network, as logged.
+        networks: The registered networks, in the order of what was searched for.
+        predictors_uri: The registered predictors that they were found with.
         note: What must be said of predicted milliseconds, or empty.
     """
 
-    subnet_uri: str
+    networks: tuple[LoggedNetwork, ...]
     predictors_uri: str
-    metrics: Mapping[str, float]
     note: str
 
 
 def log_search(
     run: EntryRun,
-    outcome: SearchOutcome,
-    comparisons: Sequence[SearchResult],
+    searched: Sequence[Searched],
     *,
     target: Target,
     predictors: PredictorSet,
     predictors_source: str,
     params: Mapping[str, Any],
-    latency_ms: float,
     name: str,
     measurements: Sequence[Measurement] = (),
-    verification: Verification | None = None,
 ) -> LoggedSearch:
-    """Log a finished search to its run and register predictors and subnet.
+    """Log a finished search to its run and register predictors and networks.
 
     Args:
         run: The open run.
-        outcome: The search.
-        comparisons: All searchers under one common budget, for the report.
+        searched: A network for each of several latencies, with one front, or one network.
         target: The target.
         predictors: What was searched on.
         predictors_source: Registry URI, path or ``reference``.
         params: Resolved parameters of the entry point, for the report.
-        latency_ms: The constraint.
         name: Prefix of the registered models.
         measurements: Measured networks to draw in the report.
-        verification: What a device or a supernet said of its candidates.
     """
     note = latency_note(predictors, target)
-    facts, tags = _facts(verification), _tags(verification)
     run.set_tags(
         {
-            "foxnas.found_by": outcome.found_by,
-            "foxnas.latency_source": tags["latency_source"],
+            "foxnas.found_by": ",".join(dict.fromkeys(one.outcome.found_by for one in searched)),
+            "foxnas.latency_source": _tags(searched[0].verification)["latency_source"],
             **({"foxnas.latency_note": note} if note else {}),
-            **({"foxnas.emulated": tags["emulated"]} if "emulated" in tags else {}),
+            **{f"foxnas.{key}": v for key, v in _tags(searched[0].verification).items() if key == "emulated"},
         }
     )
-    _write_files(outcome, run.directory)
+    front = searched[0].outcome.front
+    write_front(front, run.directory / "front.csv")
+    for one in searched:
+        _write_files(one.outcome, run.directory / one.place(len(searched)))
     if importlib.util.find_spec("plotly") is not None:
-        from foxnas_mlflow.report import write_search_report
-
-        write_search_report(
-            run.directory / "report.html",
-            outcome=outcome,
-            comparisons=comparisons,
-            request={**params, "predictors": predictors_source},
-            target=target,
-            measurements=measurements,
-            candidates=() if verification is None else verification.candidates,
-        )
+        _write_pages(run, searched, {**params, "predictors": predictors_source}, target, measurements)
     run.log_artifacts(run.directory)
-    front = outcome.front
     run.log_table(
         {"image_size": front.image_size, "latency_ms": front.latency_ms, "accuracy": front.accuracy},
         "tables/front.json",
     )
+    fitted = log_model(predictors, name="predictors")
+    networks = tuple(
+        _log_network(run, one, step, target=target, predictors=predictors, name=name, note=note)
+        for step, one in enumerate(searched)
+    )
+    predictors_uri = _register_predictors(run, fitted, predictors, predictors_source, target, name)
+    return LoggedSearch(networks, predictors_uri, note)
+
+
+def _log_network(
+    run: EntryRun, one: Searched, step: int, *, target: Target, predictors: PredictorSet, name: str, note: str
+) -> LoggedNetwork:
+    """Log one network with its figures, and register it."""
+    outcome, verification = one.outcome, one.verification
+    facts, tags = _facts(verification), _tags(verification)
     metrics = _metrics(outcome, facts)
+    if verification is not None and verification.chosen.timing is not None and verification.chosen.evaluated:
+        metrics["search/true_dominated"] = float(verification.dominated)
     details = {
         "predicted_accuracy": outcome.accuracy,
         "predicted_latency_ms": outcome.latency_ms,
         "predicted_latency_upper_ms": outcome.latency_upper_ms,
         "confidence": outcome.objective.confidence,
-        "latency_ms": latency_ms,
+        "latency_ms": outcome.latency_limit_ms,
+        "limits": describe_limits(outcome.limits),
         "latency_note": note,
         "found_by": outcome.found_by,
         "certificate": outcome.certificate(),
@@ -116,23 +149,49 @@ def log_search(
     found = SubnetModel(outcome.architecture, predictors.space)
     if verification is not None and verification.model is not None:
         found = verification.model
-    fitted = log_model(predictors, name="predictors")
     subnet = log_model(dataclasses.replace(found, details=details), name="subnet")
-    run.log_metrics(metrics, model_id=subnet.model_id)
-    uri = _register_subnet(
-        subnet.model_uri, outcome, metrics, facts, tags, target=target, latency_ms=latency_ms, name=name, note=note
-    )
-    return LoggedSearch(
-        uri, _register_predictors(run, fitted, predictors, predictors_source, target, name), metrics, note
-    )
+    run.log_metrics(metrics, step=step, model_id=subnet.model_id)
+    uri = _register_subnet(subnet.model_uri, one, metrics, facts, tags, target=target, name=name, note=note)
+    return LoggedNetwork(uri, metrics)
 
 
 def _write_files(outcome: SearchOutcome, directory: Path) -> None:
-    """The files of the contract."""
+    """The files of the contract that each network has."""
+    directory.mkdir(exist_ok=True)
     (directory / "architecture.json").write_text(outcome.architecture.to_json(indent=2), encoding="utf-8")
     (directory / "certificate.json").write_text(json.dumps(outcome.certificate(), indent=2), encoding="utf-8")
-    write_front(outcome.front, directory / "front.csv")
     write_trace(outcome.result, directory / "trace.csv")
+
+
+def _write_pages(
+    run: EntryRun,
+    searched: Sequence[Searched],
+    request: Mapping[str, Any],
+    target: Target,
+    measurements: Sequence[Measurement],
+) -> None:
+    """A page for each network, and for several one beside them that has them all."""
+    from foxnas_mlflow.report import write_search_report, write_searches_report
+
+    for one in searched:
+        write_search_report(
+            run.directory / one.place(len(searched)) / "report.html",
+            outcome=one.outcome,
+            comparisons=one.comparisons,
+            request=request,
+            target=target,
+            measurements=measurements,
+            candidates=() if one.verification is None else one.verification.candidates,
+            reason="" if one.verification is None else one.verification.reason,
+        )
+    if len(searched) > 1:
+        write_searches_report(
+            run.directory / "report.html",
+            outcomes=[one.outcome for one in searched],
+            chosen=[None if one.verification is None else one.verification.chosen for one in searched],
+            request=request,
+            target=target,
+        )
 
 
 def _metrics(outcome: SearchOutcome, facts: Mapping[str, float | str]) -> dict[str, float]:
@@ -152,27 +211,30 @@ def _metrics(outcome: SearchOutcome, facts: Mapping[str, float | str]) -> dict[s
         "model/macs": network.macs,
         "model/int8_parameter_bytes": network.int8_size_bytes,
         "model/peak_activation_bytes": network.peak_activation_bytes,
+        # MLflow's names of metrics have no "@".
+        **{f"search/limit_price/{p.limit.quantity.replace('@', '.')}": p.per_unit for p in outcome.prices},
         **{f"search/{key}": value for key, value in facts.items() if isinstance(value, float)},
     }
 
 
 def _register_subnet(
     model_uri: str,
-    outcome: SearchOutcome,
+    one: Searched,
     metrics: Mapping[str, float],
     facts: Mapping[str, float | str],
     tags: Mapping[str, str],
     *,
     target: Target,
-    latency_ms: float,
     name: str,
     note: str,
 ) -> str:
-    confidence = outcome.objective.confidence
+    outcome = one.outcome
+    confidence, limit = outcome.objective.confidence, outcome.latency_limit_ms
     following = {
         "trained": "foxnas quantize --subnet {uri} --target " + target.name,
         "none": f"foxnas search --supernet models:/{name}-supernet/1 --target {target.name}",
     }[tags["weights"]]
+    reason = "" if one.verification is None else one.verification.reason
     return register(
         model_uri,
         registered_name(name, "subnet", target.name),
@@ -181,14 +243,18 @@ def _register_subnet(
             **tags,
             "found_by": outcome.found_by,
             "confidence": f"{confidence:g}",
-            "latency_ms": f"{latency_ms:g}",
+            "limits": describe_limits(outcome.limits),
+            **({} if limit is None else {"latency_ms": f"{limit:g}"}),
         },
         facts={
-            "target": f"{target.name}, at most {latency_ms:g} ms",
+            "target": target.name if limit is None else f"{target.name}, at most {limit:g} ms",
+            "searched for": str(outcome.problem),
             "predicted accuracy, %": outcome.accuracy,
             "predicted latency, ms": outcome.latency_ms,
             f"upper bound at {confidence:g}, ms": outcome.latency_upper_ms,
+            **{f"limit {limit}": words for limit, words in outcome.limit_words()},
             **{key.replace("_", " "): value for key, value in facts.items() if isinstance(value, float)},
+            **({"chosen": reason} if reason else {}),
             "weights": tags["weights"],
             "parameters": f"{metrics['model/params']:,.0f}",
             **({"note": note} if note else {}),

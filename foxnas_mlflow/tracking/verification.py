@@ -55,9 +55,18 @@ def write_verification(candidates: Sequence[Candidate], path: Path) -> None:
         writer.writerows(rows)
 
 
-def log_verification(run: EntryRun, looked: Sequence[Candidate]) -> None:
-    """Log what was looked at, however the verification ended."""
+def log_verification(run: EntryRun, looked: Sequence[Candidate], place: str = "") -> None:
+    """Log what was looked at, however the verification ended.
+
+    Args:
+        run: The open run.
+        looked: The networks.
+        place: Directory of the run that has the table; empty: its root.
+    """
     if looked:
-        write_verification(looked, run.directory / TABLE)
-        run.log_artifact(run.directory / TABLE)
-        run.log_table([candidate.to_row() for candidate in looked], "tables/verification.json")
+        path = run.directory / place / TABLE
+        path.parent.mkdir(exist_ok=True)
+        write_verification(looked, path)
+        run.log_artifact(path, place or None)
+        name = "verification" if not place else f"verification-{place}"
+        run.log_table([candidate.to_row() for candidate in looked], f"tables/{name}.json")

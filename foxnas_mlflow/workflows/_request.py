@@ -13,6 +13,8 @@ request that is built in Python is held against the same rules, with the same on
 | bool                | true/false, yes/no, 1/0    | refused          |
 | tuple[int, ...]     | integers, comma separated  | (): not given    |
 | tuple[float, ...]   | numbers, comma separated   | (): not given    |
+
+In Python one number stands for a tuple of one.
 """
 
 from __future__ import annotations
@@ -112,6 +114,8 @@ class Parameter:
             return None
         if not self.many:
             return self._check_one(value)
+        if isinstance(value, int | float) and self.type is not str:
+            value = (value,)
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise InvalidInputError(f"{self.name} must be a tuple of {_KINDS[self.type]}s", received=repr(value))
         return tuple(self._check_one(one) for one in value)

@@ -61,6 +61,7 @@ def verified(
     compiler_image: str = "",
     n: int,
     tolerance_points: float | None = None,
+    place: str = "",
     kept: Path,
 ) -> tuple[SearchOutcome, Verification]:
     """Measure and evaluate the candidates of a search and choose among them.
@@ -74,6 +75,7 @@ def verified(
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
         n: Networks of the front to look at.
         tolerance_points: See `foxnas_mlflow.core.searchers.verify`.
+        place: Directory of the run that has the table; empty: its root.
         kept: Directory of what the device said, so that a search that was cut off does not ask it again.
 
     Returns:
@@ -92,7 +94,7 @@ def verified(
         if device:
             timer = stack.enter_context(open_device(target, space, device, compiler_image=compiler_image))
             time = remembered(timer, kept / MEASUREMENTS).time
-        stack.callback(lambda: log_verification(run, looked))
+        stack.callback(lambda: log_verification(run, looked, place))
         verdict = verify(
             outcome,
             n_candidates=n,

@@ -22,7 +22,7 @@ class CompareRequest(Request):
     predictors: str = parameter("", "Model URI of the predictors that it was found with.")
     supernet: str = parameter("", "Model URI of the supernet, which gives the other networks their weights.")
     data: str = parameter("", "The images that it was trained on, where they are now.")
-    latency_ms: float = parameter(60.0, "Latency constraint of the search in milliseconds.", above=0)
+    latency_ms: float | None = parameter(None, "Latency limit of the search in milliseconds; empty: none.", above=0)
     confidence: float = parameter(0.95, "Confidence of the search.", at_least=0.5, below=1)
     n_compare: int = parameter(5, "Networks of the front beside the found one.", at_least=0)
     target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")

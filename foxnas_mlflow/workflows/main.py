@@ -5,7 +5,7 @@
 | supernet  | weights for every network of the space            | data, space, preset                 |
 | sample    | accuracy and latency of some networks             | supernet, device                    |
 | fit       | predictors                                        | the samples                         |
-| search    | the best network under the latency, with weights  | predictors, supernet, device        |
+| search    | the best network under the limits, with weights   | predictors, supernet, device        |
 | finetune  | the same network trained alone, if epochs are given | its weights, data                 |
 | quantize  | its int8 file                                     | the found network                   |
 | benchmark | its latency                                       | the int8 file, device               |
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._goal import GoalRequest
 from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
 from foxnas_mlflow.workflows.benchmark import BenchmarkRequest, BenchmarkResult, run_benchmark
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MainRequest(Request):
+class MainRequest(GoalRequest):
     """From which images to which model; see `run_main`."""
 
     data: str = parameter(
@@ -54,8 +55,11 @@ class MainRequest(Request):
         "", "Where to measure: local, ssh://user@host, docker://image, none; empty: the target's own device."
     )
     compiler_image: str = compiler_image()
-    latency_ms: float | None = parameter(
-        None, "Latency constraint in milliseconds; empty: the middle of what is reachable.", above=0
+    latency_ms: tuple[float, ...] = parameter(
+        (),
+        "Latency limit in milliseconds, or several: a network each, the first goes on to promotion; empty: the middle "
+        "of what is reachable, where nothing else is asked.",
+        above=0,
     )
     preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Size of images and of training.")
     space: str = parameter("", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: the target's.")
@@ -70,7 +74,7 @@ class MainRequest(Request):
         0, "Epochs to train the found network alone, from its shared weights; 0: none.", at_least=0
     )
     confidence: float = parameter(
-        0.95, "Probability in [0.5, 1) that a measurement meets the constraint.", at_least=0.5, below=1
+        0.95, "Probability in [0.5, 1) that measurements meet all limits together.", at_least=0.5, below=1
     )
     max_accuracy_drop: float = parameter(1.0, "Most points of top-1 that int8 may lose for promotion.", at_least=0)
     stage: str = parameter("Staging", "Stage to promote to; none: do not promote.")
@@ -78,7 +82,8 @@ class MainRequest(Request):
     name: str = parameter("foxnas", "Prefix of the registered models.")
 
     def check(self) -> None:
-        """The stage is one, or none."""
+        """The stage is one, or none; limits and goal are as `GoalRequest` wants them."""
+        super().check()
         if self.stage.lower() not in ("staging", "production", "none"):
             raise InvalidInputError("stage must be Staging, Production or none", received=self.stage)
 
@@ -195,8 +200,8 @@ class _Pipeline:
         supernet = request.supernet or self._supernet().model_uri
         samples = self._sample(supernet).measurements
         predictors = self._fit(samples).model_uri
-        latency_ms = self._latency(predictors)
-        subnet = self._search(latency_ms, predictors, supernet, samples).model_uri
+        found = self._search(self._latencies(predictors), predictors, supernet, samples)
+        subnet, latency_ms = found.model_uri, found.latency_ms
         if request.finetune_epochs:
             subnet = self._finetune(subnet).better_uri
         model = self._quantize(subnet).runnable_uri
@@ -212,8 +217,9 @@ class _Pipeline:
         metrics, summary = conclude(
             self._run,
             self.done,
-            request=request.values() | {"device": self._device, "latency_ms": latency_ms},
+            request=request.values() | {"device": self._device},
             latency_ms=latency_ms,
+            limits=found.limits,
             confidence=request.confidence,
             model_uri=model,
             target=self._target,
@@ -274,14 +280,14 @@ class _Pipeline:
             "fit", FitStepResult, _inputs(request), ("sample",), lambda _: lambda *, tags: run_fit(request, tags=tags)
         )
 
-    def _latency(self, predictors_uri: str) -> float:
-        """The constraint: the one asked for, or the middle between the fastest and the most accurate network."""
+    def _latencies(self, predictors_uri: str) -> tuple[float, ...]:
+        """The latency limits: those asked for, or the middle between the fastest and the most accurate network."""
         import math
 
         from foxnas_mlflow.core.searchers import Objective, fastest, front_of
         from foxnas_mlflow.tracking.inputs import open_predictors
 
-        if self._request.latency_ms is not None:
+        if not self._request.is_open:
             return self._request.latency_ms
         predictors, _ = open_predictors(predictors_uri, self._target.name)
         objective = Objective(predictors, confidence=self._request.confidence)
@@ -294,13 +300,17 @@ class _Pipeline:
             "network, at most %.3g ms, and the most accurate one, at most %.3g ms.",
             *(latency_ms, low, high),
         )
-        return latency_ms
+        return (latency_ms,)
 
-    def _search(self, latency_ms: float, predictors: str, supernet: str, samples: str) -> SearchResult:
+    def _search(self, latencies_ms: tuple[float, ...], predictors: str, supernet: str, samples: str) -> SearchResult:
         main = self._request
         request = SearchRequest(
             target=main.target,
-            latency_ms=latency_ms,
+            latency_ms=latencies_ms,
+            limits=main.limits,
+            objective=main.objective,
+            min_accuracy=main.min_accuracy,
+            tolerance_points=main.tolerance_points,
             confidence=main.confidence,
             predictors=predictors,
             supernet=supernet,
@@ -370,7 +380,7 @@ class _Pipeline:
             lambda _: lambda *, tags: run_benchmark(request, tags=tags),
         )
 
-    def _compare(self, supernet: str, predictors: str, model: str, latency_ms: float) -> CompareResult:
+    def _compare(self, supernet: str, predictors: str, model: str, latency_ms: float | None) -> CompareResult:
         main = self._request
         request = CompareRequest(
             model=model,
@@ -396,13 +406,13 @@ class _Pipeline:
                 lambda _: lambda *, tags: run_compare(request, directory=directory, tags=tags),
             )
 
-    def _promote(self, model: str, latency_ms: float) -> PromoteResult:
+    def _promote(self, model: str, latency_ms: float | None) -> PromoteResult:
         """Ask the gates, unless they let this very version through and it still is where they put it."""
         from foxnas_mlflow.tracking.registry import holds_stage
 
         main = self._request
         request = PromoteRequest(
-            model=model, stage=main.stage, max_latency_ms=latency_ms, max_accuracy_drop=main.max_accuracy_drop
+            model=model, stage=main.stage, max_latency_ms=latency_ms or 0.0, max_accuracy_drop=main.max_accuracy_drop
         )
         return self._step(
             "promote",

@@ -1,37 +1,45 @@
-"""Search: find, prove, explain, verify and register the best network under a latency."""
+"""Search: find, prove, explain, verify and register the best network under limits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
-from foxnas_mlflow.workflows._workflow import Result, Workflow
+from foxnas_mlflow.workflows._goal import GoalRequest
+from foxnas_mlflow.workflows._request import chosen_device, compiler_image, parameter
+from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
     from foxnas_mlflow.core.predictors import PredictorSet
-    from foxnas_mlflow.core.searchers import Objective, SearchOutcome
-    from foxnas_mlflow.core.searchers import SearchResult as FoundBySearcher
+    from foxnas_mlflow.core.searchers import Problem
     from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.tracking.inputs import TrainedSupernet
     from foxnas_mlflow.tracking.run import EntryRun
-    from foxnas_mlflow.tracking.search import LoggedSearch
+    from foxnas_mlflow.tracking.search import LoggedNetwork, Searched
     from foxnas_mlflow.tracking.verification import Verification
 
 
+DEFAULT_LATENCY_MS = 60.0
+"""The latency limit of a search that is given neither limits nor another objective."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class SearchRequest(Request):
+class SearchRequest(GoalRequest):
     """What to search for; see `run_search`."""
 
     target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML.")
-    latency_ms: float = parameter(60.0, "Latency constraint in milliseconds.", above=0)
+    latency_ms: tuple[float, ...] = parameter(
+        (),
+        "Latency limit in milliseconds, or several (10,20,40): a network each; empty: 60 where nothing else is asked.",
+        above=0,
+    )
     confidence: float = parameter(
-        0.95, "Probability in [0.5, 1) that a measurement meets the constraint.", at_least=0.5, below=1
+        0.95, "Probability in [0.5, 1) that measurements meet all limits together.", at_least=0.5, below=1
     )
     space: str = parameter(
         "", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: that of the predictors."
@@ -59,9 +67,17 @@ class SearchRequest(Request):
     name: str = parameter("foxnas", "Prefix of the registered models.")
 
     def check(self) -> None:
-        """Images belong to a supernet."""
+        """Images belong to a supernet; limits and goal are as `GoalRequest` wants them."""
+        super().check()
         if self.data and not self.supernet:
             raise InvalidInputError("data is that of a supernet", received=self.data, remedy="give supernet too")
+
+    @property
+    def latencies_ms(self) -> tuple[float | None, ...]:
+        """The latency limits, a network for each; None: no limit on latency beside those of `limits`."""
+        if self.latency_ms:
+            return self.latency_ms
+        return (DEFAULT_LATENCY_MS,) if self.is_open else (None,)
 
 
 COMPARISON_EVALUATIONS = 100_000
@@ -70,21 +86,25 @@ COMPARISON_EVALUATIONS = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class SearchResult(Result):
-    """A registered network.
+    """Registered networks: one, or one for each of several latencies.
 
     Attributes:
-        model_uri: The registered subnet.
-        predictors_uri: The predictors that it was found with, registered beside it.
-        architecture: The network, as ``architecture.json``.
-        latency_ms: The constraint that it meets.
-        confidence: Probability that a measurement meets it.
-        metrics: ``search/{figure}`` as logged.
+        model_uri: The registered subnet, the first of several.
+        model_uris: All of them, in the order of the latencies.
+        predictors_uri: The predictors that they were found with, registered beside them.
+        architecture: The first network, as ``architecture.json``.
+        latency_ms: The latency limit that it meets, or None where latency was not limited.
+        limits: All limits that it meets, as text.
+        confidence: Probability that measurements meet them.
+        metrics: ``search/{figure}`` of it, as logged.
     """
 
     model_uri: str
+    model_uris: Sequence[str]
     predictors_uri: str
     architecture: Mapping[str, Any]
-    latency_ms: float
+    latency_ms: float | None
+    limits: str
     confidence: float
     metrics: Mapping[str, float]
 
@@ -96,7 +116,7 @@ class _Inputs:
     target: Target
     predictors: PredictorSet
     source: str
-    objective: Objective
+    problems: tuple[Problem, ...]
     supernet: TrainedSupernet | None
 
 
@@ -108,7 +128,8 @@ def run_search(request: SearchRequest, *, tags: Mapping[str, str] | None = None)
         tags: Further tags of its run.
 
     Raises:
-        InfeasibleConstraintError: If no network meets the constraint.
+        InvalidInputError: If a limit, a goal or an input breaks a rule.
+        InfeasibleConstraintError: If no network meets the limits; it names what can be reached.
         OutOfDomainError: If the predictors know nothing of what is asked.
         DeviceError: If the device cannot be reached; finished measurements are kept.
     """
@@ -116,12 +137,14 @@ def run_search(request: SearchRequest, *, tags: Mapping[str, str] | None = None)
     # What can be refused at once is refused before there is a run.
     inputs = _open(request)
 
+    from foxnas_mlflow.core.searchers import accuracy_signal, describe_limits
     from foxnas_mlflow.tracking.inputs import open_measurements
     from foxnas_mlflow.tracking.run import entry_run
     from foxnas_mlflow.tracking.search import log_search
 
     resolved = request.texts() | {
-        "image_size": ",".join(map(str, inputs.objective.image_sizes)),
+        "latency_ms": ",".join(str(ms) for ms in request.latencies_ms if ms is not None),
+        "image_size": ",".join(map(str, inputs.problems[0].objective.image_sizes)),
         "data": "" if inputs.supernet is None else inputs.supernet.dataset.source,
     }
     # The run is open while the search works, so that SIGTERM finds it and ends it as KILLED.
@@ -137,40 +160,47 @@ def run_search(request: SearchRequest, *, tags: Mapping[str, str] | None = None)
             from foxnas_mlflow.tracking.supernet import log_dataset
 
             log_dataset(run, inputs.supernet.dataset, context="evaluation")
+        signal = accuracy_signal(inputs.predictors)
+        if signal is not None and signal.absent:
+            logger.info("Beware: %s.", signal)
         measurements = open_measurements(request.measurements, run.directory)[0] if request.measurements else []
-        outcome, comparisons = _searched(request, inputs)
+        found = _searched(request, inputs)
         with _keeping(request, inputs, run) as kept:
-            verification = None
             if inputs.supernet is not None or request.device:
-                outcome, verification = _verified(request, inputs, run, outcome, kept)
+                found = [_verified(request, inputs, run, one, kept) for one in found]
             logged = log_search(
                 run,
-                outcome,
-                comparisons,
+                found,
                 target=inputs.target,
                 predictors=inputs.predictors,
                 predictors_source=inputs.source,
                 params=request.values() | resolved,
-                latency_ms=request.latency_ms,
                 name=request.name,
                 measurements=measurements,
-                verification=verification,
             )
+        first = found[0].outcome
         return SearchResult(
             run_id=run.run_id,
-            model_uri=logged.subnet_uri,
+            model_uri=logged.networks[0].uri,
+            model_uris=[network.uri for network in logged.networks],
             predictors_uri=logged.predictors_uri,
-            architecture=outcome.architecture.to_dict(),
-            latency_ms=request.latency_ms,
+            architecture=first.architecture.to_dict(),
+            latency_ms=first.latency_limit_ms,
+            limits=describe_limits(first.limits),
             confidence=request.confidence,
-            metrics=logged.metrics,
-            summary=_summary(request, inputs, outcome, verification, logged, run.run_id),
+            metrics=logged.networks[0].metrics,
+            summary="\n\n".join(
+                _summary(inputs, one, network, logged.note, run.run_id)
+                for one, network in zip(found, logged.networks, strict=True)
+            ),
         )
 
 
 def _open(request: SearchRequest) -> _Inputs:
     """Open predictors and supernet, and refuse what does not belong together."""
-    from foxnas_mlflow.core.searchers import Objective
+    import dataclasses
+
+    from foxnas_mlflow.core.searchers import parse_limits, pose
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.tracking.inputs import open_predictors, open_supernet
@@ -183,7 +213,17 @@ def _open(request: SearchRequest) -> _Inputs:
             received=request.space,
             remedy="leave space empty, or bring predictors fitted in that space",
         )
-    objective = Objective(predictors, confidence=request.confidence, image_sizes=list(request.image_size) or None)
+    latencies = request.latencies_ms
+    first = pose(
+        predictors,
+        latencies[0],
+        limits=request.limits,
+        objective=request.objective,
+        min_accuracy=request.min_accuracy,
+        confidence=request.confidence,
+        image_sizes=list(request.image_size) or None,
+    )
+    others = [dataclasses.replace(first, limits=parse_limits(request.limits, latency_ms=ms)) for ms in latencies[1:]]
     supernet = open_supernet(request.supernet, data=request.data, name=request.name) if request.supernet else None
     if supernet is not None and supernet.space.digest != predictors.space.digest:
         raise InvalidInputError(
@@ -191,27 +231,35 @@ def _open(request: SearchRequest) -> _Inputs:
             received=f"{supernet.uri} with {supernet.space.name!r}",
             remedy="bring predictors fitted to samples of this supernet: foxnas sample, foxnas fit",
         )
-    return _Inputs(target, predictors, source, objective, supernet)
+    return _Inputs(target, predictors, source, (first, *others), supernet)
 
 
-def _searched(request: SearchRequest, inputs: _Inputs) -> tuple[SearchOutcome, list[FoundBySearcher]]:
-    """The search, and all searchers under one common budget beside it."""
-    from foxnas_mlflow.core.searchers import SEARCHERS, search
+def _searched(request: SearchRequest, inputs: _Inputs) -> list[Searched]:
+    """The searches with one front, and all searchers under one common budget beside each."""
+    import time
 
-    outcome = search(
-        inputs.predictors,
-        request.latency_ms,
-        confidence=request.confidence,
-        image_sizes=list(request.image_size) or None,
-        algorithm=request.algorithm,
-        evaluations=request.evaluations,
-        seed=request.seed,
-    )
+    from foxnas_mlflow.core.searchers import SEARCHERS, front_of, get_searcher, search_problem
+    from foxnas_mlflow.tracking.search import Searched
+
+    start = time.perf_counter()
+    front = front_of(inputs.problems[0].objective)
+    seconds = time.perf_counter() - start
     budget = min(request.evaluations, COMPARISON_EVALUATIONS)
-    comparisons = [
-        searcher.search(outcome.problem, evaluations=budget, seed=request.seed) for searcher in SEARCHERS.values()
-    ]
-    return outcome, comparisons
+    found = []
+    for problem in inputs.problems:
+        outcome = search_problem(
+            problem,
+            front,
+            front_seconds=seconds,
+            searcher=get_searcher(request.algorithm),
+            evaluations=request.evaluations,
+            seed=request.seed,
+        )
+        comparisons = [
+            searcher.search(problem, evaluations=budget, seed=request.seed) for searcher in SEARCHERS.values()
+        ]
+        found.append(Searched(outcome, tuple(comparisons)))
+    return found
 
 
 def _keeping(request: SearchRequest, inputs: _Inputs, run: EntryRun) -> AbstractContextManager[Path]:
@@ -225,47 +273,49 @@ def _keeping(request: SearchRequest, inputs: _Inputs, run: EntryRun) -> Abstract
     return kept_measurements(inputs.predictors, inputs.target, request.values())
 
 
-def _verified(
-    request: SearchRequest, inputs: _Inputs, run: EntryRun, outcome: SearchOutcome, kept: Path
-) -> tuple[SearchOutcome, Verification]:
+def _verified(request: SearchRequest, inputs: _Inputs, run: EntryRun, found: Searched, kept: Path) -> Searched:
+    import dataclasses
+
     from foxnas_mlflow.workflows._verification import verified
 
-    return verified(
+    outcome, verification = verified(
         run,
-        outcome,
+        found.outcome,
         target=inputs.target,
         supernet=inputs.supernet,
         device=request.device,
         compiler_image=request.compiler_image,
         n=request.verify,
+        tolerance_points=request.tolerance,
+        place=found.place(len(inputs.problems)),
         kept=kept,
     )
+    return dataclasses.replace(found, outcome=outcome, verification=verification)
 
 
-def _summary(
-    request: SearchRequest,
-    inputs: _Inputs,
-    outcome: SearchOutcome,
-    verification: Verification | None,
-    logged: LoggedSearch,
-    run_id: str,
-) -> str:
-    target, uri = inputs.target.name, logged.subnet_uri
+def _summary(inputs: _Inputs, found: Searched, logged: LoggedNetwork, note: str, run_id: str) -> str:
+    outcome, verification, uri = found.outcome, found.verification, logged.uri
+    target, problem, optimum = inputs.target.name, found.outcome.problem, found.outcome.optimum
     weights = "none" if verification is None or verification.model is None else "trained"
+    if optimum.least is None:
+        exact, unit = f"{optimum.accuracy:.4f} %", "points"
+    else:
+        exact, unit = f"{problem.goal} {optimum.least:.6g}", problem.goal
     lines = [
-        f"Found for {target} within {request.latency_ms:g} ms at confidence {request.confidence:g}:",
+        f"Found for {target}: {problem}, at confidence {outcome.objective.confidence:g}:",
         f"  {outcome.architecture}",
         f"  predicted accuracy   {outcome.accuracy:.2f} %",
         f"  predicted latency    {outcome.latency_ms:.3g} ms, at most {outcome.latency_upper_ms:.3g} ms (cost model)",
         *_verified_lines(verification),
-        f"  exact optimum        {outcome.optimum.accuracy:.4f} %, proof gap {outcome.optimum.proof_gap:.4f} points",
-        f"  {outcome.result.algorithm:<20} {outcome.result.accuracy:.4f} %, gap {outcome.optimality_gap:.4f} points, "
+        *(f"  limit                {limit}: {words}" for limit, words in outcome.limit_words()),
+        f"  exact optimum        {exact}, proof gap {optimum.proof_gap:.4g} {unit}",
+        f"  {outcome.result.algorithm:<20} {outcome.result.accuracy:.4f} %, gap {outcome.optimality_gap:.4g} {unit}, "
         f"{outcome.result.evaluations:,} evaluations in {outcome.result.seconds:.2f} s",
         f"  registered           {uri} (weights={weights})",
         f"  run                  {run_id}: report.html, front.csv, certificate.json",
     ]
-    if logged.note:
-        lines.append(f"  note                 {logged.note}")
+    if note:
+        lines.append(f"  note                 {note}")
     if weights == "trained":
         lines.append(f"Next: foxnas quantize --subnet {uri} --target {target}")
     else:
@@ -283,13 +333,13 @@ def _verified_lines(verification: Verification | None) -> list[str]:
     if chosen.timing is not None:
         word = " (emulated: no real time)" if verification.emulated else ""
         lines.append(f"  measured latency     {chosen.timing.latency_ms:.3g} ms on {chosen.timing.device}{word}")
-    lines.append(f"  chosen among         {len(verification.candidates)} networks: verification.csv")
+    lines.append(f"  chosen               {verification.reason} (verification.csv)")
     return lines
 
 
 WORKFLOW = Workflow(
     "search",
-    "Find the most accurate network under a latency, with a proof, a report and registered models.",
+    "Find the best network under limits, with a proof, a report and registered models.",
     SearchRequest,
     run_search,
 )

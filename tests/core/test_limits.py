@@ -195,7 +195,7 @@ def test_the_certificate_names_every_limit_and_which_bind() -> None:
     )
     certificate = outcome.certificate()
     assert "latency_ms <= 90" in certificate["constraint"]
-    assert "int8_size_bytes <= 4e+06" in certificate["statement"]
+    assert "int8_size_bytes <= 4000000" in certificate["statement"]
     limits = {entry["quantity"]: entry for entry in certificate["limits"]}
     assert list(limits) == ["latency_ms", "int8_size_bytes", "peak_activation_bytes"]
     assert all(entry["value"] <= entry["limit"] for entry in limits.values())

@@ -73,6 +73,77 @@ def test_search_logs_what_the_contract_names(tracking: str, tmp_path: Path) -> N
     assert table["latency_ms_lower"][0] < table["latency_ms"][0] < table["latency_ms_upper"][0]
 
 
+def test_limits_are_on_the_version_on_the_page_and_in_the_metrics(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.core.searchers import search
+
+    limits = "int8_size_bytes<=3.5MB, peak_activation_bytes<=1.2MB"
+    assert main(["search", "--latency-ms", "60", "--limits", limits, "--evaluations", "2000"]) == 0
+    expected = search(reference_predictors("rpi4"), 60, limits=limits, evaluations=2000)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"])
+    prices = {key: v for key, v in run.data.metrics.items() if key.startswith("search/limit_price/")}
+    assert prices == {f"search/limit_price/{p.limit.quantity}": p.per_unit for p in expected.prices}
+    assert prices["search/limit_price/peak_activation_bytes"] == 0
+    binding = expected.prices[1]
+    words = f"binds, costs {binding.lost:.2f} points, one more kB buys {1e3 * binding.per_unit:.3g} points"
+    version = client.get_model_version("foxnas-subnet-rpi4", "1")
+    page = Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/report.html", dst_path=str(tmp_path)))
+    for text in (version.description, capsys.readouterr().out):
+        assert words in text
+        assert "int8_size_bytes <= 3500000" in text
+        assert "does not bind" in text
+    assert f"one more kB buys {1e3 * binding.per_unit:.3g} points" in page.read_text()
+    assert version.tags["limits"] == "latency_ms <= 60, int8_size_bytes <= 3500000, peak_activation_bytes <= 1200000"
+
+
+def test_several_latencies_register_a_network_each_in_one_run_with_one_front(tracking: str, tmp_path: Path) -> None:
+    import mlflow
+
+    from foxnas_mlflow.core.searchers import search_each
+    from foxnas_mlflow.tracking.registry import version_metrics
+
+    assert main(["search", "--latency-ms", "45,90", "--evaluations", "2000"]) == 0
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs(["0"])
+    directory = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, dst_path=str(tmp_path / "a")))
+    names = {"architecture.json", "certificate.json", "trace.csv", "report.html"}
+    assert {path.name for path in directory.iterdir() if path.is_file()} == {"front.csv", "report.html"}
+    expected = search_each(reference_predictors("rpi4"), [45.0, 90.0], evaluations=2000)
+    for number, (outcome, limit) in enumerate(zip(expected, (45, 90), strict=True), start=1):
+        assert {path.name for path in (directory / f"{limit}ms").iterdir()} == names
+        found = Architecture.from_json((directory / f"{limit}ms" / "architecture.json").read_text())
+        assert found == outcome.architecture
+        version = client.get_model_version("foxnas-subnet-rpi4", str(number))
+        assert version.tags["latency_ms"] == str(limit)
+        assert version_metrics(version)["search/predicted_accuracy"] == pytest.approx(outcome.accuracy)
+    page = (directory / "report.html").read_text()
+    for outcome in expected:
+        assert f"{outcome.accuracy:.2f}" in page
+
+
+def test_the_least_of_a_quantity_and_the_knee_are_searched_from_a_project(tracking: str, root: Path) -> None:
+    import mlflow
+
+    from foxnas_mlflow.core.searchers import pose, solve
+
+    predictors, client = reference_predictors("rpi4"), mlflow.MlflowClient()
+    asked = {"objective": "int8_size_bytes", "min_accuracy": "72", "limits": "latency_ms<=80ms, macs < 300M"}
+    submitted = mlflow.projects.run(
+        str(root), entry_point="search", parameters={**asked, "evaluations": "2000"}, env_manager="local"
+    )
+    metrics = client.get_run(submitted.run_id).data.metrics
+    problem = pose(predictors, limits="latency_ms<=80, macs<=300e6", objective="int8_size_bytes", min_accuracy=72)
+    assert metrics["model/int8_parameter_bytes"] == solve(problem).least
+    assert metrics["search/predicted_accuracy"] >= 72
+    assert main(["search", "--objective", "knee", "--evaluations", "2000"]) == 0
+    knee = solve(pose(predictors, objective="knee"))
+    assert client.get_model_version("foxnas-subnet-rpi4", "2").tags["latency_ms"] == f"{knee.latency_upper_ms:g}"
+
+
 def test_a_changed_model_file_is_refused(tracking: str, tmp_path: Path) -> None:
     import mlflow
     from mlflow.exceptions import MlflowException

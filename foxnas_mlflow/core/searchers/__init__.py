@@ -17,11 +17,12 @@ from foxnas_mlflow.core.searchers._exact import Front, Optimum, exact_front, exa
 from foxnas_mlflow.core.searchers._limited import solve
 from foxnas_mlflow.core.searchers._limits import Limit, describe_limits, parse_limits
 from foxnas_mlflow.core.searchers._objective import Objective
-from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices
+from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices, spoken
 from foxnas_mlflow.core.searchers._problem import Problem
 from foxnas_mlflow.core.searchers._random import RandomSearch
 from foxnas_mlflow.core.searchers._search import (
     DEFAULT_EVALUATIONS,
+    KNEE,
     SEARCHERS,
     SearchOutcome,
     check_budget,
@@ -36,6 +37,7 @@ from foxnas_mlflow.core.searchers._verify import Candidate, Evaluated, Verdict, 
 
 __all__ = [
     "DEFAULT_EVALUATIONS",
+    "KNEE",
     "SEARCHERS",
     "Candidate",
     "Combined",
@@ -80,5 +82,6 @@ __all__ = [
     "search_each",
     "search_problem",
     "solve",
+    "spoken",
     "verify",
 ]

@@ -51,10 +51,15 @@ def solve(problem: Problem) -> Optimum:
     """
     if problem.only_latency:
         return exact_optimum(problem.objective, problem.limits[0].value)
-    found = _maximum_goal(problem) if _is_maximum(problem) else _linear_goal(problem)
+    found = _best(problem)
     if found is None:
-        raise infeasible(problem, _linear_goal)
+        raise infeasible(problem, _best)
     return found
+
+
+def _best(problem: Problem) -> Optimum | None:
+    """The optimum, or None where no network meets the limits."""
+    return _maximum_goal(problem) if _is_maximum(problem) else _linear_goal(problem)
 
 
 def least_loaded(problem: Problem) -> tuple[int, IndexArray]:
@@ -79,7 +84,7 @@ def least_loaded(problem: Problem) -> tuple[int, IndexArray]:
     other = "accuracy" if problem.goal == "latency_ms" else "latency_ms"
     found = _linear_goal(replace(problem, goal=other, min_accuracy=problem.min_accuracy or 0.0))
     if found is None:
-        raise infeasible(problem, _linear_goal)
+        raise infeasible(problem, _best)
     return objective.image_sizes.index(found.architecture.image_size), objective.index_of(found.architecture)
 
 

@@ -40,7 +40,7 @@ class Limit:
             raise InvalidInputError(f"{self.quantity} must be limited to a positive number", received=self.value)
 
     def __str__(self) -> str:
-        return f"{self.quantity} <= {self.value:g}"
+        return f"{self.quantity} <= {self.value:.10g}"
 
 
 def parse_limits(

@@ -55,13 +55,35 @@ class LimitPrice:
             "price_points_per_unit": self.per_unit,
         }
 
+    def buys(self) -> str:
+        """What one more ms, kB, mJ or so would buy, as text."""
+        amount, unit = spoken_unit(self.limit.quantity)
+        return f"one more {unit} buys {amount * self.per_unit:.3g} points"
+
     def __str__(self) -> str:
         if not self.binds:
             return f"{self.limit} does not bind"
-        return (
-            f"{self.limit} costs {self.lost:.2f} points; {self.step:.3g} more would buy {self.gained:.3f} points "
-            f"({self.per_unit:.3g} a unit)"
-        )
+        return f"{self.limit} binds and costs {self.lost:.2f} points: {self.buys()}"
+
+
+_SPOKEN = (
+    ("_ms", 1.0, "ms"),
+    ("_bytes", 1e3, "kB"),
+    ("_mj", 1.0, "mJ"),
+    ("params", 1e3, "thousand parameters"),
+    ("macs", 1e6, "million multiply-accumulates"),
+)
+
+
+def spoken_unit(quantity: str) -> tuple[float, str]:
+    """How much of a quantity people count in, and its name: 1000 and kB for a quantity in bytes."""
+    base = quantity.split("@")[0]
+    return next(((amount, unit) for ending, amount, unit in _SPOKEN if base.endswith(ending)), (1.0, "unit"))
+
+
+def spoken(amount: float) -> str:
+    """An amount as people read it: thousands apart, six digits."""
+    return f"{amount:,.0f}" if amount >= 1e5 else f"{amount:,.6g}"
 
 
 def limit_prices(problem: Problem, optimum: Optimum) -> tuple[LimitPrice, ...]:

@@ -19,7 +19,7 @@ from foxnas_mlflow.core.searchers._exact import Front, Optimum, front_of
 from foxnas_mlflow.core.searchers._limited import solve
 from foxnas_mlflow.core.searchers._limits import Limit, parse_limits
 from foxnas_mlflow.core.searchers._objective import Objective
-from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices
+from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices, spoken
 from foxnas_mlflow.core.searchers._problem import Problem
 from foxnas_mlflow.core.searchers._quantities import check_quantity
 from foxnas_mlflow.core.searchers._random import RandomSearch
@@ -77,6 +77,25 @@ class SearchOutcome:
     def latency_upper_ms(self) -> float:
         """Its upper latency bound at the confidence."""
         return self.amounts["latency_ms"]
+
+    @property
+    def latency_limit_ms(self) -> float | None:
+        """The limit on latency, or None where there is none."""
+        return next((limit.value for limit in self.limits if limit.quantity == "latency_ms"), None)
+
+    def limit_words(self) -> list[tuple[Limit, str]]:
+        """Every limit, with what the network has of it, whether it binds, and what more of it would buy."""
+        prices = {price.limit: price for price in self.prices}
+        predicted = self.objective.sizes[0].bounds
+        words = []
+        for limit in self.limits:
+            amount = self.amounts[limit.quantity]
+            text = f"{'at most ' if limit.quantity in predicted else ''}{spoken(amount)}"
+            if limit in prices:
+                price = prices[limit]
+                text += f"; binds, costs {price.lost:.2f} points, {price.buys()}" if price.binds else "; does not bind"
+            words.append((limit, text))
+        return words
 
     @property
     def optimality_gap(self) -> float:

@@ -1,0 +1,71 @@
+"""What a network is searched for, as `search` and `main` are asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._request import Request, parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoalRequest(Request):
+    """Limits and a goal; base of the requests that search."""
+
+    latency_ms: tuple[float, ...] = parameter(
+        (), "Latency limit in milliseconds, or several (10,20,40): a network each.", above=0
+    )
+    limits: str = parameter(
+        "", "Further limits, comma separated: latency_ms<=20, int8_size_bytes<=2MB, peak_activation_bytes<=400kB."
+    )
+    objective: str = parameter(
+        "accuracy",
+        "What is to be best: accuracy, the least of a quantity (latency_ms, macs, ...) at min_accuracy, or the knee.",
+    )
+    min_accuracy: float | None = parameter(
+        None, "Least predicted accuracy in percent; empty: none.", above=0, below=100
+    )
+    tolerance_points: str = parameter(
+        "auto",
+        "The fastest network at most so many points below the best one wins; auto: one standard error of the two.",
+    )
+
+    def check(self) -> None:
+        """Limits can be read and stand once, and a goal has what it needs."""
+        from foxnas_mlflow.core.searchers import KNEE, parse_limits
+
+        _tolerance(self.tolerance_points)
+        for latency_ms in self.latency_ms or (None,):
+            parse_limits(self.limits, latency_ms=latency_ms)
+        if len(set(self.latency_ms)) < len(self.latency_ms):
+            raise InvalidInputError("each latency is given once", received=list(self.latency_ms))
+        if self.objective == KNEE and len(self.latency_ms) > 1:
+            raise InvalidInputError(
+                "a front has one knee", received=f"{len(self.latency_ms)} latencies", remedy="give one at most"
+            )
+        if self.objective not in ("accuracy", KNEE) and self.min_accuracy is None:
+            raise InvalidInputError(
+                f"the least of {self.objective} is asked for at an accuracy", remedy="give min_accuracy in percent"
+            )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether accuracy is to be largest and nothing limits it."""
+        return not self.latency_ms and not self.limits and self.objective == "accuracy"
+
+    @property
+    def tolerance(self) -> float | None:
+        """Points that a faster network may be below the best one; None: what the evidence cannot tell apart."""
+        return _tolerance(self.tolerance_points)
+
+
+def _tolerance(text: str) -> float | None:
+    if text == "auto":
+        return None
+    try:
+        points = float(text)
+    except ValueError:
+        points = -1.0
+    if not 0 <= points <= 100:
+        raise InvalidInputError("tolerance_points must be auto, or 0 to 100 points", received=text)
+    return points
