@@ -75,6 +75,14 @@ class Architecture:
         space: Name of the search space.
         image_size: Height and width of the input image in pixels.
         stages: The elastic stages in order.
+
+    Examples:
+        >>> from foxnas_mlflow import Architecture, get_space
+        >>> network = get_space("cpu").smallest(192)
+        >>> Architecture.from_json(network.to_json()) == network
+        True
+        >>> [stage.depth for stage in network.stages]
+        [2, 2, 2, 2, 2]
     """
 
     space: str

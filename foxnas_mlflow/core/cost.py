@@ -74,6 +74,13 @@ class NetworkCost:
             file, without its graph and quantization tables.
         peak_activation_bytes: Largest sum of int8 activations alive at once.
         terms: The sums named by `COST_TERMS`.
+
+    Examples:
+        >>> from foxnas_mlflow import build_network, get_space, network_cost
+        >>> space = get_space("cpu")
+        >>> small, large = (network_cost(build_network(space, a)) for a in (space.smallest(192), space.largest(192)))
+        >>> small.int8_size_bytes < large.int8_size_bytes
+        True
     """
 
     layers: tuple[LayerCost, ...]
@@ -85,7 +92,15 @@ class NetworkCost:
 
 
 def network_cost(network: Network) -> NetworkCost:
-    """Count a network, layer by layer and summed."""
+    """Count a network, layer by layer and summed.
+
+    Examples:
+        >>> from foxnas_mlflow import build_network, get_space, network_cost
+        >>> space = get_space("cpu")
+        >>> cost = network_cost(build_network(space, space.smallest(192)))
+        >>> cost.macs == sum(layer.macs for layer in cost.layers)
+        True
+    """
     layers = tuple(
         layer_cost(layer, held=_held_elements(unit, layer)) for unit in network.units for layer in unit.layers
     )

@@ -39,6 +39,14 @@ class FoxNasError(Exception):
         rule: What must hold.
         received: The value that broke the rule, if there is one.
         remedy: What the user can do about it.
+
+    Examples:
+        >>> from foxnas_mlflow import FoxNasError, reference_predictors, search
+        >>> try:
+        ...     search(reference_predictors("rpi4"), latency_ms=1)
+        ... except FoxNasError as error:
+        ...     print(type(error).__name__)
+        InfeasibleConstraintError
     """
 
     def __init__(self, rule: str, *, received: object = None, remedy: str | None = None) -> None:

@@ -71,6 +71,12 @@ class Measurement:
         device: Where it was measured.
         runtime: Runtime and version.
         n_runs: Timed runs behind the latency.
+
+    Examples:
+        >>> from foxnas_mlflow import Measurement, get_space
+        >>> row = Measurement(get_space("cpu").smallest(192), accuracy=66.1, latency_ms=34.2, latency_source="measured")
+        >>> row.latency_ms
+        34.2
     """
 
     architecture: Architecture
@@ -115,6 +121,18 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     Raises:
         InvalidMeasurementsError: If the file cannot be read or is neither table; the message
             names the row.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import pandas as pd
+        >>> from foxnas_mlflow import get_space, read_measurements
+        >>> network = get_space("cpu").smallest(192).to_json()
+        >>> row = {"architecture": network, "image_size": 192, "accuracy": 66.1, "latency_ms": 34.2}
+        >>> path = Path(tempfile.mkdtemp(), "measurements.csv")
+        >>> pd.DataFrame([row]).to_csv(path, index=False)
+        >>> [(row.accuracy, row.latency_ms) for row in read_measurements(path)]
+        [(66.1, 34.2)]
     """
     import pandas as pd
 

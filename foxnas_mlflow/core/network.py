@@ -112,6 +112,13 @@ class Network:
         in_channels: Channels of the input.
         n_classes: Outputs.
         units: The units in order.
+
+    Examples:
+        >>> from foxnas_mlflow import build_network, get_space
+        >>> space = get_space("cpu")
+        >>> network = build_network(space, space.largest(224))
+        >>> network.image_size, network.n_classes
+        (224, 1000)
     """
 
     image_size: int
@@ -130,6 +137,13 @@ def build_network(space: SearchSpace, architecture: Architecture) -> Network:
 
     Raises:
         InvalidArchitectureError: If the architecture does not belong to the space.
+
+    Examples:
+        >>> from foxnas_mlflow import build_network, get_space
+        >>> space = get_space("cpu")
+        >>> network = build_network(space, space.smallest(192))
+        >>> network.layers[0].op, network.layers[-1].out_channels
+        ('conv', 1000)
     """
     space.validate(architecture)
     units = list(stem_units(space, architecture.image_size))

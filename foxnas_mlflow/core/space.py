@@ -104,6 +104,14 @@ class SearchSpace:
 
     Raises:
         InvalidSpaceError: If a value breaks a rule.
+
+    Examples:
+        >>> from foxnas_mlflow import get_space
+        >>> space = get_space("cpu")
+        >>> space.kernels, space.expansions, space.depths
+        ((3, 5, 7), (2, 3, 4, 6), (2, 3, 4))
+        >>> space.replace(kernels=(3,)).n_architectures < space.n_architectures
+        True
     """
 
     name: str
@@ -479,6 +487,11 @@ def get_space(name_or_path: str) -> SearchSpace:
 
     Raises:
         InvalidSpaceError: If it is neither.
+
+    Examples:
+        >>> from foxnas_mlflow import get_space
+        >>> get_space("tpu").name
+        'tpu'
     """
     if name_or_path in BUILTIN_SPACES:
         return BUILTIN_SPACES[name_or_path]

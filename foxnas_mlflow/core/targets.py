@@ -33,6 +33,12 @@ class Target:
         latency_note: What the target's predicted milliseconds are, shown wherever they appear.
         machine: Regular expression that the name of a machine must match for its figures to count in a
             promotion; empty: any.
+
+    Examples:
+        >>> from foxnas_mlflow import get_target
+        >>> target = get_target("rpi4")
+        >>> target.space, target.runtime, target.threads
+        ('cpu', 'litert', 1)
     """
 
     name: str
@@ -139,6 +145,11 @@ def get_target(name_or_path: str) -> Target:
 
     Raises:
         UnknownTargetError: If it is neither.
+
+    Examples:
+        >>> from foxnas_mlflow import get_target
+        >>> get_target("edgetpu").runtime
+        'edgetpu'
     """
     if name_or_path in BUILTIN_TARGETS:
         return BUILTIN_TARGETS[name_or_path]

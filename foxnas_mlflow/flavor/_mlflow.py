@@ -92,6 +92,11 @@ def get_default_pip_requirements(kind: str = "tflite", *, weights: bool = False)
 
     Returns:
         Pip requirements without MLflow, which every environment gets beside them.
+
+    Examples:
+        >>> from foxnas_mlflow import get_default_pip_requirements
+        >>> any(requirement.startswith("ai-edge-litert") for requirement in get_default_pip_requirements("tflite"))
+        True
     """
     needed = set(_REQUIREMENTS["tflite" if check_kind(kind) == "edgetpu" else kind])
     if kind == "subnet" and weights:
@@ -100,7 +105,13 @@ def get_default_pip_requirements(kind: str = "tflite", *, weights: bool = False)
 
 
 def get_default_conda_env(kind: str = "tflite", *, weights: bool = False) -> dict[str, Any]:
-    """The conda environment with `get_default_pip_requirements` and MLflow."""
+    """The conda environment with `get_default_pip_requirements` and MLflow.
+
+    Examples:
+        >>> from foxnas_mlflow import get_default_conda_env
+        >>> sorted(get_default_conda_env("predictors"))
+        ['channels', 'dependencies', 'name']
+    """
     requirements = get_default_pip_requirements(kind, weights=weights)
     environment: dict[str, Any] = _mlflow_conda_env(additional_pip_deps=requirements)
     return environment
@@ -149,6 +160,15 @@ def save_model(
     Raises:
         MlflowException: If the path holds files, or the arguments contradict each other.
         InvalidInputError: If the model does not suit its kind.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from foxnas_mlflow import load_model, reference_predictors, save_model
+        >>> path = Path(tempfile.mkdtemp(), "model")
+        >>> save_model(reference_predictors("rpi4"), path)
+        >>> load_model(str(path)).target
+        'rpi4'
     """
     _validate_env_arguments(conda_env, pip_requirements, extra_pip_requirements)
     kind = check_kind(kind or kind_of(model) or "tflite")
@@ -277,6 +297,14 @@ def log_model(
 
     Raises:
         MlflowException, InvalidInputError: As for `save_model`.
+
+    Examples:
+        >>> import mlflow
+        >>> from foxnas_mlflow import load_model, log_model, reference_predictors
+        >>> with mlflow.start_run():
+        ...     info = log_model(reference_predictors("rpi4"), name="predictors")
+        >>> load_model(info.model_uri).target
+        'rpi4'
     """
     flavor = _Sealing()
     info: ModelInfo = Model.log(
@@ -325,6 +353,15 @@ def load_model(model_uri: str, dst_path: str | None = None) -> PredictorSet | Su
     Raises:
         InvalidFormatError: If a file was changed after logging, or the format is unknown or newer.
         MlflowException: If there is no such model or it has another flavor.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from foxnas_mlflow import load_model, reference_predictors, save_model
+        >>> path = Path(tempfile.mkdtemp(), "model")
+        >>> save_model(reference_predictors("rpi4"), path)
+        >>> type(load_model(str(path))).__name__
+        'PredictorSet'
     """
     local = _download_artifact_from_uri(artifact_uri=model_uri, output_path=dst_path)
     configuration = _get_flavor_configuration(model_path=local, flavor_name=FLAVOR_NAME)

@@ -48,6 +48,15 @@ def run_init(request: InitRequest) -> InitResult:
 
     Raises:
         InvalidInputError: If a file is there that differs; nothing is written then.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from foxnas_mlflow import InitRequest, run_init
+        >>> directory = Path(tempfile.mkdtemp(), "project")
+        >>> _ = run_init(InitRequest(directory=str(directory)))
+        >>> sorted(path.name for path in directory.iterdir())
+        ['MLproject', 'conda.yaml', 'uv.toml']
     """
     from pathlib import Path
 

@@ -132,6 +132,12 @@ def run_search(request: SearchRequest, *, tags: Mapping[str, str] | None = None)
         InfeasibleConstraintError: If no network meets the limits; it names what can be reached.
         OutOfDomainError: If the predictors know nothing of what is asked.
         DeviceError: If the device cannot be reached; finished measurements are kept.
+
+    Examples:
+        >>> from foxnas_mlflow import SearchRequest, run_search
+        >>> result = run_search(SearchRequest(target="rpi4", latency_ms=60, evaluations=5_000))
+        >>> result.model_uri
+        'models:/foxnas-subnet-rpi4/1'
     """
     request = request.replace(device=chosen_device(request.device))
     # What can be refused at once is refused before there is a run.

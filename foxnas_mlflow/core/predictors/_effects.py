@@ -21,6 +21,12 @@ class Effect:
         label: The edit, for example ``stage 80: one more block``.
         delta: Change of the prediction, in points or ms.
         margin: Half width of its 95 % confidence interval; nan without a covariance.
+
+    Examples:
+        >>> from foxnas_mlflow import marginal_effects, reference_predictors
+        >>> effect = marginal_effects(reference_predictors("rpi4").of("accuracy", 256))[0]
+        >>> f"{effect.label}: {effect.delta:+.2f} points"
+        'stage 24: depth 3 -> 4: +0.03 points'
     """
 
     label: str
@@ -33,6 +39,12 @@ def marginal_effects(predictor: LinearPredictor) -> list[Effect]:
 
     The edits start from the network with the middle choice everywhere at the predictor's largest
     fitted image size, or its largest where none is. Expansion and kernel are raised in all blocks of the stage.
+
+    Examples:
+        >>> from foxnas_mlflow import marginal_effects, reference_predictors
+        >>> effects = marginal_effects(reference_predictors("rpi4").of("latency_ms", 256))
+        >>> effects[0].label, effects[0].delta > 0
+        ('stage 24: depth 3 -> 4', True)
     """
     space = predictor.space
     size = predictor.main_size

@@ -47,6 +47,17 @@ class FitReport:
         residuals: Standardised residuals (n,) on the linear scale.
         leverage: Diagonal of the hat matrix (n,).
         cv_predicted: Out-of-fold predictions (n,), mean over repeats.
+
+    Examples:
+        >>> import numpy as np
+        >>> from foxnas_mlflow import Measurement, fit_predictors, get_space, reference_predictors
+        >>> known, space = reference_predictors("rpi4"), get_space("cpu")
+        >>> networks = space.sample(np.random.default_rng(0), n=60, image_size=256)
+        >>> table = known.predict_table(networks, confidence=0.9)
+        >>> rows = [Measurement(a, *figures) for a, *figures in zip(networks, table["accuracy"], table["latency_ms"])]
+        >>> report = fit_predictors(rows, space, target="my-board").reports["latency_ms"]
+        >>> report.metrics["n_samples"], report.predictor.quantity
+        (60.0, 'latency_ms')
     """
 
     predictor: LinearPredictor
@@ -69,6 +80,16 @@ class FitResult:
         reports: The chosen formula's report by quantity.
         paper: Equation 2's report by quantity, for comparison, where the rows allow it.
         refused: Why equation 2 could not be fitted, by quantity.
+
+    Examples:
+        >>> import numpy as np
+        >>> from foxnas_mlflow import Measurement, fit_predictors, get_space, reference_predictors
+        >>> known, space = reference_predictors("rpi4"), get_space("cpu")
+        >>> networks = space.sample(np.random.default_rng(0), n=60, image_size=256)
+        >>> table = known.predict_table(networks, confidence=0.9)
+        >>> rows = [Measurement(a, *figures) for a, *figures in zip(networks, table["accuracy"], table["latency_ms"])]
+        >>> sorted(fit_predictors(rows, space, target="my-board").reports)
+        ['accuracy', 'latency_ms']
     """
 
     predictors: PredictorSet
@@ -107,6 +128,17 @@ def fit_predictors(
         TooFewSamplesError: If there are fewer rows than coefficients plus five.
         RankDeficientError: If the rows cannot tell columns apart.
         FitError: If a quantity does not vary.
+
+    Examples:
+        >>> import numpy as np
+        >>> from foxnas_mlflow import Measurement, fit_predictors, get_space, reference_predictors
+        >>> known, space = reference_predictors("rpi4"), get_space("cpu")
+        >>> networks = space.sample(np.random.default_rng(0), n=60, image_size=256)
+        >>> table = known.predict_table(networks, confidence=0.9)
+        >>> rows = [Measurement(a, *figures) for a, *figures in zip(networks, table["accuracy"], table["latency_ms"])]
+        >>> fit = fit_predictors(rows, space, target="my-board")
+        >>> fit.reports["latency_ms"].metrics["cv_r2"] > 0.99
+        True
     """
     chosen: dict[str, list[FitReport]] = {}
     result = FitResult(PredictorSet(target, space, (), ()), {})

@@ -77,6 +77,13 @@ class LinearPredictor:
         own_space_only: Whether a cost model must not be carried to another space.
         held_out: Ascending errors of m networks that the fit did not see, each divided by the standard
             deviation predicted for it, shape (m,); empty where none were kept.
+
+    Examples:
+        >>> from foxnas_mlflow import reference_predictors
+        >>> latency = reference_predictors("rpi4").of("latency_ms", 256)
+        >>> network = latency.space.largest(256)
+        >>> bool(latency.upper_bound([network], 0.95)[0] > latency.predict([network])[0])
+        True
     """
 
     formula: str
@@ -325,6 +332,13 @@ class PredictorSet:
         accuracy: Predictors of accuracy; no two cover the same image size.
         latency: Predictors of latency; no two cover the same image size.
         quantities: Predictors of further measured quantities (``energy_mj``, ``latency_ms@second-board``) by name.
+
+    Examples:
+        >>> from foxnas_mlflow import reference_predictors
+        >>> predictors = reference_predictors("rpi4")
+        >>> table = predictors.predict_table([predictors.space.smallest(256)], confidence=0.9)
+        >>> bool(table["latency_ms_lower"][0] < table["latency_ms"][0] < table["latency_ms_upper"][0])
+        True
     """
 
     target: str
@@ -449,6 +463,15 @@ def load_predictors(path: str | Path) -> PredictorSet:
 
     Raises:
         InvalidFormatError: If the file cannot be read or is not predictors of a known format.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from foxnas_mlflow import load_predictors, reference_predictors
+        >>> path = Path(tempfile.mkdtemp(), "rpi4.json")
+        >>> reference_predictors("rpi4").save(path)
+        >>> load_predictors(path).target
+        'rpi4'
     """
     path = Path(path)
     if path.is_dir():

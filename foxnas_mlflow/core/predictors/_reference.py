@@ -55,6 +55,11 @@ def reference_predictors(target: str) -> PredictorSet:
 
     Raises:
         OutOfDomainError: If none are packaged for it.
+
+    Examples:
+        >>> from foxnas_mlflow import reference_predictors
+        >>> reference_predictors("rpi4").image_sizes
+        (192, 256)
     """
     directory = importlib.resources.files("foxnas_mlflow") / "reference"
     file = directory / f"{target}.json"
@@ -95,6 +100,12 @@ def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
 
     Raises:
         OutOfDomainError: If the target has no cost model, or one that holds in its own space only.
+
+    Examples:
+        >>> from foxnas_mlflow import get_space, get_target, reference_latency
+        >>> predictors = reference_latency(get_target("rpi4"), get_space("tpu"))
+        >>> predictors.accuracy, len(predictors.notes) > 0
+        ((), True)
     """
     if not target.predictors:
         raise OutOfDomainError(

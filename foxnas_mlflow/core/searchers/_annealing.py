@@ -51,6 +51,12 @@ class SimulatedAnnealing(Searcher):
         boltzmann: Accuracy points forgiven per unit of temperature.
         rounds: Rounds of the search, between which the weakest quarter of the chains moves to the
             strongest quarter's networks.
+
+    Examples:
+        >>> from foxnas_mlflow import SimulatedAnnealing, reference_predictors, search
+        >>> outcome = search(reference_predictors("rpi4"), 60, algorithm=SimulatedAnnealing(), evaluations=5_000)
+        >>> outcome.latency_upper_ms <= 60
+        True
     """
 
     guided: bool = True

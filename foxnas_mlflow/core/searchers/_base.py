@@ -223,6 +223,11 @@ class Searcher(ABC):
 
     Attributes:
         name: Name in traces, tables and tags.
+
+    Examples:
+        >>> from foxnas_mlflow import Searcher, get_searcher
+        >>> isinstance(get_searcher("evolution"), Searcher)
+        True
     """
 
     name: str

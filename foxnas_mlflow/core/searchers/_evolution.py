@@ -24,6 +24,11 @@ class Evolution(Searcher):
         parent_ratio: Fraction kept as parents.
         mutation_ratio: Fraction of children made by mutation.
         mutation_probability: Chance of each parameter to be redrawn.
+
+    Examples:
+        >>> from foxnas_mlflow import Evolution, reference_predictors, search
+        >>> search(reference_predictors("rpi4"), 60, algorithm=Evolution(), evaluations=5_000).latency_upper_ms <= 60
+        True
     """
 
     population: int = 100

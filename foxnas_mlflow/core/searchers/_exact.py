@@ -38,6 +38,12 @@ class Front:
         image_size: Image size in pixels, shape (n,).
         index: Stage options, shape (n, n_stages).
         objective: What the indices refer to.
+
+    Examples:
+        >>> from foxnas_mlflow import exact_front, reference_predictors
+        >>> front = exact_front(reference_predictors("rpi4"))
+        >>> len(front) == len(front.latency_ms) == len(front.accuracy)
+        True
     """
 
     latency_ms: FloatArray
@@ -69,6 +75,12 @@ class Optimum:
         tangents: Rounds that the proof took.
         least, least_bound: The least predicted value of the quantity that was asked for, and the bound that no
             architecture is below; None where accuracy was asked for.
+
+    Examples:
+        >>> from foxnas_mlflow import Objective, exact_optimum, reference_predictors
+        >>> optimum = exact_optimum(Objective(reference_predictors("rpi4"), confidence=0.5), 60)
+        >>> f"{optimum.accuracy:.1f} %, nothing above {optimum.accuracy + optimum.proof_gap:.1f} %"
+        '73.3 %, nothing above 73.3 %'
     """
 
     architecture: Architecture
@@ -99,6 +111,12 @@ def exact_front(predictors: PredictorSet, *, image_sizes: Sequence[int] | None =
     Args:
         predictors: Predictors that are sums over stages.
         image_sizes: Image sizes to include (px); all that the predictors know when None.
+
+    Examples:
+        >>> from foxnas_mlflow import exact_front, reference_predictors
+        >>> front = exact_front(reference_predictors("rpi4"))
+        >>> bool((front.accuracy[1:] > front.accuracy[:-1]).all())
+        True
     """
     return front_of(Objective(predictors, confidence=0.5, image_sizes=image_sizes))
 
@@ -135,7 +153,13 @@ class Least:
 
 
 def fastest(objective: Objective) -> Least:
-    """The architecture with the smallest upper latency bound."""
+    """The architecture with the smallest upper latency bound.
+
+    Examples:
+        >>> from foxnas_mlflow import Objective, fastest, reference_predictors
+        >>> f"{fastest(Objective(reference_predictors('rpi4'), confidence=0.95)).latency_upper_ms:.0f} ms"
+        '37 ms'
+    """
     return least(objective, "latency_ms")
 
 
@@ -150,6 +174,12 @@ def exact_optimum(objective: Objective, latency_ms: float) -> Optimum:
 
     Raises:
         InfeasibleConstraintError: If no architecture meets the constraint.
+
+    Examples:
+        >>> from foxnas_mlflow import Objective, exact_optimum, reference_predictors
+        >>> optimum = exact_optimum(Objective(reference_predictors("rpi4"), confidence=0.95), 60)
+        >>> optimum.latency_upper_ms <= 60
+        True
     """
     found = [_size_optimum(objective, i, latency_ms) for i in range(len(objective.sizes))]
     feasible = [optimum for optimum, _ in found if optimum is not None]

@@ -28,6 +28,12 @@ class Limit:
         quantity: ``latency_ms``, ``int8_size_bytes``, ``params``, ``macs``, ``peak_activation_bytes``,
             or a further quantity of the predictors.
         value: In the quantity's unit, positive.
+
+    Examples:
+        >>> from foxnas_mlflow import Limit, reference_predictors, search
+        >>> limits = (Limit("latency_ms", 60), Limit("int8_size_bytes", 4.5e6))
+        >>> search(reference_predictors("rpi4"), limits=limits, evaluations=2_000).latency_upper_ms <= 60
+        True
     """
 
     quantity: str
@@ -55,6 +61,11 @@ def parse_limits(
 
     Raises:
         InvalidInputError: If a term cannot be read, a value is not positive, or a quantity has two limits.
+
+    Examples:
+        >>> from foxnas_mlflow import parse_limits
+        >>> [(limit.quantity, limit.value) for limit in parse_limits("int8_size_bytes<=2MB, macs<=1e8", latency_ms=20)]
+        [('latency_ms', 20.0), ('int8_size_bytes', 2000000.0), ('macs', 100000000.0)]
     """
     if isinstance(limits, str):
         parsed = [_term(term) for term in filter(None, (part.strip() for part in limits.split(",")))]

@@ -169,6 +169,12 @@ class Objective:
     Raises:
         InvalidInputError: If the confidence is outside [0.5, 1), or a quantity is unknown.
         OutOfDomainError: If an image size has no predictors.
+
+    Examples:
+        >>> from foxnas_mlflow import Objective, fastest, reference_predictors
+        >>> cautious, bold = (Objective(reference_predictors("rpi4"), confidence=c) for c in (0.99, 0.5))
+        >>> fastest(cautious).latency_upper_ms > fastest(bold).latency_upper_ms
+        True
     """
 
     def __init__(

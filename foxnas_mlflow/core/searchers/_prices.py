@@ -28,6 +28,13 @@ class LimitPrice:
         lost: Accuracy (points) that the optimum would gain without it; 0 where it does not bind.
         step: So much more of the quantity was tried.
         gained: Accuracy (points) that the optimum gains with so much more.
+
+    Examples:
+        >>> from foxnas_mlflow import limit_prices, reference_predictors, search
+        >>> outcome = search(reference_predictors("rpi4"), 60, evaluations=2_000)
+        >>> (price,) = limit_prices(outcome.problem, outcome.optimum)
+        >>> price.per_unit > 0  # points for each further millisecond
+        True
     """
 
     limit: Limit
@@ -87,7 +94,14 @@ def spoken(amount: float) -> str:
 
 
 def limit_prices(problem: Problem, optimum: Optimum) -> tuple[LimitPrice, ...]:
-    """The price of each limit in the order of the limits; none where accuracy is not the goal."""
+    """The price of each limit in the order of the limits; none where accuracy is not the goal.
+
+    Examples:
+        >>> from foxnas_mlflow import limit_prices, reference_predictors, search
+        >>> outcome = search(reference_predictors("rpi4"), 60, limits="macs<=1e12", evaluations=2_000)
+        >>> [(price.limit.quantity, price.binds) for price in limit_prices(outcome.problem, outcome.optimum)]
+        [('latency_ms', True), ('macs', False)]
+    """
     if problem.goal != "accuracy":
         return ()
     prices = []

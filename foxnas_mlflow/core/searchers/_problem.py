@@ -44,6 +44,11 @@ class Problem:
     Raises:
         InvalidInputError: If the goal is no quantity of the objective, or least of a quantity is asked for
             without a least accuracy.
+
+    Examples:
+        >>> from foxnas_mlflow import pose, reference_predictors
+        >>> [limit.quantity for limit in pose(reference_predictors("rpi4"), 60, limits="macs<=3e8").limits]
+        ['latency_ms', 'macs']
     """
 
     objective: Objective

@@ -8,7 +8,13 @@ from foxnas_mlflow.core.searchers._base import GeneSpace, Recorder, Searcher
 
 
 class RandomSearch(Searcher):
-    """Draws networks uniformly and keeps the best that meets the constraint."""
+    """Draws networks uniformly and keeps the best that meets the constraint.
+
+    Examples:
+        >>> from foxnas_mlflow import RandomSearch, reference_predictors, search
+        >>> search(reference_predictors("rpi4"), 60, algorithm=RandomSearch(), evaluations=5_000).latency_upper_ms <= 60
+        True
+    """
 
     name = "random"
 

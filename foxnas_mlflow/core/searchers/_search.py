@@ -49,6 +49,12 @@ class SearchOutcome:
         front: The whole front of predicted latency and accuracy, limits aside.
         front_seconds: Time that the front took.
         problem: What was searched for.
+
+    Examples:
+        >>> from foxnas_mlflow import reference_predictors, search
+        >>> outcome = search(reference_predictors("rpi4"), latency_ms=80, evaluations=5_000)
+        >>> outcome.optimum.proof_gap < 1e-6
+        True
     """
 
     architecture: Architecture
@@ -155,6 +161,11 @@ def get_searcher(name: str) -> Searcher:
 
     Raises:
         InvalidInputError: If there is none.
+
+    Examples:
+        >>> from foxnas_mlflow import get_searcher
+        >>> type(get_searcher("annealing")).__name__
+        'SimulatedAnnealing'
     """
     try:
         return SEARCHERS[name]
@@ -197,6 +208,12 @@ def pose(
     Raises:
         InvalidInputError: If an argument breaks a rule.
         InfeasibleConstraintError: If the knee is asked for and no network meets the limits.
+
+    Examples:
+        >>> from foxnas_mlflow import pose, reference_predictors
+        >>> problem = pose(reference_predictors("rpi4"), objective="latency_ms", min_accuracy=74)
+        >>> problem.goal, problem.min_accuracy
+        ('latency_ms', 74)
     """
     asked = parse_limits(limits, latency_ms=latency_ms)
     if min_accuracy is not None and not 0 < min_accuracy < 100:
@@ -261,6 +278,14 @@ def search(
     Raises:
         InvalidInputError: If an argument breaks a rule.
         InfeasibleConstraintError: If no architecture meets the limits; it names what can be reached.
+
+    Examples:
+        >>> from foxnas_mlflow import reference_predictors, search
+        >>> outcome = search(reference_predictors("rpi4"), latency_ms=60, evaluations=5_000)
+        >>> outcome.latency_upper_ms <= 60
+        True
+        >>> outcome.certificate()["statement"]
+        "no architecture of space 'cpu' at [192, 256] px that meets the constraint ..."
     """
     if evaluations < 1:
         raise InvalidInputError("evaluations must be a positive integer", received=evaluations)
@@ -295,6 +320,12 @@ def search_each(
     Raises:
         InvalidInputError: If there are no latencies, one is there twice, or an argument breaks a rule.
         InfeasibleConstraintError: If no architecture meets one of them.
+
+    Examples:
+        >>> from foxnas_mlflow import reference_predictors, search_each
+        >>> outcomes = search_each(reference_predictors("rpi4"), [60, 80, 110], evaluations=2_000)
+        >>> outcomes[0].accuracy < outcomes[1].accuracy < outcomes[2].accuracy
+        True
     """
     if not latencies_ms or len(set(latencies_ms)) < len(latencies_ms):
         raise InvalidInputError("latencies must be given, each of them once", received=list(latencies_ms))

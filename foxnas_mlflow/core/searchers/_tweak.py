@@ -28,6 +28,13 @@ class Edit:
         delta_accuracy_margin: Half width of its 95 % confidence interval, or nan.
         delta_latency_ms: Change of predicted latency in ms.
         delta_latency_margin: Half width of its 95 % confidence interval, or nan.
+
+    Examples:
+        >>> from foxnas_mlflow import rank_edits, reference_predictors
+        >>> predictors = reference_predictors("rpi4")
+        >>> edit = rank_edits(predictors, predictors.space.smallest(256))[0]
+        >>> edit.architecture != predictors.space.smallest(256)
+        True
     """
 
     description: str
@@ -49,6 +56,13 @@ def rank_edits(predictors: PredictorSet, architecture: Architecture, *, confiden
     """Every edit that keeps the image size, the cheapest saving of latency first.
 
     Edits that save no latency come last, by the accuracy that they gain.
+
+    Examples:
+        >>> from foxnas_mlflow import rank_edits, reference_predictors
+        >>> predictors = reference_predictors("rpi4")
+        >>> edits = rank_edits(predictors, predictors.space.largest(256))
+        >>> edits[0].delta_latency_ms < 0
+        True
     """
     neighbours = [n for n in predictors.space.neighbours(architecture) if n.image_size == architecture.image_size]
     accuracy = predictors.of("accuracy", architecture.image_size)
