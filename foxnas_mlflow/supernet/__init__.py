@@ -9,6 +9,8 @@ from foxnas_mlflow.supernet._modes import fastest_mode
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, plain_logits, subnet_weights
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
 from foxnas_mlflow.supernet._state import TrainConfig, TrainingState, load_checkpoint
+from foxnas_mlflow.supernet._step import Teacher
+from foxnas_mlflow.supernet._teacher import function_teacher, network_teacher
 from foxnas_mlflow.supernet._timing import time_forward
 from foxnas_mlflow.supernet._train import train_supernet
 
@@ -23,15 +25,18 @@ __all__ = [
     "Preset",
     "SubnetEvaluator",
     "Supernet",
+    "Teacher",
     "TrainConfig",
     "TrainingState",
     "Worker",
     "fastest_mode",
     "finetune",
+    "function_teacher",
     "get_preset",
     "join_workers",
     "load_checkpoint",
     "load_init",
+    "network_teacher",
     "plain_logits",
     "recalibrate",
     "subnet_weights",

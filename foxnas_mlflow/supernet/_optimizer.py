@@ -14,13 +14,43 @@ if TYPE_CHECKING:
 
 
 def sgd(module: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov's momentum; weights decay, norms and biases do not."""
-    parameters = list(module.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True, foreach=True)
+    """SGD with Nesterov's momentum; weights decay, norms and biases do not.
+
+    A group of parameters has a ``share`` of the learning rate, and is ``early`` if it learns from the first step on
+    where others wait for the head (`TrainConfig.head_first`).
+    """
+    units = list(dict.fromkeys(_unit(name) for name, _ in module.named_parameters()))
+    groups: dict[tuple[float, bool, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        behind = len(units) - 1 - units.index(_unit(name)) if config.layer_decay < 1 else 0
+        early = not config.head_first or parameter.ndim <= 1 or name.startswith("head.")
+        decay = config.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((config.layer_decay**behind, early, decay), []).append(parameter)
+    return torch.optim.SGD(
+        [
+            {"params": parameters, "share": share, "early": early, "weight_decay": decay}
+            for (share, early, decay), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=True,
+        foreach=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.SGD, config: TrainConfig, step: int, n_steps: int) -> float:
+    """Set each group's learning rate of a step; the head's is returned."""
+    rate = learning_rate(config, step, n_steps)
+    waiting = step < config.head_first * n_steps
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 if waiting and not group["early"] else rate * group["share"]
+    return rate
+
+
+def _unit(name: str) -> str:
+    """The unit of a parameter: stem, first, a block, tail or head."""
+    first, second, *_ = name.split(".")
+    return f"{first}.{second}" if first.startswith("stage") else first
 
 
 def learning_rate(config: TrainConfig, step: int, n_steps: int) -> float:
@@ -43,3 +73,11 @@ def set_velocities(module: nn.Module, optimizer: torch.optim.SGD, saved: Mapping
     for name, velocity in saved.items():
         parameter = parameters[name]
         optimizer.state[parameter]["momentum_buffer"] = velocity.to(parameter.device)
+
+
+def drop_waiting_gradients(optimizer: torch.optim.SGD) -> None:
+    """Forget the gradients of what does not learn yet: neither the norm nor a velocity is of them."""
+    for group in optimizer.param_groups:
+        if group["lr"] == 0.0:
+            for parameter in group["params"]:
+                parameter.grad = None

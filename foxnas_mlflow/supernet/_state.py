@@ -55,6 +55,10 @@ class TrainConfig:
         accumulate: Parts that a step's batch is computed in, for the memory of one part; batch norm sees a
             part at a time.
         class_weights: Weight of each class's images in the loss; empty: all alike.
+        head_first: Share of the steps in which only the head, batch norm and biases learn: what known weights
+            know is not overwritten by the gradients of a head that knows nothing yet.
+        layer_decay: Learning rate of a unit as a share of the next one's towards the head, in (0, 1]: first
+            layers see in all pictures the same.
         seed: Seed of the subnets.
     """
 
@@ -73,6 +77,8 @@ class TrainConfig:
     anneal: float = 0.3
     accumulate: int = 1
     class_weights: tuple[float, ...] = ()
+    head_first: float = 0.0
+    layer_decay: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,6 +97,10 @@ class TrainConfig:
         object.__setattr__(self, "class_weights", tuple(float(w) for w in self.class_weights))
         if not all(math.isfinite(w) and w > 0 for w in self.class_weights):
             raise InvalidInputError("class_weights must be positive numbers", received=self.class_weights)
+        if not 0 <= self.head_first <= 1:
+            raise InvalidInputError("head_first must be in [0, 1]", received=self.head_first)
+        if not 0 < self.layer_decay <= 1:
+            raise InvalidInputError("layer_decay must be in (0, 1]", received=self.layer_decay)
         if not 0 <= self.anneal <= 1:
             raise InvalidInputError("anneal must be in [0, 1]", received=self.anneal)
         if not 0 <= self.ema < 1:

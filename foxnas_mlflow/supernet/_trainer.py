@@ -23,7 +23,13 @@ from torch import Tensor
 from foxnas_mlflow.core.errors import TrainingError
 from foxnas_mlflow.supernet._distributed import GradientAverage, average_statistics, distributed, mean_over_ranks
 from foxnas_mlflow.supernet._modes import resolved
-from foxnas_mlflow.supernet._optimizer import learning_rate, set_velocities, sgd, velocities
+from foxnas_mlflow.supernet._optimizer import (
+    drop_waiting_gradients,
+    set_learning_rate,
+    set_velocities,
+    sgd,
+    velocities,
+)
 from foxnas_mlflow.supernet._signals import held_signals
 from foxnas_mlflow.supernet._state import TrainingState
 from foxnas_mlflow.supernet._step import Teacher, Workers, layout, set_gradients, update
@@ -148,9 +154,7 @@ class Trainer:
         state = self._state
         self._enter_phase()
         self._network.style = self._style()
-        rate = learning_rate(state.config, state.step, self._n_steps)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
+        rate = set_learning_rate(self._optimizer, state.config, state.step, self._n_steps)
         images = images.to(self._device, memory_format=layout(state.config.mode))
         loss = set_gradients(
             state,
@@ -162,6 +166,7 @@ class Trainer:
             answers=None if self._outside is None else self._outside(images),
             average=self._average,
         )
+        drop_waiting_gradients(self._optimizer)
         value = update(state, mean_over_ranks(loss), self._optimizer)
         if not math.isfinite(value):
             raise TrainingError(

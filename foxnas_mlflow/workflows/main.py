@@ -65,6 +65,13 @@ class MainRequest(GoalRequest):
     space: str = parameter("", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: the target's.")
     supernet: str = parameter("", "Model URI of a trained supernet; empty: train one.")
     epochs: int = parameter(0, "Epochs of the supernet; 0: the preset's.", at_least=0)
+    init: str = parameter(
+        "", "Weights to begin with: models:/NAME/VERSION of a supernet, timm:NAME, torchvision:NAME or a file."
+    )
+    teacher: str = parameter("", "URI of an MLflow model whose probabilities are learned beside the labels.")
+    class_weights: Literal["none", "balanced"] = parameter(
+        "none", "Weight of a class in the loss: none, or balanced: by how seldom it is."
+    )
     max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
     n_samples: int = parameter(60, "Networks to evaluate and measure for the predictors.", at_least=1)
     n_compare: int = parameter(
@@ -82,10 +89,14 @@ class MainRequest(GoalRequest):
     name: str = parameter("foxnas", "Prefix of the registered models.")
 
     def check(self) -> None:
-        """The stage is one, or none; limits and goal are as `GoalRequest` wants them."""
+        """The stage is one, or none; a trained supernet stays as it is; limits and goal are as `GoalRequest` wants."""
         super().check()
         if self.stage.lower() not in ("staging", "production", "none"):
             raise InvalidInputError("stage must be Staging, Production or none", received=self.stage)
+        if self.supernet and (self.init or self.teacher):
+            raise InvalidInputError(
+                "init and teacher are of a training, and supernet names a trained one", received="both"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +253,9 @@ class _Pipeline:
             space=main.space,
             preset=main.preset,
             epochs=main.epochs,
+            init=main.init,
+            teacher=main.teacher,
+            class_weights=main.class_weights,
             max_train=main.max_train,
             seed=main.seed,
             name=main.name,
@@ -250,9 +264,11 @@ class _Pipeline:
         def do(cut_off: Sequence[str]) -> _Do:
             # The newest checkpoint: that of a resumed training is further than the one it came from.
             resume = next((run_id for run_id in cut_off if has_checkpoint(run_id)), "")
-            return lambda *, tags: run_supernet(request.replace(resume=resume), tags=tags)
+            changes = {"resume": resume, "init": ""} if resume else {}
+            return lambda *, tags: run_supernet(request.replace(**changes), tags=tags)
 
-        return self._step("supernet", SupernetResult, _inputs(request), (), do)
+        inputs = _inputs(request) | {"init": _content_of(main.init)}
+        return self._step("supernet", SupernetResult, inputs, (), do)
 
     def _sample(self, supernet: str) -> SampleResult:
         main = self._request
@@ -478,6 +494,15 @@ class _Pipeline:
 
 def _inputs(request: Request) -> dict[str, Any]:
     return {key: value for key, value in request.values().items() if key not in _MOVABLE}
+
+
+def _content_of(init: str) -> str:
+    """What names known weights: the digest of a file, else the name that was given."""
+    import hashlib
+    from pathlib import Path
+
+    path = Path(init).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else init
 
 
 def _rows_to_go_on_from(cut_off: Sequence[str], n_samples: int) -> str:

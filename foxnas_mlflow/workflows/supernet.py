@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from foxnas_mlflow.core.space import SearchSpace
     from foxnas_mlflow.data import ImageDataset
-    from foxnas_mlflow.supernet import Preset, SubnetEvaluator, TrainingState, Worker
+    from foxnas_mlflow.supernet import KnownSupernet, Preset, SubnetEvaluator, Teacher, TrainingState, Worker
     from foxnas_mlflow.tracking.run import EntryRun
 
 
@@ -33,7 +33,13 @@ class SupernetRequest(Request):
     batch_size: int = parameter(0, "Images a step on each process; 0: the preset's.", at_least=0)
     learning_rate: float = parameter(0.0, "Peak learning rate on each process; 0: the preset's.", at_least=0)
     width_mult: float = parameter(0.0, "Width multiplier of all channels; 0: the preset's.", at_least=0)
-    init: str = parameter("", "File of once-for-all's MobileNetV3 or ProxylessNAS supernet to begin with.")
+    init: str = parameter(
+        "", "Weights to begin with: models:/NAME/VERSION of a supernet, timm:NAME, torchvision:NAME or a file."
+    )
+    teacher: str = parameter("", "URI of an MLflow model whose probabilities are learned beside the labels.")
+    class_weights: Literal["none", "balanced"] = parameter(
+        "none", "Weight of a class in the loss: none, or balanced: by how seldom it is."
+    )
     max_train: int = parameter(0, "Use at most so many training images, drawn by class; 0: all.", at_least=0)
     flip: Literal["auto", "yes", "no"] = parameter("auto", "Mirror half of the training images; auto: colour only.")
     augment: Literal["auto", "yes", "no"] = parameter(
@@ -50,6 +56,10 @@ class SupernetRequest(Request):
         if self.init and self.resume:
             raise InvalidInputError("init begins a training and resume goes on with one", received="both")
 
+
+HEAD_FIRST, LAYER_DECAY = 0.15, 0.9
+"""Of a training with known weights: the share in which the head learns alone, and the learning rate of a unit as a
+share of the next one's."""
 
 N_RANDOM = 10
 """Random subnets of the final evaluation; an epoch's takes the first two."""
@@ -130,6 +140,7 @@ def _train_and_register(
 
     size = max(space.image_sizes)
     data = dataset.in_memory(size) if _fits(dataset, size) else dataset
+    teacher = _teacher(request, dataset, worker)
     state, batches = _begin(request, preset, space, data, worker, run.directory)
     planned = {"batch_size": batches.batch_size, "width_mult": space.width_mult}
     run.log_params(
@@ -159,6 +170,7 @@ def _train_and_register(
             on_checkpoint=lambda path: log_artifact(path, CHECKPOINT_ARTIFACTS),
             progress=lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
             device=worker.device,
+            teacher=teacher,
         )
     seconds = time.monotonic() - start
     n_images = _CACHED_BYTES // (size * size * space.in_channels)
@@ -172,6 +184,8 @@ def _train_and_register(
         "batch_size": batches.batch_size,
         "flip": batches.flip,
         "augment": batches.augment,
+        "init": request.init,
+        "teacher": request.teacher,
         **dataclasses.asdict(state.config),
     }
     run.log_params({"mode": state.config.mode})
@@ -207,8 +221,9 @@ def _train_beside(
     size = max(space.image_sizes)
     data = dataset.in_memory(size) if _fits(dataset, size) else dataset
     with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
+        teacher = _teacher(request, dataset, worker)
         state, batches = _begin(request, preset, space, data, worker, Path(directory))
-        train_supernet(state, batches, checkpoints=Path(directory), device=worker.device)
+        train_supernet(state, batches, checkpoints=Path(directory), device=worker.device, teacher=teacher)
 
 
 def _begin(
@@ -251,15 +266,20 @@ def _begin(
             learning_rate=(request.learning_rate or preset.learning_rate) * worker.world_size,
             weight_decay=preset.weight_decay,
             ema=request.ema,
+            class_weights=_class_weights(request, data),
+            head_first=HEAD_FIRST if request.init else 0.0,
+            layer_decay=LAYER_DECAY if request.init else 1.0,
             seed=request.seed,
         )
         supernet = Supernet(space)
         if request.init:
-            read = load_init(request.init, supernet)
+            read = load_init(_source(request.init), supernet, labels=data.labels)
             if worker.rank == 0:
                 logger.info("Read %d tensors of %s. Different from there:", len(read.placed), read.family)
                 for line in read.differences:
                     logger.info("  %s", line)
+                if read.sha256:
+                    logger.info("Its file has %s bytes and the SHA-256 %s.", f"{read.size_bytes:,}", read.sha256)
         state = TrainingState(supernet, config)
     batches.augment = _augmented(request, state.config.epochs)
     origin = {
@@ -271,10 +291,13 @@ def _begin(
         "world_size": worker.world_size,
         "seed": request.seed,
     }
+    # Only where given: a training of an earlier release has neither.
+    chosen = {"teacher": request.teacher, "class_weights": request.class_weights.replace("none", "")}
+    origin |= {key: value for key, value in chosen.items() if value}
     if not request.resume:
         state.origin = origin
         return state, batches
-    differing = sorted(key for key, value in origin.items() if state.origin.get(key) != value)
+    differing = sorted(key for key in {*origin, *state.origin} if state.origin.get(key) != origin.get(key))
     if request.epochs not in (0, state.config.epochs):
         differing.append("epochs")
     if request.learning_rate not in (0, state.config.learning_rate / worker.world_size):
@@ -288,6 +311,62 @@ def _begin(
             remedy="repeat the first command and add resume",
         )
     return state, batches
+
+
+def _source(init: str) -> str | KnownSupernet:
+    """What `load_init` reads: a name, a path, or the supernet behind a URI."""
+    from foxnas_mlflow.supernet import KnownSupernet
+    from foxnas_mlflow.tracking.inputs import is_uri
+
+    if not is_uri(init):
+        return init
+    from foxnas_mlflow.tracking.teacher import open_init
+
+    model = open_init(init)
+    return KnownSupernet(model.space, model.weights, model.labels)
+
+
+def _class_weights(request: SupernetRequest, data: ImageDataset) -> tuple[float, ...]:
+    """Inverse to the classes' shares of the training images; their mean over the images is 1."""
+    import numpy as np
+
+    if request.class_weights == "none":
+        return ()
+    counts = np.bincount(data.train.targets, minlength=data.n_classes)
+    return tuple(float(w) for w in len(data.train) / (data.n_classes * counts))
+
+
+def _teacher(request: SupernetRequest, dataset: ImageDataset, worker: Worker) -> Teacher | None:
+    """The teacher, which has answered two images of the training already."""
+    if not request.teacher:
+        return None
+    import numpy as np
+    import torch
+
+    from foxnas_mlflow.core.network import build_network
+    from foxnas_mlflow.data import Preprocessing, prepared_batches
+    from foxnas_mlflow.flavor import SupernetModel
+    from foxnas_mlflow.supernet import PlainNetwork, Supernet, function_teacher, network_teacher
+    from foxnas_mlflow.tracking.teacher import open_teacher
+
+    opened = open_teacher(request.teacher, labels=dataset.labels, channels=dataset.channels)
+    ours = dataset.normalization
+    if opened.network is not None:
+        model = opened.network
+        plain = (
+            Supernet.from_weights(model.space, model.weights).extract(model.space.largest())
+            if isinstance(model, SupernetModel)
+            else PlainNetwork.from_weights(build_network(model.space, model.architecture), model.weights or {})
+        )
+        its = ours if model.preprocessing is None else model.preprocessing.normalization
+        return network_teacher(plain, its=its, ours=ours, device=worker.device)
+    if opened.answer is None:
+        raise TypeError("a teacher is a network or a function")
+    teacher = function_teacher(opened.answer, ours=ours, image_size=opened.image_size, n_classes=dataset.n_classes)
+    preprocessing = Preprocessing(opened.image_size or 32, dataset.channels, normalization=ours)
+    images, _ = next(prepared_batches(dataset.train, preprocessing, np.arange(2)))
+    teacher(torch.from_numpy(ours(images)).permute(0, 3, 1, 2))
+    return teacher
 
 
 def _augmented(request: SupernetRequest, epochs: int) -> bool:

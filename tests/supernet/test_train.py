@@ -101,6 +101,35 @@ def test_weight_decay_shrinks_weights_and_neither_norms_nor_biases(digits, tmp_p
     assert any(name.endswith("norm.weight") for name in before)
 
 
+def test_a_unit_learns_at_its_share_of_the_next_ones_rate(digits, tmp_path) -> None:
+    before, after = one_step(digits, tmp_path, clip_norm=1e-9, weight_decay=0.5, learning_rate=0.1, layer_decay=0.5)
+    units = [
+        "stem.",
+        "first.",
+        "stage1.block0.",
+        "stage1.block1.",
+        "stage2.block0.",
+        "stage2.block1.",
+        "tail.",
+        "head.",
+    ]
+    for name, p in before.items():
+        if p.ndim > 1 and ".to" not in name:
+            behind = len(units) - 1 - next(i for i, unit in enumerate(units) if name.startswith(unit))
+            torch.testing.assert_close(after[name], p * (1 - 0.1 * 1.9 * 0.5 * 0.5**behind), rtol=1e-5, atol=1e-7)
+
+
+def test_the_head_and_norms_learn_before_the_others(digits, tmp_path) -> None:
+    before, after = one_step(digits, tmp_path, head_first=1.0, learning_rate=0.1)
+    changed = {name for name, p in before.items() if not torch.equal(after[name], p)}
+    assert {name for name in changed if before[name].ndim > 1} == {"head.hidden.weight", "head.classifier.weight"}
+    assert {"head.classifier.bias", "stem.conv.norm.bias"} <= changed
+    state = new_state(epochs=2, head_first=0.5)
+    stem = state.supernet.stem.conv.weight.detach().clone()
+    train_supernet(state, batches_of(digits), checkpoints=tmp_path)
+    assert not torch.equal(state.supernet.stem.conv.weight, stem)
+
+
 def test_labels_are_smoothed(digits, tmp_path) -> None:
     space = SPACE.replace(image_sizes=(12,))
     losses = {}

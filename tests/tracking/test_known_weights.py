@@ -1,0 +1,77 @@
+"""A training that begins with a registered supernet, and one that learns from a registered model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from tests.supernets import MINI_SPACE
+
+pytestmark = [pytest.mark.server, pytest.mark.train, pytest.mark.slow]
+
+DIGITS = ["supernet", "--data", "digits", "--max-train", "130", "--epochs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def weights_of(version: int) -> dict[str, Any]:
+    from foxnas_mlflow.flavor import SupernetModel, load_model
+
+    model = load_model(f"models:/foxnas-supernet/{version}")
+    assert isinstance(model, SupernetModel)
+    return {name: values for name, values in model.weights.items() if "norm" not in name}
+
+
+def log_teacher(answer: Any) -> str:
+    import mlflow
+
+    class Teacher(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+        def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+            return answer(model_input)
+
+    with mlflow.start_run():
+        uri: str = mlflow.pyfunc.log_model(name="teacher", python_model=Teacher(), pip_requirements=[]).model_uri
+    return uri
+
+
+def test_known_weights_teachers_and_weights_of_classes_reach_the_training(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from foxnas_mlflow.flavor import load_model
+
+    space = tmp_path / "mini.yaml"
+    space.write_text(json.dumps(MINI_SPACE.to_dict()))
+    small = [*DIGITS, "--space", str(space)]
+    assert main(small) == 0
+    known = "models:/foxnas-supernet/1"
+    # At this learning rate the weights stay what they were at the start.
+    still = [*small, "--learning-rate", "1e-12", "--seed", "5", "--class-weights", "balanced"]
+    assert main([*still, "--init", known]) == 0
+    for name, values in weights_of(1).items():
+        np.testing.assert_allclose(weights_of(2)[name], values, atol=1e-6, err_msg=name)
+    model: Any = load_model("models:/foxnas-supernet/2")
+    assert model.config["init"] == known
+    assert model.config["head_first"] > 0
+    assert model.config["layer_decay"] < 1
+    np.testing.assert_allclose(np.mean(model.config["class_weights"]), 1, atol=0.1)
+
+    assert main([*small, "--teacher", known]) == 0
+    capsys.readouterr()
+    for wrong, told in (
+        (lambda images: np.full((len(images), 7), 1 / 7), "each of the 10 classes"),
+        (lambda images: np.full((len(images), 10), -2.0), "end the model with a softmax"),
+    ):
+        assert main([*small, "--teacher", log_teacher(wrong)]) == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert "Traceback" not in error
+    assert main(["main", "--supernet", known, "--init", known]) == 2
+    assert "supernet names a trained one" in capsys.readouterr().err
