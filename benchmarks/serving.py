@@ -36,7 +36,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import TfliteModel, save_model
-from foxnas_mlflow.flavor._litert import Classifier, n_cpus
+from foxnas_mlflow.runtime import Classifier, n_cpus
 from foxnas_mlflow.tflite import write_probe
 from tests.servers import scoring_server
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from foxnas_mlflow.tflite import make_interpreter
+from foxnas_mlflow.runtime import open_interpreter
 
 TURN = 3
 
@@ -21,7 +21,7 @@ def side_by_side(files: Sequence[bytes], *, threads: int = 1, rounds: int = 60) 
     """
     interpreters = []
     for data in files:
-        interpreter = make_interpreter(data, threads=threads)
+        interpreter = open_interpreter(data, threads=threads)
         tensor = interpreter.get_input_details()[0]
         rng = np.random.default_rng(1)
         interpreter.set_tensor(tensor["index"], rng.integers(-128, 128, tensor["shape"], dtype=np.int8))

@@ -1,5 +1,6 @@
 """Images on their way into a network, the same in training, evaluation and serving."""
 
+from foxnas_mlflow.data._answers import Evaluation, evaluate
 from foxnas_mlflow.data._datasets import (
     ArrayImages,
     FileImages,
@@ -14,12 +15,14 @@ from foxnas_mlflow.data.preprocess import Normalization, Preprocessing, resize
 
 __all__ = [
     "ArrayImages",
+    "Evaluation",
     "FileImages",
     "ImageDataset",
     "ImageSet",
     "Normalization",
     "Preprocessing",
     "calibration_images",
+    "evaluate",
     "load_dataset",
     "prepared_batches",
     "resize",

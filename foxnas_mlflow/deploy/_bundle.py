@@ -16,13 +16,13 @@ import numpy as np
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.flavor import TfliteModel
-from foxnas_mlflow.flavor._litert import EDGETPU_DELEGATE, Classifier
+from foxnas_mlflow.runtime import EDGETPU_DELEGATE, Classifier
 
 DEPLOYMENT_FORMAT = 1
 SMOKE_IMAGES = 3
 
-_SHIPPED = ("_version.py", "core/errors.py", "data/preprocess.py", "flavor/_litert.py")
-_PACKAGES = ("__init__.py", "core/__init__.py", "data/__init__.py", "flavor/__init__.py")
+_SHIPPED = ("_version.py", "core/errors.py", "data/preprocess.py", "runtime.py")
+_PACKAGES = ("__init__.py", "core/__init__.py", "data/__init__.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -256,9 +256,9 @@ def classify(version: Path, images: list[Any]) -> list[dict[str, Any]]:
 def open_classifier(version: Path, deployment: dict[str, Any]) -> Any:
     """The interpreter of a version."""
     numpy()
-    from foxnas_mlflow.core.errors import InvalidFormatError, MissingDependencyError
+    from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, MissingDependencyError
     from foxnas_mlflow.data.preprocess import Preprocessing
-    from foxnas_mlflow.flavor._litert import Classifier
+    from foxnas_mlflow.runtime import Classifier
 
     try:
         return Classifier(
@@ -268,7 +268,7 @@ def open_classifier(version: Path, deployment: dict[str, Any]) -> Any:
             threads=deployment["threads"],
             delegate=deployment["delegate"],
         )
-    except MissingDependencyError as error:
+    except (MissingDependencyError, DeviceError) as error:
         raise RunnerError("missing", str(error)) from error
     except InvalidFormatError as error:
         raise RunnerError("bad_model", str(error)) from error

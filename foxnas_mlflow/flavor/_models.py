@@ -201,7 +201,7 @@ def _write_tflite(model: TfliteModel, kind: str, directory: Path) -> dict[str, A
     inspected = directory / "model.tflite"
     runtime = None
     if inspected.is_file():
-        from foxnas_mlflow.flavor._litert import inspect_model
+        from foxnas_mlflow.runtime import inspect_model
 
         runtime = inspect_model(inspected)
         size, channels = model.preprocessing.image_size, model.preprocessing.channels

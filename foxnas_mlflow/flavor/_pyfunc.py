@@ -29,8 +29,8 @@ from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.data.preprocess import MAX_PIXELS
-from foxnas_mlflow.flavor._litert import EDGETPU_DELEGATE, ClassifierPool, n_cpus, open_pool
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel
+from foxnas_mlflow.runtime import EDGETPU_DELEGATE, ClassifierPool, n_cpus, open_pool
 
 if TYPE_CHECKING:
     from foxnas_mlflow.core.predictors import PredictorSet

@@ -2,7 +2,7 @@
 
 from foxnas_mlflow.supernet._batches import AUGMENTED_EPOCHS, Batches
 from foxnas_mlflow.supernet._distributed import Worker, join_workers
-from foxnas_mlflow.supernet._evaluate import Evaluation, SubnetEvaluator, recalibrate
+from foxnas_mlflow.supernet._evaluate import SubnetEvaluator, recalibrate
 from foxnas_mlflow.supernet._finetune import finetune, train_alone
 from foxnas_mlflow.supernet._init import InitReport, KnownSupernet, load_init
 from foxnas_mlflow.supernet._modes import fastest_mode
@@ -18,7 +18,6 @@ __all__ = [
     "AUGMENTED_EPOCHS",
     "PRESETS",
     "Batches",
-    "Evaluation",
     "InitReport",
     "KnownSupernet",
     "PlainNetwork",

@@ -15,13 +15,7 @@ from foxnas_mlflow.tflite._edgetpu_compiler import (
 from foxnas_mlflow.tflite._edgetpu_readiness import Readiness, ReadinessIssue, edgetpu_readiness
 from foxnas_mlflow.tflite._evaluate import FloatModel, QuantizationLoss, quantization_loss
 from foxnas_mlflow.tflite._graph import Operator, lower
-from foxnas_mlflow.tflite._interpreter import (
-    Int8Model,
-    LayerError,
-    layer_errors,
-    make_interpreter,
-    sample_answer,
-)
+from foxnas_mlflow.tflite._int8 import Int8Model, LayerError, layer_errors
 from foxnas_mlflow.tflite._keras import quiet_tensorflow
 from foxnas_mlflow.tflite._model import OperatorInfo, TensorInfo, TfliteModel, read_tflite
 from foxnas_mlflow.tflite._reference import reference_forward
@@ -54,7 +48,6 @@ __all__ = [
     "fold_weights",
     "layer_errors",
     "lower",
-    "make_interpreter",
     "parse_log",
     "quantization_loss",
     "quiet_tensorflow",
@@ -62,7 +55,6 @@ __all__ = [
     "read_tflite",
     "reference_forward",
     "require_compiler",
-    "sample_answer",
     "weight_shapes",
     "write_probe",
 ]

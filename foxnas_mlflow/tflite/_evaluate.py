@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.network import Network
+from foxnas_mlflow.data import evaluate
 from foxnas_mlflow.data.preprocess import Normalization
 from foxnas_mlflow.tflite._graph import lower
-from foxnas_mlflow.tflite._interpreter import Int8Model
+from foxnas_mlflow.tflite._int8 import Int8Model
 from foxnas_mlflow.tflite._keras import build_keras, quiet_tensorflow
 from foxnas_mlflow.tflite._weights import FloatArray, Weights, fold_weights
 
@@ -25,8 +25,8 @@ class QuantizationLoss:
     Attributes:
         float_top1_percent: Top-1 of the float network.
         int8_top1_percent: Top-1 of the int8 file.
-        standard_error: Of `drop_points` as an estimate of the data's, in percentage points. Both
-            networks saw the same images, so only those count on which they differ.
+        standard_error: How far `drop_points` may lie from the one of all images of this kind, in
+            percentage points. Both networks saw the same images: only those count on which they differ.
         n_images: Number of images.
     """
 
@@ -81,18 +81,8 @@ def quantization_loss(
     Raises:
         InvalidInputError: If there are no images, or they do not fit.
     """
-    n_images = n_float = n_int8 = n_differing = 0
-    for images, targets in batches:
-        right = exact.logits(images).argmax(axis=1) == targets
-        right8 = int8.logits(images).argmax(axis=1) == targets
-        n_images += len(targets)
-        n_float += int(right.sum())
-        n_int8 += int(right8.sum())
-        n_differing += int((right != right8).sum())
-    if not n_images:
-        raise InvalidInputError("there must be at least one image to evaluate on")
-    drop = (n_float - n_int8) / n_images
-    variance = n_differing / n_images - drop**2
-    return QuantizationLoss(
-        100 * n_float / n_images, 100 * n_int8 / n_images, 100 * math.sqrt(variance / n_images), n_images
-    )
+    float_, quantized = evaluate(batches, exact.logits, int8.logits)
+    n_images = float_.n_images
+    drop = float(np.mean(float_.correct) - np.mean(quantized.correct))
+    variance = float(np.mean(float_.correct != quantized.correct)) - drop**2
+    return QuantizationLoss(float_.top1_percent, quantized.top1_percent, 100 * math.sqrt(variance / n_images), n_images)

@@ -16,7 +16,7 @@ from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.targets import Target
-from foxnas_mlflow.data import Preprocessing, calibration_images, prepared_batches
+from foxnas_mlflow.data import Preprocessing, calibration_images, evaluate, prepared_batches
 from foxnas_mlflow.flavor import TfliteModel, load_model
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
 from foxnas_mlflow.tracking.registry import find_version, version_metrics
@@ -153,12 +153,9 @@ class _Int8:
         """Top-1 in percent on all validation images, and their number."""
         from foxnas_mlflow.tflite import Int8Model
 
-        model = Int8Model(data)
-        n_right = n_images = 0
-        for images, targets in prepared_batches(self._supernet.dataset.val, self._preprocessing(architecture)):
-            n_right += int((model.logits(images).argmax(axis=1) == targets).sum())
-            n_images += len(targets)
-        return 100 * n_right / n_images, n_images
+        batches = prepared_batches(self._supernet.dataset.val, self._preprocessing(architecture))
+        (evaluation,) = evaluate(batches, Int8Model(data).logits)
+        return evaluation.top1_percent, evaluation.n_images
 
     def _preprocessing(self, architecture: Architecture) -> Preprocessing:
         dataset = self._supernet.dataset

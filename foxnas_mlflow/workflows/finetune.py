@@ -163,13 +163,12 @@ def _finetuned(
 def _top1(model: SubnetModel, dataset: ImageDataset, preprocessing: Preprocessing) -> float:
     """Top-1 of float weights in percent."""
     from foxnas_mlflow.core.network import build_network
-    from foxnas_mlflow.data import prepared_batches
+    from foxnas_mlflow.data import evaluate, prepared_batches
     from foxnas_mlflow.supernet import plain_logits
 
     network = build_network(model.space, model.architecture)
-    n_right = n_images = 0
-    for images, targets in prepared_batches(dataset.val, preprocessing):
-        logits = plain_logits(network, model.weights or {}, preprocessing.normalization(images))
-        n_right += int((logits.argmax(axis=1) == targets).sum())
-        n_images += len(targets)
-    return 100 * n_right / n_images
+    (evaluation,) = evaluate(
+        prepared_batches(dataset.val, preprocessing),
+        lambda images: plain_logits(network, model.weights or {}, preprocessing.normalization(images)),
+    )
+    return evaluation.top1_percent

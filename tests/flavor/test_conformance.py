@@ -31,7 +31,7 @@ from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data.preprocess import decode_image
 from foxnas_mlflow.flavor import KINDS, SubnetModel, SupernetModel, TfliteModel, load_model, log_model, save_model
 from foxnas_mlflow.flavor._example import grey_png
-from foxnas_mlflow.flavor._litert import Classifier
+from foxnas_mlflow.runtime import Classifier
 from tests.colour_model import LABELS, PREPROCESSING, SIZE, encoded, image_of
 from tests.servers import request, scoring_server
 

@@ -71,8 +71,7 @@ def test_conversion_keeps_the_function(conversion: Conversion, weights: dict[str
     got = Int8Model(conversion.data).logits(images)
     assert exact.std() > 0.1
     assert np.sqrt(np.mean((got - exact) ** 2)) < 0.1 * exact.std()
-    accuracy = Int8Model(conversion.data).top1(images, exact.argmax(axis=1))
-    assert accuracy >= 75
+    assert np.mean(got.argmax(axis=1) == exact.argmax(axis=1)) >= 0.75
 
 
 def test_file_tells_where_it_comes_from(conversion: Conversion, tmp_path: Path) -> None:

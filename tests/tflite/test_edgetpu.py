@@ -12,20 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foxnas_mlflow.core.errors import ConversionError, DeviceError
+from foxnas_mlflow.core.errors import ConversionError, DeviceError, MissingDependencyError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace
+from foxnas_mlflow.runtime import EDGETPU_DELEGATE, load_delegate, open_interpreter
 from foxnas_mlflow.tflite import (
     EdgeTpuCompiler,
     edgetpu_readiness,
     find_compiler,
-    make_interpreter,
     parse_log,
     read_tflite,
     write_probe,
 )
 from foxnas_mlflow.tflite._edgetpu_compiler import INSTALL_HINT
-from foxnas_mlflow.tflite._interpreter import load_edgetpu
 from foxnas_mlflow.tflite._model import _schema, pack
 from tests.edgetpu_stand_in import write_stand_in
 
@@ -255,11 +254,11 @@ def test_dense_weights_with_a_scale_for_each_output_are_refused() -> None:
 
 
 def test_a_missing_delegate_and_a_missing_device_say_so() -> None:
-    with pytest.raises(DeviceError, match=r"libedgetpu\.so\.1, which is not installed"):
-        make_interpreter(probe(SMALL_TPU), edgetpu=True)
+    with pytest.raises(MissingDependencyError, match=r"received libedgetpu\.so\.1; install its library"):
+        open_interpreter(probe(SMALL_TPU), delegate=EDGETPU_DELEGATE)
 
     def no_device(library: str) -> None:
         raise ValueError("Failed to load delegate")
 
     with pytest.raises(DeviceError, match="must be connected"):
-        load_edgetpu(no_device, "libc.so.6")
+        load_delegate("libc.so.6", no_device)

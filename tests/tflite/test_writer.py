@@ -11,13 +11,12 @@ import pytest
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace
 from foxnas_mlflow.data.preprocess import Normalization, quantize
-from foxnas_mlflow.flavor._litert import Classifier
+from foxnas_mlflow.runtime import Classifier, open_interpreter
 from foxnas_mlflow.tflite import (
     Int8Model,
     check_int8,
     convert,
     lower,
-    make_interpreter,
     random_weights,
     read_tflite,
     write_probe,
@@ -51,7 +50,7 @@ def test_probe_passes_the_checks_runs_and_varies(space: SearchSpace, rng: np.ran
         network = build_network(space, space.sample(rng, image_size=160))
         model = read_tflite(write_probe(network, per_channel_dense=runtime == "litert"))
         check_int8(model, lower(network), runtime)
-        interpreter = make_interpreter(model.data)
+        interpreter = open_interpreter(model.data)
         outputs = []
         for _ in range(2):
             interpreter.set_tensor(model.inputs[0], rng.integers(-128, 128, model.input.shape, dtype=np.int8))

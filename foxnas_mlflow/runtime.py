@@ -1,7 +1,8 @@
-"""TensorFlow Lite interpreters for serving: runtime lookup, delegates, quantization, a pool.
+"""TensorFlow Lite models on this machine, for evaluation, serving and boards: one runtime, one interpreter pool.
 
 An interpreter is not safe under threads: shared, it fails or, worse, answers wrongly. A pool lends
-each call an interpreter of its own. Nothing here imports MLflow, torch or tensorflow.
+each call an interpreter of its own. Nothing here imports MLflow, torch or tensorflow, and the module
+travels to boards with `deploy.runner`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, MissingDependencyError
+from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError, MissingDependencyError
 from foxnas_mlflow.data.preprocess import Normalization, quantize
 
 RUNTIMES = ("ai_edge_litert", "tflite_runtime")
-"""Runtimes in order of preference; full tensorflow is never loaded to serve."""
+"""Runtimes in order of preference; full tensorflow is never loaded to run a model."""
 
 EDGETPU_DELEGATE = "libedgetpu.so.1"
 
@@ -48,38 +49,69 @@ def load_runtime() -> Any:
     )
 
 
-def open_interpreter(path: Path, *, threads: int = 1, delegate: str = "") -> Any:
+def load_delegate(library: str, load: Callable[[str], Any] | None = None) -> Any:
+    """Load a delegate, which runs a model on an accelerator.
+
+    Args:
+        library: Its shared library.
+        load: What loads it; None: the runtime.
+
+    Raises:
+        MissingDependencyError: If the library is not installed.
+        DeviceError: If no accelerator answers.
+    """
+    name = Path(library).name
+    try:
+        # Tried first: the runtime's own object complains on standard error when it cannot load.
+        ctypes.CDLL(library)
+        return (load or load_runtime().load_delegate)(library)
+    except OSError as error:
+        raise MissingDependencyError(
+            "the delegate of this model cannot be loaded",
+            received=name,
+            remedy="install its library (for an Edge TPU libedgetpu1-std, a build that matches the runtime), or use "
+            "the model for processors",
+        ) from error
+    except ValueError as error:
+        raise DeviceError(
+            "the accelerator of this model must be connected",
+            received=f"no device answered to {name}",
+            remedy="plug it in, check its udev rules and that no other process holds it",
+        ) from error
+
+
+def open_interpreter(model: Path | bytes, *, threads: int = 1, delegate: str = "", preserve_all: bool = False) -> Any:
     """Open a model, with its tensors allocated.
 
     Args:
-        path: The flatbuffer.
+        model: The flatbuffer, or its path.
         threads: Threads of one inference.
         delegate: Shared library of a delegate, or empty for the processor.
+        preserve_all: Keep the values of all tensors, to look at them after an inference.
 
     Raises:
         MissingDependencyError: If there is no runtime, or the delegate cannot be loaded.
+        DeviceError: If the delegate finds no accelerator.
         InvalidFormatError: If the runtime cannot open the file.
     """
+    options: dict[str, Any] = {"num_threads": threads}
+    options |= {"model_content": model} if isinstance(model, bytes) else {"model_path": str(model)}
     runtime = load_runtime()
-    delegates = []
     if delegate:
-        try:
-            # Tried first: the runtime's own object complains on standard error when it cannot load.
-            ctypes.CDLL(delegate)
-            delegates = [runtime.load_delegate(delegate)]
-        except (ValueError, OSError) as error:
-            raise MissingDependencyError(
-                "the delegate of this model cannot be loaded",
-                received=Path(delegate).name,
-                remedy="attach the accelerator and install its library",
-            ) from error
+        options["experimental_delegates"] = [load_delegate(delegate)]
+    if preserve_all:
+        options["experimental_preserve_all_tensors"] = True
     try:
-        interpreter = runtime.Interpreter(
-            model_path=str(path), num_threads=threads, experimental_delegates=delegates or None
-        )
+        with warnings.catch_warnings() if preserve_all else contextlib.nullcontext():
+            if preserve_all:
+                # Meant for debugging only, it says; comparing layers is debugging.
+                warnings.filterwarnings("ignore", message=".*experimental_preserve_all_tensors")
+            interpreter = runtime.Interpreter(**options)
         interpreter.allocate_tensors()
     except (ValueError, RuntimeError) as error:
-        raise InvalidFormatError("a TFLite model must be one that the runtime can open", received=path.name) from error
+        # Not the runtime's own words for a file: they tell where it lies.
+        received = str(error) if isinstance(model, bytes) else model.name
+        raise InvalidFormatError("a TFLite model must be one that the runtime can open", received=received) from error
     return interpreter
 
 
@@ -109,29 +141,29 @@ class Classifier:
     This is the "bare interpreter" that serving is compared with.
 
     Args:
-        path: The flatbuffer.
+        model: The flatbuffer, or its path.
         normalization: Mean and std of training.
-        output: ``logits`` or ``probabilities``.
+        output: ``logits`` or ``probabilities``: what the network's last layer gives.
         threads: Threads of one inference.
         delegate: Shared library of a delegate, or empty.
     """
 
     def __init__(
         self,
-        path: Path,
+        model: Path | bytes,
         normalization: Normalization,
-        output: Literal["logits", "probabilities"],
+        output: Literal["logits", "probabilities"] = "logits",
         *,
         threads: int = 1,
         delegate: str = "",
     ) -> None:
-        self._interpreter = open_interpreter(path, threads=threads, delegate=delegate)
+        self._interpreter = open_interpreter(model, threads=threads, delegate=delegate)
         (self._input,) = self._interpreter.get_input_details()
         (self._output,) = self._interpreter.get_output_details()
         self._normalization = normalization
         self._softmax = output == "logits"
         # What normalising and quantizing do to each value of a uint8 pixel is looked up.
-        self._table = self._quantize(normalization.of_levels())
+        self._table = self._quantized(normalization.of_levels())
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -148,29 +180,35 @@ class Classifier:
         Returns:
             float32 (n_classes,), probabilities.
         """
-        scale, zero_point = self._output["quantization"]
-        values: NDArray[np.float32] = self.raw(image).astype(np.float32)
-        if scale:
-            values = (values - np.float32(zero_point)) * np.float32(scale)
+        values = self.last_layer(image)
         if self._softmax:
             exponentials = np.exp(values - values.max())
             values = exponentials / exponentials.sum()
         return values
 
+    def last_layer(self, image: NDArray[Any]) -> NDArray[np.float32]:
+        """The real values of what the network's last layer gives for an image, (n_classes,)."""
+        scale, zero_point = self._output["quantization"]
+        values: NDArray[np.float32] = self.raw(image).astype(np.float32)
+        return (values - np.float32(zero_point)) * np.float32(scale) if scale else values
+
     def raw(self, image: NDArray[Any]) -> NDArray[Any]:
         """The network's own output for an image, as quantized as the network is."""
-        if image.dtype == np.uint8:
-            batch = np.empty((1, *image.shape), dtype=self._table.dtype)
-            for channel in range(image.shape[2]):
-                np.take(self._table[:, channel], image[..., channel], out=batch[0, ..., channel], mode="clip")
-        else:
-            batch = self._quantize(self._normalization.of_unit(image))[None]
-        self._interpreter.set_tensor(self._input["index"], batch)
+        self._interpreter.set_tensor(self._input["index"], self.quantize(image)[None])
         self._interpreter.invoke()
         output: NDArray[Any] = self._interpreter.get_tensor(self._output["index"])[0]
         return output
 
-    def _quantize(self, values: NDArray[np.float32]) -> NDArray[Any]:
+    def quantize(self, image: NDArray[Any]) -> NDArray[Any]:
+        """The network's input for an image: normalised, and as quantized as the network is."""
+        if image.dtype != np.uint8:
+            return self._quantized(self._normalization.of_unit(image))
+        levels = np.empty(image.shape, dtype=self._table.dtype)
+        for channel in range(image.shape[2]):
+            np.take(self._table[:, channel], image[..., channel], out=levels[..., channel], mode="clip")
+        return levels
+
+    def _quantized(self, values: NDArray[np.float32]) -> NDArray[Any]:
         dtype = np.dtype(self._input["dtype"])
         return values if dtype == np.float32 else quantize(values, dtype, *self._input["quantization"])
 
@@ -252,7 +290,7 @@ def open_pool(
     """A pool on the delegate, or with a warning on the processor where there is a fallback."""
     try:
         return ClassifierPool(path, normalization, output, size=size, threads=threads, delegate=delegate)
-    except MissingDependencyError as error:
+    except (MissingDependencyError, DeviceError) as error:
         if fallback is None or not delegate:
             raise
         warnings.warn(f"running on the processor, which is slower: {error}", UserWarning, stacklevel=2)
