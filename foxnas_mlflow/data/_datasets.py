@@ -40,7 +40,7 @@ from foxnas_mlflow.data._sources import (
     pictures_of_list,
     subfolders,
 )
-from foxnas_mlflow.data.preprocess import MAX_PIXELS, Normalization, Preprocessing, decode_image, resize, scaled_side
+from foxnas_mlflow.data.preprocess import MAX_PIXELS, Normalization, Preprocessing, decode_image
 
 ImageArray = NDArray[np.uint8]
 
@@ -66,8 +66,8 @@ class ImageSet(Protocol):
     def __getitem__(self, i: int) -> ImageArray:
         """Image i as uint8 (height, width, channels)."""
 
-    def prepared(self, i: int, size: int, *, crop: float = 1.0) -> ImageArray:
-        """Image i as a served model gets it, before normalisation: uint8 (size, size, channels)."""
+    def prepared(self, i: int, preprocessing: Preprocessing) -> ImageArray:
+        """Image i as a served model gets it, before normalisation: uint8 (image_size, image_size, channels)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +89,9 @@ class ArrayImages:
         image: ImageArray = self.images[i]
         return image
 
-    def prepared(self, i: int, size: int, *, crop: float = 1.0) -> ImageArray:
-        """Image i scaled and cut to uint8 (size, size, channels)."""
-        return resize(self.images[i], size, crop=crop)
+    def prepared(self, i: int, preprocessing: Preprocessing) -> ImageArray:
+        """Image i scaled and cut to uint8 (image_size, image_size, channels)."""
+        return preprocessing.resize(self.images[i])
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +116,9 @@ class FileImages:
     def __getitem__(self, i: int) -> ImageArray:
         return self._decoded(i)
 
-    def prepared(self, i: int, size: int, *, crop: float = 1.0) -> ImageArray:
-        """Image i scaled and cut to uint8 (size, size, channels), a large photo decoded at a reduced size."""
-        return resize(self._decoded(i, scaled_side(size, crop)), size, crop=crop)
+    def prepared(self, i: int, preprocessing: Preprocessing) -> ImageArray:
+        """Image i as serving decodes its file: uint8 (image_size, image_size, channels)."""
+        return preprocessing.decode(self.paths[i].read_bytes(), max_pixels=self.max_pixels)
 
     def reduced(self, i: int) -> ImageArray:
         """Image i, one of more than a megapixel or so at a reduced size: what its mean and deviation need."""
@@ -187,6 +187,10 @@ class ImageDataset:
         """Number of classes."""
         return len(self.labels)
 
+    def preprocessing(self, size: int) -> Preprocessing:
+        """What happens to these images before a network of an image size (px) sees them."""
+        return Preprocessing(size, self.channels, normalization=self.normalization)
+
     def in_memory(self, size: int) -> ImageDataset:
         """The same data set decoded once: shorter side scaled to `size` px, centre cut out.
 
@@ -202,10 +206,11 @@ class ImageDataset:
 
     def _decoded(self, images: ImageSet, size: int, unreadable: list[str]) -> ArrayImages:
         pixels = np.empty((len(images), size, size, self.channels), np.uint8)
+        preprocessing = self.preprocessing(size)
         kept: list[int] = []
         for i in range(len(images)):
             try:
-                pixels[len(kept)] = images.prepared(i, size)
+                pixels[len(kept)] = images.prepared(i, preprocessing)
             except (InvalidInputError, OSError):
                 unreadable.append(str(images.paths[i]) if isinstance(images, FileImages) else f"image {i}")
                 continue
@@ -283,7 +288,7 @@ def prepared_batches(
 
     Args:
         images: The images.
-        preprocessing: Image size and crop.
+        preprocessing: What serving does to an image.
         index: Which images, in which order; None: all.
         batch_size: Images a batch.
 
@@ -295,7 +300,7 @@ def prepared_batches(
         pixels, targets = [], []
         for i in map(int, chosen[start : start + batch_size]):
             try:
-                pixels.append(images.prepared(i, preprocessing.image_size, crop=preprocessing.crop))
+                pixels.append(images.prepared(i, preprocessing))
             except (InvalidInputError, OSError):
                 continue
             targets.append(images.targets[i])
@@ -308,7 +313,7 @@ def calibration_images(dataset: ImageDataset, preprocessing: Preprocessing, n: i
 
     Args:
         dataset: The data set.
-        preprocessing: Image size and crop.
+        preprocessing: What serving does to an image.
         n: At most so many.
         seed: Seed of the choice and of the order.
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
 from foxnas_mlflow.data import ArrayImages, ImageSet
-from foxnas_mlflow.data.preprocess import Normalization
+from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
 
 AUGMENTED_EPOCHS = 12
 """What is seen more often than that is varied: a network that sees its images less often learns them slower varied."""
@@ -61,7 +61,7 @@ class Batches:
         self.skipped: set[int] = set()
         self._seed, self._workers = seed, workers
         self._rank, self._world_size = rank, world_size
-        self._size = image_size
+        self._size, self._normalization = image_size, normalization
         self._mean = torch.tensor(normalization.mean, dtype=torch.float32).view(1, -1, 1, 1)
         self._std = torch.tensor(normalization.std, dtype=torch.float32).view(1, -1, 1, 1)
 
@@ -98,14 +98,19 @@ class Batches:
         return varied
 
     def _read(self, chosen: list[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Tensor]]:
-        if isinstance(self.images, ArrayImages):
+        if isinstance(self.images, ArrayImages) and (
+            self.augment or self.images.images.shape[1:3] == (self._size,) * 2
+        ):
+            # At their size already, or cropped to it at random.
             for index in chosen:
                 yield torch.from_numpy(self.images.images[index]), torch.from_numpy(self.images.targets[index])
             return
+        # Where nothing is cropped at random the pixels are those of serving.
+        size = round(self._size * 1.15) if self.augment else self._size
+        preprocessing = Preprocessing(size, len(self._normalization.mean), normalization=self._normalization)
         # Decoding dominates here, so it goes to processes; PyTorch keeps their order.
-        stored_size = round(self._size * 1.15) if self.augment else self._size
         loader: DataLoader[Any] = DataLoader(
-            _Decoded(self.images, stored_size), batch_size=None, sampler=chosen, num_workers=self._workers
+            _Decoded(self.images, preprocessing), batch_size=None, sampler=chosen, num_workers=self._workers
         )
         for pixels, targets, skipped in loader:
             self.skipped.update(map(int, skipped))
@@ -116,8 +121,8 @@ class Batches:
 class _Decoded(Dataset[tuple[Tensor, Tensor, list[int]]]):
     """Whole batches by their images' indices, and those of images that cannot be read any more."""
 
-    def __init__(self, images: ImageSet, size: int) -> None:
-        self._images, self._size = images, size
+    def __init__(self, images: ImageSet, preprocessing: Preprocessing) -> None:
+        self._images, self._preprocessing = images, preprocessing
 
     def __len__(self) -> int:
         return len(self._images)
@@ -126,10 +131,11 @@ class _Decoded(Dataset[tuple[Tensor, Tensor, list[int]]]):
         pixels, kept, skipped = [], [], []
         for i in map(int, index):
             try:
-                pixels.append(self._images.prepared(i, self._size))
+                pixels.append(self._images.prepared(i, self._preprocessing))
             except (InvalidInputError, OSError):
                 skipped.append(i)
                 continue
             kept.append(i)
-        stacked = np.stack(pixels) if pixels else np.empty((0, self._size, self._size, 1), np.uint8)
+        size = self._preprocessing.image_size
+        stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 1), np.uint8)
         return torch.from_numpy(stacked), torch.from_numpy(self._images.targets[kept]), skipped

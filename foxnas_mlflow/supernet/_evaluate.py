@@ -16,7 +16,6 @@ from foxnas_mlflow.data import (
     Evaluation,
     ImageDataset,
     ImageSet,
-    Preprocessing,
     evaluate,
     prepared_batches,
     stratified_split,
@@ -124,13 +123,7 @@ class SubnetEvaluator:
             images: ImageSet = self._dataset.val if validation else self._dataset.train
             index = self._validation if validation else self._calibration
             # Kept as bytes: as floats they would take four times the memory.
-            read = list(
-                prepared_batches(
-                    images,
-                    Preprocessing(size, self._dataset.channels, normalization=self._dataset.normalization),
-                    index,
-                )
-            )
+            read = list(prepared_batches(images, self._dataset.preprocessing(size), index))
             if not read:
                 raise InvalidInputError("the images must be readable", received="none is any more")
             self._cache[key] = np.concatenate([p for p, _ in read]), np.concatenate([t for _, t in read])

@@ -158,8 +158,7 @@ class _Int8:
         return evaluation.top1_percent, evaluation.n_images
 
     def _preprocessing(self, architecture: Architecture) -> Preprocessing:
-        dataset = self._supernet.dataset
-        return Preprocessing(architecture.image_size, dataset.channels, normalization=dataset.normalization)
+        return self._supernet.dataset.preprocessing(architecture.image_size)
 
 
 def _measure(

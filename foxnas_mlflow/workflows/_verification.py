@@ -15,7 +15,6 @@ from foxnas_mlflow.core.files import cache_directory, json_digest, worked_on
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Candidate, Evaluated, SearchOutcome, verify
 from foxnas_mlflow.core.targets import Target
-from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel
 from foxnas_mlflow.tracking.inputs import MEASUREMENTS, TrainedSupernet
 from foxnas_mlflow.tracking.run import EntryRun
@@ -120,9 +119,7 @@ def verified(
             chosen.architecture,
             space,
             weights=evaluator.weights(chosen.architecture),
-            preprocessing=Preprocessing(
-                chosen.architecture.image_size, space.in_channels, normalization=supernet.dataset.normalization
-            ),
+            preprocessing=supernet.dataset.preprocessing(chosen.architecture.image_size),
             labels=supernet.dataset.labels,
         )
     return outcome, Verification(verdict.candidates, device, supernet, model, verdict.reason, verdict.dominated)

@@ -185,8 +185,6 @@ def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tu
     """How images are prepared, and the labels; refused if data and subnet do not belong together."""
     import dataclasses
 
-    from foxnas_mlflow.data.preprocess import Preprocessing
-
     if subnet.labels and subnet.labels != dataset.labels:
         differing = sorted(set(subnet.labels) ^ set(dataset.labels)) or ["another order"]
         raise InvalidInputError(
@@ -205,7 +203,7 @@ def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tu
         )
     preprocessing = subnet.preprocessing
     if preprocessing is None:
-        preprocessing = Preprocessing(network.image_size, network.in_channels, normalization=dataset.normalization)
+        preprocessing = dataset.preprocessing(network.image_size)
     return dataclasses.replace(preprocessing, image_size=network.image_size), dataset.labels
 
 

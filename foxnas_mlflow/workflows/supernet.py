@@ -132,7 +132,6 @@ def _train_and_register(
     import shutil
     import time
 
-    from foxnas_mlflow.data.preprocess import Preprocessing
     from foxnas_mlflow.flavor import SupernetModel
     from foxnas_mlflow.supernet import SubnetEvaluator, train_supernet
     from foxnas_mlflow.tracking.run import best_effort
@@ -194,7 +193,7 @@ def _train_and_register(
         space,
         supernet.numpy_weights(),
         {**config, "metrics": metrics},
-        Preprocessing(size, space.in_channels, normalization=dataset.normalization),
+        dataset.preprocessing(size),
         dataset.labels,
     )
     uri = log_supernet(run, model, metrics, name=request.name)
