@@ -1,8 +1,9 @@
 """Searchers side by side on the reference predictors: gap to the exact optimum, evaluations, time.
 
-    python benchmarks/search.py [--pairs 200] [--budget 1000000] [--plot gaps.png]
+    python benchmarks/search.py [--pairs 200] [--budget 1000000] [--searchers annealing evolution] [--plot gaps.png]
 
-Each (seed, constraint) pair is one search. Constraints are spread over the reachable latencies.
+Each (seed, constraint) pair is one search. Constraints are spread over the reachable latencies. The second table is
+the paper's figure 8: the median gap after each number of evaluations.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from foxnas_mlflow.core.predictors import reference_predictors
 from foxnas_mlflow.core.searchers import SEARCHERS, Limit, Objective, Problem, exact_optimum, fastest, front_of
 
 TOLERANCES = (0.1, 0.01)
+COUNTS = (50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000)
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--pairs", type=int, default=200)
 parser.add_argument("--budget", type=int, default=1_000_000)
+parser.add_argument("--searchers", nargs="+", default=list(SEARCHERS), choices=list(SEARCHERS))
 parser.add_argument("--plot", default="")
 args = parser.parse_args()
 
@@ -42,8 +45,10 @@ print(
     f"{'searcher':<20}{'gap <= 0.01':>12}{'largest gap':>13}{'evals to 0.1':>14}{'evals to 0.01':>15}{'median s':>10}"
 )
 gaps = {}
-for name, searcher in SEARCHERS.items():
-    gap, seconds = [], []
+best_so_far = {}
+grid = np.unique(np.geomspace(50, args.budget, 400).astype(int))
+for name, searcher in ((name, SEARCHERS[name]) for name in args.searchers):
+    gap, seconds, curves = [], [], []
     evaluations: dict[float, list[float]] = {tolerance: [] for tolerance in TOLERANCES}
     for seed, (limit, optimum) in enumerate(zip(limits, optima, strict=True)):
         result = searcher.search(
@@ -51,14 +56,28 @@ for name, searcher in SEARCHERS.items():
         )
         gap.append(optimum - result.accuracy)
         seconds.append(result.seconds)
+        steps = np.array([p.evaluation for p in result.trace])
+        best = np.array([-np.inf, *(p.best_accuracy for p in result.trace)])
+        curves.append(optimum - best[np.searchsorted(steps, grid, side="right")])
         for tolerance, spent in evaluations.items():
             hits = [p.evaluation for p in result.trace if p.best_accuracy >= optimum - tolerance]
             spent.append(hits[0] if hits else np.inf)
     gaps[name] = gap
+    best_so_far[name] = np.median(curves, axis=0)
     print(
         f"{name:<20}{np.mean(np.array(gap) <= TOLERANCES[-1]):>12.1%}{max(gap):>13.4f}"
         f"{np.median(evaluations[0.1]):>14,.0f}{np.median(evaluations[0.01]):>15,.0f}{np.median(seconds):>10.2f}",
         flush=True,
+    )
+shown = [int(np.searchsorted(grid, n, side="right")) - 1 for n in COUNTS if n <= args.budget]
+print("\nmedian gap (points) after so many evaluations")
+print(f"{'':<20}" + "".join(f"{grid[i]:>9,}" for i in shown))
+for name, curve in best_so_far.items():
+    print(f"{name:<20}" + "".join(f"{curve[i]:>9.4f}" for i in shown))
+if {"annealing", "evolution"} <= set(best_so_far):
+    behind = grid[best_so_far["annealing"] > best_so_far["evolution"]]
+    print(
+        f"guided annealing is behind evolution after {list(map(int, behind)) or 'no number of'} evaluations, from 50 on"
     )
 if args.plot:
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -13,44 +13,52 @@ every delta < 0; the Metropolis rule it means, r < exp(delta / kT), is used. The
 ``while lat >= L`` becomes a fixed number of tries a move, each counted as an evaluation; the best try
 that meets the constraint is the proposal, and a move without one leaves the chain where it is. T
 falls continuously instead of by one every n moves, and is the most parameters that a try changes:
-each try draws 1 to T. At regular moments the weakest quarter of the chains goes on from the networks
-of the strongest quarter ("go with the winners"): a chain stuck in a bad valley is not worth its share
-of the budget. Until half time chains compete within their image size only. A new best network counts
-even when its chain leaves it again.
+each try draws 1 to T. The algorithm is run again and again, each time with several times the
+evaluations of the time before and more chains, one of them from the best network so far: a short run
+finds the preliminary solution, a long one the global one, and no budget has to be known to be used well.
+At regular moments the weakest quarter of the chains goes on from the networks of the strongest quarter
+("go with the winners"): a chain stuck in a bad valley is not worth its share of the budget. Until half
+time chains compete within their image size only. A new best network counts even when its chain leaves it
+again.
 
-The first set of weights is derived from the predictors (the paper does not say how it chose its own). The
-main effects of every value of every parameter on accuracy and on the latency bound are estimated from a few
-random networks; the constraint turns into a price, and a value is worth the accuracy that it brings less
-the milliseconds that it costs at that price. Chains start from values drawn by exp(worth), and so do the
-moves of the early stage.
+The first set of weights is derived from the predictors (the paper does not say how it chose its own): their
+coefficients tell the main effect of every value of every parameter on accuracy and on the limited quantities,
+without a network being predicted. The limits turn into a price, and a value is worth the accuracy that it
+brings less what it uses of the limits at that price. Chains start from values drawn by exp(worth), and so do
+the moves of the early stage: the first half of the first few runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.searchers._base import Genes, GeneSpace, Recorder, Searcher
-from foxnas_mlflow.core.searchers._objective import FloatArray
+from foxnas_mlflow.core.searchers._objective import FloatArray, SizeObjective
+from foxnas_mlflow.core.searchers._problem import POINTS_OF_LOG
 
 
 @dataclass(frozen=True)
 class SimulatedAnnealing(Searcher):
-    """Algorithm 1.
+    """Algorithm 1, in runs that grow.
 
     Attributes:
         guided: Whether starts and the first set of weights come from the predictors; False keeps
             both even throughout, for comparison (figure 8).
-        n_chains: Chains run side by side.
-        tries: Tries of a move, of which the best that meets the constraint is proposed.
+        first_run: Evaluations of the first run.
+        growth: Evaluations of a run by those of the run before; the last one takes what is left.
+        n_chains: Most chains side by side: 4 in the first run, then twice as many a run.
+        tries: Most tries of a move, of which the best that meets the limits is proposed: the same.
         max_temperature: First temperature; it falls to 0 with the square of what is left.
         min_changes: Most parameters changed by a try once T is below: three are needed to pay for
             one more block with two savings.
         boltzmann: Accuracy points forgiven per unit of temperature.
-        rounds: Rounds of the search, between which the weakest quarter of the chains moves to the
+        rounds: Parts of a run, between which the weakest quarter of the chains moves to the
             strongest quarter's networks.
+        guided_runs: Runs whose early stage moves by the first set of weights.
 
     Examples:
         >>> from foxnas_mlflow import SimulatedAnnealing, reference_predictors, search
@@ -60,12 +68,15 @@ class SimulatedAnnealing(Searcher):
     """
 
     guided: bool = True
+    first_run: int = 400
+    growth: int = 4
     n_chains: int = 32
     tries: int = 16
     max_temperature: float = 5.0
     min_changes: int = 3
     boltzmann: float = 0.015
     rounds: int = 32
+    guided_runs: int = 3
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -73,33 +84,55 @@ class SimulatedAnnealing(Searcher):
         return "annealing" if self.guided else "annealing-unguided"
 
     def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
-        n_chains = max(1, min(self.n_chains, recorder.budget // 8))
+        weights = guided_weights(space, recorder, 2 * self.boltzmann) if self.guided else None
+        run = 0
+        while recorder.left:
+            evaluations = self.first_run * self.growth**run
+            # What would be left for one more run is better spent in this one.
+            if recorder.left < (1 + self.growth) * evaluations:
+                evaluations = recorder.left
+            self._anneal(space, recorder, rng, weights, run, evaluations)
+            if evaluations >= recorder.left:
+                break
+            run += 1
+
+    def _anneal(
+        self,
+        space: GeneSpace,
+        recorder: Recorder,
+        rng: np.random.Generator,
+        guidance: FloatArray | None,
+        run: int,
+        evaluations: int,
+    ) -> None:
+        """One run: from the first temperature to 0, within a number of evaluations."""
+        end = recorder.evaluations + evaluations
+        n_chains = max(1, min(self.n_chains, _FIRST_CHAINS << run, evaluations // 8))
         recorder.n_chains = n_chains
-        weights = guided_weights(space, recorder, rng, self.boltzmann) if self.guided else None
         genes = space.sample(rng, n_chains)
-        if weights is not None:
-            genes[:, :-1] = _draw(weights, genes[:, -1:], np.arange(space.n_genes - 1), rng)
+        if guidance is not None:
+            genes[:, :-1] = _draw(guidance, genes[:, -1:], np.arange(space.n_genes - 1), rng)
         genes, accuracy = recorder.feasible_start(rng, genes)
-        tries = min(self.tries, recorder.left // n_chains)
-        n_steps = recorder.left // (n_chains * tries) if tries else 0
+        left = end - recorder.evaluations
+        tries = max(0, min(self.tries, _FIRST_CHAINS << run, left // n_chains))
+        n_steps = left // (n_chains * tries) if tries else 0
         chains = np.arange(n_chains)
         round_steps = max(1, n_steps // self.rounds)
         for step in range(n_steps):
+            early = step < n_steps // 2
             genes = space.settle(genes)
             if step % round_steps == 0:
                 # A larger image pays off late: until half time chains compete within their size only.
-                sizes = genes[:, -1] if step < n_steps // 2 else np.zeros(n_chains)
+                sizes = genes[:, -1] if early else np.zeros(n_chains)
                 for size in np.unique(sizes):
                     order = np.flatnonzero(sizes == size)[np.argsort(-accuracy[sizes == size], kind="stable")]
                     quarter = len(order) // 4
                     weak, strong = order[len(order) - quarter :], order[:quarter]
                     genes[weak], accuracy[weak] = genes[strong], accuracy[strong]
             temperature = self.max_temperature * (1 - step / n_steps) ** 2
-            # The paper changes to the even weights at C == 2n, after two decreases of T.
-            if temperature <= self.max_temperature - 2:
-                weights = None
             n_changes = max(int(np.ceil(temperature)), self.min_changes)
-            proposals = _move(space, np.tile(genes, (tries, 1)), n_changes, weights, rng)
+            weights = guidance if early and run < self.guided_runs else None
+            proposals = _move(space, genes, tries, n_changes, weights, rng)
             values = recorder.evaluate(proposals).reshape(tries, n_chains)
             best = np.argmax(values, axis=0)
             value = values[best, chains]
@@ -111,51 +144,130 @@ class SimulatedAnnealing(Searcher):
             accuracy = np.where(accept, value, accuracy)
 
 
-_PRICES = np.geomspace(3, 1e-3, 48)
-"""Candidate prices in accuracy points a millisecond."""
+_FIRST_CHAINS = 4
+"""Chains, and tries of a move, of the first run."""
 
-_EVEN_SHARE = 0.3
-"""Chance that a guided draw is even: main effects are estimates."""
+_PRICE_RANGE = 100.0
+"""Highest price of the limits by the lowest one tried, around the price at which what parameters bring and use break
+even."""
+
+_PRICE_STEPS = 5
+"""Bisections of the price."""
+
+_EVEN_SHARE = 0.1
+"""Chance that a guided draw is even: main effects are no certainty."""
 
 
-def guided_weights(
-    space: GeneSpace, recorder: Recorder, rng: np.random.Generator, boltzmann: float, n: int = 4
-) -> FloatArray | None:
-    """The first set of weights, from the predictors and the constraint.
+def guided_weights(space: GeneSpace, recorder: Recorder, temperature: float) -> FloatArray | None:
+    """The first set of weights, from the predictors and the limits.
 
-    For every image size, each value of each parameter replaces that of n random networks; the means
-    are its main effects. Of the networks that take the value of most worth everywhere, at prices from high
-    to low, the last one that meets the constraint sets the price. All evaluations are counted.
+    The price of the limits is bisected, for every image size: of the networks that take the value of most worth
+    everywhere, the best is near the price at which they just meet the limits. These evaluations are counted.
+
+    Args:
+        space: The genes.
+        recorder: Counts evaluations.
+        temperature: Points of worth that make a value e times as probable.
 
     Returns:
         Cumulative probabilities of the values, shape (n_sizes, n_genes, n_values), or None (even weights)
         when the budget is too small for the estimate. The image size's own row is not used.
     """
     n_sizes = len(space.objective.sizes)
-    allowed = np.arange(space.choices.max()) < space.choices[:, None]
-    gene, value = np.nonzero(allowed[:-1])
-    if n_sizes * (n * len(gene) + len(_PRICES)) > recorder.left // 4:
+    if _PRICE_STEPS * n_sizes > recorder.left // 2:
         return None
-    weights = np.empty((n_sizes, *allowed.shape))
-    for size in range(n_sizes):
-        changed = np.repeat(space.sample(rng, n)[None], len(gene), axis=0)
-        changed[:, :, -1] = size
-        changed[np.arange(len(gene)), :, gene] = value[:, None]
-        effects = np.zeros((2, *allowed.shape))
-        found = space.evaluate(changed.reshape(-1, space.n_genes))
-        for effect, y in zip(effects, (found.score, found.amounts[:, 0]), strict=True):
-            effect[gene, value] = y.reshape(-1, n).mean(axis=1)
-        recorder.evaluations += n * len(gene)
-        worth = np.where(allowed, effects[0] - _PRICES[:, None, None] * effects[1], -np.inf)
+    problem = space.problem
+    allowed = np.arange(space.choices.max()) < space.choices[:, None]
+    effects = [main_effects(space, i) for i in range(n_sizes)]
+    gains, uses = np.stack([e[0] for e in effects]), np.stack([e[1] for e in effects])
+    spans = [np.ptp(e, axis=2).sum(axis=1) for e in (gains, uses)]
+    middle = spans[0] / np.where(spans[1] > 0, spans[1], np.inf)
+    low, high = middle / np.sqrt(_PRICE_RANGE), middle * np.sqrt(_PRICE_RANGE)
+    for _ in range(_PRICE_STEPS):
+        price = np.sqrt(low * high)
+        worth = np.where(allowed, gains - price[:, None, None] * uses, -np.inf)
         greedy = worth.argmax(axis=2).astype(np.int16)
-        greedy[:, -1] = size
-        met = np.flatnonzero(~np.isneginf(recorder.evaluate(greedy)))
-        chosen = worth[met[-1] if len(met) else 0]
-        guided = np.exp((chosen - chosen.max(axis=1, keepdims=True)) / (2 * boltzmann))
-        guided /= guided.sum(axis=1, keepdims=True)
-        share = (1 - _EVEN_SHARE) * guided + _EVEN_SHARE * allowed / space.choices[:, None]
-        weights[size] = np.cumsum(share, axis=1)
-    return weights
+        greedy[:, -1] = np.arange(n_sizes)
+        recorder.evaluate(greedy)
+        found = space.evaluate(greedy)
+        # Accuracy is wanted as long as the limits are met, a small quantity as long as the accuracy is.
+        if problem.goal != "accuracy" and problem.min_accuracy is not None:
+            cheaper = np.asarray(found.accuracy >= problem.min_accuracy)
+        else:
+            cheaper = np.asarray((found.amounts > problem.room).any(axis=1))
+        low, high = np.where(cheaper, price, low), np.where(cheaper, high, price)
+    price = (high if problem.goal == "accuracy" else low)[:, None, None]
+    worth = np.where(allowed, gains - price * uses, -np.inf)
+    if problem.goal != "accuracy":
+        # A share of the quantity in the points of its score.
+        worth *= POINTS_OF_LOG / np.maximum(price, 1e-300)
+    guided = np.exp((worth - worth.max(axis=2, keepdims=True)) / temperature)
+    guided /= guided.sum(axis=2, keepdims=True)
+    even = allowed / space.choices[:, None]
+    return np.cumsum((1 - _EVEN_SHARE) * guided + _EVEN_SHARE * even, axis=2)
+
+
+def main_effects(space: GeneSpace, size: int) -> tuple[FloatArray, FloatArray]:
+    """What every value of every parameter brings and uses at an image size, as the coefficients tell.
+
+    An effect of a depth is the mean over all choices of blocks of a stage of that depth, an effect of an expansion
+    or a kernel that over all choices of the other parameters of a stage of the largest depth.
+
+    Args:
+        space: The genes.
+        size: Position of the image size.
+
+    Returns:
+        In points of accuracy (linearised), and in shares of the limits on sums (with the quantity that is to be least,
+        as a share of its mean), each of shape (n_genes, n_values), less the mean over a parameter's values, 0 beyond
+        them. Upper bounds count by their tangent at the mean network.
+    """
+    problem, objective = space.problem, space.objective
+    tables = objective.sizes[size]
+    gains = [table * _slope(tables) for table in tables.accuracy_stages]
+    shares = {limit.quantity: limit.value for limit in problem.limits}
+    uses = [np.zeros_like(table) for table in gains]
+    for quantity in {*shares, problem.goal} - {"accuracy"}:
+        if quantity in tables.bounds:
+            bound = tables.bounds[quantity]
+            mean = bound.x_base.copy()
+            for columns, values in bound.x_stages:
+                mean[columns] += values.mean(axis=0)
+            base, stages = bound.tables(bound.tangent(mean))
+        elif tables.counted[quantity].maximum:
+            continue
+        else:
+            base, stages = tables.counted[quantity].base, list(tables.counted[quantity].stages)
+        whole = shares.get(quantity, base + sum(float(stage.mean()) for stage in stages))
+        for use, stage in zip(uses, stages, strict=True):
+            use += stage / whole
+    return _of_genes(space, gains), _of_genes(space, uses)
+
+
+def _slope(tables: SizeObjective) -> float:
+    """Points of accuracy by a unit of its linear scale, at the mean network."""
+    ceiling = tables.accuracy.ceiling
+    mean = tables.accuracy_base + sum(float(table.mean()) for table in tables.accuracy_stages)
+    return 1.0 if ceiling is None else ceiling - float(tables.accuracy.from_linear(np.array([mean]))[0])
+
+
+def _of_genes(space: GeneSpace, stages: Sequence[FloatArray]) -> FloatArray:
+    """Main effects of all genes on a sum of tables over stage options, shape (n_genes, n_values)."""
+    searched, longest = space.objective.space, space.max_depth
+    # One axis a block, first block first; entry 0 is no block.
+    rows = space.objective.options.rows.reshape((len(searched.kinds) + 1,) * longest).T
+    effects = np.zeros((space.n_genes, space.choices.max()))
+    genes = iter(effects)
+    for table in stages:
+        depths = [table[rows[(slice(1, None),) * d + (0,) * (longest - d)]].mean() for d in searched.depths]
+        next(genes)[: len(depths)] = np.array(depths) - np.mean(depths)
+        blocks = table[rows[(slice(1, None),) * longest]].reshape(
+            (len(searched.expansions), len(searched.kernels)) * longest
+        )
+        for axis in range(2 * longest):
+            means = blocks.mean(axis=tuple(other for other in range(2 * longest) if other != axis))
+            next(genes)[: len(means)] = means - means.mean()
+    return effects
 
 
 def _draw(weights: FloatArray, sizes: Genes, genes: NDArray[np.integer], rng: np.random.Generator) -> Genes:
@@ -168,26 +280,35 @@ def _draw(weights: FloatArray, sizes: Genes, genes: NDArray[np.integer], rng: np
 
 
 def _move(
-    space: GeneSpace, genes: Genes, temperature: int, weights: FloatArray | None, rng: np.random.Generator
+    space: GeneSpace,
+    genes: Genes,
+    tries: int,
+    temperature: int,
+    weights: FloatArray | None,
+    rng: np.random.Generator,
 ) -> Genes:
-    """Change 1 to `temperature` parameters of every individual, drawn among active ones.
+    """Change 1 to `temperature` parameters of every individual, drawn among active ones, several times.
 
     With weights the new value is drawn by them (and may be the present one), without it is another, even.
     The image size always changes evenly.
+
+    Returns:
+        The first tries of all individuals, then the second ones, shape (tries * n, n_genes).
     """
     n = len(genes)
     cumulative = np.cumsum(space.active(genes) & (space.choices > 1), axis=1)
-    drawn = rng.random((n, temperature, 1)) * cumulative[:, None, -1:]
-    columns = (cumulative[:, None, :] <= drawn).sum(axis=2)
+    drawn = rng.random((tries, n, temperature, 1)) * cumulative[:, None, -1:]
+    columns = (cumulative[:, None, :] <= drawn).sum(axis=3)
     # A parameter drawn twice is changed once: the move is then one parameter smaller.
-    columns = np.where(np.arange(temperature) < rng.integers(1, temperature + 1, size=(n, 1)), columns, columns[:, :1])
+    n_changes = rng.integers(1, temperature + 1, size=(tries, n, 1))
+    columns = np.where(np.arange(temperature) < n_changes, columns, columns[:, :, :1])
     rows = np.arange(n)[:, None]
     values = _other(genes[rows, columns], space.choices[columns], rng)
     if weights is not None:
         values = np.where(columns < space.n_genes - 1, _draw(weights, genes[:, -1:], columns, rng), values)
-    moved = genes.copy()
-    moved[rows, columns] = values
-    return moved
+    moved = np.tile(genes, (tries, 1, 1))
+    moved[np.arange(tries)[:, None, None], rows, columns] = values
+    return moved.reshape(tries * n, -1)
 
 
 def _other(values: Genes, choices: Genes, rng: np.random.Generator) -> Genes:

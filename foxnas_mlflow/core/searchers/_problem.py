@@ -12,14 +12,18 @@ from foxnas_mlflow.core.options import IndexArray, KindArray
 from foxnas_mlflow.core.searchers._limits import Limit, describe_limits
 from foxnas_mlflow.core.searchers._objective import FloatArray, Objective
 
+POINTS_OF_LOG = 3.0
+"""Points of accuracy that a network e times as costly has more, about: brings all goals to one scale, so that what
+anneals accuracies anneals other goals too."""
+
 
 @dataclass(frozen=True)
 class Evaluated:
     """What a population is worth.
 
     Attributes:
-        score: What is to be largest, shape (n,): accuracy in percent, or -100 log of the quantity that is to
-            be least (so that a unit is one percent of it).
+        score: What is to be largest, shape (n,): accuracy in percent, or `POINTS_OF_LOG` times -log of the
+            quantity that is to be least.
         accuracy: Predicted accuracy in percent, shape (n,).
         amounts: The objective's quantities, shape (n, n_quantities).
         meets: Whether all limits are met, shape (n,).
@@ -107,7 +111,7 @@ class Problem:
                 z, amounts[rows] = size.evaluate(index[rows])
                 accuracy[rows] = size.accuracy.from_linear(z)
                 if self.goal != "accuracy":
-                    score[rows] = -100 * np.log(np.maximum(size.point(self.goal, index[rows]), 1e-300))
+                    score[rows] = -POINTS_OF_LOG * np.log(np.maximum(size.point(self.goal, index[rows]), 1e-300))
         meets: NDArray[np.bool_] = np.asarray((amounts <= self.room).all(axis=1))
         if self.min_accuracy is not None:
             meets &= accuracy >= self.min_accuracy
