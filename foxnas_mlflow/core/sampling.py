@@ -10,6 +10,7 @@ import numpy as np
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import FitError, InvalidMeasurementsError
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished, write_measurements
+from foxnas_mlflow.core.parallel import as_finished
 from foxnas_mlflow.core.predictors import PredictorSet, fit_predictors
 from foxnas_mlflow.core.searchers import exact_front
 from foxnas_mlflow.core.space import SearchSpace
@@ -28,9 +29,11 @@ def collect(
     time: Callable[[Architecture], Timing] | None = None,
     n_timed: int | None = None,
     on_row: Callable[[Measurement, int], None] = lambda row, n: None,
-    stop: Callable[[Sequence[Measurement]], bool] = lambda rows: False,
+    stop: Callable[[Sequence[Measurement]], bool] | None = None,
+    n_at_once: int = 1,
+    apart: bool = False,
 ) -> list[Measurement]:
-    """Evaluate and time subnets; each row is on disk before the next one begins.
+    """Evaluate and time subnets; each row is on disk when it is finished.
 
     A latency that was disturbed is measured again after the others, as long as that brings any.
 
@@ -42,37 +45,50 @@ def collect(
         time: Latency of a subnet; one with problems is not written.
         n_timed: Time only so many of the plan's first subnets; all when None.
         on_row: Told of each new row and of the number of rows.
-        stop: Asked after each new row whether the rows are enough.
+        stop: Asked whether the rows up to a new one are enough, in the plan's order; those beyond are left out then.
+        n_at_once: Rows in progress at once; above 1 `evaluate` and `time` are called by several threads.
+        apart: Time only when all are evaluated, because evaluating disturbs what is timed.
 
     Returns:
-        The rows, those of an earlier call first.
+        The rows: those of an earlier call that the plan lacks, then the plan's in its order.
     """
     # The last row of a subnet is the one that has most.
     rows = {row.architecture: row for row in read_finished(path)}
+    before, planned = set(rows), set(plan)
     timed = set() if time is None else set(plan if n_timed is None else plan[:n_timed])
 
-    def collected() -> list[Measurement]:
-        return list(rows.values())
+    def collected(n_planned: int | None = None) -> list[Measurement]:
+        others = [row for architecture, row in rows.items() if architecture not in planned]
+        return others + [rows[architecture] for architecture in plan[:n_planned] if architecture in rows]
 
     def keep(row: Measurement) -> None:
         append_measurement(row, path)
         rows[row.architecture] = row
 
-    for architecture in plan:
-        if architecture in rows:
-            continue
+    def work(architecture: Architecture) -> Measurement:
         accuracy = evaluate(architecture)
-        timing = time(architecture) if time is not None and architecture in timed else None
-        keep(Measurement.of(architecture, timing, accuracy))
-        on_row(rows[architecture], len(rows))
-        if stop(collected()):
+        timing = time(architecture) if time is not None and architecture in timed and not apart else None
+        return Measurement.of(architecture, timing, accuracy)
+
+    n_settled = 0
+    for _, row in as_finished(work, [a for a in plan if a not in rows], n=n_at_once):
+        keep(row)
+        on_row(row, len(rows))
+        enough = False
+        while stop is not None and n_settled < len(plan) and plan[n_settled] in rows and not enough:
+            n_settled += 1
+            # Rows are asked about in the plan's order, so that it does not matter which of them finished first.
+            enough = plan[n_settled - 1] not in before and stop(collected(n_settled))
+        if enough:
+            rows = {row.architecture: row for row in collected(n_settled)}
             break
-    for _ in range(_TIMING_ROUNDS):
-        disturbed = [row for row in rows.values() if row.latency_ms is None and row.architecture in timed]
-        for row in disturbed:
-            timing = time(row.architecture) if time is not None else None
-            if timing is not None and not timing.problems:
-                keep(Measurement.of(row.architecture, timing, row.accuracy))
+    for _ in range(_TIMING_ROUNDS + apart):
+        disturbed = [row for row in collected() if row.latency_ms is None and row.architecture in timed]
+        if time is None or not disturbed:
+            break
+        for architecture, timing in as_finished(time, [row.architecture for row in disturbed], n=n_at_once):
+            if not timing.problems:
+                keep(Measurement.of(architecture, timing, rows[architecture].accuracy))
         if all(rows[row.architecture].latency_ms is None for row in disturbed):
             break
     write_measurements(collected(), path)

@@ -20,6 +20,7 @@ from foxnas_mlflow.data import Preprocessing, calibration_images, evaluate, prep
 from foxnas_mlflow.flavor import TfliteModel, load_model
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
 from foxnas_mlflow.tracking.registry import find_version, version_metrics
+from foxnas_mlflow.workflows._boards import first_answering
 from foxnas_mlflow.workflows._evaluation import supernet_evaluator
 from foxnas_mlflow.workflows._timers import open_meter
 
@@ -167,7 +168,7 @@ def _measure(
     """Latency of an int8 file on the device, as values of a `Comparison`; nothing without a device."""
     if not device:
         return lambda data: {}
-    measure_int8 = stack.enter_context(open_meter(target, device, compiler_image=compiler_image))
+    measure_int8 = stack.enter_context(open_meter(target, first_answering(device), compiler_image=compiler_image))
 
     def timed(data: bytes) -> dict[str, Any]:
         benchmark = measure_int8(data)

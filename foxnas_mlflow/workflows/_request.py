@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._addresses import addresses
 
 
 @dataclass(frozen=True)
@@ -246,8 +247,12 @@ NO_DEVICE = "none"
 
 
 def chosen_device(given: str, default: str = "") -> str:
-    """The device that was given, or the default where none was; empty: none."""
-    return "" if given == NO_DEVICE else given or default
+    """The device that was given, or the default where none was; empty: none. It may be a list of boards.
+
+    Raises:
+        DeviceError: If a board is listed twice.
+    """
+    return "" if given == NO_DEVICE else ",".join(addresses(given or default))
 
 
 def compiler_image() -> Any:

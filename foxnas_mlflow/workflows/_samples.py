@@ -108,6 +108,7 @@ def log_samples(
             **({"foxnas.emulated": "true"} if log.emulated else {}),
             **({"foxnas.invalid_measurements": len(log.problems)} if log.problems else {}),
             **({"foxnas.stopped_early": "true"} if log.stopped else {}),
+            **({"foxnas.boards_set_aside": ", ".join(log.timer.aside)} if log.timer.aside else {}),
         }
     )
     uri = f"runs:/{run.run_id}/{MEASUREMENTS}"
@@ -125,6 +126,7 @@ def log_samples(
             f"  latency     {min(latencies):.3g} to {max(latencies):.3g} ms, {len(latencies)} subnets {word} "
             f"{log.timer.where}{' (emulated: no real times)' if log.emulated else ''}"
         )
+    lines += [f"  set aside   {board}: {why}" for board, why in log.timer.aside.items()]
     if log.problems:
         last = list(log.problems.values())[-1]
         lines.append(f"  left out    {len(log.problems)} latencies that cannot be trusted, the last: {last}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,12 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import DeviceError, OutOfDomainError, import_or_raise
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished
 from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.parallel import as_finished
 from foxnas_mlflow.core.predictors import PredictorSet, reference_latency
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.workflows._addresses import addresses, is_here, shown
+from foxnas_mlflow.workflows._boards import open_boards
 
 if TYPE_CHECKING:
     from foxnas_mlflow.devices import Benchmark
@@ -32,12 +36,23 @@ class Timer:
         source: ``measured`` or ``cost_model``.
         where: The device's address, or what the cost model is of.
         predictors: The cost model, if it is one.
+        n_boards: How many networks can be timed at once, by as many threads.
+        here: Whether this machine is among the boards, so that other work on it disturbs them.
+        aside: Why boards were set aside, by address; it grows while the work goes on.
     """
 
     time: Callable[[Architecture], Timing]
     source: str
     where: str
     predictors: PredictorSet | None = None
+    n_boards: int = 1
+    here: bool = False
+    aside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def ahead(self, architectures: Iterable[Architecture]) -> None:
+        """Time networks on all boards at once, so that who asks for one later finds it `remembered`."""
+        for _ in as_finished(self.time, architectures, n=self.n_boards):
+            pass
 
 
 @contextlib.contextmanager
@@ -103,14 +118,31 @@ def open_device(target: Target, space: SearchSpace, device: str, *, compiler_ima
     Args:
         target: The target.
         space: The space whose subnets are timed.
-        device: Connection.
+        device: Connection, or several of boards that are alike, comma separated: they share the work.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
 
     Raises:
-        DeviceError: If the device cannot be reached, or there is no compiler for its Edge TPU.
+        DeviceError: If the device cannot be reached, or there is no compiler for its Edge TPU; if one of several is
+            listed twice, or is faster or slower than another by more than noise.
     """
+    devices = addresses(device)
+    if len(devices) < 2:
+        with _open_one(target, space, device, compiler_image) as time:
+            yield Timer(time, "measured", device, here=is_here(device))
+        return
+    with open_boards(lambda one: _open_one(target, space, one, compiler_image), devices, space) as boards:
+        where = f"{len(boards.devices)} boards: {', '.join(map(shown, boards.devices))}"
+        here = any(map(is_here, boards.devices))
+        yield Timer(boards.time, "measured", where, n_boards=len(boards.devices), here=here, aside=boards.aside)
+
+
+@contextlib.contextmanager
+def _open_one(
+    target: Target, space: SearchSpace, device: str, compiler_image: str
+) -> Iterator[Callable[[Architecture], Timing]]:
+    """The latencies of one device."""
     if target.runtime == "torch":
-        yield Timer(_on_gpu(target, space, device), "measured", device)
+        yield _on_gpu(target, space, device)
         return
     from foxnas_mlflow.devices import host_answer
     from foxnas_mlflow.tflite import write_probe
@@ -139,7 +171,7 @@ def open_device(target: Target, space: SearchSpace, device: str, *, compiler_ima
                 emulated=benchmark.emulated,
             )
 
-        yield Timer(time, "measured", device)
+        yield time
 
 
 def _on_gpu(target: Target, space: SearchSpace, device: str) -> Callable[[Architecture], Timing]:
@@ -179,13 +211,15 @@ def remembered(timer: Timer, path: Path) -> Timer:
         path: ``measurements.csv``; rows that are there count.
     """
     known = {row.architecture: row.timing for row in read_finished(path)}
+    writing = threading.Lock()
 
     def time(architecture: Architecture) -> Timing:
         timing = known.get(architecture)
         if timing is None:
             timing = timer.time(architecture)
             if not timing.problems:
-                append_measurement(Measurement.of(architecture, timing), path)
+                with writing:
+                    append_measurement(Measurement.of(architecture, timing), path)
                 known[architecture] = timing
         return timing
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._addresses import addresses
 from foxnas_mlflow.workflows._goal import GoalRequest
 from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
@@ -37,6 +38,7 @@ from foxnas_mlflow.workflows.supernet import SupernetRequest, SupernetResult, ru
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from foxnas_mlflow.core.space import SearchSpace
     from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.data import ImageDataset
     from foxnas_mlflow.tracking.run import EntryRun
@@ -52,7 +54,9 @@ class MainRequest(GoalRequest):
     )
     target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu (this host), or the path of a target YAML.")
     device: str = parameter(
-        "", "Where to measure: local, ssh://user@host, docker://image, none; empty: the target's own device."
+        "",
+        "Where to measure: local, ssh://user@host, docker://image, or several boards of one kind, comma separated; "
+        "empty: the target's own device; none: nowhere.",
     )
     compiler_image: str = compiler_image()
     latency_ms: tuple[float, ...] = parameter(
@@ -152,7 +156,7 @@ def run_main(request: MainRequest) -> MainResult:
     # Hours of training are not spent before what ends the work is known to be there.
     for needed in _NEEDS:
         _require(*needed)
-    machine = _machine(device, target, request.compiler_image) if device else ""
+    machine = _machine(device, target, get_space(request.space or target.space), request.compiler_image)
     dataset = load_dataset(request.data, seed=request.seed, max_train=request.max_train or None)
 
     from foxnas_mlflow.tracking.registry import registered_name
@@ -388,13 +392,14 @@ class _Pipeline:
     def _benchmark(self, model: str) -> BenchmarkResult:
         main = self._request
         request = BenchmarkRequest(model=model, target=main.target, device=self._device, name=main.name)
-        return self._step(
-            "benchmark",
-            BenchmarkResult,
-            _inputs(request),
-            ("quantize",),
-            lambda _: lambda *, tags: run_benchmark(request, tags=tags),
-        )
+
+        def do(cut_off: Sequence[str]) -> _Do:
+            from foxnas_mlflow.workflows._boards import first_answering
+
+            # One model is measured on one board; boards that share work are alike.
+            return lambda *, tags: run_benchmark(request.replace(device=first_answering(self._device)), tags=tags)
+
+        return self._step("benchmark", BenchmarkResult, _inputs(request), ("quantize",), do)
 
     def _compare(self, supernet: str, predictors: str, model: str, latency_ms: float | None) -> CompareResult:
         main = self._request
@@ -533,30 +538,40 @@ def _require(module: str, extra: str, feature: str) -> None:
         import_or_raise(module, extra=extra, feature=feature)
 
 
-def _machine(device: str, target: Target, compiler_image: str) -> str:
-    """The machine behind an address, which must be ready to measure for the target.
+def _machine(device: str, target: Target, space: SearchSpace, compiler_image: str) -> str:
+    """The machine behind an address, which must be ready to measure for the target; of several boards their kinds.
 
     Raises:
-        DeviceError: If it does not answer, or lacks something; without the compiler that its Edge TPU needs.
+        DeviceError: If one does not answer, or lacks something; without the compiler that its Edge TPU needs; if
+            boards that shall share the work are not alike.
     """
     from foxnas_mlflow.core.errors import DeviceError
     from foxnas_mlflow.devices import check, connect
     from foxnas_mlflow.tflite import require_compiler
+    from foxnas_mlflow.workflows._timers import open_device
 
+    if not device:
+        return ""
     if target.runtime == "edgetpu":
         require_compiler(compiler_image)
-
-    with connect(device) as connection:
-        found = check(connection)
-    if not found.ready:
-        raise DeviceError("a device must have what measuring needs", received=f"{device} lacks {found.missing[0]}")
-    if target.runtime == "edgetpu" and not found.edgetpu:
-        raise DeviceError(
-            f"the target {target.name} is measured on an Edge TPU",
-            received=f"none that answers on {device}",
-            remedy="plug it in and install libedgetpu1-std there, or give --device none for the cost model",
-        )
-    return found.device
+    kinds = set()
+    for address in addresses(device):
+        with connect(address) as connection:
+            found = check(connection)
+        if not found.ready:
+            raise DeviceError("a device must have what measuring needs", received=f"{address} lacks {found.missing[0]}")
+        if target.runtime == "edgetpu" and not found.edgetpu:
+            raise DeviceError(
+                f"the target {target.name} is measured on an Edge TPU",
+                received=f"none that answers on {address}",
+                remedy="plug it in and install libedgetpu1-std there, or give --device none for the cost model",
+            )
+        kinds.add(found.device)
+    # Several are compared when they are opened.
+    with contextlib.ExitStack() as stack:
+        if len(addresses(device)) > 1:
+            stack.enter_context(open_device(target, space, device, compiler_image=compiler_image))
+    return ", ".join(sorted(kinds))
 
 
 WORKFLOW = Workflow(

@@ -28,7 +28,9 @@ class SampleRequest(Request):
     data: str = parameter("", "The images that it was trained on, where they are now; empty: where they were.")
     target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML.")
     device: str = parameter(
-        "", "Where to measure: local, ssh://user@host, docker://image; empty or none: the cost model."
+        "",
+        "Where to measure: local, ssh://user@host, docker://image, or several boards of one kind, comma separated; "
+        "empty or none: the cost model.",
     )
     compiler_image: str = compiler_image()
     n_samples: int = parameter(60, "Subnets in all, those of resume included.", at_least=1)
@@ -108,6 +110,7 @@ def _sample(
 
     from foxnas_mlflow.core.files import cache_directory, worked_on
     from foxnas_mlflow.core.measurements import append_measurement, read_finished
+    from foxnas_mlflow.core.parallel import one_at_a_time
     from foxnas_mlflow.core.sampling import collect
     from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
     from foxnas_mlflow.tracking.run import best_effort
@@ -146,13 +149,16 @@ def _sample(
                 rows = collect(
                     plan,
                     path,
-                    evaluate=lambda architecture: evaluator.evaluate(architecture).top1_percent,
+                    evaluate=one_at_a_time(lambda architecture: evaluator.evaluate(architecture).top1_percent),
                     time=log.time,
                     n_timed=request.n_measurements or None,
                     on_row=on_row,
-                    stop=lambda rows: (
-                        bool(request.stop_width) and log.narrow(rows, space, request.stop_width, request.seed)
-                    ),
+                    stop=(lambda rows: log.narrow(rows, space, request.stop_width, request.seed))
+                    if request.stop_width
+                    else None,
+                    # The evaluation of the next networks and the measurements of those before it.
+                    n_at_once=timer.n_boards + 1 if timer.n_boards > 1 else 1,
+                    apart=timer.n_boards > 1 and timer.here,
                 )
         finally:
             # However it ends, what is finished is where others can go on from.

@@ -53,7 +53,9 @@ class SearchRequest(GoalRequest):
     )
     data: str = parameter("", "The images that it was trained on, where they are now; empty: where they were.")
     device: str = parameter(
-        "", "Where to measure: local, ssh://user@host, docker://image; empty or none: the cost model."
+        "",
+        "Where to measure: local, ssh://user@host, docker://image, or several boards of one kind, comma separated; "
+        "empty or none: the cost model.",
     )
     compiler_image: str = compiler_image()
     verify: int = parameter(5, "Networks of the front to measure and evaluate before one is chosen.", at_least=1)

@@ -33,7 +33,7 @@ from foxnas_mlflow.core.searchers._search import (
     search_problem,
 )
 from foxnas_mlflow.core.searchers._tweak import Edit, rank_edits
-from foxnas_mlflow.core.searchers._verify import Candidate, Evaluated, Verdict, choose, verify
+from foxnas_mlflow.core.searchers._verify import Candidate, Evaluated, Verdict, candidates, choose, verify
 
 __all__ = [
     "DEFAULT_EVALUATIONS",
@@ -59,6 +59,7 @@ __all__ = [
     "TracePoint",
     "Verdict",
     "accuracy_signal",
+    "candidates",
     "check_budget",
     "choose",
     "combine",
