@@ -113,6 +113,8 @@ if TYPE_CHECKING:
     from foxnas_mlflow.workflows import SampleResult as SampleResult
     from foxnas_mlflow.workflows import SearchRequest as SearchRequest
     from foxnas_mlflow.workflows import SearchResult as SearchResult
+    from foxnas_mlflow.workflows import SignRequest as SignRequest
+    from foxnas_mlflow.workflows import SignResult as SignResult
     from foxnas_mlflow.workflows import SupernetRequest as SupernetRequest
     from foxnas_mlflow.workflows import SupernetResult as SupernetResult
     from foxnas_mlflow.workflows import run_benchmark as run_benchmark
@@ -128,6 +130,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.workflows import run_quantize as run_quantize
     from foxnas_mlflow.workflows import run_sample as run_sample
     from foxnas_mlflow.workflows import run_search as run_search
+    from foxnas_mlflow.workflows import run_sign as run_sign
     from foxnas_mlflow.workflows import run_supernet as run_supernet
 
 _PUBLIC = {
@@ -244,6 +247,8 @@ _PUBLIC = {
         "SampleResult",
         "SearchRequest",
         "SearchResult",
+        "SignRequest",
+        "SignResult",
         "SupernetRequest",
         "SupernetResult",
         "run_benchmark",
@@ -259,6 +264,7 @@ _PUBLIC = {
         "run_quantize",
         "run_sample",
         "run_search",
+        "run_sign",
         "run_supernet",
     ),
 }

@@ -24,22 +24,27 @@ from foxnas_mlflow.flavor._mlflow import (
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel, main_file
 from foxnas_mlflow.flavor._pyfunc import images_of
 from foxnas_mlflow.flavor._seal import SEAL, check_seal, model_id_of, sealed
+from foxnas_mlflow.flavor._signature import SIGNATURE, check_signature, keep_signature, kept_signature, sign
 
 __all__ = [
     "FLAVOR_NAME",
     "KINDS",
     "MODEL_FORMAT",
     "SEAL",
+    "SIGNATURE",
     "Manifest",
     "SubnetModel",
     "SupernetModel",
     "TfliteModel",
     "_load_pyfunc",
     "check_seal",
+    "check_signature",
     "get_default_conda_env",
     "get_default_pip_requirements",
     "image_signature",
     "images_of",
+    "keep_signature",
+    "kept_signature",
     "load_model",
     "log_model",
     "main_file",
@@ -47,4 +52,5 @@ __all__ = [
     "read_manifest",
     "save_model",
     "sealed",
+    "sign",
 ]

@@ -64,6 +64,7 @@ class Candidate:
         target: The target that it was made for, by its sealed description; empty: none in particular.
         machine: Regular expression of the machines of that target; empty: any.
         sealed: Whether its manifest is the one that the registry has; False: the registry has none.
+        signature: What is wrong with its signature, or empty; None: no signature is asked for.
     """
 
     version: str
@@ -76,6 +77,7 @@ class Candidate:
     target: str = ""
     machine: str = ""
     sealed: bool = True
+    signature: str | None = None
 
     def suits(self, measured: Measured) -> bool:
         """Whether a latency is of what the version is for."""
@@ -138,6 +140,7 @@ def judge(
     """
     return [
         _intact(candidate),
+        *_signature(candidate),
         _weights(candidate),
         _measured(candidate),
         _valid(candidate),
@@ -152,6 +155,12 @@ def _intact(candidate: Candidate) -> Verdict:
         text = "the registry has no checksum of its files: it was logged by an earlier release; log it again"
         return Verdict("intact", False, text)
     return Verdict("intact", True, f"files as logged, kind {candidate.kind}, sha256 {candidate.sha256[:12]}")
+
+
+def _signature(candidate: Candidate) -> list[Verdict]:
+    if candidate.signature is None:
+        return []
+    return [Verdict("signature", not candidate.signature, candidate.signature or "signed with the key that was given")]
 
 
 def _weights(candidate: Candidate) -> Verdict:

@@ -19,7 +19,17 @@ from mlflow.models import Model
 
 from foxnas_mlflow.core.errors import InvalidFormatError, PromotionError
 from foxnas_mlflow.core.targets import BUILTIN_TARGETS
-from foxnas_mlflow.flavor import FLAVOR_NAME, check_seal, main_file, model_id_of, read_manifest, sealed
+from foxnas_mlflow.flavor import (
+    FLAVOR_NAME,
+    Manifest,
+    check_seal,
+    check_signature,
+    kept_signature,
+    main_file,
+    model_id_of,
+    read_manifest,
+    sealed,
+)
 from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, Candidate, Measured, Verdict, judge, passed
 from foxnas_mlflow.tracking.history import former_versions
 from foxnas_mlflow.tracking.holders import ARCHIVED, STAGES, StageKeeper
@@ -74,7 +84,14 @@ class Promotion:
 
 
 def promote(
-    run: EntryRun, version: ModelVersion, stage: str, *, max_latency_ms: float, max_accuracy_drop: float, dry_run: bool
+    run: EntryRun,
+    version: ModelVersion,
+    stage: str,
+    *,
+    max_latency_ms: float,
+    max_accuracy_drop: float,
+    dry_run: bool,
+    verify_key: Path | None = None,
 ) -> Promotion:
     """Move a version to a stage if every gate passes.
 
@@ -87,15 +104,19 @@ def promote(
         max_latency_ms: Largest 90th percentile of the measured latency; 0: any.
         max_accuracy_drop: Most points of top-1 that quantization may cost.
         dry_run: Judge only; the registry is left as it is.
+        verify_key: Public key that the version must be signed with; None: no signature is asked for.
 
     Raises:
+        InvalidInputError: If `verify_key` cannot be read.
         InvalidFormatError: If the version's files are not as they were logged, or not of flavor foxnas.
         PromotionError: If a gate fails, the registry refuses, or another promotion came in between.
     """
     keeper, number = StageKeeper(version.name), str(version.version)
     if version.status != "READY":
         raise PromotionError("only a version that is ready is promoted", received=f"{version.name} is {version.status}")
-    candidate = _candidate(version, run.directory)
+    candidate, files = _candidate(version, run.directory)
+    if verify_key is not None:
+        candidate = dataclasses.replace(candidate, signature=_signed(files, verify_key))
     former = keeper.holder(stage)
     if stage == "Staging" and keeper.holder("Production") == number:
         raise PromotionError(
@@ -206,8 +227,34 @@ def _carry_out(
     return promotion
 
 
-def _candidate(version: ModelVersion, directory: Path) -> Candidate:
-    """What is known of a version whose files are downloaded and checked."""
+@dataclass(frozen=True, slots=True)
+class CheckedFiles:
+    """The downloaded files of a version, which are as they were logged.
+
+    Attributes:
+        directory: Where they are.
+        manifest: Their manifest.
+        model_id: Id of the logged model, or None.
+        is_sealed: Whether the registry has the manifest's digest.
+    """
+
+    directory: Path
+    manifest: Manifest
+    model_id: str | None
+    is_sealed: bool
+
+
+def checked_files(version: ModelVersion, directory: Path) -> CheckedFiles:
+    """Download a version's files and compare them with their manifest and its seal.
+
+    Args:
+        version: The version.
+        directory: Where to put them.
+
+    Raises:
+        InvalidFormatError: If they are not as they were logged, or not of flavor foxnas.
+        PromotionError: If they are not there.
+    """
     place = directory / "version"
     place.mkdir()
     uri = f"models:/{version.name}/{version.version}"
@@ -220,23 +267,43 @@ def _candidate(version: ModelVersion, directory: Path) -> Candidate:
             received=f"{uri}: {str(error).strip().splitlines()[0]}",
         ) from error
     if FLAVOR_NAME not in flavors:
-        raise InvalidFormatError("promote moves models of flavor foxnas", received=f"{uri} has {sorted(flavors)}")
+        raise InvalidFormatError("a version must be a model of flavor foxnas", received=f"{uri} has {sorted(flavors)}")
     manifest = read_manifest(local / flavors[FLAVOR_NAME]["data"])
     model_id = model_id_of(version)
     expected = None if model_id is None else sealed(model_id)
     check_seal(manifest, expected)
+    return CheckedFiles(local, manifest, model_id, expected is not None)
+
+
+def _candidate(version: ModelVersion, directory: Path) -> tuple[Candidate, CheckedFiles]:
+    """What is known of a version whose files are downloaded and checked."""
+    files = checked_files(version, directory)
+    manifest = files.manifest
     details = manifest.metadata.get("details", {})
     target = str(details.get("target", ""))
     builtin = BUILTIN_TARGETS.get(target)
-    return dataclasses.replace(
+    candidate = dataclasses.replace(
         _held(version.name, str(version.version)),
         kind=manifest.kind,
         weights=str(manifest.metadata.get("weights", "none")),
         sha256=manifest.files[main_file(manifest.kind)],
         target=target,
         machine=str(details.get("machine", "" if builtin is None else builtin.machine)),
-        sealed=expected is not None,
+        sealed=files.is_sealed,
     )
+    return candidate, files
+
+
+def _signed(files: CheckedFiles, public_key: Path) -> str:
+    """What is wrong with the signature of a version's model, or empty."""
+    signature = None if files.model_id is None else kept_signature(files.model_id)
+    if signature is None:
+        return "nobody signed it: run foxnas sign on this version"
+    try:
+        check_signature(files.directory, signature, public_key)
+    except InvalidFormatError as error:
+        return str(error)
+    return ""
 
 
 def _held(name: str, number: str) -> Candidate:

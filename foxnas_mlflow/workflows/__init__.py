@@ -23,6 +23,7 @@ from foxnas_mlflow.workflows import (
     quantize,
     sample,
     search,
+    sign,
 )
 from foxnas_mlflow.workflows import supernet as _supernet
 from foxnas_mlflow.workflows._request import Parameter, Request, parameter
@@ -40,6 +41,7 @@ from foxnas_mlflow.workflows.promote import PromoteRequest, PromoteResult, run_p
 from foxnas_mlflow.workflows.quantize import QuantizeRequest, QuantizeResult, run_quantize
 from foxnas_mlflow.workflows.sample import SampleRequest, SampleResult, run_sample
 from foxnas_mlflow.workflows.search import SearchRequest, SearchResult, run_search
+from foxnas_mlflow.workflows.sign import SignRequest, SignResult, run_sign
 from foxnas_mlflow.workflows.supernet import SupernetRequest, SupernetResult, run_supernet
 
 WORKFLOWS: tuple[AnyWorkflow, ...] = tuple(
@@ -53,6 +55,7 @@ WORKFLOWS: tuple[AnyWorkflow, ...] = tuple(
         quantize,
         benchmark,
         estimate,
+        sign,
         promote,
         doctor,
         device,
@@ -93,6 +96,8 @@ __all__ = [
     "SampleResult",
     "SearchRequest",
     "SearchResult",
+    "SignRequest",
+    "SignResult",
     "SupernetRequest",
     "SupernetResult",
     "Workflow",
@@ -110,5 +115,6 @@ __all__ = [
     "run_quantize",
     "run_sample",
     "run_search",
+    "run_sign",
     "run_supernet",
 ]

@@ -26,6 +26,9 @@ class PromoteRequest(Request):
         0.0, "Largest 90th percentile of the measured latency in milliseconds; 0: any.", at_least=0
     )
     max_accuracy_drop: float = parameter(1.0, "Most points (percent) of top-1 that quantization may cost.", at_least=0)
+    verify_key: str = parameter(
+        "", "Public key (PEM) that the version must be signed with, see foxnas sign; empty: none is asked for."
+    )
     rollback: bool = parameter(False, "Give the stage back to the version that held it before.")
     dry_run: bool = parameter(False, "Ask the gates, and move nothing.")
     history: bool = parameter(False, "Only tell which version held the stage when.")
@@ -79,6 +82,8 @@ def run_promote(request: PromoteRequest, *, tags: Mapping[str, str] | None = Non
     if request.history:
         return PromoteResult(run_id="", summary=_history(version.name, request.stage_name, request.date))
 
+    from pathlib import Path
+
     from foxnas_mlflow.tracking import promotion
     from foxnas_mlflow.tracking.run import entry_run
 
@@ -99,6 +104,7 @@ def run_promote(request: PromoteRequest, *, tags: Mapping[str, str] | None = Non
                 max_latency_ms=request.max_latency_ms,
                 max_accuracy_drop=request.max_accuracy_drop,
                 dry_run=request.dry_run,
+                verify_key=Path(request.verify_key) if request.verify_key else None,
             )
         return PromoteResult(
             run_id=run.run_id, model_uri=done.uri, stage=done.stage, summary=_summary(done, run.run_id)

@@ -1,0 +1,108 @@
+"""Signatures: who vouches for a version, and which change, key or copy ends or keeps it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.flavor import SIGNATURE, model_id_of
+from tests.versions import NAME, register_version, state
+
+pytest.importorskip("model_signing", reason="the extra sign is not installed")
+pytestmark = pytest.mark.server
+
+
+def make_key(directory: Path, name: str) -> tuple[str, str]:
+    """Private and public key, made as the documents say."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = directory / f"{name}.pem", directory / f"{name}.pub"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        )
+    )
+    public.write_bytes(
+        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    return str(private), str(public)
+
+
+def promote(version: str, public: str, stage: str = "Staging") -> int:
+    return main(["promote", "--model", f"models:/{NAME}/{version}", "--stage", stage, "--verify-key", public])
+
+
+def test_only_what_the_key_signed_is_promoted(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private, public = make_key(tmp_path, "release")
+    _, other = make_key(tmp_path, "other")
+    register_version(tmp_path)
+    assert promote("1", public) == 2
+    assert "signature: nobody signed it: run foxnas sign" in capsys.readouterr().err
+    assert main(["sign", "--model", f"models:/{NAME}/1", "--signing-key", private]) == 0
+    assert f"Next: foxnas promote --model models:/{NAME}/1 --verify-key" in capsys.readouterr().out
+    assert promote("1", other) == 2
+    assert "must be signed by the key other.pub" in capsys.readouterr().err
+    assert state() == {"aliases": {}, "stages": {"1": "None"}}
+    assert promote("1", public) == 0
+    assert "signed with the key that was given" in capsys.readouterr().out
+    assert state()["aliases"] == {"staging": "1"}
+
+    # A copy of the version is the same model.
+    client = mlflow.MlflowClient()
+    client.copy_model_version(f"models:/{NAME}/1", NAME)
+    assert promote("2", public) == 0
+
+    # The signature is the standard's: its own command takes it.
+    run = client.search_runs(["0"], "tags.`foxnas.stage` = 'sign'")[0]
+    signature = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/model.sig", dst_path=str(tmp_path))
+    files = mlflow.artifacts.download_artifacts(f"models:/{NAME}/1", dst_path=str(tmp_path / "files"))
+    command = [
+        sys.executable,
+        "-m",
+        "model_signing",
+        "verify",
+        "key",
+        files,
+        "--signature",
+        signature,
+        "--public_key",
+        public,
+    ]
+    command += ["--ignore-paths", str(Path(files) / "registered_model_meta")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    # What was signed for another model does not vouch for this one.
+    register_version(tmp_path, {"accuracy/int8_top1": 76.0})
+    ids = [model_id_of(client.get_model_version(NAME, number)) for number in ("1", "3")]
+    client.set_logged_model_tags(ids[1], {SIGNATURE: client.get_logged_model(ids[0]).tags[SIGNATURE]})
+    assert promote("3", public) == 2
+    assert "with the files that it has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["sign", "--model", f"models:/{NAME}/1"], "give --signing-key key.pem"),
+        (["sign", "--signing-key", "key.pem"], "model must be a registered model"),
+        (["sign", "--model", f"models:/{NAME}/1", "--signing-key", "none.pem"], "a key must be a PEM file"),
+        (["sign", "--model", f"models:/{NAME}/1", "--signing-key", "text.pem"], "a key must be a PEM file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], words: str
+) -> None:
+    register_version(tmp_path)
+    Path("text.pem").write_text("no key")
+    assert main(command) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("foxnas: "))
+    assert words in line
