@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from foxnas_mlflow.core.errors import InvalidInputError
@@ -65,4 +65,23 @@ def worked_on(path: str | Path, what: str) -> Iterator[None]:
             raise InvalidInputError(
                 f"one process at a time works on {what}", received="a second one", remedy="wait until the other ends"
             ) from None
+        yield
+
+
+@contextlib.contextmanager
+def in_turn(path: str | Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """As `worked_on`, but a second process waits until the first is done.
+
+    Args:
+        path: The lock's file, made where there is none.
+        on_wait: Called before it waits.
+    """
+    import fcntl
+
+    with Path(path).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

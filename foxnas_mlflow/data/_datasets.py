@@ -14,21 +14,20 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import json
-import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
-from foxnas_mlflow.core.files import cache_directory, json_digest, write_atomically
+from foxnas_mlflow.data._cache import Pixels, look_through
+from foxnas_mlflow.data._look import FACTS
+from foxnas_mlflow.data._names import Names, Paths
 from foxnas_mlflow.data._sources import (
     LIST_SUFFIXES,
     Pictures,
@@ -40,7 +39,7 @@ from foxnas_mlflow.data._sources import (
     pictures_of_list,
     subfolders,
 )
-from foxnas_mlflow.data.preprocess import MAX_PIXELS, Normalization, Preprocessing, decode_image
+from foxnas_mlflow.data.preprocess import MAX_PIXELS, WHITE, Normalization, Preprocessing, decode_image
 
 ImageArray = NDArray[np.uint8]
 
@@ -96,37 +95,41 @@ class ArrayImages:
 
 @dataclass(frozen=True, eq=False)
 class FileImages:
-    """Images in files, decoded when they are asked for.
+    """Images in files, decoded when they are asked for at a size that is not kept.
 
     Attributes:
         paths: One file an image.
         targets: Class indices (n,).
+        facts: What is known of each name of the paths, `foxnas_mlflow.data._look.FACTS`.
+        pixels: Decoded pixels by size, where they are kept.
         channels: 3 for colour, 1 for grey.
         max_pixels: Largest width x height that is decoded.
     """
 
-    paths: tuple[Path, ...]
+    paths: Paths
     targets: NDArray[np.int64]
-    channels: int
+    facts: NDArray[Any]
+    pixels: Mapping[int, Pixels] = field(default_factory=dict)
+    channels: int = 3
     max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, i: int) -> ImageArray:
-        return self._decoded(i)
+        return decode_image(self.paths[i].read_bytes(), channels=self.channels, max_pixels=self.max_pixels)
 
     def prepared(self, i: int, preprocessing: Preprocessing) -> ImageArray:
         """Image i as serving decodes its file: uint8 (image_size, image_size, channels)."""
+        usual = (preprocessing.crop, preprocessing.background, preprocessing.channels) == (1.0, WHITE, self.channels)
+        kept = self.pixels.get(preprocessing.image_size) if usual else None
+        if kept is not None and (row := kept.rows[self.paths.rows[i]]) >= 0:
+            return np.array(kept.array[row])
         return preprocessing.decode(self.paths[i].read_bytes(), max_pixels=self.max_pixels)
 
-    def reduced(self, i: int) -> ImageArray:
-        """Image i, one of more than a megapixel or so at a reduced size: what its mean and deviation need."""
-        return self._decoded(i, 256)
-
-    def _decoded(self, i: int, shorter: int = 0) -> ImageArray:
-        data = self.paths[i].read_bytes()
-        return decode_image(data, channels=self.channels, max_pixels=self.max_pixels, shorter=shorter)
+    def take(self, index: NDArray[np.int64]) -> FileImages:
+        """Some of the images, in this order."""
+        return dataclasses.replace(self, paths=self.paths.take(index), targets=self.targets[index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +195,7 @@ class ImageDataset:
         return Preprocessing(size, self.channels, normalization=self.normalization)
 
     def in_memory(self, size: int) -> ImageDataset:
-        """The same data set decoded once: shorter side scaled to `size` px, centre cut out.
+        """The same data set decoded once, unless it is kept so: shorter side scaled to `size` px, centre cut out.
 
         Damaged files that only show when they are decoded are left out and named.
 
@@ -204,7 +207,9 @@ class ImageDataset:
         _check_unreadable(unreadable, len(self.train) + len(self.val) + len(self.unreadable), self.source)
         return dataclasses.replace(self, train=train, val=val, unreadable=tuple(unreadable))
 
-    def _decoded(self, images: ImageSet, size: int, unreadable: list[str]) -> ArrayImages:
+    def _decoded(self, images: ImageSet, size: int, unreadable: list[str]) -> ImageSet:
+        if isinstance(images, FileImages) and size in images.pixels:
+            return images
         pixels = np.empty((len(images), size, size, self.channels), np.uint8)
         preprocessing = self.preprocessing(size)
         kept: list[int] = []
@@ -225,8 +230,10 @@ def load_dataset(
     seed: int = 0,
     max_train: int | None = None,
     max_val: int | None = None,
+    sizes: Sequence[int] = (),
+    keep: bool = False,
 ) -> ImageDataset:
-    """Read a data set.
+    """Read a data set; of files, each is looked at once in its life.
 
     Args:
         source: ``digits``, ``fashion-mnist``, or the path of a folder.
@@ -234,6 +241,8 @@ def load_dataset(
         seed: Seed of the split and of the choice below.
         max_train: Use at most so many training images, drawn by class.
         max_val: Use at most so many validation images, drawn by class.
+        sizes: Sizes in pixels that images will be asked for at: their pixels are found where they are kept.
+        keep: Decode and keep those that are not, as far as there is room; see `foxnas_mlflow.data._cache`.
 
     Raises:
         InvalidInputError: If there is no such source, or it cannot be trained on; the message
@@ -241,6 +250,8 @@ def load_dataset(
     """
     if not 0 < val_fraction < 1:
         raise InvalidInputError("val_fraction must be between 0 and 1", received=val_fraction)
+    limited = max_train is not None or max_val is not None
+    reading = _Reading(val_fraction, seed, tuple(sizes), keep and not limited)
     if source == "digits":
         dataset = _digits(val_fraction, seed)
     elif source == "fashion-mnist":
@@ -248,20 +259,41 @@ def load_dataset(
     else:
         path = Path(source).expanduser()
         if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
-            dataset = _list(path, source, val_fraction, seed)
+            dataset = _list(path, source, reading)
         elif path.is_dir():
             has_idx = any(is_idx(p) for p in path.iterdir() if p.is_file() and not is_junk(p.name))
-            dataset = (_idx if has_idx else _folder)(path, source, val_fraction, seed)
+            dataset = _idx(path, source, val_fraction, seed) if has_idx else _folder(path, source, reading)
         else:
             raise InvalidInputError(
                 "data must be 'digits', 'fashion-mnist' or the path of a folder or list", received=source
             )
+    if not limited:
+        return dataset
     rng = np.random.default_rng([seed, 1])
     train, val = _at_most(dataset.train, max_train, rng), _at_most(dataset.val, max_val, rng)
-    limited = _assemble(
+    if sizes:
+        train, val = (_with_pixels(images, sizes, keep) for images in (train, val))
+    chosen = _assemble(
         source, dataset.labels, train, val, dataset.channels, dataset.digest, dataset.unreadable, split=None
     )
-    return dataclasses.replace(limited, test=dataset.test, unread=dataset.unread)
+    return dataclasses.replace(chosen, test=dataset.test, unread=dataset.unread)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How files are read: see `load_dataset`."""
+
+    val_fraction: float
+    seed: int
+    sizes: tuple[int, ...]
+    keep: bool
+
+
+def _with_pixels(images: ImageSet, sizes: Sequence[int], keep: bool) -> ImageSet:
+    """Pixels of these images alone where they are kept, those of the whole listing otherwise."""
+    if not isinstance(images, FileImages):
+        return images
+    return dataclasses.replace(images, pixels={**images.pixels, **look_through(images.paths, sizes, keep=keep)[2]})
 
 
 def stratified_split(
@@ -339,8 +371,7 @@ def _at_most(images: ImageSet, limit: int | None, rng: np.random.Generator) -> I
 
 def _subset(images: ImageSet, index: NDArray[np.int64]) -> ImageSet:
     if isinstance(images, FileImages):
-        paths = tuple(images.paths[i] for i in index)
-        return FileImages(paths, images.targets[index], images.channels, images.max_pixels)
+        return images.take(index)
     if isinstance(images, ArrayImages):
         return ArrayImages(images.images[index], images.targets[index])
     raise TypeError(type(images).__name__)
@@ -391,23 +422,18 @@ def _check_classes(source: str, labels: Sequence[str], train: ImageSet) -> None:
 
 
 def _normalization(train: ImageSet, channels: int) -> Normalization:
-    """Mean and std in 0..1 over evenly spaced training images."""
+    """Mean and std in 0..1 over evenly spaced training images, all of the same weight."""
     index = np.unique(np.linspace(0, len(train) - 1, min(len(train), _STATISTICS_IMAGES)).astype(int))
-    total, squares, count = np.zeros(channels), np.zeros(channels), 0
-    for i in map(int, index):
-        try:
-            image = train.reduced(i) if isinstance(train, FileImages) else train[i]
-            pixels = image.reshape(-1, channels) / 255.0
-        except (InvalidInputError, OSError):
-            continue
-        total += pixels.sum(axis=0)
-        squares += np.square(pixels).sum(axis=0)
-        count += len(pixels)
-    if not count:
-        raise InvalidInputError("the training images must be readable", received="none of a sample is")
-    mean = total / count
+    if isinstance(train, FileImages):
+        facts = train.facts[train.paths.rows[index]]
+        means, squares = facts["mean"], facts["square"]
+    else:
+        pixels = [train[i].reshape(-1, channels) / 255.0 for i in map(int, index)]
+        means = np.array([p.mean(axis=0) for p in pixels])
+        squares = np.array([np.square(p).mean(axis=0) for p in pixels])
+    mean, square = means.mean(axis=0, dtype=np.float64), squares.mean(axis=0, dtype=np.float64)
     # A set of flat images has no deviation to divide by.
-    std = np.sqrt(np.maximum(squares / count - mean**2, 1e-4))
+    std = np.sqrt(np.maximum(square - mean**2, 1e-4))
     return Normalization(tuple(np.round(mean, 6)), tuple(np.round(std, 6)))
 
 
@@ -487,7 +513,7 @@ def _read_idx(path: Path) -> ImageArray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _folder(path: Path, source: str, val_fraction: float, seed: int) -> ImageDataset:
+def _folder(path: Path, source: str, reading: _Reading) -> ImageDataset:
     root = find_root(path)
     parts = find_parts(root)
     labels = list(subfolders(parts.get("train", root)))
@@ -504,31 +530,25 @@ def _folder(path: Path, source: str, val_fraction: float, seed: int) -> ImageDat
         part: pictures_of(folder, [label for label in labels if (folder / label).is_dir()])
         for part, folder in folders.items()
     }
-    return _pictures(found, labels, source, val_fraction, seed)
+    return _pictures(found, labels, source, reading)
 
 
-def _list(path: Path, source: str, val_fraction: float, seed: int) -> ImageDataset:
+def _list(path: Path, source: str, reading: _Reading) -> ImageDataset:
     every = pictures_of_list(path)
     found: dict[str, Pictures] = {}
     for name, label, part in zip(every.names, every.labels, every.parts, strict=True):
         pictures = found.setdefault(part, Pictures(every.root))
         pictures.names.append(name)
         pictures.labels.append(label)
-    return _pictures(found, sorted(set(every.labels)), source, val_fraction, seed, listed=True)
+    return _pictures(found, sorted(set(every.labels)), source, reading, listed=True)
 
 
 def _pictures(
-    found: Mapping[str, Pictures],
-    labels: list[str],
-    source: str,
-    val_fraction: float,
-    seed: int,
-    *,
-    listed: bool = False,
+    found: Mapping[str, Pictures], labels: list[str], source: str, reading: _Reading, *, listed: bool = False
 ) -> ImageDataset:
     """A data set of the pictures that are whole.
 
-    Its digest is of their names and sizes; in a folder a name has class and part in it, in a list they count beside it.
+    Its digest is of names and sizes; in a folder a name has its class in it, in a list class and part count too.
     """
     unreadable: list[str] = []
     unread: Counter[str] = Counter()
@@ -540,64 +560,29 @@ def _pictures(
         pictures = found[part]
         unread += pictures.unread
         n_listed += len(pictures.names)
-        paths = [pictures.root / name for name in pictures.names]
-        damaged = damaged_files(paths)
-        unreadable += [str(path) for path in paths if path in damaged]
-        kept = [i for i, path in enumerate(paths) if path not in damaged]
+        paths = Paths(pictures.root, pictures.names)
+        facts, n_bytes, pixels = look_through(paths, reading.sizes, keep=reading.keep)
+        unreadable += [str(path) for path in paths.take(np.flatnonzero(~facts["whole"]))]
+        kept = np.flatnonzero(facts["whole"])
         for i in kept:
-            fact = f"{pictures.names[i]}:{paths[i].stat().st_size}"
+            fact = f"{pictures.names[int(i)]}:{n_bytes[i]}"
             fact += f":{pictures.labels[i]}:{part}\n" if listed else "\n"
             digest.update(fact.encode("utf-8", "surrogateescape"))
         targets = np.array([target[pictures.labels[i]] for i in kept], np.int64)
-        sets[part] = FileImages(tuple(paths[i] for i in kept), targets, 3)
+        sets[part] = FileImages(paths.take(kept), targets, facts, pixels)
     _check_unreadable(unreadable, n_listed, source)
+    nothing = FileImages(Paths(Path(), Names()), np.empty(0, np.int64), np.empty(0, FACTS))
     dataset = _assemble(
         source,
         labels,
-        sets.get("train", sets.get("", FileImages((), np.empty(0, np.int64), 3))),
+        sets.get("train", sets.get("", nothing)),
         sets.get("val"),
         3,
         digest.hexdigest(),
         unreadable,
-        split=(val_fraction, seed),
+        split=(reading.val_fraction, reading.seed),
     )
     return dataclasses.replace(dataset, test=sets.get("test"), unread=dict(unread))
-
-
-def damaged_files(paths: Sequence[Path]) -> set[Path]:
-    """Those that cannot be decoded to the end; found once for files that stay as they are.
-
-    Args:
-        paths: The files.
-    """
-
-    def known_as(path: Path) -> str:
-        try:
-            facts = path.stat()
-        except OSError:
-            return f"{path}:gone"
-        return f"{path}:{facts.st_size}:{facts.st_mtime_ns}"
-
-    names = {known_as(path): path for path in paths}
-    verdicts = cache_directory("pictures") / f"{json_digest(sorted(names))[:32]}.json"
-    try:
-        return {names[name] for name in json.loads(verdicts.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, KeyError):
-        pass
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        whole = list(threads.map(_is_whole, names.values()))
-    damaged = [name for name, right in zip(names, whole, strict=True) if not right]
-    write_atomically(verdicts, json.dumps(damaged))
-    return {names[name] for name in damaged}
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        # A photo is decoded to its end at an eighth of its size too.
-        decode_image(path.read_bytes(), shorter=1)
-    except (InvalidInputError, OSError):
-        return False
-    return True
 
 
 def _check_unreadable(unreadable: Sequence[str], total: int, source: str) -> None:

@@ -7,12 +7,14 @@ import gzip
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.data._names import Names
 from foxnas_mlflow.data.preprocess import read_formats
 
 PARTS: Mapping[str, str] = {
@@ -62,7 +64,7 @@ class Pictures:
     """
 
     root: Path
-    names: list[str] = field(default_factory=list)
+    names: Names = field(default_factory=Names)
     labels: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
@@ -180,7 +182,7 @@ def pictures_of_list(path: Path) -> Pictures:
                 f"a split is one of {', '.join(PARTS)}", received=f"{part!r} in line {number} of {path.name}"
             )
         found.names.append(str(row["file"]))
-        found.labels.append(str(row["label"]))
+        found.labels.append(sys.intern(str(row["label"])))
         found.parts.append(PARTS.get(part, ""))
     if any(found.parts) and not all(found.parts):
         raise InvalidInputError("every line of a list has a split, or none has", received=path.name)

@@ -12,6 +12,7 @@ Needs NumPy, and Pillow where an image is decoded or resized; never torch or ten
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -19,7 +20,7 @@ import io
 import math
 import numbers
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +73,31 @@ def decode_image(
     Raises:
         InvalidInputError: If the bytes are not a whole image of a known format within the limit.
     """
-    picture = _decoded(data, channels=channels, max_pixels=max_pixels, background=background, shorter=shorter)
-    return np.asarray(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels)
+    return decode_each(data, [shorter], channels=channels, max_pixels=max_pixels, background=background)[0]
+
+
+def decode_each(
+    data: bytes,
+    shorter: Sequence[int],
+    *,
+    channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    background: int = WHITE,
+) -> list[NDArray[np.uint8]]:
+    """`decode_image` for several shorter sides, decoded once for all those that take the same reduction.
+
+    Returns:
+        One image for each of `shorter`; some may be the same object.
+    """
+    decoded: dict[int, NDArray[np.uint8]] = {}
+    scales: list[int] = []
+    while not decoded or not decoded.keys() >= set(scales):
+        with _opened(data, max_pixels) as opened:
+            scales = scales or [_scale(opened, side, max_pixels) for side in shorter]
+            scale = next(scale for scale in scales if scale not in decoded)
+            picture = _loaded(opened, scale, channels=channels, max_pixels=max_pixels, background=background)
+        decoded[scale] = np.asarray(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels)
+    return [decoded[scale] for scale in scales]
 
 
 @functools.cache
@@ -86,19 +110,14 @@ def read_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in image.OPEN)
 
 
-def _decoded(data: bytes, *, channels: int, max_pixels: int, background: int, shorter: int) -> Any:
-    """A Pillow image of mode RGB or L."""
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Any]:
+    """An opened Pillow image; what is wrong with its bytes is an `InvalidInputError`."""
     image = import_or_raise("PIL.Image", extra="serve", feature="decoding images")
     pillow = import_or_raise("PIL", extra="serve", feature="decoding images")
     try:
         with image.open(io.BytesIO(data), formats=read_formats()) as opened:
-            if shorter and opened.format in ("JPEG", "MPO") and not opened.info.get("progressive"):
-                _reduce(opened, shorter, max_pixels)
-            width, height = opened.size
-            if width * height > max_pixels:
-                raise _too_large(f"{width} x {height}", max_pixels)
-            opened.load()
-            return _shown(opened, channels, background)
+            yield opened
     except InvalidInputError:
         raise
     except (image.DecompressionBombError, image.DecompressionBombWarning) as error:
@@ -113,19 +132,30 @@ def _decoded(data: bytes, *, channels: int, max_pixels: int, background: int, sh
         raise InvalidInputError("an image must be whole and undamaged", received=str(error)) from error
 
 
+def _loaded(opened: Any, scale: int, *, channels: int, max_pixels: int, background: int) -> Any:
+    """A Pillow image of mode RGB or L."""
+    if scale > 1:
+        opened.draft(None, (opened.width // scale, opened.height // scale))
+    width, height = opened.size
+    if width * height > max_pixels:
+        raise _too_large(f"{width} x {height}", max_pixels)
+    opened.load()
+    return _shown(opened, channels, background)
+
+
 def _too_large(received: str, max_pixels: int) -> InvalidInputError:
     return InvalidInputError(f"an image has at most {max_pixels} pixels", received=received, remedy="scale it down")
 
 
-def _reduce(opened: Any, shorter: int, max_pixels: int) -> None:
-    """Let the decoder of JPEG leave out what scaling would take away."""
+def _scale(opened: Any, shorter: int, max_pixels: int) -> int:
+    """By how much JPEG's decoder may reduce an image that is scaled to `shorter`; 1: not at all."""
+    if not shorter or opened.format not in ("JPEG", "MPO") or opened.info.get("progressive"):
+        return 1
     width, height = opened.size
     if width * height > _LARGEST_REDUCTION * max_pixels:
         raise _too_large(f"{width} x {height}", max_pixels)
     least = math.ceil(REDUCING_GAP * shorter)
-    scale = next((s for s in (8, 4, 2) if min(width, height) >= s * least), 1)
-    if scale > 1:
-        opened.draft(None, (width // scale, height // scale))
+    return next((s for s in (8, 4, 2) if min(width, height) >= s * least), 1)
 
 
 def _shown(opened: Any, channels: int, background: int) -> Any:

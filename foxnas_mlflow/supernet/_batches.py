@@ -105,9 +105,8 @@ class Batches:
             for index in chosen:
                 yield torch.from_numpy(self.images.images[index]), torch.from_numpy(self.images.targets[index])
             return
-        # Where nothing is cropped at random the pixels are those of serving.
-        size = round(self._size * 1.15) if self.augment else self._size
-        preprocessing = Preprocessing(size, len(self._normalization.mean), normalization=self._normalization)
+        # The pixels of serving, which are kept, before something is varied.
+        preprocessing = Preprocessing(self._size, len(self._normalization.mean), normalization=self._normalization)
         # Decoding dominates here, so it goes to processes; PyTorch keeps their order.
         loader: DataLoader[Any] = DataLoader(
             _Decoded(self.images, preprocessing), batch_size=None, sampler=chosen, num_workers=self._workers

@@ -82,7 +82,12 @@ def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedS
     if not isinstance(model, SupernetModel):
         raise InvalidFormatError("supernet must be a model of kind 'supernet'", received=uri)
     config = model.config
-    dataset = load_dataset(data or config["data"], seed=config["seed"], max_train=config["max_train"] or None)
+    dataset = load_dataset(
+        data or config["data"],
+        seed=config["seed"],
+        max_train=config["max_train"] or None,
+        sizes=model.space.image_sizes,
+    )
     if dataset.digest != config["data_digest"]:
         # Other images, or the same ones split otherwise, may have been trained on.
         raise InvalidInputError(

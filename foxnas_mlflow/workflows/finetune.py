@@ -68,34 +68,44 @@ def run_finetune(
     Raises:
         InvalidFormatError: If the model is not a subnet with weights.
     """
+    from foxnas_mlflow.core.errors import InvalidFormatError
     from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.flavor import SubnetModel, load_model
     from foxnas_mlflow.tracking.run import entry_run
 
-    dataset = load_dataset(request.data, seed=request.seed, max_train=request.max_train or None)
+    model = load_model(request.subnet)
+    if not isinstance(model, SubnetModel):
+        raise InvalidFormatError("only a subnet with weights can be trained further", received=request.subnet)
+    size = model.architecture.image_size
+    dataset = load_dataset(
+        request.data, seed=request.seed, max_train=request.max_train or None, sizes=(size,), keep=True
+    )
     with (
         entry_run(stage="finetune", params=request.texts(), target=request.target or None, tags=tags) as run,
         progress_bar("finetune", "step") as show,
     ):
-        return _finetuned(run, request, dataset, checkpoint, lambda done, n, loss: show(done, n, f"loss {loss:.3f}"))
+        return _finetuned(
+            run, request, model, dataset, checkpoint, lambda done, n, loss: show(done, n, f"loss {loss:.3f}")
+        )
 
 
 def _finetuned(
     run: EntryRun,
     request: FinetuneRequest,
+    model: SubnetModel,
     dataset: ImageDataset,
     checkpoint: Path,
     progress: Callable[[int, int, float], None],
 ) -> FinetuneResult:
     from foxnas_mlflow.core.errors import InvalidFormatError
     from foxnas_mlflow.core.network import build_network
-    from foxnas_mlflow.flavor import SubnetModel, load_model, log_model
+    from foxnas_mlflow.flavor import SubnetModel, log_model
     from foxnas_mlflow.supernet import AUGMENTED_EPOCHS, Batches, PlainNetwork, finetune, get_preset, subnet_weights
     from foxnas_mlflow.tracking.registry import find_version, register
     from foxnas_mlflow.tracking.supernet import log_dataset
 
     subnet_uri, epochs, preset = request.subnet, request.epochs, get_preset(request.preset)
-    model = load_model(subnet_uri)
-    if not isinstance(model, SubnetModel) or model.weights is None or model.preprocessing is None:
+    if model.weights is None or model.preprocessing is None:
         raise InvalidFormatError("only a subnet with weights can be trained further", received=subnet_uri)
     log_dataset(run, dataset, context="training")
     network = build_network(model.space, model.architecture)

@@ -156,8 +156,18 @@ def run_main(request: MainRequest) -> MainResult:
     # Hours of training are not spent before what ends the work is known to be there.
     for needed in _NEEDS:
         _require(*needed)
-    machine = _machine(device, target, get_space(request.space or target.space), request.compiler_image)
-    dataset = load_dataset(request.data, seed=request.seed, max_train=request.max_train or None)
+
+    from foxnas_mlflow.supernet import get_preset
+
+    space = get_space(request.space or target.space)
+    machine = _machine(device, target, space, request.compiler_image)
+    dataset = load_dataset(
+        request.data,
+        seed=request.seed,
+        max_train=request.max_train or None,
+        sizes=get_preset(request.preset).space(space, in_channels=3, n_classes=2).image_sizes,
+        keep=not request.supernet,
+    )
 
     from foxnas_mlflow.tracking.registry import registered_name
     from foxnas_mlflow.tracking.run import entry_run

@@ -114,7 +114,8 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
         raise InvalidInputError("data must be given: the subnet does not tell what it was trained on", received=uri)
     # The seed decides which images are validation images where the source has no split of its own.
     seed = int(subnet.details.get("data_seed", 0)) if request.seed is None else request.seed
-    dataset = load_dataset(source, seed=seed, max_val=request.max_val or None)
+    size = subnet.architecture.image_size
+    dataset = load_dataset(source, seed=seed, max_val=request.max_val or None, sizes=(size,))
     preprocessing, labels = _fitting(subnet, network, dataset)
 
     given = request.texts() | {"subnet": uri, "data": source, "seed": str(seed)}

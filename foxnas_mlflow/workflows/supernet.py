@@ -102,7 +102,13 @@ def run_supernet(request: SupernetRequest, *, tags: Mapping[str, str] | None = N
 
     preset = get_preset(request.preset)
     base = get_space(request.space)
-    dataset = load_dataset(request.data, seed=request.seed, max_train=request.max_train or None)
+    dataset = load_dataset(
+        request.data,
+        seed=request.seed,
+        max_train=request.max_train or None,
+        sizes=preset.space(base, in_channels=3, n_classes=2).image_sizes,
+        keep=True,
+    )
     space = preset.space(base, in_channels=dataset.channels, n_classes=dataset.n_classes)
     if request.width_mult:
         space = space.replace(width_mult=request.width_mult)
