@@ -48,6 +48,7 @@ GROUPS = {
         "flavor/test_serving",
         "tracking/test_stack",
         "tracking/test_rights",
+        "tracking/test_shared_server",
         "deploy/test_deploy",
     ),
     # What a module makes once: a board, a trained subnet, a converted network.

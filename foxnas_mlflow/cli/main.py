@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.cli.options import add_workflow, requested, tell_on_stdout
 from foxnas_mlflow.core.errors import FoxNasError
+from foxnas_mlflow.core.redaction import hide_login, redacted
 from foxnas_mlflow.workflows import WORKFLOWS
 
 _REMEDIES: Mapping[str, str] = {
@@ -41,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
     arguments = build_parser().parse_args(argv)
+    hide_login()
     # MLflow's default of 7 retries hides an unreachable server for several minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     # Its bars for downloads of a few files would stand between our lines.
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tell_on_stdout()
     try:
         result = arguments.workflow.run(requested(arguments))
-        print(result.describe())
+        print(redacted(result.describe()))
     except KeyboardInterrupt:
         print("foxnas: interrupted; finished work is kept, run the same command to continue", file=sys.stderr)
         return 130
@@ -57,12 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if arguments.debug:
-            raise
         message = _one_line(error)
-        if message is None:
-            raise
-        print(f"foxnas: {message}", file=sys.stderr)
+        if arguments.debug or message is None:
+            print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+            return 2 if message is not None else 1
+        print(f"foxnas: {redacted(message)}", file=sys.stderr)
         return 2
     return int(result.exit_status)
 

@@ -7,6 +7,7 @@ import logging
 import sys
 from typing import Any
 
+from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.workflows import AnyWorkflow, Parameter, Request
 
 
@@ -54,7 +55,7 @@ class _Stdout(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record, at once: a pipe's reader follows the work."""
-        print(self.format(record), file=sys.stdout, flush=True)
+        print(redacted(self.format(record)), file=sys.stdout, flush=True)
 
 
 def tell_on_stdout() -> None:

@@ -31,6 +31,8 @@ import importlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
+from foxnas_mlflow.core.redaction import redacted
+
 
 class FoxNasError(Exception):
     """Root of all errors raised on purpose.
@@ -50,8 +52,10 @@ class FoxNasError(Exception):
     """
 
     def __init__(self, rule: str, *, received: object = None, remedy: str | None = None) -> None:
+        # A message goes to logs, tags and files: none carries a password.
+        rule, remedy = redacted(rule), None if remedy is None else redacted(remedy)
         self.rule = rule
-        self.received = received
+        self.received = redacted(received) if isinstance(received, str) else received
         self.remedy = remedy
         text = rule.rstrip(".")
         if received is not None:
@@ -210,6 +214,6 @@ def import_or_raise(module: str, *, extra: str, feature: str) -> ModuleType:
 
 
 def _short(value: object, limit: int = 200) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    text = redacted(value if isinstance(value, str) else repr(value))
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -65,7 +65,7 @@ def _ssh_address(device: str) -> tuple[str | None, str, int | None]:
     if parts.password is not None:
         raise DeviceError(
             "an ssh address has no password",
-            received=device.replace(parts.password, "***"),
+            received=device,
             remedy="use a key: ssh-keygen, then ssh-copy-id user@host",
         )
     _, _, place = parts.netloc.rpartition("@")

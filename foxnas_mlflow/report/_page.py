@@ -10,6 +10,7 @@ from typing import Any
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import import_or_raise
+from foxnas_mlflow.core.redaction import redacted
 
 
 def write_page(path: Path, *, title: str, lead: str, sections: Sequence[tuple[str, str]]) -> None:
@@ -27,7 +28,11 @@ def write_page(path: Path, *, title: str, lead: str, sections: Sequence[tuple[st
     offline = import_or_raise("plotly.offline", extra="report", feature="a report")
     body = "".join(f"<section><h2>{escape(heading)}</h2>{content}</section>" for heading, content in sections)
     page = _PAGE.format(
-        title=escape(title), sentence=lead, body=body, plotly=offline.get_plotlyjs(), version=escape(__version__)
+        title=escape(title),
+        sentence=redacted(lead),
+        body=redacted(body),
+        plotly=offline.get_plotlyjs(),
+        version=escape(__version__),
     )
     path.write_text(page, encoding="utf-8")
 

@@ -13,6 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
+from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.flavor import model_id_of
 from foxnas_mlflow.tracking.run import best_effort
 
@@ -82,7 +83,7 @@ def register(
     """
     check_name(name)
     try:
-        version = mlflow.register_model(model_uri, name, tags={key: str(value) for key, value in tags.items()})
+        version = mlflow.register_model(model_uri, name, tags={k: redacted(str(value)) for k, value in tags.items()})
     except MlflowException as error:
         kept = f"the run is kept, and the model in it as {model_uri}"
         if lacks_right(error):
@@ -109,7 +110,7 @@ def lacks_right(error: MlflowException) -> bool:
 
 def reason(error: Exception) -> str:
     """The first line of a refusal, without the address that a client asked and the status that it expected."""
-    first = str(error).strip().splitlines()[0]
+    first = redacted(str(error).strip().splitlines()[0])
     found = re.fullmatch(r"API request to endpoint (\S+) failed with error code (\d+) .*Response body: '(.*)'", first)
     return first if found is None else f"{found[1].rpartition('/mlflow/')[2]}: HTTP {found[2]}: {found[3]}"
 
@@ -195,7 +196,7 @@ def tag_version(name: str, version: str | int, tags: Mapping[str, object]) -> No
     """Set tags of a registered version."""
     client = MlflowClient()
     for key, value in tags.items():
-        client.set_model_version_tag(name, str(version), key, str(value))
+        client.set_model_version_tag(name, str(version), key, redacted(str(value)))
 
 
 def version_metrics(version: ModelVersion) -> dict[str, float]:
@@ -241,7 +242,7 @@ def _describe_version(name: str, version: str, kind: str, facts: Mapping[str, ob
     client = MlflowClient()
     found = client.get_model_version(name, version)
     rows: dict[str, str] = json.loads(found.tags.get(FACTS, "{}"))
-    rows |= {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in facts.items()}
+    rows |= {key: f"{value:.4g}" if isinstance(value, float) else redacted(str(value)) for key, value in facts.items()}
     client.set_model_version_tag(name, version, FACTS, json.dumps(rows))
     if not found.description or found.description.startswith(tuple(_WHAT.values())):
         client.update_model_version(name, version, description=_page(kind, rows, command))

@@ -29,6 +29,7 @@ from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.tracking.context import FoxnasRunContext
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, process_identity
 
@@ -43,6 +44,8 @@ class Terminated(BaseException):
 
 class EntryRun:
     """A running MLflow run; every method is one round trip to the tracking server.
+
+    No password goes there: parameters, tags and texts are written as `redacted` leaves them.
 
     Attributes:
         run_id: Id of the run.
@@ -73,12 +76,12 @@ class EntryRun:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log resolved values under ``cfg.``: MLflow itself logs what was typed, unresolved."""
-        rows = [Param(f"cfg.{key}", str(value)[:_MAX_PARAM_CHARACTERS]) for key, value in params.items()]
+        rows = [Param(f"cfg.{key}", redacted(str(value))[:_MAX_PARAM_CHARACTERS]) for key, value in params.items()]
         self._client.log_batch(self.run_id, params=rows)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags of the run."""
-        self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+        self._client.log_batch(self.run_id, tags=[RunTag(key, redacted(str(value))) for key, value in tags.items()])
 
     def log_artifact(self, path: str | Path, artifact_dir: str | None = None) -> None:
         """Log one file."""
@@ -119,7 +122,7 @@ class EntryRun:
 
     def log_text(self, text: str, name: str) -> None:
         """Log a text artifact at the path `name`."""
-        self._client.log_text(self.run_id, text, name)
+        self._client.log_text(self.run_id, redacted(text), name)
 
 
 @contextlib.contextmanager
@@ -156,6 +159,7 @@ def entry_run(
         **({} if latency_source is None else {"foxnas.latency_source": latency_source}),
         **(tags or {}),
     }
+    values = {key: redacted(value) for key, value in values.items()}
     # A run inside a run (the pipeline's steps) is nested. Tags are part of its creation: a kill
     # leaves no run without them.
     nested = mlflow.active_run() is not None
@@ -249,7 +253,7 @@ def best_effort(action: Callable[P, object]) -> Callable[P, None]:
         except (MlflowException, OSError) as error:
             if not told:
                 told = True
-                first = str(error).strip().splitlines()[0]
+                first = redacted(str(error).strip().splitlines()[0])
                 print(
                     f"foxnas: the tracking server did not take everything: {first}; the work goes on.", file=sys.stderr
                 )
