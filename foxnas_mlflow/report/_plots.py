@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from foxnas_mlflow.core.errors import import_or_raise
 from foxnas_mlflow.core.predictors import FitReport, marginal_effects
+from foxnas_mlflow.core.searchers import Front, SearchOutcome
 
 _UNITS = {"accuracy": "accuracy (top-1, %)", "latency_ms": "latency (ms)"}
 _BLUE, _GREY, _RED = "#1f5fa8", "#8a8f98", "#c0392b"
@@ -39,6 +41,24 @@ def write_predictor_files(report: FitReport, paper: FitReport | None, directory:
     _qq(report, directory / "qq.png")
     _observed(report, paper, directory / "observed.png")
     _effects(report, directory / "effects.png")
+
+
+def draw_front(front: Front, found: Sequence[SearchOutcome], path: Path) -> None:
+    """Draw the front and the networks found on it as a picture for pages that show one.
+
+    Args:
+        front: The front.
+        found: The networks, with the limits that they were found under.
+        path: PNG file to write.
+    """
+    figure, axis = _figure(6, 3.5)
+    axis.plot(front.latency_ms, front.accuracy, ".", color=_BLUE, markersize=3, label="front, predicted")
+    for outcome in found:
+        if outcome.latency_limit_ms is not None:
+            axis.axvline(outcome.latency_limit_ms, color=_GREY, linestyle="--", linewidth=1)
+        axis.plot(outcome.latency_ms, outcome.accuracy, "*", color=_RED, markersize=13)
+    axis.set(xlabel="latency (ms)", ylabel="accuracy (top-1, %)")
+    figure.savefig(path)
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mlflow
 import pandas as pd
 
 from foxnas_mlflow.core.measurements import Measurement, write_measurements
@@ -70,7 +71,7 @@ def log_fit(
         info.model_uri,
         registered,
         "predictors",
-        tags={"source": source},
+        tags={"source": source, **_sampled_from(source)},
         facts={
             "target": target.name,
             "fitted on": f"{len(rows)} networks of {source}",
@@ -84,3 +85,12 @@ def log_fit(
         command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",
     )
     return uri, metrics
+
+
+def _sampled_from(source: str) -> dict[str, str]:
+    """What the run of the rows says of their origin."""
+    if not source.startswith("runs:/"):
+        return {}
+    run = mlflow.get_run(source.split("/")[1])
+    found = {"supernet": run.data.params.get("cfg.supernet", ""), "data": run.data.params.get("cfg.data", "")}
+    return {key: value for key, value in found.items() if value}

@@ -161,7 +161,7 @@ def _url(run: Run) -> str:
 
 
 def _series(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:
-    return [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key)]
+    return sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key))
 
 
 def _summary(

@@ -16,8 +16,10 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, log_model
 from foxnas_mlflow.tflite import CompilerReport, Conversion, LayerError, QuantizationLoss, Readiness
-from foxnas_mlflow.tracking.registry import register, registered_name
+from foxnas_mlflow.tracking.registry import PICTURE, picture_of, register, registered_name, shortened
 from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.search import FRONT_PICTURE
+from foxnas_mlflow.tracking.steps import has_artifact
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def log_quantized(
         "subnet": quantized.provenance["subnet"],
         "data": quantized.provenance["data"],
         "data_digest": quantized.provenance["data_digest"],
+        **_origin(quantized.subnet),
     }
     path = run.directory / "model.tflite"
     conversion.save(path)
@@ -168,7 +171,11 @@ def _register(
     tags: Mapping[str, object],
 ) -> str:
     info = log_model(model, name=kind, kind=kind)
-    run.log_metrics(metrics, model_id=info.model_id)
+    accuracies = {key: value for key, value in metrics.items() if key.startswith("accuracy/")}
+    run.log_metrics({k: v for k, v in metrics.items() if k not in accuracies}, model_id=info.model_id)
+    run.log_metrics(accuracies, model_id=info.model_id, dataset=run.dataset)
+    size, channels = model.preprocessing.image_size, model.preprocessing.channels
+    front = str(tags.get("search_run", ""))
     return register(
         info.model_uri,
         registered,
@@ -183,10 +190,20 @@ def _register(
             f"{metrics['accuracy/quantization_drop_standard_error']:.2f}",
             "validation images": f"{metrics['accuracy/n_images']:,.0f} of {tags['data']}",
             "file, bytes": f"{metrics['model/size_bytes']:,.0f}",
+            "labels": shortened(model.labels),
+            "input": f"images of any size, resized to {size} x {size} px, {'grey' if channels == 1 else 'colour'}",
+            "architecture": str(model.architecture),
             "SHA-256": tags["sha256"],
+            **({PICTURE: picture_of(front, FRONT_PICTURE)} if front and has_artifact(front, FRONT_PICTURE) else {}),
         },
         command=lambda uri: benchmark_command(uri, kind, str(tags["target"]), str(tags["runtime"])),
     )
+
+
+def _origin(subnet: SubnetModel) -> dict[str, str]:
+    """What the subnet says of where it is from."""
+    keys = ("supernet", "predictors", "search_run")
+    return {key: str(subnet.details[key]) for key in keys if key in subnet.details}
 
 
 def benchmark_command(uri: str, kind: str, target: str, runtime: str) -> str:

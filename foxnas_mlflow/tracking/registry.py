@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import mlflow
 from mlflow import MlflowClient
@@ -217,8 +217,32 @@ _WHAT: Mapping[str, str] = {
 }
 
 
+_CALLS: Mapping[str, tuple[str, ...]] = {
+    "architectures": (
+        "model = mlflow.pyfunc.load_model('{uri}')",
+        "model.predict(pandas.DataFrame({{'architecture': [architecture.to_json()]}}))",
+    ),
+    "subnet": ("model = foxnas_mlflow.load_model('{uri}')  # model.architecture, model.weights",),
+    "images": (
+        "model = mlflow.pyfunc.load_model('{uri}')",
+        "model.predict(pandas.DataFrame({{'image': [open('photo.jpg', 'rb').read()]}}))",
+    ),
+}
+"""What to write to use a version, with its URI in place of {uri}, by what goes in."""
+
+_INPUT = {
+    "supernet": "architectures",
+    "predictors": "architectures",
+    "subnet": "subnet",
+    "tflite": "images",
+    "edgetpu": "images",
+}
+
 FACTS = "foxnas.facts"
 """Tag of a version: the rows of its page as a JSON object."""
+
+PICTURE = "front"
+"""Key of the row that is a picture, its value an address from `picture_of`."""
 
 
 def describe_version(name: str, version: str | int, kind: str, *, facts: Mapping[str, object], command: str) -> None:
@@ -245,14 +269,28 @@ def _describe_version(name: str, version: str, kind: str, facts: Mapping[str, ob
     rows |= {key: f"{value:.4g}" if isinstance(value, float) else redacted(str(value)) for key, value in facts.items()}
     client.set_model_version_tag(name, version, FACTS, json.dumps(rows))
     if not found.description or found.description.startswith(tuple(_WHAT.values())):
-        client.update_model_version(name, version, description=_page(kind, rows, command))
+        client.update_model_version(name, version, description=_page(kind, rows, command, f"models:/{name}/{version}"))
     if not client.get_registered_model(name).description:
         client.update_registered_model(name, description=_WHAT[kind])
 
 
-def _page(kind: str, rows: Mapping[str, str], command: str) -> str:
-    table = ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in rows.items())]
-    return "\n".join([_WHAT[kind], "", *table, "", "Next:", "", f"    {command}"])
+def _page(kind: str, rows: Mapping[str, str], command: str, uri: str) -> str:
+    shown = {key: value for key, value in rows.items() if key != PICTURE}
+    table = ["| | |", "|---|---|", *(f"| {_cell(key)} | {_cell(value)} |" for key, value in shown.items())]
+    picture = [f"![{PICTURE}]({rows[PICTURE]})", ""] if PICTURE in rows else []
+    calls = [f"    {line.format(uri=uri)}" for line in _CALLS[_INPUT[kind]]]
+    lines = [_WHAT[kind], "", *table, "", *picture, "Use:", "", *calls, "", "Next:", "", f"    {command}"]
+    return "\n".join(lines)
+
+
+def picture_of(run_id: str, path: str) -> str:
+    """The address of a run's picture for pages of the server that has it, wherever that is."""
+    return f"get-artifact?path={path}&run_uuid={run_id}"
+
+
+def shortened(words: Sequence[str], most: int = 12) -> str:
+    """Many words as one text: the first ones, and how many there are."""
+    return ", ".join(words[:most]) + (f", ... ({len(words)})" if len(words) > most else "")
 
 
 def _cell(text: str) -> str:

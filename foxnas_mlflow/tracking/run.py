@@ -24,6 +24,7 @@ from typing import Any, ParamSpec
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.data.dataset import Dataset
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
@@ -51,7 +52,10 @@ class EntryRun:
         run_id: Id of the run.
         experiment_id: Id of its experiment.
         directory: A temporary directory for files to log, removed when the run ends.
+        dataset: The images of the run, once they are logged.
     """
+
+    dataset: Dataset | None = None
 
     def __init__(self, run_id: str, experiment_id: str, directory: Path) -> None:
         self.run_id = run_id
@@ -60,10 +64,15 @@ class EntryRun:
         self._client = MlflowClient()
 
     def log_metrics(
-        self, metrics: Mapping[str, float], *, step: int | None = None, model_id: str | None = None
+        self,
+        metrics: Mapping[str, float],
+        *,
+        step: int | None = None,
+        model_id: str | None = None,
+        dataset: Dataset | None = None,
     ) -> None:
-        """Log metrics; with `model_id` they also belong to that logged model."""
-        mlflow.log_metrics(dict(metrics), step=step, run_id=self.run_id, model_id=model_id)
+        """Log metrics; with `model_id` they also belong to that logged model, with `dataset` they are of it."""
+        mlflow.log_metrics(dict(metrics), step=step, run_id=self.run_id, model_id=model_id, dataset=dataset)
 
     def log_series(self, key: str, values: Mapping[int, float]) -> None:
         """Log many steps of one metric in batches."""

@@ -20,7 +20,7 @@ from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Front, SearchOutcome, SearchResult, describe_limits
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import SubnetModel, log_model
-from foxnas_mlflow.tracking.registry import register, registered_name
+from foxnas_mlflow.tracking.registry import PICTURE, picture_of, register, registered_name, shortened
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.verification import Verification
 
@@ -55,6 +55,10 @@ class LoggedNetwork:
 
     uri: str
     metrics: Mapping[str, float]
+
+
+FRONT_PICTURE = "front.png"
+"""Artifact of a search: its front and what was found on it."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,10 @@ def log_search(
     )
     front = searched[0].outcome.front
     write_front(front, run.directory / "front.csv")
+    if importlib.util.find_spec("matplotlib") is not None:
+        from foxnas_mlflow.report import draw_front
+
+        draw_front(front, [one.outcome for one in searched], run.directory / FRONT_PICTURE)
     for one in searched:
         _write_files(one.outcome, run.directory / one.place(len(searched)))
     if importlib.util.find_spec("plotly") is not None:
@@ -117,7 +125,9 @@ def log_search(
     )
     fitted = log_model(predictors, name="predictors")
     networks = tuple(
-        _log_network(run, one, step, target=target, predictors=predictors, name=name, note=note)
+        _log_network(
+            run, one, step, target=target, predictors=predictors, source=predictors_source, name=name, note=note
+        )
         for step, one in enumerate(searched)
     )
     predictors_uri = _register_predictors(run, fitted, predictors, predictors_source, target, name)
@@ -125,11 +135,22 @@ def log_search(
 
 
 def _log_network(
-    run: EntryRun, one: Searched, step: int, *, target: Target, predictors: PredictorSet, name: str, note: str
+    run: EntryRun,
+    one: Searched,
+    step: int,
+    *,
+    target: Target,
+    predictors: PredictorSet,
+    source: str,
+    name: str,
+    note: str,
 ) -> LoggedNetwork:
     """Log one network with its figures, and register it."""
     outcome, verification = one.outcome, one.verification
     facts, tags = _facts(verification), _tags(verification)
+    # What leads back to its origin, and forward to what came of that.
+    origin = {"predictors": source, "search_run": run.run_id}
+    origin |= {key: str(facts[key]) for key in ("supernet", "data", "data_digest") if key in facts}
     metrics = _metrics(outcome, facts)
     if verification is not None and verification.chosen.timing is not None and verification.chosen.evaluated:
         metrics["search/true_dominated"] = float(verification.dominated)
@@ -143,6 +164,7 @@ def _log_network(
         "latency_note": note,
         "found_by": outcome.found_by,
         "certificate": outcome.certificate(),
+        **origin,
         **tags,
         **facts,
     }
@@ -150,8 +172,18 @@ def _log_network(
     if verification is not None and verification.model is not None:
         found = verification.model
     subnet = log_model(dataclasses.replace(found, details=details), name="subnet")
-    run.log_metrics(metrics, step=step, model_id=subnet.model_id)
-    uri = _register_subnet(subnet.model_uri, one, metrics, facts, tags, target=target, name=name, note=note)
+    evaluated = {key: value for key, value in metrics.items() if key.startswith("search/evaluated_accuracy")}
+    run.log_metrics(
+        {key: value for key, value in metrics.items() if key not in evaluated}, step=step, model_id=subnet.model_id
+    )
+    if evaluated:
+        run.log_metrics(evaluated, step=step, model_id=subnet.model_id, dataset=run.dataset)
+    shown = {"architecture": str(outcome.architecture), "labels": shortened(found.labels)}
+    if (run.directory / FRONT_PICTURE).exists():
+        shown[PICTURE] = picture_of(run.run_id, FRONT_PICTURE)
+    uri = _register_subnet(
+        subnet.model_uri, one, metrics, facts, tags, origin, shown, target=target, name=name, note=note
+    )
     return LoggedNetwork(uri, metrics)
 
 
@@ -223,6 +255,8 @@ def _register_subnet(
     metrics: Mapping[str, float],
     facts: Mapping[str, float | str],
     tags: Mapping[str, str],
+    origin: Mapping[str, str],
+    shown: Mapping[str, str],
     *,
     target: Target,
     name: str,
@@ -241,6 +275,7 @@ def _register_subnet(
         "subnet",
         tags={
             **tags,
+            **origin,
             "found_by": outcome.found_by,
             "confidence": f"{confidence:g}",
             "limits": describe_limits(outcome.limits),
@@ -258,6 +293,7 @@ def _register_subnet(
             "weights": tags["weights"],
             "parameters": f"{metrics['model/params']:,.0f}",
             **({"note": note} if note else {}),
+            **{key: text for key, text in shown.items() if text},
         },
         command=lambda uri: following.format(uri=uri),
     )

@@ -15,7 +15,7 @@ from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.files import cache_directory
 from foxnas_mlflow.data import ImageDataset
 from foxnas_mlflow.flavor import SupernetModel, log_model
-from foxnas_mlflow.tracking.registry import register, registered_name
+from foxnas_mlflow.tracking.registry import register, registered_name, shortened
 from foxnas_mlflow.tracking.run import EntryRun
 
 CHECKPOINT_ARTIFACTS = "checkpoint"
@@ -69,11 +69,15 @@ def find_checkpoints(resume: str, destination: Path) -> list[Path]:
 
 
 def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> None:
-    """Log a data set as an input of the run, with its digest (36 characters fit MLflow's column)."""
+    """Log a data set as an input of the run, with its digest (36 characters fit MLflow's column).
+
+    It becomes the run's `dataset`, which its accuracies are logged with.
+    """
     source = CodeDatasetSource(tags={"mlflow.source.name": dataset.source})
     # MLflow documents this use of a class that it declares abstract.
     logged = MetaDataset(source=source, name=dataset.source, digest=dataset.digest[:36])  # type: ignore[abstract]
     mlflow.log_input(logged, context=context)
+    run.dataset = logged
     run.log_params(
         {
             "n_train": len(dataset.train),
@@ -86,28 +90,36 @@ def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> None:
         run.log_text("\n".join(dataset.unreadable) + "\n", "unreadable.txt")
 
 
-def log_supernet(run: EntryRun, model: SupernetModel, metrics: Mapping[str, float], *, name: str) -> str:
+def log_supernet(run: EntryRun, model: SupernetModel, metrics: Mapping[str, float], *, step: int, name: str) -> str:
     """Register a trained supernet with its figures.
 
     Args:
         run: The open run.
         model: The supernet.
         metrics: Accuracies of its subnets, in percent.
+        step: Steps of its training: where its curves end.
         name: Prefix of the registered model.
 
     Returns:
         URI of the registered version.
     """
     info = log_model(model, name="supernet")
-    run.log_metrics(metrics, model_id=info.model_id)
+    run.log_metrics(metrics, step=step, model_id=info.model_id, dataset=run.dataset)
     return register(
         info.model_uri,
         registered_name(name, "supernet"),
         "supernet",
-        tags={"weights": "trained", "space": model.space.name, "data": model.config["data"]},
+        tags={
+            "weights": "trained",
+            "space": model.space.name,
+            "data": model.config["data"],
+            "data_digest": model.config["data_digest"],
+        },
         facts={
             "space": model.space.name,
             "images": model.config["data"],
+            "labels": shortened(model.labels),
+            "image sizes, px": ", ".join(map(str, model.space.image_sizes)),
             "largest subnet, % top-1": metrics["eval/top1_max"],
             "smallest subnet, % top-1": metrics["eval/top1_min"],
             "random subnets, % top-1": metrics["eval/top1_random"],

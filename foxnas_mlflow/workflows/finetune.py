@@ -142,7 +142,7 @@ def _finetuned(
         "finetune/top1": after,
         "finetune/shared_weights_cost": after - before,
     }
-    run.log_metrics(figures, model_id=info.model_id)
+    run.log_metrics(figures, model_id=info.model_id, dataset=run.dataset)
     kept = {key: value for key, value in version.tags.items() if not key.startswith("gate")}
     uri = register(
         info.model_uri,

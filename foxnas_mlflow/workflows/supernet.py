@@ -164,6 +164,12 @@ def _train_and_register(
     )
     log_metrics = best_effort(run.log_metrics)
     log_artifact = best_effort(run.log_artifact)
+
+    def end_of_epoch(epoch: int) -> None:
+        # After the last one all images tell.
+        if epoch < state.config.epochs:
+            log_metrics(_accuracies(quick, space, request.seed, 2)[0], step=state.step, dataset=run.dataset)
+
     start = time.monotonic()
     with progress_bar("supernet", "step") as show:
         supernet = train_supernet(
@@ -171,7 +177,7 @@ def _train_and_register(
             batches,
             checkpoints=checkpoints,
             log=lambda metrics, step: log_metrics(metrics, step=step),
-            end_of_epoch=lambda epoch: log_metrics(_accuracies(quick, space, request.seed, 2)[0], step=state.step),
+            end_of_epoch=end_of_epoch,
             on_checkpoint=lambda path: log_artifact(path, CHECKPOINT_ARTIFACTS),
             progress=lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
             device=worker.device,
@@ -202,7 +208,7 @@ def _train_and_register(
         dataset.preprocessing(size),
         dataset.labels,
     )
-    uri = log_supernet(run, model, metrics, name=request.name)
+    uri = log_supernet(run, model, metrics, step=state.step, name=request.name)
     shutil.rmtree(checkpoints)
     summary = [
         f"Trained on {len(data.train):,} images of {request.data}: {state.step:,} steps in {seconds:.0f} s "

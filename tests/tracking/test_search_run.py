@@ -65,6 +65,11 @@ def test_search_logs_what_the_contract_names(tracking: str, tmp_path: Path) -> N
     assert version.tags["weights"] == "none"
     assert "| predicted accuracy, % | " in version.description
     assert "Next:" in version.description
+    assert "foxnas_mlflow.load_model('models:/foxnas-subnet-rpi4/1')" in version.description
+    assert str(architecture).split(" | ")[0] in version.description
+    assert f"![front](get-artifact?path=front.png&run_uuid={run.info.run_id})" in version.description
+    assert (directory / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert (version.tags["predictors"], version.tags["search_run"]) == ("reference", run.info.run_id)
     shown = mlflow.load_table("tables/front.json", run_ids=[run.info.run_id])
     assert len(shown) == metrics["search/front_size"]
     model = mlflow.pyfunc.load_model("models:/foxnas-predictors-rpi4/1")

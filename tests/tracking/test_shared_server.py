@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+import mlflow
 import pytest
+import requests
 
+from foxnas_mlflow.flavor import model_id_of
+from foxnas_mlflow.tracking.registry import FACTS
 from tests.pipelines import Running, options
 from tests.servers import ADMIN, login_server
 
@@ -24,16 +30,22 @@ class Done:
     """What a finished pipeline left.
 
     Attributes:
-        url: Address of the server, with user and password.
+        server: Address of the server.
         env: Environment of its users.
         home: All that the users have written, the store and the artifacts.
         output: What was printed.
     """
 
-    url: str
+    server: str
     env: dict[str, str]
     home: Path
     output: str
+
+    def client(self, patch: pytest.MonkeyPatch) -> mlflow.MlflowClient:
+        """The server as the user sees it."""
+        for name, value in zip(("USERNAME", "PASSWORD"), ADMIN, strict=True):
+            patch.setenv(f"MLFLOW_TRACKING_{name}", value)
+        return mlflow.MlflowClient(self.server, self.server)
 
     def foxnas(self, *argv: str) -> subprocess.CompletedProcess[str]:
         """Another command of the same user."""
@@ -64,6 +76,44 @@ def done(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         output = "\n".join(running.lines)
         assert status == 0, output[-4000:]
         yield Done(url, env, home, output)
+
+
+def test_pages_tell_what_a_version_is(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = done.client(monkeypatch)
+    experiment = client.get_experiment_by_name("shared")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.run_name for run in runs} == {
+        "main cpu",
+        "supernet",
+        *(f"{step} cpu" for step in ("sample", "fit", "search", "quantize", "compare")),
+    }
+    version = client.get_model_version("foxnas-cpu", "1")
+    size = json.loads(version.tags[FACTS])["input"]
+    assert "| labels | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |" in version.description
+    assert "px, grey" in size
+    assert "| architecture | two @ " in version.description
+    assert "mlflow.pyfunc.load_model('models:/foxnas-cpu/1')" in version.description
+    # The picture's address is that of the server that shows the page.
+    (address,) = re.findall(r"!\[front\]\((.*)\)", version.description)
+    picture = requests.get(f"{done.server}/{address}", auth=ADMIN, timeout=60)
+    assert picture.headers["Content-Type"] == "image/png"
+    assert picture.content.startswith(b"\x89PNG")
+    # Accuracies are of a data set, in the pages of the model too.
+    model_id = model_id_of(version)
+    assert model_id is not None
+    metrics = {metric.key: metric for metric in client.get_logged_model(model_id).metrics}
+    assert metrics["accuracy/int8_top1"].dataset_name == "digits"
+    assert metrics["accuracy/int8_top1"].dataset_digest == version.tags["data_digest"][:36]
+    assert metrics["model/size_bytes"].dataset_name is None
+    # From a file back to the images, and from the images to all that came of them.
+    subnet = client.get_model_version(*version.tags["subnet"].removeprefix("models:/").split("/"))
+    assert subnet.tags["supernet"] == version.tags["supernet"] == "models:/foxnas-supernet/1"
+    supernet = client.get_model_version("foxnas-supernet", "1")
+    assert supernet.tags["data_digest"] == subnet.tags["data_digest"] == version.tags["data_digest"]
+    predictors = client.get_model_version(*version.tags["predictors"].removeprefix("models:/").split("/"))
+    assert predictors.tags["supernet"] == "models:/foxnas-supernet/1"
+    found = client.search_model_versions("tags.supernet = 'models:/foxnas-supernet/1'")
+    assert {v.name for v in found} == {"foxnas-cpu", "foxnas-subnet-cpu", "foxnas-predictors-cpu"}
 
 
 def test_no_password_is_written(done: Done) -> None:

@@ -30,7 +30,7 @@ def test_a_training_logs_what_the_contract_names(
 ) -> None:
     import mlflow
 
-    from foxnas_mlflow.flavor import SupernetModel, load_model
+    from foxnas_mlflow.flavor import SupernetModel, load_model, model_id_of
     from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
 
     assert main(["supernet", *SMALL, "--ema", "0.9", "--seed", "3"]) == 0
@@ -41,9 +41,24 @@ def test_a_training_logs_what_the_contract_names(
     assert run.data.tags["foxnas.space"] == "cpu-tiny"
     for key in ("train/loss", "train/images_per_s", "eval/top1_max", "eval/top1_min", "eval/top1_random"):
         assert key in run.data.metrics
-    # One value an epoch and the final one.
-    assert len(client.get_metric_history(run.info.run_id, "eval/top1_max")) == 3
+    # One value an epoch, the last of them that of all images, at the step at which the training ended.
+    history = {
+        key: client.get_metric_history(run.info.run_id, key)
+        for key in ("train/loss", "eval/top1_max", "eval/top1_min", "eval/top1_random")
+    }
+    n_steps = history["train/loss"][-1].step
+    assert n_steps > 0
+    for key in ("eval/top1_max", "eval/top1_min", "eval/top1_random"):
+        assert [metric.step for metric in history[key]] == [n_steps // 2, n_steps]
     (data,) = run.inputs.dataset_inputs
+    logged = client.get_logged_model(model_id_of(client.get_model_version("foxnas-supernet", "1")))
+    final = {metric.key: metric for metric in logged.metrics}
+    assert final["eval/top1_max"].step == n_steps
+    assert final["eval/top1_max"].value == history["eval/top1_max"][-1].value
+    assert (final["eval/top1_max"].dataset_name, final["eval/top1_max"].dataset_digest) == (
+        "digits",
+        data.dataset.digest,
+    )
     assert data.dataset.name == "digits"
     assert 190 <= int(run.data.params["cfg.n_train"]) <= 200
     checkpoints = {a.path for a in client.list_artifacts(run.info.run_id, "checkpoint")}
