@@ -22,6 +22,9 @@ from foxnas_mlflow.tracking.registry import FACTS
 from tests.pipelines import Running, options
 from tests.servers import ADMIN, login_server
 
+TARGET = "ethos-u55-128"
+"""Its latencies are those of a cost model: how busy this machine is changes nothing."""
+
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.train, pytest.mark.tflite]
 
 
@@ -70,8 +73,7 @@ def done(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "MLFLOW_EXPERIMENT_NAME": "shared",
             "PYTHONPATH": os.getcwd(),
         }
-        # Without a device: how busy this machine is changes nothing.
-        running = Running([*options(user), "--device", "none"], env)
+        running = Running([*options(user), "--target", TARGET, "--device", "none"], env)
         status = running.end()
         output = "\n".join(running.lines)
         assert status == 0, output[-4000:]
@@ -83,16 +85,16 @@ def test_pages_tell_what_a_version_is(done: Done, monkeypatch: pytest.MonkeyPatc
     experiment = client.get_experiment_by_name("shared")
     runs = client.search_runs([experiment.experiment_id])
     assert {run.info.run_name for run in runs} == {
-        "main cpu",
+        f"main {TARGET}",
         "supernet",
-        *(f"{step} cpu" for step in ("sample", "fit", "search", "quantize", "compare")),
+        *(f"{step} {TARGET}" for step in ("sample", "fit", "search", "quantize", "compare")),
     }
-    version = client.get_model_version("foxnas-cpu", "1")
+    version = client.get_model_version(f"foxnas-{TARGET}", "1")
     size = json.loads(version.tags[FACTS])["input"]
     assert "| labels | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |" in version.description
     assert "px, grey" in size
     assert "| architecture | two @ " in version.description
-    assert "mlflow.pyfunc.load_model('models:/foxnas-cpu/1')" in version.description
+    assert f"mlflow.pyfunc.load_model('models:/foxnas-{TARGET}/1')" in version.description
     # The picture's address is that of the server that shows the page.
     (address,) = re.findall(r"!\[front\]\((.*)\)", version.description)
     picture = requests.get(f"{done.server}/{address}", auth=ADMIN, timeout=60)
@@ -113,16 +115,16 @@ def test_pages_tell_what_a_version_is(done: Done, monkeypatch: pytest.MonkeyPatc
     predictors = client.get_model_version(*version.tags["predictors"].removeprefix("models:/").split("/"))
     assert predictors.tags["supernet"] == "models:/foxnas-supernet/1"
     found = client.search_model_versions("tags.supernet = 'models:/foxnas-supernet/1'")
-    assert {v.name for v in found} == {"foxnas-cpu", "foxnas-subnet-cpu", "foxnas-predictors-cpu"}
+    assert {v.name for v in found} == {f"foxnas-{kind}{TARGET}" for kind in ("", "subnet-", "predictors-")}
 
 
 def test_no_password_is_written(done: Done) -> None:
     secret = "s3cr3t-of-a-board"
     device = f"ssh://pi:{secret}@127.0.0.1:1"
-    failed = done.foxnas("benchmark", "--model", "models:/foxnas-cpu/1", "--device", device)
+    failed = done.foxnas("benchmark", "--model", f"models:/foxnas-{TARGET}/1", "--device", device)
     assert failed.returncode == 2
     assert "an ssh address has no password; received ssh://pi:***@127.0.0.1:1" in failed.stderr
-    debugged = done.foxnas("benchmark", "--model", "models:/foxnas-cpu/1", "--device", device, "--debug")
+    debugged = done.foxnas("benchmark", "--model", f"models:/foxnas-{TARGET}/1", "--device", device, "--debug")
     assert "Traceback" in debugged.stderr
     told = done.foxnas("doctor")
     assert told.returncode == 0
