@@ -116,7 +116,7 @@ def test_several_latencies_register_a_network_each_in_one_run_with_one_front(tra
     (run,) = client.search_runs(["0"])
     directory = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, dst_path=str(tmp_path / "a")))
     names = {"architecture.json", "certificate.json", "trace.csv", "report.html"}
-    assert {path.name for path in directory.iterdir() if path.is_file()} == {"front.csv", "report.html"}
+    assert {path.name for path in directory.iterdir() if path.is_file()} == {"front.csv", "front.png", "report.html"}
     expected = search_each(reference_predictors("rpi4"), [45.0, 90.0], evaluations=2000)
     for number, (outcome, limit) in enumerate(zip(expected, (45, 90), strict=True), start=1):
         assert {path.name for path in (directory / f"{limit}ms").iterdir()} == names

@@ -22,7 +22,7 @@ from foxnas_mlflow.tracking.registry import FACTS
 from tests.pipelines import Running, options
 from tests.servers import ADMIN, login_server
 
-TARGET = "ethos-u55-128"
+TARGET = "rpi4"
 """Its latencies are those of a cost model: how busy this machine is changes nothing."""
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.train, pytest.mark.tflite]
