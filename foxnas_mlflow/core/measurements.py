@@ -9,8 +9,9 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ COLUMNS: tuple[str, ...] = (
     "runtime",
     "n_runs",
 )
-"""Columns of ``measurements.csv``."""
+"""Columns of ``measurements.csv`` that are known; further ones are measured quantities."""
+
+_QUANTITY = re.compile(r"[a-z][a-z0-9_]*(@[A-Za-z0-9._-]+)?")
+"""Names of further quantities: ``energy_mj``, ``latency_ms@second-board``."""
 
 _EMULATED = " (emulated)"
 """What a row's device ends with where an emulator measured it."""
@@ -71,6 +75,7 @@ class Measurement:
         device: Where it was measured.
         runtime: Runtime and version.
         n_runs: Timed runs behind the latency.
+        quantities: Further measured quantities by name, the unit in the name (``energy_mj``), positive.
 
     Examples:
         >>> from foxnas_mlflow import Measurement, get_space
@@ -86,8 +91,17 @@ class Measurement:
     device: str = ""
     runtime: str = ""
     n_runs: int = 0
+    quantities: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        for name, value in self.quantities.items():
+            if not _QUANTITY.fullmatch(name):
+                raise InvalidMeasurementsError(
+                    "a quantity is named by small letters, digits and _, with @device where it is of another one",
+                    received=name,
+                )
+            if not (math.isfinite(value) and value > 0):
+                raise InvalidMeasurementsError(f"{name} must be a positive number", received=value)
         if self.accuracy is not None and not 0 <= self.accuracy <= 100:
             raise InvalidMeasurementsError("an accuracy must be between 0 and 100 percent", received=self.accuracy)
         if self.latency_ms is not None and not (math.isfinite(self.latency_ms) and self.latency_ms > 0):
@@ -105,6 +119,12 @@ class Measurement:
         device = timing.device + _EMULATED if timing.emulated else timing.device
         return cls(architecture, accuracy, timing.latency_ms, timing.source, device, timing.runtime, timing.n_runs)
 
+    def value(self, quantity: str) -> float | None:
+        """What was measured of ``accuracy``, ``latency_ms`` or a further quantity, None where nothing was."""
+        if quantity == "accuracy":
+            return self.accuracy
+        return self.latency_ms if quantity == "latency_ms" else self.quantities.get(quantity)
+
     @property
     def timing(self) -> Timing | None:
         """Its latency, as it came to `of`."""
@@ -117,6 +137,8 @@ class Measurement:
 
 def read_measurements(path: str | Path) -> list[Measurement]:
     """Read ``measurements.csv``, or the FOX-NAS authors' table of the CPU space at 256 px.
+
+    Columns of ``measurements.csv`` beyond the known ones are measured quantities, whose cells are numbers or empty.
 
     Raises:
         InvalidMeasurementsError: If the file cannot be read or is neither table; the message
@@ -145,9 +167,15 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     if frame.empty:
         raise InvalidMeasurementsError("a measurements file must have rows", received=str(path))
     if "architecture" in frame.columns:
-        unknown = [str(c) for c in frame.columns if c not in COLUMNS]
-        if unknown:
-            raise InvalidMeasurementsError(f"measurements have only the columns {list(COLUMNS)}", received=unknown)
+        for column in map(str, frame.columns):
+            if column not in COLUMNS and not (
+                _QUANTITY.fullmatch(column) and pd.api.types.is_numeric_dtype(frame[column])
+            ):
+                raise InvalidMeasurementsError(
+                    f"columns beyond {list(COLUMNS)} must be numbers, each named as a quantity (energy_mj)",
+                    received=f"a column {column!r}",
+                    remedy="remove it, or mend its name and its cells",
+                )
         parse = _contract_row
     elif {"acc", "latency", "tot_24", "avg_e_24"} <= set(frame.columns):
         parse = _authors_row
@@ -180,7 +208,7 @@ def read_finished(path: str | Path) -> list[Measurement]:
 def write_measurements(rows: Sequence[Measurement], path: str | Path) -> None:
     """Write ``measurements.csv`` in one step: readers see the old file or the new one."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(_csv_text(rows, header=True), encoding="utf-8")
+    temporary.write_text(_csv_text(rows, _columns(rows), header=True), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -194,31 +222,55 @@ def append_measurement(row: Measurement, path: str | Path) -> None:
     if path.exists():
         _mend_last_line(path)
     new = not path.exists() or path.stat().st_size == 0
+    columns = _columns([row]) if new else _header(path)
+    unknown = set(row.quantities) - set(columns)
+    if unknown:
+        raise InvalidMeasurementsError(
+            f"a row has only quantities that {path.name} has columns of", received=sorted(unknown)
+        )
     with path.open("a", encoding="utf-8") as file:
-        file.write(_csv_text([row], header=new))
+        file.write(_csv_text([row], columns, header=new))
         file.flush()
         os.fsync(file.fileno())
 
 
 def measurements_digest(rows: Iterable[Measurement]) -> str:
     """SHA-256 of the rows' content, independent of the file they came from."""
-    text = "\n".join(sorted(f"{r.architecture.to_json()} {r.accuracy} {r.latency_ms} {r.latency_source}" for r in rows))
+    text = "\n".join(sorted(map(_digested, rows)))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _csv_text(rows: Sequence[Measurement], *, header: bool) -> str:
+def _digested(row: Measurement) -> str:
+    further = "".join(f" {name}={value}" for name, value in sorted(row.quantities.items()))
+    return f"{row.architecture.to_json()} {row.accuracy} {row.latency_ms} {row.latency_source}{further}"
+
+
+def _columns(rows: Sequence[Measurement]) -> list[str]:
+    """Columns of a table of rows: quantities that any of them has come last, by name."""
+    return [*COLUMNS, *sorted({name for row in rows for name in row.quantities})]
+
+
+def _header(path: Path) -> list[str]:
+    """Columns of a file."""
+    import csv
+
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _csv_text(rows: Sequence[Measurement], columns: Sequence[str], *, header: bool) -> str:
     import csv
     import io
 
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     if header:
-        writer.writerow(COLUMNS)
+        writer.writerow(columns)
     for row in rows:
-        values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+        values = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)} | dict(row.quantities)
         values["architecture"] = row.architecture.to_json()
         values["image_size"] = row.architecture.image_size
-        writer.writerow(["" if values[c] is None else values[c] for c in COLUMNS])
+        writer.writerow(["" if values.get(c) is None else values[c] for c in columns])
     return out.getvalue()
 
 
@@ -234,7 +286,7 @@ def _mend_last_line(path: Path) -> None:
             return
         # Rows written by an editor may lack the newline: a row with all its cells is kept.
         cells = next(csv.reader([tail.decode("utf-8", errors="replace")]))
-        if len(cells) == len(COLUMNS):
+        if len(cells) == len(_header(path)):
             file.write(b"\n")
         else:
             file.truncate(start)
@@ -265,6 +317,7 @@ def _contract_row(row: dict[str, Any]) -> Measurement:
         device=_text(row.get("device")),
         runtime=_text(row.get("runtime")),
         n_runs=int(_number(row.get("n_runs")) or 0),
+        quantities={name: number for name in row if name not in COLUMNS and (number := _number(row[name])) is not None},
     )
 
 

@@ -114,6 +114,8 @@ def front_width(
         predictors = fit_predictors(rows, space, latency=latency, seed=seed).predictors
     except (FitError, InvalidMeasurementsError):
         return None
+    if not (predictors.accuracy and predictors.latency):
+        return None
     front = exact_front(predictors)
     points = np.unique(np.linspace(0, len(front) - 1, _FRONT_POINTS).astype(int))
     table = predictors.predict_table([front.architecture(int(i)) for i in points])

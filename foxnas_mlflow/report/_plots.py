@@ -77,7 +77,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 def _residuals(report: FitReport, path: Path) -> None:
     figure, (left, right) = _figure(10, 4, 2)
-    unit = _UNITS[report.predictor.quantity]
+    unit = _UNITS.get(report.predictor.quantity, report.predictor.quantity)
     left.scatter(report.fitted, report.residuals, s=12, color=_BLUE, alpha=0.7)
     left.axhline(0, color=_RED, linewidth=1)
     left.set(xlabel=f"fitted {unit}", ylabel="standardised residual", title="Residuals")
@@ -104,7 +104,7 @@ def _qq(report: FitReport, path: Path) -> None:
 
 def _observed(report: FitReport, paper: FitReport | None, path: Path) -> None:
     figure, axis = _figure(5.5, 5)
-    unit = _UNITS[report.predictor.quantity]
+    unit = _UNITS.get(report.predictor.quantity, report.predictor.quantity)
     shown = [(paper, _GREY)] if paper is not None and paper.predictor.formula != report.predictor.formula else []
     for which, colour in [*shown, (report, _BLUE)]:
         label = f"{which.predictor.formula}: RMSE {which.metrics['cv_rmse']:.3g}"
@@ -132,6 +132,7 @@ def _effects(report: FitReport, path: Path) -> None:
     )
     axis.axvline(0, color=_GREY, linewidth=1)
     axis.set_yticks(y, [e.label for e in effects])
-    unit = "points of top-1" if report.predictor.quantity == "accuracy" else "ms"
+    quantity = report.predictor.quantity
+    unit = {"accuracy": "points of top-1", "latency_ms": "ms"}.get(quantity, quantity)
     axis.set(xlabel=f"change of the prediction ({unit}), 95 % interval", title="Effects of edits on a middle network")
     figure.savefig(path)

@@ -16,7 +16,12 @@ from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
 from foxnas_mlflow.tracking.registry import register, registered_name
 from foxnas_mlflow.tracking.run import EntryRun
 
-_LABELS = {"accuracy": "accuracy", "latency_ms": "latency"}
+
+def _label(quantity: str) -> str:
+    """A quantity in names of metrics and artifacts, which have no ``@``."""
+    return {"latency_ms": "latency"}.get(quantity, quantity.replace("@", "-at-"))
+
+
 _SHOWN = {"r2_adjusted": "adjusted R2", "cv_rmse": "cross-validated RMSE", "kendall_tau": "Kendall tau"}
 
 
@@ -47,7 +52,7 @@ def log_fit(
     write_measurements(rows, run.directory / MEASUREMENTS)
     metrics: dict[str, float] = {}
     for quantity, report in fit.reports.items():
-        label = _LABELS[quantity]
+        label = _label(quantity)
         paper = fit.paper.get(quantity)
         metrics |= {f"predictor/{label}/{key}": value for key, value in report.metrics.items()}
         if paper is not None:
@@ -55,7 +60,7 @@ def log_fit(
         directory = run.directory / "predictor" / label
         directory.mkdir(parents=True)
         write_predictor_files(report, paper, directory)
-    if "latency_ms" not in fit.reports:
+    if "latency_ms" not in fit.reports and fit.predictors.latency:
         model = fit.predictors.latency[0]
         metrics |= {f"predictor/latency/{key}": value for key, value in model.metrics.items()}
         run.log_json(model.to_dict(), "predictor/latency/coefficients.json")
@@ -76,7 +81,7 @@ def log_fit(
             "target": target.name,
             "fitted on": f"{len(rows)} networks of {source}",
             **{
-                f"{_LABELS[quantity]}, {words}": report.metrics[key]
+                f"{_label(quantity)}, {words}": report.metrics[key]
                 for quantity, report in fit.reports.items()
                 for key, words in _SHOWN.items()
                 if key in report.metrics

@@ -1,4 +1,4 @@
-"""Fit: predictors of accuracy and latency from a table of measured networks."""
+"""Fit: predictors of accuracy, latency and further quantities from a table of measured networks."""
 
 from __future__ import annotations
 
@@ -120,12 +120,17 @@ def _summary(fit: FitResult, uri: str, run_id: str, target: str, noise_floor: fl
             )
     if noise_floor is not None:
         lines.append(f"  noise floor of the accuracies: {noise_floor:.2f} points, the standard error of an evaluation")
-    if "latency_ms" not in fit.reports:
+    if "latency_ms" not in fit.reports and fit.predictors.latency:
         lines.append(f"{'latency_ms':<22}cost model of {target}: no row has a measured latency")
         lines += [f"  note: {note}" for note in fit.predictors.notes]
     lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
     lines.append(f"Registered {uri}; run {run_id}.")
-    lines.append(f"Next: foxnas search --target {target} --predictors {uri} --latency-ms {middle_ms:.3g}")
+    if fit.predictors.accuracy and fit.predictors.latency:
+        lines.append(f"Next: foxnas search --target {target} --predictors {uri} --latency-ms {middle_ms:.3g}")
+        lines += [f"Limits may be on {name} too: --limits '{name}<=...'" for name in fit.predictors.quantities]
+    else:
+        missing = "latency" if fit.predictors.accuracy else "accuracy"
+        lines.append(f"A search needs predictors of {missing} too: fit a table that has both.")
     return "\n".join(lines)
 
 
@@ -136,7 +141,7 @@ def _middle_ms(rows: Sequence[Measurement]) -> float:
 
 WORKFLOW = Workflow(
     "fit",
-    "Fit accuracy and latency predictors from measured networks, judge them, and register them.",
+    "Fit predictors of accuracy, latency and every further column of measured networks, judge them, and register them.",
     FitRequest,
     run_fit,
 )

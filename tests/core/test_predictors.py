@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from foxnas_mlflow.core.predictors import (
     reference_predictors,
     widest_formula,
 )
+from foxnas_mlflow.core.searchers import search
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
 
 
@@ -231,13 +233,79 @@ def test_constant_targets_missing_targets_and_disagreement_are_refused() -> None
     with pytest.raises(FitError, match="must vary"):
         fit_predictors([dataclasses.replace(m, accuracy=70.0) for m in rows], CPU_SPACE)
     with pytest.raises(InvalidMeasurementsError, match="rows with accuracy"):
-        fit_predictors([dataclasses.replace(m, accuracy=None) for m in rows], CPU_SPACE)
+        fit_predictors([dataclasses.replace(m, accuracy=None, latency_ms=None) for m in rows], CPU_SPACE)
     with pytest.raises(InvalidMeasurementsError, match="agree"):
         fit_predictors([*rows, dataclasses.replace(rows[0], accuracy=10.0)], CPU_SPACE)
     with pytest.raises(InvalidMeasurementsError, match="positive"):
         dataclasses.replace(rows[0], latency_ms=float("nan"))
     with pytest.raises(InvalidInputError, match="formula"):
         fit_predictors(rows, CPU_SPACE, formula="magic")
+
+
+def _with_quantities(rows: Sequence[Measurement]) -> list[Measurement]:
+    """Energy that adds up over layers, and a memory that follows equation 2 and adds up over none."""
+    latency = np.array([row.latency_ms for row in rows])
+    x = get_formula("paper", "ram_bytes").design(CPU_SPACE, [row.architecture for row in rows])
+    ram = 1e6 + x @ np.random.default_rng(5).uniform(-2e3, 1e4, x.shape[1])
+    return [
+        dataclasses.replace(row, quantities={"energy_mj": float(3 * ms), "ram_bytes@pi": float(bytes_)})
+        for row, ms, bytes_ in zip(rows, latency, ram, strict=True)
+    ]
+
+
+def test_any_measured_column_has_predictors_of_its_own(tmp_path: Path) -> None:
+    rows = _with_quantities(_synthetic(80))
+    write_measurements(rows, tmp_path / "m.csv")
+    assert read_measurements(tmp_path / "m.csv") == rows
+    fit = fit_predictors(rows, CPU_SPACE)
+    assert list(fit.predictors.groups) == ["accuracy", "latency_ms", "energy_mj", "ram_bytes@pi"]
+    networks = CPU_SPACE.sample(np.random.default_rng(9), n=20, image_size=256)
+    table = fit.predictors.predict_table(networks)
+    np.testing.assert_allclose(table["energy_mj"], 3 * np.array(table["latency_ms"]))
+    assert fit.reports["energy_mj"].predictor.formula.startswith("calibrated")
+    assert fit.reports["ram_bytes@pi"].predictor.formula == "paper"
+    known = _with_quantities([Measurement(a, 70.0, 1.0, "measured") for a in networks])
+    np.testing.assert_allclose(table["ram_bytes@pi"], [m.quantities["ram_bytes@pi"] for m in known], rtol=1e-6)
+    limit = float(np.median(table["energy_mj"]))
+    found = search(fit.predictors, 200.0, limits={"energy_mj": limit}, evaluations=2000)
+    assert found.amounts["energy_mj"] <= limit
+
+
+def test_a_latency_alone_is_fitted() -> None:
+    rows = [dataclasses.replace(m, accuracy=None) for m in _synthetic(40)]
+    fit = fit_predictors(rows, CPU_SPACE)
+    assert list(fit.predictors.groups) == ["latency_ms"]
+    assert fit.reports["latency_ms"].metrics["cv_mape"] < 1
+
+
+def test_columns_with_gaps_constants_and_words_are_refused(tmp_path: Path) -> None:
+    rows = _with_quantities(_synthetic(40))
+    gap = [dataclasses.replace(rows[0], quantities={"energy_mj": 3.0}), *rows[1:]]
+    with pytest.raises(InvalidMeasurementsError, match=r"ram_bytes@pi too.*1 of 40 rows without"):
+        fit_predictors(gap, CPU_SPACE)
+    constant = [dataclasses.replace(row, quantities={"energy_mj": 3.0}) for row in rows]
+    with pytest.raises(FitError, match="energy_mj must vary"):
+        fit_predictors(constant, CPU_SPACE)
+    for name, value, message in (("energy_mj", -1.0, "positive"), ("Energy mJ", 1.0, "named by")):
+        with pytest.raises(InvalidMeasurementsError, match=message):
+            dataclasses.replace(rows[0], quantities={name: value})
+    path = tmp_path / "m.csv"
+    write_measurements(gap, path)
+    assert read_measurements(path) == gap
+    text = path.read_text().splitlines()
+    path.write_text("\n".join([f"{text[0]},note", *(f"{line},fine" for line in text[1:])]))
+    with pytest.raises(InvalidMeasurementsError, match="a column 'note'"):
+        read_measurements(path)
+    # What is appended keeps to the columns of the file, and a row that a kill tore is dropped.
+    write_measurements(rows[:3], path)
+    with path.open("a") as file:
+        file.write(text[4][:-1].rsplit(",", 1)[0])
+    append_measurement(rows[3], path)
+    append_measurement(_synthetic(5)[4], path)
+    assert read_measurements(path) == [*rows[:4], _synthetic(5)[4]]
+    write_measurements(_synthetic(2), path)
+    with pytest.raises(InvalidMeasurementsError, match="energy_mj"):
+        append_measurement(rows[0], path)
 
 
 def test_measurements_round_trip_and_survive_a_kill(tmp_path: Path) -> None:

@@ -168,6 +168,41 @@ def test_a_changed_model_file_is_refused(tracking: str, tmp_path: Path) -> None:
         mlflow.pyfunc.load_model(str(path))
 
 
+def test_fit_makes_predictors_of_every_column(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    networks = CPU_SPACE.sample(np.random.default_rng(0), n=50, image_size=256)
+    ms = np.array(reference_predictors("rpi4").predict_table(networks)["latency_ms"])
+    noise = np.random.default_rng(1).normal(1, 0.004, (2, len(ms)))
+    table = pd.DataFrame(
+        {
+            "architecture": [a.to_json() for a in networks],
+            "latency_ms": ms * noise[0],
+            "latency_source": "measured",
+            "latency_ms@second": 2 * ms * noise[1],
+        }
+    )
+    path = tmp_path / "m.csv"
+    table.to_csv(path, index=False)
+    assert main(["fit", "--measurements", str(path)]) == 0
+    assert "needs predictors of accuracy too" in capsys.readouterr().out
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    for label in ("latency", "latency_ms-at-second"):
+        assert 0 < run.data.metrics[f"predictor/{label}/cv_mape"] < 1
+        names = {Path(f.path).name for f in mlflow.MlflowClient().list_artifacts(run.info.run_id, f"predictor/{label}")}
+        assert {"summary.txt", "summary.csv", "coefficients.json", "residuals.png", "qq.png", "effects.png"} <= names
+    model = mlflow.pyfunc.load_model("models:/foxnas-predictors-rpi4/1")
+    predicted = model.predict(pd.DataFrame({"architecture": [networks[0].to_json()]}))
+    assert predicted["latency_ms@second_lower"][0] < 2 * ms[0] < predicted["latency_ms@second_upper"][0]
+    for column, cells, message in (("energy_mj", 5.0, "energy_mj must vary"), ("note", "fine", "a column 'note'")):
+        table.assign(**{column: cells}).to_csv(path, index=False)
+        assert main(["fit", "--measurements", str(path)]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if message in line]
+        assert "received" in line
+
+
 def test_fit_registers_predictors_that_search_uses(tracking: str, shared_data: Path, tmp_path: Path) -> None:
     import mlflow
 

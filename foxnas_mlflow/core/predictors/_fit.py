@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,14 +109,15 @@ def fit_predictors(
     provenance: Mapping[str, Any] | None = None,
     latency: PredictorSet | None = None,
 ) -> FitResult:
-    """Fit accuracy and latency predictors, and equation 2 beside them.
+    """Fit predictors of accuracy, latency and every further quantity that the rows have, and equation 2 beside them.
 
     Args:
-        measurements: Measured subnets; rows without a quantity are left out of its fit. Estimates
-            of a cost model never enter a fit of latency beside measurements.
+        measurements: Measured subnets; rows without an accuracy or a latency are left out of its fit. Estimates
+            of a cost model never enter a fit of latency beside measurements. A further quantity is in every row.
         space: Their search space.
         target: Name of the target.
-        formula: ``calibrated``, ``paper``, or ``auto``: the better one by cross-validated error.
+        formula: ``calibrated``, ``paper``, or ``auto``: the better one by cross-validated error. For further
+            quantities ``calibrated`` is ``auto`` too: the cost model of latency, if what they are adds up.
         ceiling: Ceiling of the accuracy in percent; found by likelihood when None.
         seed: Seed of the cross-validation folds.
         provenance: What to record of the rows' origin.
@@ -142,11 +143,10 @@ def fit_predictors(
     """
     chosen: dict[str, list[FitReport]] = {}
     result = FitResult(PredictorSet(target, space, (), ()), {})
-    quantities = ["accuracy", "latency_ms"]
-    if latency is not None and not has_measured_latency(measurements):
-        quantities.remove("latency_ms")
-    for quantity in quantities:
-        rows = [m for m in measurements if getattr(m, quantity) is not None]
+    for quantity in measured_quantities(measurements):
+        if quantity == "latency_ms" and latency is not None and not has_measured_latency(measurements):
+            continue
+        rows = [m for m in measurements if m.value(quantity) is not None]
         if quantity == "latency_ms" and has_measured_latency(rows):
             rows = [m for m in rows if m.latency_source != "cost_model"]
         check_rows(rows, quantity)
@@ -168,7 +168,7 @@ def fit_predictors(
             except FitError as error:
                 errors[family] = error
         name = formula
-        if formula == "auto":
+        if formula == "auto" or (formula == "calibrated" and quantity not in ("accuracy", "latency_ms")):
             name = min(reports, key=lambda n: _cv_rmse(reports[n]), default="calibrated")
         if name in errors:
             raise errors[name]
@@ -179,10 +179,37 @@ def fit_predictors(
             result.paper[quantity] = reports["paper"][0]
         elif "paper" in errors:
             result.refused[quantity] = str(errors["paper"])
+    if not result.reports:
+        raise InvalidMeasurementsError(
+            "measurements must have something to fit", received="estimates of a cost model alone"
+        )
     of = {quantity: tuple(r.predictor for r in reports) for quantity, reports in chosen.items()}
     known = () if latency is None else latency.latency
-    predictors = PredictorSet(target, space, of["accuracy"], of.get("latency_ms", known))
+    predictors = PredictorSet(target, space, of.pop("accuracy", ()), of.pop("latency_ms", known), of)
     return FitResult(predictors, result.reports, result.paper, result.refused)
+
+
+def measured_quantities(rows: Sequence[Measurement]) -> list[str]:
+    """What rows have measurements of: accuracy and latency first, then further quantities by name.
+
+    Raises:
+        InvalidMeasurementsError: If they have none, or a further quantity is missing in some of them.
+    """
+    further = sorted({name for row in rows for name in row.quantities})
+    for name in further:
+        missing = sum(name not in row.quantities for row in rows)
+        if missing:
+            raise InvalidMeasurementsError(
+                f"a column of measurements must have a value in every row, {name} too",
+                received=f"{missing} of {len(rows)} rows without one",
+                remedy="measure them, or remove the column or these rows",
+            )
+    known = [name for name in ("accuracy", "latency_ms") if any(row.value(name) is not None for row in rows)]
+    if not known + further:
+        raise InvalidMeasurementsError(
+            "measurements must have rows with accuracy, with latency_ms or with a further quantity", received="none"
+        )
+    return known + further
 
 
 def fit_family(
@@ -194,7 +221,7 @@ def fit_family(
 
     Args:
         family: A key of `FAMILIES`.
-        quantity: ``accuracy`` or ``latency_ms``.
+        quantity: ``accuracy``, ``latency_ms`` or a further quantity of the rows.
         rows: Measured subnets.
         space: Their search space.
         options: As `fit_formula`.
@@ -213,7 +240,9 @@ def fit_family(
         if fitted and recipe.non_negative:
             break
         try:
-            fitted.append([fit_formula(recipe, group, space, **options) for group in _groups(recipe, rows)])
+            fitted.append(
+                [fit_formula(recipe, group, space, quantity=quantity, **options) for group in _groups(recipe, rows)]
+            )
         except TooFewSamplesError as error:
             too_few = error
         except FitError:
@@ -243,6 +272,7 @@ def fit_formula(
     rows: Sequence[Measurement],
     space: SearchSpace,
     *,
+    quantity: str = "",
     ceiling: float | None = None,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
@@ -254,6 +284,7 @@ def fit_formula(
         formula: The formula.
         rows: Measured subnets.
         space: Their search space.
+        quantity: What to fit it to; empty: the formula's own quantity.
         ceiling: As `fit_predictors`.
         seed: Seed of the cross-validation folds.
         provenance: What to record of the rows' origin.
@@ -263,19 +294,20 @@ def fit_formula(
         TooFewSamplesError, RankDeficientError, FitError: As `fit_predictors`.
     """
     sm = import_or_raise("statsmodels.api", extra="fit", feature="fitting predictors")
-    all_x, y, sizes, all_columns = design_of(formula, rows, space)
+    quantity = quantity or formula.quantity
+    all_x, y, sizes, all_columns = design_of(formula, rows, space, quantity)
     kept = _usable_columns(formula, all_x, space, all_columns)
     x, columns = all_x[:, kept], tuple(all_columns[i] for i in kept)
     p = len(kept)
     if len(y) < p + spare_rows:
         raise TooFewSamplesError(
-            f"the {formula.name} formula of {formula.quantity} needs at least {p + spare_rows} rows "
+            f"the {formula.name} formula of {quantity} needs at least {p + spare_rows} rows "
             f"({p} coefficients and {spare_rows} more)",
             received=f"{len(y)} rows",
             remedy="measure more subnets" + (", or use the calibrated formula" if formula.name == "paper" else ""),
         )
     if np.ptp(y) == 0:
-        raise FitError(f"{formula.quantity} must vary over the rows", received=f"{y[0]:g} in all {len(y)}")
+        raise FitError(f"{quantity} must vary over the rows", received=f"{y[0]:g} in all {len(y)}")
     require_full_rank(x, columns)
     top = _ceiling(formula, x, y, ceiling)
     linear = y if top is None else -np.log(top - y)
@@ -298,7 +330,7 @@ def fit_formula(
     }
     predictor = LinearPredictor(
         formula=formula.name,
-        quantity=formula.quantity,
+        quantity=quantity,
         space=space,
         image_sizes=space.image_sizes if formula.any_size else sizes,
         fitted_sizes=sizes,
@@ -409,16 +441,16 @@ def _solve(formula: Formula, x: FloatArray, y: FloatArray) -> tuple[NDArray[np.i
 
 
 def design_of(
-    formula: Formula, rows: Sequence[Measurement], space: SearchSpace
+    formula: Formula, rows: Sequence[Measurement], space: SearchSpace, quantity: str = ""
 ) -> tuple[FloatArray, FloatArray, tuple[int, ...], tuple[str, ...]]:
-    """Design matrix (n, p), observed values (n,), image sizes, and column names of rows."""
+    """Design matrix (n, p), observed values (n,) of a quantity (the formula's own), image sizes, column names."""
     architectures = [m.architecture for m in rows]
-    y = np.array([getattr(m, formula.quantity) for m in rows], dtype=np.float64)
+    y = np.array([m.value(quantity or formula.quantity) for m in rows], dtype=np.float64)
     sizes = tuple(sorted({a.image_size for a in architectures}))
     return formula.design(space, architectures), y, sizes, formula.columns(space)
 
 
-def check_rows(rows: Sequence[Measurement], quantity: Literal["accuracy", "latency_ms"] | str) -> None:
+def check_rows(rows: Sequence[Measurement], quantity: str) -> None:
     """Refuse rows from which a quantity cannot be learned.
 
     Raises:
@@ -428,7 +460,9 @@ def check_rows(rows: Sequence[Measurement], quantity: Literal["accuracy", "laten
         raise InvalidMeasurementsError(f"measurements must have rows with {quantity}", received="none")
     seen: dict[Any, float] = {}
     for row in rows:
-        value = getattr(row, quantity)
+        value = row.value(quantity)
+        if value is None:
+            continue
         first = seen.setdefault(row.architecture, value)
         # Repeated measurements scatter; a tenth of the value or a point of accuracy is a mistake.
         tolerance = 1.0 if quantity == "accuracy" else 0.1 * first

@@ -469,5 +469,6 @@ def widest_formula(family: str, quantity: str, space: SearchSpace, n_sizes: int)
 
 def applicable_formulas(family: str, quantity: str, space: SearchSpace, n_sizes: int) -> list[Formula]:
     """The formulas of a family that say something of their own in a space, for rows of `n_sizes` image sizes."""
-    known = [FORMULAS[name, quantity] for name in FAMILIES[family] if (name, quantity) in FORMULAS]
+    kind = "accuracy" if quantity == "accuracy" else "latency_ms"
+    known = [FORMULAS[name, kind] for name in FAMILIES[family] if (name, kind) in FORMULAS]
     return [formula for formula in known if formula.applies(space, n_sizes)]
