@@ -6,7 +6,7 @@
 | ``fashion-mnist`` | 70,000 pictures of clothes, 28 x 28 grey, from Debian's dataset-fashion-mnist |
 | a folder          | IDX files; one folder a class; or ``train`` and ``val`` (and ``test``) with   |
 |                   | one folder a class each, under any usual name                                 |
-| a list            | CSV or JSON Lines with ``file``, ``label`` and perhaps ``split``              |
+| a list            | CSV or JSON Lines with ``file``, ``label``, perhaps ``split`` and ``group``   |
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
 from foxnas_mlflow.data._cache import Pixels, look_through
+from foxnas_mlflow.data._duplicates import duplicate_warnings, listed
 from foxnas_mlflow.data._look import FACTS
 from foxnas_mlflow.data._names import Names, Paths
 from foxnas_mlflow.data._sources import (
@@ -102,6 +104,7 @@ class FileImages:
         targets: Class indices (n,).
         facts: What is known of each name of the paths, `foxnas_mlflow.data._look.FACTS`.
         pixels: Decoded pixels by size, where they are kept.
+        groups: Group of each name of the paths, which a split keeps together; None: each is its own.
         channels: 3 for colour, 1 for grey.
         max_pixels: Largest width x height that is decoded.
     """
@@ -110,6 +113,7 @@ class FileImages:
     targets: NDArray[np.int64]
     facts: NDArray[Any]
     pixels: Mapping[int, Pixels] = field(default_factory=dict)
+    groups: NDArray[np.int64] | None = None
     channels: int = 3
     max_pixels: int = MAX_PIXELS
 
@@ -147,6 +151,7 @@ class ImageDataset:
         unreadable: Files that could not be read and were left out.
         test: Images held out from both, where the source has such a part.
         unread: How many files of each suffix are no pictures that are read here.
+        notes: What else a user should know of it.
     """
 
     source: str
@@ -159,6 +164,7 @@ class ImageDataset:
     unreadable: tuple[str, ...] = ()
     test: ImageSet | None = None
     unread: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def majority_share(self) -> float:
@@ -183,7 +189,15 @@ class ImageDataset:
             found.append(f"files that are not read: {listed}")
         if self.unreadable:
             found.append(f"{len(self.unreadable)} damaged files are left out: {', '.join(self.unreadable[:5])}")
-        return found
+        return found + list(self.notes) + self._duplicates()
+
+    def _duplicates(self) -> list[str]:
+        named = {"training": self.train, "validation": self.val, "test": self.test}
+        files = {part: images for part, images in named.items() if isinstance(images, FileImages) and len(images)}
+        if not files:
+            return []
+        parts = {part: (images.paths, images.targets, images.facts) for part, images in files.items()}
+        return duplicate_warnings(listed(parts, self.source))
 
     @property
     def n_classes(self) -> int:
@@ -276,7 +290,7 @@ def load_dataset(
     chosen = _assemble(
         source, dataset.labels, train, val, dataset.channels, dataset.digest, dataset.unreadable, split=None
     )
-    return dataclasses.replace(chosen, test=dataset.test, unread=dataset.unread)
+    return dataclasses.replace(chosen, test=dataset.test, unread=dataset.unread, notes=dataset.notes)
 
 
 @dataclass(frozen=True)
@@ -311,6 +325,48 @@ def stratified_split(
         chosen.append(members[:count])
     taken = np.sort(np.concatenate(chosen))
     return np.setdiff1d(np.arange(len(targets)), taken), taken
+
+
+def grouped_split(
+    targets: NDArray[np.int64], groups: NDArray[np.int64], fraction: float, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split indices by whole groups, so that about the same share of each class is taken.
+
+    A class stays in the rest whole where all its images are in one group, or in groups that other classes need there.
+
+    Args:
+        targets: Class of each image (n,).
+        groups: Its group (n,).
+        fraction: Share of each class that is taken.
+        rng: Draws the order in which groups are tried.
+
+    Returns:
+        Ascending indices of the rest and of the fraction.
+    """
+    total = np.bincount(targets)
+    wanted = np.maximum(np.round(fraction * total), 1)
+    taken = np.zeros(len(total), np.int64)
+    chosen = np.zeros(int(groups.max()) + 1, bool)
+    order = np.argsort(groups, kind="stable")
+    members = dict(zip(*_runs(groups[order], order), strict=True))
+    tried = rng.permutation(np.array(sorted(members)))
+    # The second time a class that has none yet takes what there is.
+    for needy in (False, True):
+        for group in map(int, tried):
+            labels, counts = np.unique(targets[members[group]], return_counts=True)
+            useful = np.minimum(counts, np.maximum(wanted[labels] - taken[labels], 0)).sum()
+            worth = (taken[labels] == 0).any() if needy else 2 * useful >= counts.sum()
+            if not chosen[group] and worth and (taken[labels] + counts < total[labels]).all():
+                chosen[group] = True
+                taken[labels] += counts
+    is_taken = chosen[groups]
+    return np.flatnonzero(~is_taken), np.flatnonzero(is_taken)
+
+
+def _runs(values: NDArray[np.int64], of: NDArray[np.int64]) -> tuple[list[int], list[NDArray[np.int64]]]:
+    """Distinct values of a sorted array, and what stands beside each."""
+    distinct, starts = np.unique(values, return_index=True)
+    return distinct.tolist(), np.split(of, starts[1:])
 
 
 def prepared_batches(
@@ -399,7 +455,7 @@ def _assemble(
                 "every class needs two readable images, one to train on and one to validate on",
                 received=labels[int(counts.argmin())],
             )
-        rest, taken = stratified_split(train.targets, split[0], np.random.default_rng([split[1], 0]))
+        rest, taken = _split(train, labels, split[0], np.random.default_rng([split[1], 0]))
         train, val = _subset(train, rest), _subset(train, taken)
     _check_classes(source, labels, train)
     if not len(val):
@@ -407,6 +463,23 @@ def _assemble(
     return ImageDataset(
         source, tuple(labels), train, val, channels, _normalization(train, channels), digest, tuple(unreadable)
     )
+
+
+def _split(
+    images: ImageSet, labels: Sequence[str], fraction: float, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """As `stratified_split`, but groups stay on one side."""
+    if not isinstance(images, FileImages) or images.groups is None:
+        return stratified_split(images.targets, fraction, rng)
+    rest, taken = grouped_split(images.targets, images.groups[images.paths.rows], fraction, rng)
+    for label in range(len(labels)):
+        if not (images.targets[taken] == label).any():
+            raise InvalidInputError(
+                "every class needs images in two groups or more, one to train on and one to validate on",
+                received=labels[label],
+                remedy="add images of another group, or a split column",
+            )
+    return rest, taken
 
 
 def _check_classes(source: str, labels: Sequence[str], train: ImageSet) -> None:
@@ -540,11 +613,23 @@ def _list(path: Path, source: str, reading: _Reading) -> ImageDataset:
         pictures = found.setdefault(part, Pictures(every.root))
         pictures.names.append(name)
         pictures.labels.append(label)
-    return _pictures(found, sorted(set(every.labels)), source, reading, listed=True)
+    for name, group in zip(every.parts, every.groups, strict=True) if every.groups else ():
+        found[name].groups.append(group)
+    dataset = _pictures(found, sorted(set(every.labels)), source, reading, is_list=True)
+    split = {part: set(pictures.groups) for part, pictures in found.items()}
+    return dataclasses.replace(dataset, notes=tuple(_straddling(split)))
+
+
+def _straddling(groups: Mapping[str, set[str]]) -> Iterator[str]:
+    """Warnings of groups that lie on both sides of a split."""
+    for one, other in itertools.combinations(groups, 2):
+        both = sorted(groups[one] & groups[other])
+        if both:
+            yield f"groups in both {one} and {other} images: {len(both)} ({', '.join(both[:3])})"
 
 
 def _pictures(
-    found: Mapping[str, Pictures], labels: list[str], source: str, reading: _Reading, *, listed: bool = False
+    found: Mapping[str, Pictures], labels: list[str], source: str, reading: _Reading, *, is_list: bool = False
 ) -> ImageDataset:
     """A data set of the pictures that are whole.
 
@@ -566,10 +651,11 @@ def _pictures(
         kept = np.flatnonzero(facts["whole"])
         for i in kept:
             fact = f"{pictures.names[int(i)]}:{n_bytes[i]}"
-            fact += f":{pictures.labels[i]}:{part}\n" if listed else "\n"
+            fact += f":{pictures.labels[i]}:{part}\n" if is_list else "\n"
             digest.update(fact.encode("utf-8", "surrogateescape"))
         targets = np.array([target[pictures.labels[i]] for i in kept], np.int64)
-        sets[part] = FileImages(paths.take(kept), targets, facts, pixels)
+        groups = np.unique(pictures.groups, return_inverse=True)[1] if pictures.groups else None
+        sets[part] = FileImages(paths.take(kept), targets, facts, pixels, groups)
     _check_unreadable(unreadable, n_listed, source)
     nothing = FileImages(Paths(Path(), Names()), np.empty(0, np.int64), np.empty(0, FACTS))
     dataset = _assemble(

@@ -60,6 +60,7 @@ class Pictures:
         names: One a picture.
         labels: Its class.
         parts: ``train``, ``val`` or ``test``; empty where the source does not say.
+        groups: The group that each belongs to; none where the source has no groups.
         unread: How many files of each suffix are not read.
     """
 
@@ -67,6 +68,7 @@ class Pictures:
     names: Names = field(default_factory=Names)
     labels: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
 
 
@@ -163,7 +165,7 @@ def _files(folder: Path, prefix: str) -> list[str]:
 
 
 def pictures_of_list(path: Path) -> Pictures:
-    """The pictures of a CSV or JSON Lines list with the columns ``file`` and ``label``, and perhaps ``split``.
+    """The pictures of a CSV or JSON Lines list with the columns ``file``, ``label``, perhaps ``split`` and ``group``.
 
     Files are relative to the list.
 
@@ -184,6 +186,10 @@ def pictures_of_list(path: Path) -> Pictures:
         found.names.append(str(row["file"]))
         found.labels.append(sys.intern(str(row["label"])))
         found.parts.append(PARTS.get(part, ""))
+        if (group := row.get("group")) not in (None, ""):
+            found.groups.append(sys.intern(str(group)))
+    if found.groups and len(found.groups) < len(found.names):
+        raise InvalidInputError("every line of a list has a group, or none has", received=path.name)
     if any(found.parts) and not all(found.parts):
         raise InvalidInputError("every line of a list has a split, or none has", received=path.name)
     if "val" not in found.parts:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.data import load_dataset, stratified_split
+from foxnas_mlflow.data._datasets import grouped_split
 
 image = pytest.importorskip("PIL.Image")
 
@@ -192,7 +196,7 @@ def test_all_formats_are_trained_on(tmp_path: Path) -> None:
 
 def test_a_class_of_two_is_enough_and_rare_classes_are_named(tmp_path: Path) -> None:
     write_images(tmp_path / "many", 50)
-    write_images(tmp_path / "two", 2)
+    write_images(tmp_path / "two", 2, seed=1)
     dataset = load_dataset(str(tmp_path))
     assert np.bincount(dataset.val.targets).tolist() == [10, 1]
     assert dataset.majority_share == 10 / 11
@@ -240,6 +244,71 @@ def test_a_list_with_other_labels_is_other_data(tmp_path: Path) -> None:
         path.write_text("file,label\n" + "".join(f"all/{i}.png,{labels[i % 2]}\n" for i in range(12)), encoding="utf-8")
         digests.add(load_dataset(str(path)).digest)
     assert len(digests) == 2
+
+
+def photo(seed: int) -> Any:
+    """A picture with large shapes, as photos have them."""
+    low = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    return image.fromarray(low).resize((90, 70), 3)
+
+
+def test_pictures_that_are_there_twice_are_named(tmp_path: Path) -> None:
+    import shutil
+
+    for seed, (part, name) in enumerate(itertools.product(("train", "val"), ("cat", "dog"))):
+        folder = tmp_path / part / name
+        folder.mkdir(parents=True)
+        for i in range(12):
+            photo(100 * seed + i).save(folder / f"{i}.png")
+    assert load_dataset(str(tmp_path)).warnings() == []
+    shutil.copy(tmp_path / "train/cat/1.png", tmp_path / "train/dog/copy.png")
+    shutil.copy(tmp_path / "train/cat/2.png", tmp_path / "val/cat/copy.png")
+    # The same photo, smaller and compressed.
+    photo(3).resize((60, 50)).save(tmp_path / "val/cat/near.jpg", quality=80)
+    photo(104).save(tmp_path / "train/cat/near.jpg", quality=70)
+    # A picture of one colour looks like any other of one colour.
+    image.new("RGB", (50, 50), "white").save(tmp_path / "train/cat/white.png")
+    image.new("RGB", (50, 50), "black").save(tmp_path / "val/dog/black.png")
+    assert load_dataset(str(tmp_path)).warnings() == [
+        "identical pictures of different classes: 1 (train/cat/1.png = train/dog/copy.png)",
+        "identical pictures in both training and validation images: 1 (train/cat/2.png = val/cat/copy.png)",
+        "nearly identical pictures of different classes: 1 (train/cat/near.jpg = train/dog/4.png)",
+        "nearly identical pictures in both training and validation images: 1 (train/cat/3.png = val/cat/near.jpg)",
+    ]
+
+
+def test_a_group_stays_on_one_side_of_a_split(rng: np.random.Generator) -> None:
+    groups = rng.integers(0, 80, 1000)
+    targets = (groups % 3 + (rng.random(1000) < 0.1)) % 3
+    rest, taken = grouped_split(targets, groups, 0.2, rng)
+    assert sorted([*rest, *taken]) == list(range(1000))
+    assert not set(groups[rest]) & set(groups[taken])
+    np.testing.assert_allclose(np.bincount(targets[taken]) / np.bincount(targets), 0.2, atol=0.07)
+    # Groups of one are a split by class.
+    alone = grouped_split(targets, np.arange(1000), 0.2, rng)[1]
+    np.testing.assert_allclose(np.bincount(targets[alone]) / np.bincount(targets), 0.2, atol=0.01)
+
+
+def test_a_list_with_groups(tmp_path: Path) -> None:
+    write_images(tmp_path / "all", 40)
+    path = tmp_path / "list.csv"
+
+    def write(row: Callable[[int], str], header: str = "file,label,group") -> None:
+        path.write_text("\n".join([header, *(f"all/{i}.png,{'ab'[i % 2]},{row(i)}" for i in range(40))]))
+
+    write(lambda i: f"person{i // 4}")
+    dataset = load_dataset(str(path))
+    sides = [{int(p.stem) // 4 for p in images.paths} for images in (dataset.train, dataset.val)]  # type: ignore[attr-defined]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) == 2
+    write(lambda i: f"person{i % 2}")
+    with pytest.raises(InvalidInputError, match=r"images in two groups or more.*received a"):
+        load_dataset(str(path))
+    write(lambda i: "" if i == 7 else "one")
+    with pytest.raises(InvalidInputError, match="every line of a list has a group, or none has"):
+        load_dataset(str(path))
+    write(lambda i: f"p{i // 10},{'train' if i < 25 else 'val'}", "file,label,group,split")
+    assert "groups in both train and val images: 1 (p2)" in load_dataset(str(path)).warnings()
 
 
 @pytest.mark.train
