@@ -110,6 +110,26 @@ def test_coefficients_are_least_squares(fit: FitResult, rows: list[Measurement])
     np.testing.assert_allclose(got.upper - mean, mean - got.lower, rtol=1e-6)
 
 
+def test_variance_inflation_is_that_of_a_regression_on_the_other_columns(
+    fit: FitResult, rows: list[Measurement]
+) -> None:
+    from statsmodels.stats.outliers_influence import variance_inflation_factor
+
+    report = fit.paper["latency_ms"]
+    x = get_formula("paper", "latency_ms").design(CPU_SPACE, [m.architecture for m in rows])
+    expected = [variance_inflation_factor(x, i) for i in range(x.shape[1] - 1)]
+    np.testing.assert_allclose([row["vif"] for row in report.table[:-1]], expected, rtol=1e-6)
+
+
+def test_a_space_that_varies_nothing_is_described_by_its_constant() -> None:
+    space = CPU_SPACE.replace(expansions=(4,), kernels=(5,), depths=(2,))
+    for name in ("calibrated", "compact", "capacity"):
+        formula = get_formula(name, "accuracy")
+        design = formula.design(space, [space.smallest(256)])
+        assert set(formula.columns(space)) <= {"log_size", "log_size_squared", "const"}
+        assert design.shape == (1, len(formula.columns(space)))
+
+
 def test_the_packaged_reference_is_what_its_command_builds(shared_data: Path) -> None:
     built = build_reference(
         shared_data / "foxnas_rpi4_cpu256.csv", shared_data / "foxnas_rpi4_cpu192_coefficients.json"

@@ -142,51 +142,61 @@ def fit_predictors(
         True
     """
     chosen: dict[str, list[FitReport]] = {}
-    result = FitResult(PredictorSet(target, space, (), ()), {})
+    paper: dict[str, FitReport] = {}
+    refused: dict[str, str] = {}
     for quantity in measured_quantities(measurements):
         if quantity == "latency_ms" and latency is not None and not has_measured_latency(measurements):
             continue
-        rows = [m for m in measurements if m.value(quantity) is not None]
-        if quantity == "latency_ms" and has_measured_latency(rows):
-            rows = [m for m in rows if m.latency_source != "cost_model"]
-        check_rows(rows, quantity)
-        origin = dict(provenance or {}) | {
-            "digest": measurements_digest(rows),
-            "n_rows": len(rows),
-            "latency_sources": sorted({m.latency_source for m in rows if m.latency_source}),
-            "devices": sorted({m.device for m in rows if m.device}),
-            "fitted_with": f"foxnas-mlflow {__version__}",
-            "fitted_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        }
-        reports: dict[str, list[FitReport]] = {}
+        rows = _rows_of(quantity, measurements)
+        origin = dict(provenance or {}) | _origin(rows)
+        fits: dict[str, list[FitReport]] = {}
         errors: dict[str, FitError] = {}
         for family in FAMILIES:
             try:
-                reports[family] = fit_family(
-                    family, quantity, rows, space, ceiling=ceiling, seed=seed, provenance=origin
-                )
+                fits[family] = fit_family(family, quantity, rows, space, ceiling=ceiling, seed=seed, provenance=origin)
             except FitError as error:
                 errors[family] = error
         name = formula
         if formula == "auto" or (formula == "calibrated" and quantity not in ("accuracy", "latency_ms")):
-            name = min(reports, key=lambda n: _cv_rmse(reports[n]), default="calibrated")
+            name = min(fits, key=lambda n: _cv_rmse(fits[n]), default="calibrated")
         if name in errors:
             raise errors[name]
         get_formula(name, quantity)
-        chosen[quantity] = reports[name]
-        result.reports[quantity] = reports[name][0]
-        if "paper" in reports:
-            result.paper[quantity] = reports["paper"][0]
+        chosen[quantity] = fits[name]
+        if "paper" in fits:
+            paper[quantity] = fits["paper"][0]
         elif "paper" in errors:
-            result.refused[quantity] = str(errors["paper"])
-    if not result.reports:
+            refused[quantity] = str(errors["paper"])
+    if not chosen:
         raise InvalidMeasurementsError(
             "measurements must have something to fit", received="estimates of a cost model alone"
         )
-    of = {quantity: tuple(r.predictor for r in reports) for quantity, reports in chosen.items()}
+    reports = {quantity: fitted[0] for quantity, fitted in chosen.items()}
+    of = {quantity: tuple(r.predictor for r in fitted) for quantity, fitted in chosen.items()}
     known = () if latency is None else latency.latency
     predictors = PredictorSet(target, space, of.pop("accuracy", ()), of.pop("latency_ms", known), of)
-    return FitResult(predictors, result.reports, result.paper, result.refused)
+    return FitResult(predictors, reports, paper, refused)
+
+
+def _rows_of(quantity: str, measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The rows that a quantity is fitted to; estimates of a cost model only where no latency is measured."""
+    rows = [m for m in measurements if m.value(quantity) is not None]
+    if quantity == "latency_ms" and has_measured_latency(rows):
+        rows = [m for m in rows if m.latency_source != "cost_model"]
+    check_rows(rows, quantity)
+    return rows
+
+
+def _origin(rows: Sequence[Measurement]) -> dict[str, Any]:
+    """What a predictor records of the rows that it was fitted to."""
+    return {
+        "digest": measurements_digest(rows),
+        "n_rows": len(rows),
+        "latency_sources": sorted({m.latency_source for m in rows if m.latency_source}),
+        "devices": sorted({m.device for m in rows if m.device}),
+        "fitted_with": f"foxnas-mlflow {__version__}",
+        "fitted_on": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
 
 
 def measured_quantities(rows: Sequence[Measurement]) -> list[str]:
@@ -563,7 +573,10 @@ def _frame(x: FloatArray, columns: Sequence[str]) -> Any:
 
 
 def _vif(x: FloatArray) -> FloatArray:
-    """Variance inflation of each column: the diagonal of the inverse correlation matrix."""
+    """Variance inflation of each column: the diagonal of the inverse correlation matrix.
+
+    The figures of statsmodels' `variance_inflation_factor`, which fits a regression a column, by one inversion.
+    """
     varying = x[:, :-1]
     inverse = np.linalg.pinv(np.corrcoef(varying, rowvar=False).reshape(varying.shape[1], -1))
     return np.append(np.diag(inverse), np.nan)

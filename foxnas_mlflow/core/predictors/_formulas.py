@@ -14,9 +14,11 @@ what makes the exact search possible (docs/METHOD.md).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -95,83 +97,169 @@ class Formula(ABC):
             x[rows] += self.constant(space, int(size))
             for j in range(space.n_stages):
                 columns, values = self.stage(space, j, kinds[rows, j], int(size))
-                x[np.ix_(rows, np.array(columns))] += values
+                x[np.ix_(rows, np.array(columns, dtype=np.int64))] += values
         return x
 
 
-def _blocks(space: SearchSpace, kinds: KindArray) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
-    """Expansion, kernel and presence of blocks, each of the shape of `kinds`."""
-    present = kinds >= 0
-    table = np.array([(block.expansion, block.kernel) for block in space.kinds], dtype=np.float64)
-    values = table[np.where(present, kinds, 0)]
-    return values[..., 0], values[..., 1], present
+class _Blocks:
+    """The blocks of n options of a stage: what terms are made of, each computed once."""
+
+    def __init__(self, space: SearchSpace, kinds: KindArray) -> None:
+        self.present = kinds >= 0
+        table = np.array([(block.expansion, block.kernel) for block in space.kinds], dtype=np.float64)
+        values = table[np.where(self.present, kinds, 0)]
+        self.e, self.k = values[..., 0], values[..., 1]
+        self.log_e, self.log_k = np.log(self.e), np.log(self.k)
+        self.rest = self.present[:, 1:]
+        self.n_rest = np.maximum(self.rest.sum(axis=1), 1)
+        self.depth = self.present.sum(axis=1).astype(np.float64)
+        self.full = self.depth == space.max_depth
+
+    def identity_sum(self, values: FloatArray) -> FloatArray:
+        """Sum over the identity blocks, which come after the first."""
+        total: FloatArray = (values[:, 1:] * self.rest).sum(axis=1)
+        return total
+
+    def identity_mean(self, values: FloatArray) -> FloatArray:
+        """Mean over the identity blocks; 0 where there are none."""
+        mean: FloatArray = self.identity_sum(values) / self.n_rest
+        return mean
+
+    def sum(self, values: FloatArray) -> FloatArray:
+        """Sum over all blocks."""
+        total: FloatArray = (values * self.present).sum(axis=1)
+        return total
 
 
-class _Paper(Formula):
-    """Equation 2 of the paper: depth, averages, first block, totals and interactions, per stage."""
+_TERMS: Mapping[str, Callable[[_Blocks], FloatArray]] = {
+    "D": lambda b: b.depth,
+    "E_avg": lambda b: b.identity_mean(b.e),
+    "K_avg": lambda b: b.identity_mean(b.k),
+    "E_first": lambda b: b.e[:, 0],
+    "K_first": lambda b: b.k[:, 0],
+    "E_total": lambda b: b.identity_sum(b.e),
+    "E_total:D": lambda b: b.identity_sum(b.e) * b.depth,
+    "E_avg:D": lambda b: b.identity_mean(b.e) * b.depth,
+    "K_avg:D": lambda b: b.identity_mean(b.k) * b.depth,
+    "sum_log_E": lambda b: b.identity_sum(b.log_e),
+    "log_E_first": lambda b: b.log_e[:, 0],
+    "log_E_total": lambda b: np.log(np.maximum(b.identity_sum(b.e), 1.0)),
+    "full_depth": lambda b: np.where(b.full, 1.0, 0.0),
+    "sum_log_K": lambda b: b.identity_sum(b.log_k),
+    "log_K_first": lambda b: b.log_k[:, 0],
+    "all_log_E": lambda b: b.sum(b.log_e),
+    "all_log_K": lambda b: b.sum(b.log_k),
+}
+"""What a stage's blocks can be described by: n options to n numbers."""
 
-    name = "paper"
-    per_stage: tuple[str, ...]
-
-    def columns(self, space: SearchSpace) -> tuple[str, ...]:
-        return (*(f"{term}_{s.width}" for s in space.stages for term in self.per_stage), "const")
-
-    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
-        e, k, present = _blocks(space, kinds)
-        rest = present[:, 1:]
-        n_rest = np.maximum(rest.sum(axis=1), 1)
-        depth = present.sum(axis=1).astype(np.float64)
-        e_total = (e[:, 1:] * rest).sum(axis=1)
-        e_avg, k_avg = e_total / n_rest, (k[:, 1:] * rest).sum(axis=1) / n_rest
-        values = {
-            "D": depth,
-            "E_avg": e_avg,
-            "K_avg": k_avg,
-            "E_first": e[:, 0],
-            "K_first": k[:, 0],
-            "E_total": e_total,
-            "E_total:D": e_total * depth,
-            "E_avg:D": e_avg * depth,
-            "K_avg:D": k_avg * depth,
-        }
-        q = len(self.per_stage)
-        return list(range(stage * q, (stage + 1) * q)), np.stack([values[t] for t in self.per_stage], axis=1)
+_SIZE_TERMS = ("log_size", "log_size_squared", "log_size_cubed")
 
 
-class PaperAccuracy(_Paper):
-    """Equation 2 for accuracy: 8 terms a stage and a constant (41 coefficients for m = 5)."""
+def _varies(term: str, space: SearchSpace) -> bool:
+    """Whether a term has more than one value in a space."""
+    if "E" in term:
+        return len(space.expansions) > 1
+    if "K" in term:
+        return len(space.kernels) > 1
+    # With two depths the one is the other plus a constant.
+    return len(space.depths) > (2 if term == "full_depth" else 1)
 
-    quantity: Quantity = "accuracy"
-    per_stage = ("D", "E_avg", "K_avg", "E_first", "K_first", "E_total", "E_total:D", "K_avg:D")
 
+@dataclass(frozen=True)
+class BlockFormula(Formula):
+    """A formula of terms of a stage's blocks: keys of `_TERMS`.
 
-class PaperLatency(_Paper):
-    """Equation 2 for latency as the authors published it: E_avg * D in place of the two totals.
-
-    E_total = E_avg * (D - 1), so E_total and E_total * D of equation 2 add nothing linear beside
-    E_avg and E_avg * D except curvature, which latency lacks (36 coefficients for m = 5).
+    Attributes:
+        own: Terms with one coefficient a stage.
+        shared: Terms with one coefficient for all stages.
+        everywhere: Whether terms stay that do not vary in a space; a fit then needs a space that varies all.
+        size_powers: Powers of the log of the image size that shift the linear scale.
+        by_size: Whether the coefficients of `shared` change with the log of the image size.
+        several_sizes: Whether it needs rows of several image sizes.
     """
 
-    quantity: Quantity = "latency_ms"
-    per_stage = ("D", "E_avg", "K_avg", "E_first", "K_first", "E_avg:D", "K_avg:D")
+    name: str
+    quantity: Quantity
+    own: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    link: Literal["identity", "ceiling"] = "identity"
+    pooled: bool = False
+    optional: tuple[str, ...] = ()
+    everywhere: bool = False
+    size_powers: int = 0
+    by_size: bool = False
+    several_sizes: bool = False
+
+    def applies(self, space: SearchSpace, n_sizes: int) -> bool:
+        return (n_sizes > 1 or not self.several_sizes) and (bool(self._kept(space)[1]) or not self.by_size)
+
+    def columns(self, space: SearchSpace) -> tuple[str, ...]:
+        own, shared = self._kept(space)
+        by_size = tuple(f"{term}:log_size" for term in shared) if self.by_size else ()
+        of_stages = (f"{term}_{s.width}" for s in space.stages for term in own)
+        return (*of_stages, *shared, *by_size, *_SIZE_TERMS[: self.size_powers], "const")
+
+    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
+        own, shared = self._kept(space)
+        blocks = _Blocks(space, kinds)
+        q, start = len(own), space.n_stages * len(own)
+        columns = [*range(stage * q, (stage + 1) * q), *range(start, start + len(shared))]
+        values = np.empty((len(kinds), len(columns)))
+        for i, term in enumerate((*own, *shared)):
+            values[:, i] = _TERMS[term](blocks)
+        if self.by_size:
+            columns += range(start + len(shared), start + 2 * len(shared))
+            values = np.concatenate([values, values[:, q:] * _log_size(space, image_size)], axis=1)
+        return columns, values
+
+    def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
+        log_size = _log_size(space, image_size)
+        outside = [*(log_size**power for power in range(1, self.size_powers + 1)), 1.0]
+        of_blocks = len(self.columns(space)) - len(outside)
+        return np.concatenate([np.zeros(of_blocks), outside])
+
+    def _kept(self, space: SearchSpace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The terms of `own` and of `shared` that a space has."""
+        own, shared = (
+            tuple(t for t in terms if self.everywhere or _varies(t, space)) for terms in (self.own, self.shared)
+        )
+        return own, shared
 
 
-class _CostModel(Formula):
+def _log_size(space: SearchSpace, image_size: int) -> float:
+    """0 at the largest size, so that other coefficients are that size's."""
+    return float(np.log(image_size / space.image_sizes[-1]))
+
+
+@dataclass(frozen=True)
+class CostFormula(Formula):
     """Latency as a sum over terms of a price times an amount, and a constant.
 
     The amounts are sums over all layers, so one fit predicts any network made of the same layers.
+
+    Attributes:
+        terms: Names of the amounts.
+        amounts: Layers to the sums of `terms` over them, shape (n_terms,).
+        fast_taps: The formula applies to spaces with larger depthwise kernels (taps) alone.
+        streamed: Index of a term that only counts beyond the on-chip memory (`_streamed_chord`), or None.
     """
 
-    quantity: Quantity = "latency_ms"
+    name: str
+    terms: tuple[str, ...]
+    amounts: Callable[[Sequence[Layer]], FloatArray]
+    optional: tuple[str, ...] = ()
+    fast_taps: int = 0
+    streamed: int | None = None
+
+    # No fields: every cost formula is fitted so.
+    quantity = "latency_ms"
     relative = True
     any_size = True
     pooled = True
     non_negative = True
-    terms: tuple[str, ...]
 
-    @abstractmethod
-    def amounts(self, layers: Iterable[Layer]) -> FloatArray:
-        """The layers' sums of `terms`, shape (n_terms,)."""
+    def applies(self, space: SearchSpace, n_sizes: int) -> bool:
+        return space.kernels[-1] ** 2 > self.fast_taps
 
     def columns(self, space: SearchSpace) -> tuple[str, ...]:
         return (*self.terms, "const")
@@ -183,72 +271,17 @@ class _CostModel(Formula):
         values = table[0, safe[:, 0]] * present[:, :1]
         for i in range(1, kinds.shape[1]):
             values += table[1, safe[:, i]] * present[:, i : i + 1]
+        if self.streamed is not None:
+            values[:, self.streamed] *= _streamed_chord(space)[0]
         return list(range(len(self.terms))), values
 
     def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
         fixed = [unit for units in (stem_units, tail_units) for unit in units(space, image_size)]
-        return np.append(self.amounts(layer for unit in fixed for layer in unit.layers), 1.0)
-
-
-class CalibratedLatency(_CostModel):
-    """A CPU's cost model: milliseconds = sum over `COST_TERMS` of a price times an amount, and a constant.
-
-    Deviation from the paper: physical amounts of the whole network in place of 35 architecture
-    parameters, fitted by least squares on relative errors. It predicts any network made of the
-    same layers at any image size. Amounts are in millions, so prices read as ms per million.
-    """
-
-    name = "calibrated"
-    terms = COST_TERMS
-
-    def amounts(self, layers: Iterable[Layer]) -> FloatArray:
-        return cost_terms(layers) / 1e6
-
-
-class WideCalibratedLatency(CalibratedLatency):
-    """The CPU's cost model with a price of its own for depthwise kernels beyond `FAST_TAPS` taps.
-
-    A runtime without a fast kernel for them (LiteRT 2.3 on x86 takes 50 times as long for 7x7 as for
-    5x5) cannot be priced by one `dw`. The authors' runtime of 2021 could.
-    """
-
-    name = "calibrated-wide"
-    terms = (*COST_TERMS, "dw_wide")
-    optional = ("dw_wide",)
-
-    def amounts(self, layers: Iterable[Layer]) -> FloatArray:
-        layers = list(layers)
-        return np.append(super().amounts(layers), wide_depthwise_macs(layers) / 1e6)
-
-    def applies(self, space: SearchSpace, n_sizes: int) -> bool:
-        return space.kernels[-1] ** 2 > FAST_TAPS
-
-
-class EdgeTpuLatency(_CostModel):
-    """The Edge TPU's cost model: array, depthwise convolutions, link and a constant (`core.edgetpu`).
-
-    The weights beyond the on-chip memory, ``s(P) = max(0, P - cache)`` with P a sum over stages, are
-    not a sum over stages. s is convex, so on the space's range [P_min, P_max] it lies under its
-    chord, which is linear in P: the chord takes its place. It is exact where no network of the
-    space exceeds the memory (both built-in spaces) or all do, and an upper bound between: no
-    network is promised faster than it is.
-    """
-
-    name = "edgetpu"
-    terms = EDGETPU_TERMS
-
-    def amounts(self, layers: Iterable[Layer]) -> FloatArray:
-        return edgetpu_terms(layers)
-
-    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
-        columns, values = super().stage(space, stage, kinds, image_size)
-        values[:, _LINK] *= _streamed_chord(space)[0]
-        return columns, values
-
-    def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
-        slope, offset = _streamed_chord(space)
-        values = super().constant(space, image_size)
-        values[_LINK] = slope * values[_LINK] + offset + (space.in_channels * image_size**2 + space.n_classes) / 1e6
+        values = np.append(self.amounts([layer for unit in fixed for layer in unit.layers]), 1.0)
+        if self.streamed is not None:
+            slope, offset = _streamed_chord(space)
+            image = (space.in_channels * image_size**2 + space.n_classes) / 1e6
+            values[self.streamed] = slope * values[self.streamed] + offset + image
         return values
 
 
@@ -258,6 +291,12 @@ _LINK = EDGETPU_TERMS.index("link")
 @functools.lru_cache(maxsize=64)
 def _streamed_chord(space: SearchSpace) -> tuple[float, float]:
     """Slope and offset (MB) of the chord of ``max(0, P - cache)`` over the space's weights P in MB.
+
+    The weights beyond the on-chip memory, ``s(P) = max(0, P - cache)`` with P a sum over stages, are
+    not a sum over stages. s is convex, so on the space's range [P_min, P_max] it lies under its
+    chord, which is linear in P: the chord takes its place. It is exact where no network of the
+    space exceeds the memory (both built-in spaces) or all do, and an upper bound between: no
+    network is promised faster than it is.
 
     Weights grow with depth, expansion ratio and kernel size and do not depend on the image size.
     """
@@ -273,159 +312,121 @@ def _streamed_chord(space: SearchSpace) -> tuple[float, float]:
     return slope, start - slope * least
 
 
-class CalibratedAccuracy(Formula):
-    """A capacity model with saturation: linear in logarithms, under a ceiling.
+@functools.lru_cache(maxsize=256)
+def _block_amounts(model: CostFormula, space: SearchSpace, stage: int, image_size: int) -> FloatArray:
+    """A cost formula's amounts of every block kind of a stage: shape (2, n_kinds, n_terms).
 
-    Deviation from the paper: z = -log(ceiling - accuracy) is linear in, for each stage, the depth,
-    the sum of log e over identity blocks, log e of the first block and the log of the identity
-    blocks' total expansion; and, the same in every stage, in the number of stages at full depth,
-    the sum of log k over identity blocks and over first blocks. 24 coefficients in the CPU space.
+    Row 0 is the stage's first block, row 1 an identity block.
     """
-
-    name = "calibrated"
-    quantity: Quantity = "accuracy"
-    link = "ceiling"
-
-    def _terms(self, space: SearchSpace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Terms with one coefficient a stage, and terms with one for all; none that cannot vary."""
-        own: tuple[str, ...] = ("D",) if len(space.depths) > 1 else ()
-        own += ("sum_log_E", "log_E_first", "log_E_total") if len(space.expansions) > 1 else ()
-        shared: tuple[str, ...] = ("full_depth",) if len(space.depths) > 2 else ()
-        shared += ("sum_log_K", "log_K_first") if len(space.kernels) > 1 else ()
-        return own, shared
-
-    def columns(self, space: SearchSpace) -> tuple[str, ...]:
-        own, shared = self._terms(space)
-        return (*(f"{term}_{s.width}" for s in space.stages for term in own), *shared, "const")
-
-    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
-        e, k, present = _blocks(space, kinds)
-        rest = present[:, 1:]
-        depth = present.sum(axis=1)
-        log_e, log_k = np.log(e), np.log(k)
-        values = {
-            "D": depth.astype(np.float64),
-            "sum_log_E": (log_e[:, 1:] * rest).sum(axis=1),
-            "log_E_first": log_e[:, 0],
-            "log_E_total": np.log(np.maximum((e[:, 1:] * rest).sum(axis=1), 1.0)),
-            "full_depth": np.where(depth == space.max_depth, 1.0, 0.0),
-            "sum_log_K": (log_k[:, 1:] * rest).sum(axis=1),
-            "log_K_first": log_k[:, 0],
-            "all_log_E": (log_e * present).sum(axis=1),
-            "all_log_K": (log_k * present).sum(axis=1),
-        }
-        own, shared = self._terms(space)
-        q, start = len(own), space.n_stages * len(own)
-        indices = [*range(stage * q, (stage + 1) * q), *range(start, start + len(shared))]
-        return indices, np.stack([values[term] for term in (*own, *shared)], axis=1)
-
-
-class PooledAccuracy(CalibratedAccuracy):
-    """The calibrated formula for rows of several image sizes together: the size shifts z.
-
-    Deviation from the paper, which fits a predictor a size: there a size needs as many rows as it
-    has coefficients, here two more coefficients serve all sizes.
-    """
-
-    name = "calibrated-sizes"
-    pooled = True
-    optional: tuple[str, ...] = ("log_size_squared",)
-
-    def applies(self, space: SearchSpace, n_sizes: int) -> bool:
-        return n_sizes > 1
-
-    def columns(self, space: SearchSpace) -> tuple[str, ...]:
-        return (*super().columns(space)[:-1], "log_size", "log_size_squared", "const")
-
-    def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
-        values = super().constant(space, image_size)
-        log_size = _log_size(space, image_size)
-        values[-3:-1] = log_size, log_size**2
-        return values
-
-
-class CompactAccuracy(PooledAccuracy):
-    """The same with expansion ratios that count alike in every stage, for few rows.
-
-    12 coefficients in the CPU space, one of them optional.
-    """
-
-    name = "compact"
-    optional = ("log_size", "log_size_squared")
-
-    def applies(self, space: SearchSpace, n_sizes: int) -> bool:
-        return True
-
-    def _terms(self, space: SearchSpace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        own: tuple[str, ...] = ("D",) if len(space.depths) > 1 else ()
-        shared: tuple[str, ...] = ("sum_log_E", "log_E_first") if len(space.expansions) > 1 else ()
-        shared += ("sum_log_K", "log_K_first") if len(space.kernels) > 1 else ()
-        return own, shared
-
-
-class CapacityAccuracy(CompactAccuracy):
-    """The network's blocks, their expansion ratios and kernel sizes, wherever they are: for the fewest rows.
-
-    What noise leaves of a small sample, or of a supernet whose subnets hardly differ. 6 coefficients.
-    """
-
-    name = "capacity"
-
-    def _terms(self, space: SearchSpace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        shared: tuple[str, ...] = ("D",) if len(space.depths) > 1 else ()
-        shared += ("all_log_E",) if len(space.expansions) > 1 else ()
-        shared += ("all_log_K",) if len(space.kernels) > 1 else ()
-        return (), shared
-
-
-class CapacityOfSizes(CapacityAccuracy):
-    """The same with prices of capacity that change with the image size: large images have more to show.
-
-    9 coefficients, and a tenth for a size's own part where the rows have four sizes.
-    """
-
-    name = "capacity-sizes"
-    optional = ("log_size_squared", "log_size_cubed")
-
-    def applies(self, space: SearchSpace, n_sizes: int) -> bool:
-        return n_sizes > 1 and len(self._terms(space)[1]) > 0
-
-    def columns(self, space: SearchSpace) -> tuple[str, ...]:
-        terms = self._terms(space)[1]
-        sizes = ("log_size", "log_size_squared", "log_size_cubed")
-        return (*terms, *(f"{term}:log_size" for term in terms), *sizes, "const")
-
-    def stage(self, space: SearchSpace, stage: int, kinds: KindArray, image_size: int) -> tuple[list[int], FloatArray]:
-        columns, values = super().stage(space, stage, kinds, image_size)
-        shifted = [len(columns) + column for column in columns]
-        return columns + shifted, np.concatenate([values, values * _log_size(space, image_size)], axis=1)
-
-    def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
-        values = Formula.constant(self, space, image_size)
-        values[-4:-1] = _log_size(space, image_size) ** np.arange(1, 4)
-        return values
-
-
-def _log_size(space: SearchSpace, image_size: int) -> float:
-    """0 at the largest size, so that other coefficients are that size's."""
-    return float(np.log(image_size / space.image_sizes[-1]))
-
-
-FORMULAS: Mapping[tuple[str, str], Formula] = {
-    (formula.name, formula.quantity): formula
-    for formula in (
-        PaperAccuracy(),
-        PaperLatency(),
-        CalibratedAccuracy(),
-        PooledAccuracy(),
-        CompactAccuracy(),
-        CapacityAccuracy(),
-        CapacityOfSizes(),
-        CalibratedLatency(),
-        WideCalibratedLatency(),
-        EdgeTpuLatency(),
+    sizes = space.stage_input_sizes(image_size)
+    return np.array(
+        [
+            [model.amounts(stage_unit(space, stage, position, block, sizes).layers) for block in space.kinds]
+            for position in (0, 1)
+        ]
     )
-}
+
+
+def _cpu_amounts(layers: Sequence[Layer]) -> FloatArray:
+    return cost_terms(layers) / 1e6
+
+
+def _cpu_amounts_wide(layers: Sequence[Layer]) -> FloatArray:
+    return np.append(_cpu_amounts(layers), wide_depthwise_macs(layers) / 1e6)
+
+
+_ACCURACY_OF_SIZES = BlockFormula(
+    "calibrated-sizes",
+    "accuracy",
+    own=("D", "sum_log_E", "log_E_first", "log_E_total"),
+    shared=("full_depth", "sum_log_K", "log_K_first"),
+    link="ceiling",
+    pooled=True,
+    optional=("log_size_squared",),
+    size_powers=2,
+    several_sizes=True,
+)
+
+_FORMULAS: tuple[Formula, ...] = (
+    # Equation 2 for accuracy: 8 terms a stage and a constant (41 coefficients for m = 5).
+    BlockFormula(
+        "paper",
+        "accuracy",
+        own=("D", "E_avg", "K_avg", "E_first", "K_first", "E_total", "E_total:D", "K_avg:D"),
+        everywhere=True,
+    ),
+    # Equation 2 for latency as the authors published it: E_avg * D in place of the two totals.
+    # E_total = E_avg * (D - 1), so E_total and E_total * D of equation 2 add nothing linear beside
+    # E_avg and E_avg * D except curvature, which latency lacks (36 coefficients for m = 5).
+    BlockFormula(
+        "paper",
+        "latency_ms",
+        own=("D", "E_avg", "K_avg", "E_first", "K_first", "E_avg:D", "K_avg:D"),
+        everywhere=True,
+    ),
+    # A capacity model with saturation: linear in logarithms, under a ceiling. Deviation from the
+    # paper: z = -log(ceiling - accuracy) is linear in, for each stage, the depth, the sum of log e
+    # over identity blocks, log e of the first block and the log of the identity blocks' total
+    # expansion; and, the same in every stage, in the number of stages at full depth, the sum of
+    # log k over identity blocks and over first blocks. 24 coefficients in the CPU space.
+    dataclasses.replace(
+        _ACCURACY_OF_SIZES, name="calibrated", pooled=False, optional=(), size_powers=0, several_sizes=False
+    ),
+    # The same for rows of several image sizes together: the size shifts z. Deviation from the paper,
+    # which fits a predictor a size: there a size needs as many rows as it has coefficients, here two
+    # more coefficients serve all sizes.
+    _ACCURACY_OF_SIZES,
+    # The same with expansion ratios that count alike in every stage, for few rows: 12 coefficients
+    # in the CPU space, one of them optional.
+    dataclasses.replace(
+        _ACCURACY_OF_SIZES,
+        name="compact",
+        own=("D",),
+        shared=("sum_log_E", "log_E_first", "sum_log_K", "log_K_first"),
+        optional=("log_size", "log_size_squared"),
+        several_sizes=False,
+    ),
+    # The network's blocks, their expansion ratios and kernel sizes, wherever they are: for the fewest
+    # rows. What noise leaves of a small sample, or of a supernet whose subnets hardly differ. 6 coefficients.
+    dataclasses.replace(
+        _ACCURACY_OF_SIZES,
+        name="capacity",
+        own=(),
+        shared=("D", "all_log_E", "all_log_K"),
+        optional=("log_size", "log_size_squared"),
+        several_sizes=False,
+    ),
+    # The same with prices of capacity that change with the image size: large images have more to show.
+    # 9 coefficients, and a tenth for a size's own part where the rows have four sizes.
+    dataclasses.replace(
+        _ACCURACY_OF_SIZES,
+        name="capacity-sizes",
+        own=(),
+        shared=("D", "all_log_E", "all_log_K"),
+        optional=("log_size_squared", "log_size_cubed"),
+        size_powers=3,
+        by_size=True,
+    ),
+    # A CPU's cost model: milliseconds = sum over `COST_TERMS` of a price times an amount, and a
+    # constant. Deviation from the paper: physical amounts of the whole network in place of 35
+    # architecture parameters, fitted by least squares on relative errors. It predicts any network made
+    # of the same layers at any image size. Amounts are in millions, so prices read as ms per million.
+    CostFormula("calibrated", COST_TERMS, _cpu_amounts),
+    # The same with a price of its own for depthwise kernels beyond `FAST_TAPS` taps. A runtime without
+    # a fast kernel for them (LiteRT 2.3 on x86 takes 50 times as long for 7x7 as for 5x5) cannot be
+    # priced by one `dw`. The authors' runtime of 2021 could.
+    CostFormula(
+        "calibrated-wide",
+        (*COST_TERMS, "dw_wide"),
+        _cpu_amounts_wide,
+        optional=("dw_wide",),
+        fast_taps=FAST_TAPS,
+    ),
+    # The Edge TPU's cost model: array, depthwise convolutions, link and a constant (`core.edgetpu`).
+    CostFormula("edgetpu", EDGETPU_TERMS, edgetpu_terms, streamed=_LINK),
+)
+
+FORMULAS: Mapping[tuple[str, str], Formula] = {(formula.name, formula.quantity): formula for formula in _FORMULAS}
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "calibrated": ("calibrated-wide", "calibrated", "calibrated-sizes", "compact", "capacity-sizes", "capacity"),
@@ -445,21 +446,6 @@ def get_formula(name: str, quantity: str) -> Formula:
     except KeyError:
         names = sorted({n for n, _ in FORMULAS})
         raise InvalidInputError(f"formula must be one of {names}", received=name) from None
-
-
-@functools.lru_cache(maxsize=256)
-def _block_amounts(model: _CostModel, space: SearchSpace, stage: int, image_size: int) -> FloatArray:
-    """A cost model's amounts of every block kind of a stage: shape (2, n_kinds, n_terms).
-
-    Row 0 is the stage's first block, row 1 an identity block.
-    """
-    sizes = space.stage_input_sizes(image_size)
-    return np.array(
-        [
-            [model.amounts(stage_unit(space, stage, position, block, sizes).layers) for block in space.kinds]
-            for position in (0, 1)
-        ]
-    )
 
 
 def widest_formula(family: str, quantity: str, space: SearchSpace, n_sizes: int) -> Formula:
