@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from foxnas_mlflow.core.classification import balanced_percent, confusion
 from foxnas_mlflow.core.errors import InvalidInputError
 
 _Images = TypeVar("_Images")
@@ -25,18 +26,34 @@ class Evaluation:
             percentage points: one standard error of a share.
         n_images: Number of validation images.
         correct: Whether each of them was answered right, in their order, shape (n_images,).
+        scores: What the network gave for each class, shape (n_images, n_classes).
+        targets: Index of the right class of each image, shape (n_images,).
     """
 
     top1_percent: float
     standard_error: float
     n_images: int
     correct: NDArray[np.bool_] = field(compare=False)
+    scores: NDArray[Any] = field(compare=False, repr=False)
+    targets: NDArray[np.int64] = field(compare=False, repr=False)
 
     @classmethod
-    def of(cls, correct: NDArray[np.bool_]) -> Evaluation:
-        """From right and wrong answers."""
+    def of(cls, scores: NDArray[Any], targets: NDArray[np.integer]) -> Evaluation:
+        """From the scores (n, n_classes) and the right class (n,) of n images."""
+        correct = scores.argmax(axis=1) == targets
         share = int(correct.sum()) / len(correct)
-        return cls(100 * share, 100 * math.sqrt(share * (1 - share) / len(correct)), len(correct), correct)
+        error = 100 * math.sqrt(share * (1 - share) / len(correct))
+        return cls(100 * share, error, len(correct), correct, scores, targets.astype(np.int64))
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Images by right (row) and predicted class, shape (n_classes, n_classes)."""
+        return confusion(self.targets, self.scores.argmax(axis=1), self.scores.shape[1])
+
+    @property
+    def balanced_percent(self) -> float:
+        """Mean of the classes' accuracies in percent."""
+        return balanced_percent(self.counts)
 
 
 def evaluate(
@@ -54,10 +71,13 @@ def evaluate(
     Raises:
         InvalidInputError: If there are no images.
     """
-    correct: list[list[NDArray[np.bool_]]] = [[] for _ in networks]
+    given: list[list[NDArray[Any]]] = [[] for _ in networks]
+    truth: list[NDArray[np.integer]] = []
     for images, targets in batches:
-        for answers, scores in zip(correct, networks, strict=True):
-            answers.append(scores(images).argmax(axis=1) == targets)
-    if not all(correct):
+        truth.append(targets)
+        for answers, scores in zip(given, networks, strict=True):
+            answers.append(scores(images))
+    if not truth:
         raise InvalidInputError("there must be at least one image to evaluate on")
-    return [Evaluation.of(np.concatenate(answers)) for answers in correct]
+    right = np.concatenate(truth)
+    return [Evaluation.of(np.concatenate(answers), right) for answers in given]

@@ -23,6 +23,9 @@ _SERIES = {"eval/top1_max": "largest subnet", "eval/top1_random": "random subnet
 _LONGEST = 2.0
 """Runs longer than so many medians are left out of the histogram."""
 
+_MOST_CLASSES = 20
+"""Classes that the page lists."""
+
 _METRICS = (
     ("r2_adjusted", "adjusted R2"),
     ("cv_rmse", "cross-validated RMSE"),
@@ -50,6 +53,7 @@ class PipelinePage:
         front: Of the predictors.
         architecture: The found network.
         quantization: Metrics of the quantization.
+        classes: Of each class of the int8 file: label, images, recall, precision, f1, taken_for.
         finetuning: ``inherited_top1`` and ``finetuned_top1`` in percent, or None when it was not asked for.
         benchmark: Content of ``benchmark.json``, or None when nothing was measured.
         comparisons: Networks predicted and real, the found one first.
@@ -78,6 +82,7 @@ class PipelinePage:
     gates: Sequence[Mapping[str, Any]]
     stage: str
     refusal: str
+    classes: Sequence[Mapping[str, Any]] = ()
 
 
 def write_pipeline_report(path: Path, page: PipelinePage) -> None:
@@ -91,7 +96,7 @@ def write_pipeline_report(path: Path, page: PipelinePage) -> None:
         ("Predicted against real", _comparison(page)),
         ("Front, samples and the found network", plot("front", _front_figure(page))),
         ("The network", network_drawing(page.predictors, page.architecture)),
-        ("Quantization", _quantization(page.quantization) + _finetuning(page.finetuning)),
+        ("Quantization", _quantization(page.quantization) + _classes(page.classes) + _finetuning(page.finetuning)),
         ("Latency on the device", _latency(page)),
         ("Gates", _gates(page)),
         ("Predictors", _predictors(page.predictors)),
@@ -224,12 +229,43 @@ def _quantization(metrics: Mapping[str, float]) -> str:
     rows = [
         ("float top-1", f"{metrics['accuracy/float_top1']:.2f} %"),
         ("int8 top-1", f"{metrics['accuracy/int8_top1']:.2f} %"),
+        *_by_class(metrics),
         ("drop", f"{metrics['accuracy/quantization_drop']:.2f} points"),
         ("file", f"{metrics['model/size_bytes'] / 1024:,.1f} KiB"),
         ("parameters", f"{metrics['model/params']:,.0f}"),
         ("multiply-accumulates", f"{metrics['model/macs']:,.0f}"),
     ]
     return table(("int8 file", ""), rows)
+
+
+def _by_class(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Figures that a frequent class cannot make look good; none of runs of earlier releases."""
+    if "eval/balanced_accuracy_int8" not in metrics:
+        return []
+    majority, top1 = metrics["eval/majority_share"], metrics["accuracy/int8_top1"]
+    said = ": the int8 file is no better" if top1 <= majority else ""
+    return [
+        ("int8, mean of the classes", f"{metrics['eval/balanced_accuracy_int8']:.2f} %"),
+        ("always the most frequent class", f"{majority:.2f} % top-1{said}"),
+    ]
+
+
+def _classes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The classes of the int8 file, the worst first."""
+    if not rows:
+        return ""
+    shown = sorted(rows, key=lambda row: (row["recall"] is None, row["recall"] or 0.0))[:_MOST_CLASSES]
+    cells = [
+        (
+            str(row["label"]),
+            str(row["images"]),
+            *("" if row[figure] is None else f"{row[figure]:.1f}" for figure in ("recall", "precision", "f1")),
+            str(row["taken_for"]),
+        )
+        for row in shown
+    ]
+    more = f"<p>and {len(rows) - len(shown)} better ones.</p>" if len(rows) > len(shown) else ""
+    return table(("class", "images", "recall, %", "precision, %", "F1, %", "most often taken for"), cells) + more
 
 
 def _finetuning(alone: Mapping[str, Any] | None) -> str:

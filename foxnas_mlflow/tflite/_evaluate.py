@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.network import Network
-from foxnas_mlflow.data import evaluate
+from foxnas_mlflow.data import Evaluation, evaluate
 from foxnas_mlflow.data.preprocess import Normalization
 from foxnas_mlflow.tflite._graph import lower
 from foxnas_mlflow.tflite._int8 import Int8Model
@@ -28,12 +28,14 @@ class QuantizationLoss:
         standard_error: How far `drop_points` may lie from the one of all images of this kind, in
             percentage points. Both networks saw the same images: only those count on which they differ.
         n_images: Number of images.
+        int8: The int8 file's answers.
     """
 
     float_top1_percent: float
     int8_top1_percent: float
     standard_error: float
     n_images: int
+    int8: Evaluation = field(compare=False, repr=False)
 
     @property
     def drop_points(self) -> float:
@@ -85,4 +87,5 @@ def quantization_loss(
     n_images = float_.n_images
     drop = float(np.mean(float_.correct) - np.mean(quantized.correct))
     variance = float(np.mean(float_.correct != quantized.correct)) - drop**2
-    return QuantizationLoss(float_.top1_percent, quantized.top1_percent, 100 * math.sqrt(variance / n_images), n_images)
+    error = 100 * math.sqrt(variance / n_images)
+    return QuantizationLoss(float_.top1_percent, quantized.top1_percent, error, n_images, quantized)

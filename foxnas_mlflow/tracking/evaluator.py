@@ -97,6 +97,7 @@ def _evaluate(dataset: Any, run_id: str, evaluator_config: Mapping[str, Any], mo
     )
     from PIL import Image
 
+    from foxnas_mlflow.core.classification import class_table, confusion
     from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.report import draw_confusion_matrix
     from foxnas_mlflow.tracking.run import EntryRun
@@ -178,46 +179,17 @@ def class_indices(labels: Any, names: Sequence[str]) -> NDArray[np.int64]:
     return np.asarray(indices, dtype=np.int64)
 
 
-def confusion(truth: NDArray[np.int64], predicted: NDArray[Any], n_classes: int) -> NDArray[np.int64]:
-    """Counts (n_classes, n_classes): rows are the right classes, columns the predicted ones."""
-    import numpy as np
-
-    counts = np.zeros((n_classes, n_classes), dtype=np.int64)
-    np.add.at(counts, (truth, predicted), 1)
-    return counts
-
-
-def class_table(counts: NDArray[np.int64], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a class: images, recall, precision, F1 (percent; none where undefined), most frequent mistake."""
-    rows = []
-    for k, name in enumerate(names):
-        images, predicted, right = int(counts[k].sum()), int(counts[:, k].sum()), int(counts[k, k])
-        mistakes = counts[k].copy()
-        mistakes[k] = 0
-        rows.append(
-            {
-                "label": name,
-                "images": images,
-                "recall": 100 * right / images if images else None,
-                "precision": 100 * right / predicted if predicted else None,
-                "f1": 200 * right / (images + predicted) if images + predicted else None,
-                "taken_for": names[int(mistakes.argmax())] if mistakes.any() else "",
-            }
-        )
-    return rows
-
-
 def figures(
     counts: NDArray[np.int64], truth: NDArray[np.int64], probabilities: NDArray[np.float64]
 ) -> dict[str, float]:
     """Accuracies in percent: top-1, top-5 where there are more than five classes, mean over the classes."""
     import numpy as np
 
-    images = counts.sum(axis=1)
-    seen = images > 0
+    from foxnas_mlflow.core.classification import balanced_percent
+
     values = {
         "evaluation/top1": 100 * float(np.trace(counts)) / len(truth),
-        "evaluation/top1_mean_of_classes": 100 * float(np.mean(np.diag(counts)[seen] / images[seen])),
+        "evaluation/top1_mean_of_classes": balanced_percent(counts),
         "evaluation/images": float(len(truth)),
     }
     if probabilities.shape[1] > 5:

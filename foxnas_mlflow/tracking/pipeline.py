@@ -116,6 +116,7 @@ def conclude(
             front=front_of(Objective(predictors, confidence=confidence)),
             architecture=Architecture.from_dict(mlflow.artifacts.load_dict(_uri(runs["search"], "architecture.json"))),
             quantization=quantized,
+            classes=done["quantize"].outputs.get("classes", ()),
             finetuning=alone,
             benchmark=benchmark,
             comparisons=tuple(comparisons),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foxnas_mlflow.core.classification import balanced_percent, class_table, majority_percent
 from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.core.targets import Target
@@ -102,6 +103,7 @@ def log_quantized(
     write_layer_errors(quantized.errors, files / "layer_errors.csv")
     run.log_artifacts(files)
     run.log_table([dataclasses.asdict(row) for row in quantized.errors], "tables/layer_errors.json")
+    run.log_table(class_table(loss.int8.counts, quantized.labels), "tables/classes.json")
     cost = network_cost(quantized.network)
     metrics = {
         "model/size_bytes": conversion.size_bytes,
@@ -114,6 +116,8 @@ def log_quantized(
         "accuracy/quantization_drop": loss.drop_points,
         "accuracy/quantization_drop_standard_error": loss.standard_error,
         "accuracy/n_images": loss.n_images,
+        "eval/balanced_accuracy_int8": balanced_percent(loss.int8.counts),
+        "eval/majority_share": majority_percent(loss.int8.counts),
     }
     tags = {
         "weights": "trained",
@@ -186,6 +190,7 @@ def _register(
             "target": tags["target"],
             "float top-1, %": metrics["accuracy/float_top1"],
             "int8 top-1, %": metrics["accuracy/int8_top1"],
+            "int8, mean of the classes, %": metrics["eval/balanced_accuracy_int8"],
             "lost by quantization, points": f"{metrics['accuracy/quantization_drop']:.2f} +- "
             f"{metrics['accuracy/quantization_drop_standard_error']:.2f}",
             "validation images": f"{metrics['accuracy/n_images']:,.0f} of {tags['data']}",

@@ -10,7 +10,7 @@ from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from foxnas_mlflow.core.network import Network
     from foxnas_mlflow.core.targets import Target
@@ -57,10 +57,12 @@ class QuantizeResult(Result):
         model_uri: The int8 file for processors.
         edgetpu_model_uri: The file compiled for an Edge TPU; empty where none was.
         metrics: ``accuracy/{figure}`` and ``model/{figure}`` as logged.
+        classes: Of each class: label, images, recall, precision and f1 in percent, what it is most often taken for.
     """
 
     model_uri: str
     edgetpu_model_uri: str = ""
+    classes: Sequence[Mapping[str, Any]] = ()
     metrics: Mapping[str, float]
 
     @property
@@ -120,6 +122,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
 
     given = request.texts() | {"subnet": uri, "data": source, "seed": str(seed)}
     with entry_run(stage="quantize", params=given, target=target.name, space=subnet.space.name, tags=tags) as run:
+        from foxnas_mlflow.core.classification import class_table
         from foxnas_mlflow.tracking.quantize import log_quantized
         from foxnas_mlflow.tracking.supernet import log_dataset
 
@@ -133,6 +136,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
             model_uri=logged.model_uri,
             edgetpu_model_uri=logged.edgetpu_model_uri,
             metrics=logged.metrics,
+            classes=class_table(quantized.loss.int8.counts, labels),
             summary=_summary(quantized, target, logged, run.run_id, edgetpu),
         )
 
@@ -267,6 +271,7 @@ def _torch_logits(network: Network, weights: Any, normalization: Normalization, 
 def _summary(
     quantized: Quantized, target: Target, logged: LoggedQuantization, run_id: str, edgetpu: EdgeTpuResult | None
 ) -> str:
+    from foxnas_mlflow.core.classification import balanced_percent, no_better_than_majority, worst_classes
     from foxnas_mlflow.tracking.quantize import benchmark_command
 
     conversion, loss = quantized.conversion, quantized.loss
@@ -278,9 +283,13 @@ def _summary(
         f"  file                 {conversion.size_bytes:,} bytes, {n_operators} operators",
         f"  float top-1          {loss.float_top1_percent:.2f} % ({loss.n_images:,} validation images of "
         f"{quantized.provenance['data']})",
-        f"  int8 top-1           {loss.int8_top1_percent:.2f} %",
+        f"  int8 top-1           {loss.int8_top1_percent:.2f} %, mean of the classes "
+        f"{balanced_percent(loss.int8.counts):.2f} %",
         f"  drop                 {loss.drop_points:.2f} +- {loss.standard_error:.2f} points",
     ]
+    worst, useless = (say(loss.int8.counts, quantized.labels) for say in (worst_classes, no_better_than_majority))
+    lines += [f"  worst classes        {worst}"] if worst else []
+    lines += [f"  {useless}"] if useless else []
     if loss.drop_points > MAX_DROP_POINTS:
         lines.append(f"  More than {MAX_DROP_POINTS:g} point; the layers that lose most (all in layer_errors.csv):")
         lines += [

@@ -10,8 +10,11 @@ from foxnas_mlflow.workflows._request import Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from foxnas_mlflow.core.space import SearchSpace
     from foxnas_mlflow.data import ImageDataset
@@ -74,7 +77,9 @@ class SupernetResult(Result):
 
     Attributes:
         model_uri: The registered supernet; empty from a process that only helped to train.
-        metrics: ``eval/top1_max``, ``_min``, ``_random``: accuracies of its subnets in percent.
+        metrics: ``eval/top1_max``, ``_min``, ``_random``: accuracies of its subnets in percent;
+            ``eval/balanced_accuracy_max``, ``_min``, ``_random``: the mean of their classes' accuracies;
+            ``eval/majority_share``: that of always answering the most frequent class.
     """
 
     model_uri: str
@@ -138,6 +143,7 @@ def _train_and_register(
     import shutil
     import time
 
+    from foxnas_mlflow.core.classification import class_table
     from foxnas_mlflow.flavor import SupernetModel
     from foxnas_mlflow.supernet import SubnetEvaluator, train_supernet
     from foxnas_mlflow.tracking.run import best_effort
@@ -186,7 +192,9 @@ def _train_and_register(
     seconds = time.monotonic() - start
     n_images = _CACHED_BYTES // (size * size * space.in_channels)
     evaluator = SubnetEvaluator(supernet, dataset, validation_images=n_images, seed=request.seed, device=worker.device)
-    metrics, lines = _accuracies(evaluator, space, request.seed, N_RANDOM)
+    metrics, lines, counts = _accuracies(evaluator, space, request.seed, N_RANDOM)
+    run.log_table(class_table(counts, dataset.labels), "tables/classes.json")
+    lines += _class_lines(counts, dataset.labels)
     config = {
         "data": request.data,
         "data_digest": dataset.digest,
@@ -388,17 +396,23 @@ def _augmented(request: SupernetRequest, epochs: int) -> bool:
 
 def _accuracies(
     evaluator: SubnetEvaluator, space: SearchSpace, seed: int, n_random: int
-) -> tuple[dict[str, float], list[str]]:
-    """Accuracies of the largest, the smallest and random subnets, as metrics and as a table."""
+) -> tuple[dict[str, float], list[str], NDArray[np.int64]]:
+    """Accuracies of the largest, the smallest and random subnets, as metrics and as a table; the largest's answers."""
     import numpy as np
+
+    from foxnas_mlflow.core.classification import majority_percent
 
     largest, smallest = evaluator.evaluate(space.largest()), evaluator.evaluate(space.smallest())
     drawn = space.sample(np.random.default_rng([seed, 4]), n=n_random)
-    top1 = np.array([evaluator.evaluate(a).top1_percent for a in drawn])
+    top1, balanced = np.array([(e.top1_percent, e.balanced_percent) for e in map(evaluator.evaluate, drawn)]).T
     metrics = {
         "eval/top1_max": largest.top1_percent,
         "eval/top1_min": smallest.top1_percent,
         "eval/top1_random": float(top1.mean()),
+        "eval/balanced_accuracy_max": largest.balanced_percent,
+        "eval/balanced_accuracy_min": smallest.balanced_percent,
+        "eval/balanced_accuracy_random": float(balanced.mean()),
+        "eval/majority_share": majority_percent(largest.counts),
     }
     lines = [
         f"  largest subnet      {largest.top1_percent:6.2f} % top-1 +- {largest.standard_error:.2f} "
@@ -406,7 +420,27 @@ def _accuracies(
         f"  smallest subnet     {smallest.top1_percent:6.2f} % top-1 +- {smallest.standard_error:.2f}",
         f"  {n_random} random subnets   {top1.mean():6.2f} % top-1, from {top1.min():.2f} to {top1.max():.2f}",
     ]
-    return metrics, lines
+    return metrics, lines, largest.counts
+
+
+def _class_lines(counts: NDArray[np.int64], labels: Sequence[str]) -> list[str]:
+    """How the largest subnet does class by class, and whether it is worth anything."""
+    from foxnas_mlflow.core.classification import (
+        balanced_percent,
+        majority_percent,
+        no_better_than_majority,
+        worst_classes,
+    )
+
+    worst, useless = worst_classes(counts, labels), no_better_than_majority(counts, labels)
+    if useless:
+        logger.warning("the largest subnet: %s", useless)
+    return [
+        f"  largest, by class   {balanced_percent(counts):6.2f} % balanced (mean of the classes); always the most "
+        f"frequent class: {majority_percent(counts):.2f} % top-1",
+        *([f"  its worst classes   {worst}"] if worst else []),
+        *([f"  {useless}"] if useless else []),
+    ]
 
 
 def _fits(dataset: ImageDataset, size: int) -> bool:

@@ -15,6 +15,7 @@ from foxnas_mlflow.core.searchers import SEARCHERS, search
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.report import write_search_report
+from foxnas_mlflow.report._pipeline import _classes
 from foxnas_mlflow.report._search import latency_shares, stage_latencies
 
 
@@ -75,3 +76,16 @@ def test_every_price_of_a_cost_model_has_a_name() -> None:
     terms = {term for formula in FORMULAS.values() for term in getattr(formula, "terms", ())}
     assert "dw_wide" in terms
     assert terms <= set(_TERM_NAMES)
+
+
+def test_the_page_lists_the_worst_classes_first() -> None:
+    def row(label: str, recall: float | None) -> dict[str, object]:
+        figures = dict.fromkeys(("precision", "f1"), recall)
+        return {"label": label, "images": 0 if recall is None else 9, "recall": recall, **figures, "taken_for": "x<y"}
+
+    rows = [row("a", None), row("b", 90.0), row("c", None), row("d", 10.0), *(row(f"e{i}", 95.0) for i in range(30))]
+    html = _classes(rows)
+    assert html.index("<td>d</td>") < html.index("<td>b</td>") < html.index("<td>e0</td>")
+    assert "and 14 better ones" in html
+    assert "x&lt;y" in html
+    assert _classes(()) == ""

@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
+from foxnas_mlflow.core.classification import class_table, confusion
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from foxnas_mlflow.tracking.context import FoxnasRunContext
-from foxnas_mlflow.tracking.evaluator import FoxnasEvaluator, class_indices, class_table, confusion, figures
+from foxnas_mlflow.tracking.evaluator import FoxnasEvaluator, class_indices, figures
 from tests.colour_model import LABELS, encoded, image_of
 
 # MLflow 3.17 handles an evaluation's table in ways that pandas 4 will not take.

@@ -114,6 +114,12 @@ def test_a_quantization_logs_what_the_contract_names(
     logits = bare.logits(images)
     assert figures["accuracy/int8_top1"] == pytest.approx(100 * np.mean(logits.argmax(axis=1) == targets))
     assert figures["accuracy/n_images"] == len(targets)
+    recalls = [np.mean(logits[targets == k].argmax(axis=1) == k) for k in range(10)]
+    assert figures["eval/balanced_accuracy_int8"] == pytest.approx(100 * np.mean(recalls))
+    assert figures["eval/majority_share"] == pytest.approx(100 * np.bincount(targets).max() / len(targets))
+    classes = mlflow.load_table("tables/classes.json", run_ids=[run.info.run_id])
+    np.testing.assert_allclose(classes["recall"], 100 * np.array(recalls))
+    assert "worst classes" in printed
     assert figures["accuracy/float_top1"] > 50
     drop = figures["accuracy/float_top1"] - figures["accuracy/int8_top1"]
     assert figures["accuracy/quantization_drop"] == pytest.approx(drop)
