@@ -21,6 +21,7 @@ received, and the remedy. The command line prints that line and exits with statu
     +-- ConversionError                a network cannot be converted, or a check on it failed
     +-- DeviceError                    a board, a connection to it, or a measurement on it
     |   +-- ConnectionLostError        the board went away; finished measurements are kept
+    +-- WorkerLostError                a worker process or node ended before its work
     +-- RegistrationError              the registry does not take a model, or its figures; the run is kept
     +-- PromotionError                 a version does not pass the gates, or cannot be moved
 """
@@ -180,6 +181,10 @@ class DeviceError(FoxNasError):
 
 class ConnectionLostError(DeviceError):
     """The board went away; what was measured before is kept."""
+
+
+class WorkerLostError(FoxNasError):
+    """A worker process or node ended before its work; what was finished is kept."""
 
 
 class RegistrationError(FoxNasError):

@@ -1,11 +1,22 @@
-"""A registered supernet's subnets, ready to be evaluated."""
+"""A registered supernet's subnets, ready to be evaluated: here, or by several workers at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.parallel import one_at_a_time
+from foxnas_mlflow.core.space import SearchSpace
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from foxnas_mlflow.core.workers import Executor
+    from foxnas_mlflow.data import Evaluation, ImageDataset
     from foxnas_mlflow.supernet import SubnetEvaluator
     from foxnas_mlflow.tracking.inputs import TrainedSupernet
 
@@ -23,16 +34,99 @@ def supernet_evaluator(
         validation_images: At most so many validation images; 0: as many as memory holds.
         seed: Seed of the choice of calibration and validation images.
     """
-    import torch
+    return _making(trained, image_sizes=image_sizes, validation_images=validation_images, seed=seed).evaluator()
 
-    from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
 
+@dataclass(frozen=True)
+class _Making:
+    """All that an evaluator is made of, to be sent where it is made.
+
+    Attributes:
+        n_threads: Threads of a worker; None: PyTorch's own choice.
+    """
+
+    space: SearchSpace
+    weights: Mapping[str, NDArray[Any]]
+    dataset: ImageDataset
+    validation_images: int
+    seed: int
+    n_threads: int | None = None
+
+    def evaluator(self) -> SubnetEvaluator:
+        import torch
+
+        from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
+
+        return SubnetEvaluator(
+            Supernet.from_weights(self.space, self.weights),
+            self.dataset,
+            validation_images=self.validation_images,
+            seed=self.seed,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+
+    def __call__(self) -> Callable[[Architecture], Evaluation]:
+        import torch
+
+        if self.n_threads is not None:
+            torch.set_num_threads(self.n_threads)
+        return self.evaluator().evaluate
+
+
+def _making(
+    trained: TrainedSupernet,
+    *,
+    image_sizes: Sequence[int],
+    validation_images: int,
+    seed: int,
+    n_threads: int | None = None,
+) -> _Making:
     n_bytes = sum(size * size * trained.space.in_channels for size in image_sizes)
     limit = max(_CACHED_BYTES // n_bytes, 1)
-    return SubnetEvaluator(
-        Supernet.from_weights(trained.space, trained.model.weights),
-        trained.dataset,
-        validation_images=min(validation_images or limit, limit),
+    images = min(validation_images or limit, limit)
+    return _Making(trained.space, trained.model.weights, trained.dataset, images, seed, n_threads)
+
+
+@dataclass(frozen=True)
+class Evaluators:
+    """Evaluates subnets.
+
+    Attributes:
+        evaluate: Evaluates one; several threads may call it.
+        n_images: Number of validation images behind an accuracy.
+    """
+
+    evaluate: Callable[[Architecture], Evaluation]
+    n_images: int
+
+
+@contextlib.contextmanager
+def supernet_evaluators(
+    trained: TrainedSupernet,
+    *,
+    image_sizes: Sequence[int],
+    validation_images: int = 0,
+    seed: int = 0,
+    n: int = 1,
+    executor: Executor | None = None,
+) -> Iterator[Evaluators]:
+    """Evaluates a supernet's subnets, `n` at once.
+
+    Args:
+        trained, image_sizes, validation_images, seed: As for `supernet_evaluator`.
+        n: How many workers.
+        executor: Starts them; None: this process alone, one subnet at a time.
+    """
+    making = _making(
+        trained,
+        image_sizes=image_sizes,
+        validation_images=validation_images,
         seed=seed,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        n_threads=max((os.cpu_count() or 1) // n, 1),
     )
+    evaluator = making.evaluator()
+    if executor is None:
+        yield Evaluators(one_at_a_time(evaluator.evaluate), evaluator.n_images)
+        return
+    with executor.workers(making, n) as shared:
+        yield Evaluators(shared, evaluator.n_images)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._addresses import addresses
+from foxnas_mlflow.workflows._executor import ExecutorRequest
 from foxnas_mlflow.workflows._goal import GoalRequest
 from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MainRequest(GoalRequest):
+class MainRequest(GoalRequest, ExecutorRequest):
     """From which images to which model; see `run_main`."""
 
     data: str = parameter(
@@ -127,8 +128,9 @@ _NEEDS = (
 )
 """Module, the extra that brings it, and what it is for."""
 
-_MOVABLE = ("data", "target", "resume")
-"""Parameters that are no inputs of a step: data and target count by their content, what is resumed changes nothing."""
+_MOVABLE = ("data", "target", "resume", "workers")
+"""Parameters that are no inputs of a step: data and target count by their content, what is resumed and who works
+change nothing."""
 
 
 def run_main(request: MainRequest) -> MainResult:
@@ -293,6 +295,7 @@ class _Pipeline:
             device=self._device,
             compiler_image=main.compiler_image,
             n_samples=main.n_samples,
+            workers=main.workers,
             seed=main.seed,
             name=main.name,
         )

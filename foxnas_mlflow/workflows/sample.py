@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
+from foxnas_mlflow.workflows._executor import ExecutorRequest
+from foxnas_mlflow.workflows._request import chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleRequest(Request):
+class SampleRequest(ExecutorRequest):
     """What to sample; see `run_sample`."""
 
     supernet: str = parameter("", "Model URI of a trained supernet; empty: the newest version of {name}-supernet.")
@@ -110,12 +111,11 @@ def _sample(
 
     from foxnas_mlflow.core.files import cache_directory, worked_on
     from foxnas_mlflow.core.measurements import append_measurement, read_finished
-    from foxnas_mlflow.core.parallel import one_at_a_time
     from foxnas_mlflow.core.sampling import collect
     from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
     from foxnas_mlflow.tracking.run import best_effort
     from foxnas_mlflow.tracking.supernet import log_dataset
-    from foxnas_mlflow.workflows._evaluation import supernet_evaluator
+    from foxnas_mlflow.workflows._evaluation import supernet_evaluators
     from foxnas_mlflow.workflows._samples import SampleLog, log_samples
     from foxnas_mlflow.workflows._timers import open_timer
 
@@ -129,16 +129,22 @@ def _sample(
     with (
         worked_on(directory / "lock", "the same samples"),
         open_timer(target, space, device=request.device, compiler_image=request.compiler_image) as timer,
+        supernet_evaluators(
+            supernet,
+            image_sizes=sizes,
+            validation_images=request.validation_images,
+            seed=request.seed,
+            n=request.workers,
+            executor=request.executor_of_workers,
+        ) as evaluators,
     ):
         run.set_tags({"foxnas.latency_source": timer.source})
-        evaluator = supernet_evaluator(
-            supernet, image_sizes=sizes, validation_images=request.validation_images, seed=request.seed
-        )
+        several = request.workers > 1 or timer.n_boards > 1
         known = {row.architecture for row in read_finished(path)}
         for row in given:
             if row.architecture not in known:
                 append_measurement(row, path)
-        log = SampleLog(run, path, timer, n_images=evaluator.n_images, n_before=len(read_finished(path)))
+        log = SampleLog(run, path, timer, n_images=evaluators.n_images, n_before=len(read_finished(path)))
         try:
             with progress_bar("sample", "subnet") as show:
 
@@ -149,16 +155,16 @@ def _sample(
                 rows = collect(
                     plan,
                     path,
-                    evaluate=one_at_a_time(lambda architecture: evaluator.evaluate(architecture).top1_percent),
+                    evaluate=lambda architecture: evaluators.evaluate(architecture).top1_percent,
                     time=log.time,
                     n_timed=request.n_measurements or None,
                     on_row=on_row,
                     stop=(lambda rows: log.narrow(rows, space, request.stop_width, request.seed))
                     if request.stop_width
                     else None,
-                    # The evaluation of the next networks and the measurements of those before it.
-                    n_at_once=timer.n_boards + 1 if timer.n_boards > 1 else 1,
-                    apart=timer.n_boards > 1 and timer.here,
+                    # The evaluations of the next networks and the measurements of those before them.
+                    n_at_once=request.workers + timer.n_boards * (timer.source == "measured") if several else 1,
+                    apart=several and timer.here,
                 )
         finally:
             # However it ends, what is finished is where others can go on from.

@@ -217,3 +217,13 @@ def test_bad_input(tracking: str, argv: list[str], message: str, capsys: pytest.
     assert main(["sample", "--n-samples", "2", *argv]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
     assert message in line
+
+
+def test_two_workers_make_the_rows_of_one(tracking: str, tmp_path: Path) -> None:
+    register_mini_supernet()
+    command = ["sample", "--n-samples", "8", "--image-size", "8", "--device", "none"]
+    for workers in ("1", "2"):
+        assert main([*command, "--workers", workers]) == 0
+    one, two = (_rows(tmp_path, run_id) for run_id in _runs("sample"))
+    assert one == two
+    assert len({row.accuracy for row in one}) > 1
