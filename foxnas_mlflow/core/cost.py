@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foxnas_mlflow.core.network import Layer, Network, Unit
+from foxnas_mlflow.core.network import Layer, Network, Unit, same_padding
 
 FloatArray = NDArray[np.float64]
 
@@ -181,8 +181,8 @@ def _macs(layer: Layer) -> int:
 
 def _taps(layer: Layer) -> int:
     """Kernel taps along one dimension that fall on the image, summed over the output positions."""
-    total_padding = max((layer.out_size - 1) * layer.stride + layer.kernel - layer.in_size, 0)
-    starts = [i * layer.stride - total_padding // 2 for i in range(layer.out_size)]
+    before, _ = same_padding(layer.in_size, layer.kernel, layer.stride)
+    starts = [i * layer.stride - before for i in range(layer.out_size)]
     return sum(min(start + layer.kernel, layer.in_size) - max(start, 0) for start in starts)
 
 

@@ -47,7 +47,7 @@ class Timing:
     Attributes:
         latency_ms: Median of a measurement, or an estimate.
         source: ``measured`` or ``cost_model``.
-        device: Where it was measured.
+        device: Where it was measured; a name that ends with `` (emulated)`` is kept without it.
         runtime: Runtime and version.
         n_runs: Timed runs behind it.
         problems: Why a measurement is not to be trusted; empty for a valid one and for an estimate.
@@ -61,6 +61,12 @@ class Timing:
     n_runs: int = 0
     problems: tuple[str, ...] = ()
     emulated: bool = False
+
+    def __post_init__(self) -> None:
+        # Boards say it in their name, and rows do; here it is said once.
+        if self.device.endswith(_EMULATED):
+            object.__setattr__(self, "device", self.device.removesuffix(_EMULATED))
+            object.__setattr__(self, "emulated", True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +136,7 @@ class Measurement:
         """Its latency, as it came to `of`."""
         if self.latency_ms is None:
             return None
-        emulated = self.device.endswith(_EMULATED)
-        device = self.device.removesuffix(_EMULATED)
-        return Timing(self.latency_ms, self.latency_source, device, self.runtime, self.n_runs, emulated=emulated)
+        return Timing(self.latency_ms, self.latency_source, self.device, self.runtime, self.n_runs)
 
 
 def read_measurements(path: str | Path) -> list[Measurement]:

@@ -12,7 +12,8 @@ the smaller half before. Images and feature maps are square.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from foxnas_mlflow.core.architecture import Architecture, Block
@@ -51,6 +52,7 @@ class Layer:
     out_size: int
     in_channels: int
     out_channels: int
+    _: KW_ONLY
     kernel: int = 1
     stride: int = 1
     activation: Activation = "none"
@@ -132,6 +134,12 @@ class Network:
         return tuple(layer for unit in self.units for layer in unit.layers)
 
 
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Pixels before and after of TensorFlow's SAME padding of `size` pixels: half of `total`, the odd one after."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
 def build_network(space: SearchSpace, architecture: Architecture) -> Network:
     """Walk an architecture of a space into units and layers.
 
@@ -160,7 +168,16 @@ def stem_units(space: SearchSpace, image_size: int) -> tuple[Unit, ...]:
     stem_width, first_width = space.channels(space.stem_width), space.channels(space.first_width)
     size = -(-image_size // space.stem_stride)
     stem = Layer(
-        "stem.conv", "conv", image_size, size, space.in_channels, stem_width, 3, space.stem_stride, "relu6", True
+        "stem.conv",
+        "conv",
+        image_size,
+        size,
+        space.in_channels,
+        stem_width,
+        kernel=3,
+        stride=space.stem_stride,
+        activation="relu6",
+        norm=True,
     )
     first = _unit("first", "separable", size, stem_width, first_width, 3, space.first_stride, 1)
     return Unit("stem", "conv", (stem,)), first
@@ -201,13 +218,13 @@ def tail_units(space: SearchSpace, image_size: int) -> tuple[Unit, ...]:
         channels = width
     if tail.conv_width is not None:
         width = space.channels(tail.conv_width)
-        conv = Layer("tail.conv", "conv", size, size, channels, width, 1, 1, "relu6", True)
+        conv = Layer("tail.conv", "conv", size, size, channels, width, activation="relu6", norm=True)
         units.append(Unit("tail", "conv", (conv,)))
         channels = width
     layers = [Layer("head.pool", "pool", size, 1, channels, channels)]
     if tail.hidden_width is not None:
         width = space.channels(tail.hidden_width)
-        layers.append(Layer("head.hidden", "conv", 1, 1, channels, width, 1, 1, "relu6", False))
+        layers.append(Layer("head.hidden", "conv", 1, 1, channels, width, activation="relu6"))
         channels = width
     layers.append(Layer("head.classifier", "linear", 1, 1, channels, space.n_classes))
     units.append(Unit("head", "head", tuple(layers)))
@@ -228,17 +245,15 @@ def _unit(
 ) -> Unit:
     hidden = make_divisible(in_channels * expansion) if kind != "separable" else in_channels
     out_size = -(-size // stride)
+    spatial = functools.partial(Layer, kernel=kernel, stride=stride, activation="relu6", norm=True)
     layers = []
     if kind == "fused":
-        layers.append(
-            Layer(f"{name}.expand", "conv", size, out_size, in_channels, hidden, kernel, stride, "relu6", True)
-        )
+        layers.append(spatial(f"{name}.expand", "conv", size, out_size, in_channels, hidden))
     else:
         if kind != "separable":
-            layers.append(Layer(f"{name}.expand", "conv", size, size, in_channels, hidden, 1, 1, "relu6", True))
-        layers.append(
-            Layer(f"{name}.depthwise", "depthwise", size, out_size, hidden, hidden, kernel, stride, "relu6", True)
-        )
+            expand = Layer(f"{name}.expand", "conv", size, size, in_channels, hidden, activation="relu6", norm=True)
+            layers.append(expand)
+        layers.append(spatial(f"{name}.depthwise", "depthwise", size, out_size, hidden, hidden))
     if kind == "mbconv_se":
         squeeze = make_divisible(hidden // SE_REDUCTION)
         layers.append(Layer(f"{name}.se", "se", out_size, out_size, hidden, hidden, squeeze=squeeze))

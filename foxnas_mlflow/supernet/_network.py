@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidFormatError
-from foxnas_mlflow.core.network import NORM_EPSILON, Layer, Network, build_network
+from foxnas_mlflow.core.network import NORM_EPSILON, Layer, Network, build_network, same_padding
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.supernet._depthwise import depthwise
 from foxnas_mlflow.supernet._style import OURS, Style
@@ -387,10 +387,8 @@ def _convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor | None, styl
     k, stride = layer.kernel, layer.stride
     before = k // 2
     if stride > 1 and not style.pads_alike:
-        # TensorFlow's SAME padding, the smaller half before; PyTorch pads convolutions evenly only.
-        size = int(x.shape[-1])
-        total = max((-(-size // stride) - 1) * stride + k - size, 0)
-        before, after = total // 2, total - total // 2
+        # PyTorch pads convolutions evenly only.
+        before, after = same_padding(int(x.shape[-1]), k, stride)
         if before != after:
             x, before = F.pad(x, (before, after, before, after)), 0
     if layer.op == "depthwise":

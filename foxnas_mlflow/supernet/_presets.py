@@ -14,7 +14,7 @@ of one's own keeps its image sizes, strides and widths too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.space import BUILTIN_SPACES, SearchSpace, StageSpec
@@ -37,6 +37,7 @@ class Preset:
     """
 
     name: str
+    _: KW_ONLY
     image_sizes: tuple[int, ...]
     strides: tuple[int, ...]
     width_mult: float
@@ -70,10 +71,38 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("tiny", (16, 20, 24, 28), (1, 2, 1, 1, 2), 0.35, 15, 64, 0.2, 5e-4, 2600),
-        Preset("small", (32, 48, 64, 80, 96), (2, 2, 1, 1, 2), 0.5, 100, 128, 0.2, 5e-4),
+        Preset(
+            "tiny",
+            image_sizes=(16, 20, 24, 28),
+            strides=(1, 2, 1, 1, 2),
+            width_mult=0.35,
+            epochs=15,
+            batch_size=64,
+            learning_rate=0.2,
+            weight_decay=5e-4,
+            max_steps=2600,
+        ),
+        Preset(
+            "small",
+            image_sizes=(32, 48, 64, 80, 96),
+            strides=(2, 2, 1, 1, 2),
+            width_mult=0.5,
+            epochs=100,
+            batch_size=128,
+            learning_rate=0.2,
+            weight_decay=5e-4,
+        ),
         # Paper 3.2: once-for-all's 180 epochs of the largest network and its shrinking phases.
-        Preset("paper", (), (), 1.0, 425, 64, 0.1, 3e-5),
+        Preset(
+            "paper",
+            image_sizes=(),
+            strides=(),
+            width_mult=1.0,
+            epochs=425,
+            batch_size=64,
+            learning_rate=0.1,
+            weight_decay=3e-5,
+        ),
     )
 }
 

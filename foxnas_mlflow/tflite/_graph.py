@@ -22,7 +22,7 @@ that follows, which is linear in its input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from foxnas_mlflow.core.errors import ConversionError
@@ -59,6 +59,7 @@ class Operator:
     layer: str
     out_shape: tuple[int, ...]
     in_channels: int
+    _: KW_ONLY
     kernel: int = 1
     stride: int = 1
     activation: Literal["none", "relu", "relu6"] = "none"
@@ -119,12 +120,12 @@ def _lower_layer(layer: Layer, current: str, unit_input: str, weight_scale: floa
                 layer.name,
                 shape,
                 layer.in_channels,
-                layer.kernel,
-                layer.stride,
-                layer.activation,
-                layer.name,
-                layer.norm,
-                weight_scale,
+                kernel=layer.kernel,
+                stride=layer.stride,
+                activation=layer.activation,
+                weight=layer.name,
+                norm=layer.norm,
+                weight_scale=weight_scale,
             )
         ]
     if layer.op == "se":

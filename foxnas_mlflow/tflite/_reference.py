@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from foxnas_mlflow.core.network import same_padding
 from foxnas_mlflow.tflite._graph import INPUT, Operator
 from foxnas_mlflow.tflite._weights import FloatArray, FoldedWeights
 
@@ -51,12 +52,6 @@ def run_operator(
     if operator.activation == "none":
         return y
     return np.clip(y, 0, 6 if operator.activation == "relu6" else None)
-
-
-def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """Pixels before and after of TensorFlow's SAME padding."""
-    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
 
 
 def _linear(operator: Operator, parameters: FoldedWeights, x: FloatArray) -> FloatArray:

@@ -21,7 +21,7 @@ def test_depthwise_terms_count_only_taps_on_the_image(size: int, kernel: int, st
                 for j in range(kernel):
                     row, column = y * stride - padding + i, x * stride - padding + j
                     taps += 0 <= row < size and 0 <= column < size
-    layer = Layer("d.depthwise", "depthwise", size, out, 24, 24, kernel, stride)
+    layer = Layer("d.depthwise", "depthwise", size, out, 24, 24, kernel=kernel, stride=stride)
     terms = dict(zip(COST_TERMS, layer_terms(layer), strict=True))
     assert terms["dw"] == taps * 32  # 24 channels take two vectors of 16
     assert terms["dw_in"] == size**2 * 24
@@ -29,7 +29,7 @@ def test_depthwise_terms_count_only_taps_on_the_image(size: int, kernel: int, st
 
 
 def test_closed_form_of_one_convolution() -> None:
-    cost = layer_cost(Layer("c", "conv", 10, 5, 8, 16, 3, 2), held=7)
+    cost = layer_cost(Layer("c", "conv", 10, 5, 8, 16, kernel=3, stride=2), held=7)
     assert cost.macs == 25 * 9 * 8 * 16
     assert cost.params == 9 * 8 * 16 + 16
     assert cost.int8_bytes == 9 * 8 * 16 + 4 * 16

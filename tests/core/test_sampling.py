@@ -78,3 +78,13 @@ def test_a_sampling_asks_for_as_many_latencies_as_the_fit() -> None:
     from foxnas_mlflow.workflows.sample import MIN_LATENCIES
 
     assert len(get_formula("calibrated", "latency_ms").columns(CPU_SPACE)) + SPARE_ROWS == MIN_LATENCIES
+
+
+def test_an_emulated_board_is_named_so_once() -> None:
+    """Boards that are emulated say so in their name already."""
+    timing = Timing(5.0, "measured", device="Raspberry Pi 4 (emulated)")
+    assert (timing.device, timing.emulated) == ("Raspberry Pi 4", True)
+    row = Measurement.of(PLAN[0], timing)
+    assert row.device == "Raspberry Pi 4 (emulated)"
+    assert row.timing == timing
+    assert Measurement.of(PLAN[0], Timing(5.0, "measured", device="Raspberry Pi 4", emulated=True)) == row
