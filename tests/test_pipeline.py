@@ -82,7 +82,9 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(track
     assert main(["main", *argv, "--stage", "none", "--n-compare", "2"]) == 0
     parent = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'", order_by=["attributes.start_time DESC"])[0]
     changed = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}
-    assert [name for name, step in changed.items() if not step["reused"]] == ["compare"]
+    done = [name for name, step in changed.items() if not step["reused"]]
+    # What is compared anew may show that the found network is beaten: it is searched again then.
+    assert done in (["compare"], ["search", "quantize", "benchmark", "compare"])
 
     # Without interruption, from the same weights: the same networks and accuracies.
     shutil.rmtree(cache)
@@ -104,7 +106,8 @@ def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str
     (parent,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'")
     steps = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}
     compiled = steps["quantize"]["outputs"]["edgetpu_model_uri"]
-    assert compiled == "models:/foxnas-edgetpu-edgetpu/1"
+    number = compiled.removeprefix("models:/foxnas-edgetpu-edgetpu/")
+    assert number.isdigit()
     assert parent.data.tags["foxnas.model"] == compiled
     rows = _rows(steps["sample"]["outputs"]["measurements"], cache.parents[1] / "rows")
     # A busy machine leaves the latencies empty that it cannot vouch for; none is an estimate.
@@ -118,7 +121,7 @@ def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str
     assert all(float(row["latency_ms"]) > 0 for row in table)
     # The gates may refuse on a busy machine; where they do not, the compiled file is what is served.
     if status == 0:
-        assert client.get_model_version_by_alias("foxnas-edgetpu-edgetpu", "staging").version == 1
+        assert client.get_model_version_by_alias("foxnas-edgetpu-edgetpu", "staging").version == int(number)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.searchers import Front
+from foxnas_mlflow.core.searchers import Front, paired_difference
 from foxnas_mlflow.core.space import SearchSpace
 
 
@@ -30,6 +31,8 @@ class Comparison:
         n_images: Number of those images.
         latency_ms: Median on the device, or None when it was not measured there.
         latency_valid: Whether nothing spoke against that measurement.
+        correct: Whether each of the images was answered right, shape (n_images,), the same images for every network;
+            None where that is not known.
     """
 
     architecture: Architecture
@@ -41,6 +44,7 @@ class Comparison:
     n_images: int
     latency_ms: float | None = None
     latency_valid: bool = True
+    correct: NDArray[np.bool_] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def standard_error(self) -> float:
@@ -95,9 +99,69 @@ def agreement(rows: Sequence[Comparison], latency_ms: float | None) -> dict[str,
     return metrics
 
 
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Whether a found network is beaten by one that it was compared with.
+
+    Attributes:
+        beaten_by: The network that beats it on measured latency and, beyond noise, on accuracy, or None.
+        sentence: What was checked, and what came out.
+        checked: Whether latencies were measured: without them nothing is known.
+    """
+
+    beaten_by: Comparison | None
+    sentence: str
+    checked: bool
+
+
+def check_found(rows: Sequence[Comparison], answers: Sequence[bool]) -> Check:
+    """Hold the found network against the others.
+
+    Args:
+        rows: The networks, the found one first.
+        answers: Whether each of them is within all limits but that on latency, and so could have been found.
+    """
+    found = rows[0]
+    timed = [
+        (row, row.latency_ms)
+        for row, answer in zip(rows[1:], answers[1:], strict=True)
+        if answer and row.latency_ms is not None and row.latency_valid
+    ]
+    if found.latency_ms is None or not found.latency_valid or not timed:
+        return Check(None, "Whether another network beats the found one is not known: it needs valid latencies.", False)
+    faster = [(row, ms, *_more(row, found)) for row, ms in timed if ms < found.latency_ms]
+    beating = [(row, ms, more, error) for row, ms, more, error in faster if more > error]
+    if beating:
+        row, ms, more, error = max(beating, key=lambda b: b[2])
+        return Check(
+            row,
+            f"BEATEN: another network takes {ms:.4g} ms in place of {found.latency_ms:.4g} ms and is {more:.2f} points "
+            f"(standard error {error:.2f}) more accurate than the found one.",
+            True,
+        )
+    best = ""
+    if faster:
+        _, _, more, error = max(faster, key=lambda f: f[2])
+        best = f"{more:+.2f} points (standard error {error:.2f})"
+    return Check(
+        None,
+        f"No network of the {len(timed)} compared beats the found one on measured latency and, beyond noise, on int8 "
+        f"accuracy: {len(faster)} are faster" + (f", the most accurate of them by {best}." if best else "."),
+        True,
+    )
+
+
+def _more(row: Comparison, found: Comparison) -> tuple[float, float]:
+    """How much more accurate a network is than the found one, and the standard error of that, in points."""
+    if row.correct is not None and found.correct is not None and row.correct.shape == found.correct.shape:
+        return paired_difference(row.correct, found.correct)
+    return row.accuracy - found.accuracy, math.hypot(row.standard_error, found.standard_error)
+
+
 def write_comparisons(rows: Sequence[Comparison], path: Path) -> None:
     """Write ``predicted_vs_real.csv``, the found network first."""
-    names = [field.name for field in dataclasses.fields(Comparison) if field.name != "architecture"]
+    kept_out = ("architecture", "correct")
+    names = [field.name for field in dataclasses.fields(Comparison) if field.name not in kept_out]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow([*names, "image_size", "architecture"])
@@ -112,12 +176,14 @@ def read_comparisons(path: Path, space: SearchSpace) -> list[Comparison]:
     rows = []
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            numbers = ("predicted_accuracy", "predicted_latency_ms", "predicted_latency_upper_ms", "accuracy")
             rows.append(
                 Comparison(
                     architecture=Architecture.from_json(row["architecture"]),
                     role=row["role"],
-                    **{name: float(row[name]) for name in numbers},
+                    predicted_accuracy=float(row["predicted_accuracy"]),
+                    predicted_latency_ms=float(row["predicted_latency_ms"]),
+                    predicted_latency_upper_ms=float(row["predicted_latency_upper_ms"]),
+                    accuracy=float(row["accuracy"]),
                     n_images=int(row["n_images"]),
                     latency_ms=float(row["latency_ms"]) if row["latency_ms"] else None,
                     latency_valid=row["latency_valid"] == "True",

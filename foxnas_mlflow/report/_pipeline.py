@@ -57,6 +57,7 @@ class PipelinePage:
         finetuning: ``inherited_top1`` and ``finetuned_top1`` in percent, or None when it was not asked for.
         benchmark: Content of ``benchmark.json``, or None when nothing was measured.
         comparisons: Networks predicted and real, the found one first.
+        check: Whether one of these beats the found network on both measured figures, in a sentence.
         agreement: How well these agree, by name.
         gates: Of each gate: gate, passed, text.
         stage: The stage asked for, or empty.
@@ -78,6 +79,7 @@ class PipelinePage:
     finetuning: Mapping[str, Any] | None
     benchmark: Mapping[str, Any] | None
     comparisons: Sequence[Comparison]
+    check: str
     agreement: Mapping[str, float]
     gates: Sequence[Mapping[str, Any]]
     stage: str
@@ -126,6 +128,8 @@ def _lead(page: PipelinePage) -> str:
         kept = "" if limit is None else f", {'within' if latency <= limit else '<b>above</b>'} the asked {limit:.4g} ms"
         machine = escape(page.benchmark["device"])
         sentence += f" and <b>{latency:.4g} ms</b> median on {machine}{kept}. "
+    if page.refusal and not page.gates:
+        return sentence + f"It was not promoted: {escape(page.refusal)}"
     if page.refusal:
         return sentence + f"The gates refused <b>{escape(page.stage)}</b>."
     return sentence + (f"It holds the stage <b>{escape(page.stage)}</b>." if page.stage else "It was not promoted.")
@@ -155,7 +159,8 @@ def _comparison(page: PipelinePage) -> str:
     timed = [(r.predicted_latency_ms, r.latency_ms) for r in rows if r.latency_ms is not None]
     if timed:
         plots = plot("latencies", _identity(timed, "latency (ms)"), 320) + plots
-    return f"<p>{_agreement(page)}</p>{table(header, cells)}<div class='pair'>{plots}</div>"
+    told = f"<p><b>{escape(page.check)}</b></p><p>{_agreement(page)}</p>"
+    return f"{told}{table(header, cells)}<div class='pair'>{plots}</div>"
 
 
 def _agreement(page: PipelinePage) -> str:

@@ -6,19 +6,22 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from foxnas_mlflow.core.comparison import Comparison, agreement, write_comparisons
+from foxnas_mlflow.core.comparison import Check, Comparison, agreement, write_comparisons
 from foxnas_mlflow.tracking.run import EntryRun
 
 COMPARISON = "predicted_vs_real.csv"
 
 
-def log_comparison(run: EntryRun, rows: Sequence[Comparison], latency_ms: float | None) -> dict[str, float]:
+def log_comparison(
+    run: EntryRun, rows: Sequence[Comparison], latency_ms: float | None, check: Check
+) -> dict[str, float]:
     """Log ``predicted_vs_real.csv`` and how well it agrees.
 
     Args:
         run: The open run.
         rows: The networks, the found one first.
         latency_ms: The limit, or None.
+        check: Whether one of them beats the found one.
 
     Returns:
         The figures.
@@ -28,5 +31,8 @@ def log_comparison(run: EntryRun, rows: Sequence[Comparison], latency_ms: float 
     run.log_artifact(path)
     run.log_table(pd.read_csv(path), "tables/predicted_vs_real.json")
     metrics = agreement(rows, latency_ms)
+    if check.checked:
+        metrics["found_dominated"] = float(check.beaten_by is not None)
+    run.set_tags({"foxnas.check": check.sentence})
     run.log_metrics({f"pipeline/{key}": value for key, value in metrics.items()})
     return metrics

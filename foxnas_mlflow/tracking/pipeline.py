@@ -120,6 +120,7 @@ def conclude(
             finetuning=alone,
             benchmark=benchmark,
             comparisons=tuple(comparisons),
+            check=str(done["compare"].outputs["check"]),
             agreement={key.removeprefix("pipeline/"): value for key, value in metrics.items()},
             gates=tuple((gates or {}).get("verdicts", ())),
             stage="" if gates is None else str(gates["stage"]),
@@ -129,7 +130,8 @@ def conclude(
         write_pipeline_report(path, page)
         run.log_artifact(path)
     measured = bool(request["device"])
-    return metrics, _summary(metrics, latency_ms, measured, dataset, model_uri, gates, refusal, run.run_id)
+    check = str(done["compare"].outputs["check"])
+    return metrics, _summary(metrics, latency_ms, check, measured, dataset, model_uri, gates, refusal, run.run_id)
 
 
 def _refused(client: MlflowClient, run: EntryRun) -> Run | None:
@@ -168,6 +170,7 @@ def _series(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]
 def _summary(
     metrics: Mapping[str, float],
     limit: float | None,
+    check: str,
     measured: bool,
     dataset: ImageDataset,
     model_uri: str,
@@ -194,6 +197,7 @@ def _summary(
         if f"pipeline/{name}_kendall_tau" in metrics
     ]
     lines.append(f"  rank correlation     {', '.join(taus) or 'not known'} (Kendall tau, predicted against real)")
+    lines.append(f"  check                {check}")
     alias = ""
     if refusal:
         lines.append("  promotion            refused")

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.comparison import Comparison
 from foxnas_mlflow.core.errors import InvalidFormatError
@@ -19,7 +22,6 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data import Preprocessing, calibration_images, evaluate, prepared_batches
 from foxnas_mlflow.flavor import TfliteModel, load_model
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
-from foxnas_mlflow.tracking.registry import find_version, version_metrics
 from foxnas_mlflow.workflows._boards import first_answering
 from foxnas_mlflow.workflows._evaluation import supernet_evaluator
 from foxnas_mlflow.workflows._timers import open_meter
@@ -35,18 +37,14 @@ class Found:
     Attributes:
         data: Its int8 file.
         architecture: The network.
-        accuracy: Top-1 of that file in percent.
-        n_images: Number of validation images behind it.
     """
 
     data: bytes
     architecture: Architecture
-    accuracy: float
-    n_images: int
 
 
 def find_found(model_uri: str, directory: Path) -> Found:
-    """What a pipeline registered as its int8 model, with the figures of its quantization.
+    """What a pipeline registered as its int8 model.
 
     Args:
         model_uri: ``models:/name/version``.
@@ -58,11 +56,9 @@ def find_found(model_uri: str, directory: Path) -> Found:
     model = load_model(model_uri, str(directory))
     if not isinstance(model, TfliteModel) or model.architecture is None:
         raise InvalidFormatError("the found network must be an int8 model with its architecture", received=model_uri)
-    figures = version_metrics(find_version(model_uri))
     # A file for an Edge TPU runs there only; its twin for processors has the same answers.
     path = model.fallback or model.path
-    n_images = int(figures["accuracy/n_images"])
-    return Found(path.read_bytes(), model.architecture, figures["accuracy/int8_top1"], n_images)
+    return Found(path.read_bytes(), model.architecture)
 
 
 def compare(
@@ -106,9 +102,16 @@ def compare(
             path = directory / f"{i}.json"
             if not path.exists():
                 data = found.data if i == 0 else int8.convert(architecture)
-                accuracy, n_images = (found.accuracy, found.n_images) if i == 0 else int8.evaluate(data, architecture)
+                correct = int8.evaluate(data, architecture)
+                figures = {
+                    "accuracy": 100 * float(correct.mean()),
+                    "n_images": len(correct),
+                    "correct": np.packbits(correct).tobytes().hex(),
+                }
                 # Written in one step: a kill leaves all of a network's figures or none.
-                write_atomically(path, json.dumps({"accuracy": accuracy, "n_images": n_images, **measure(data)}))
+                write_atomically(path, json.dumps({**figures, **measure(data)}))
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            bits = np.frombuffer(bytes.fromhex(kept.pop("correct")), dtype=np.uint8)
             predicted = predictors.predict_table([architecture], confidence=confidence)
             rows.append(
                 Comparison(
@@ -117,7 +120,8 @@ def compare(
                     predicted_accuracy=predicted["accuracy"][0],
                     predicted_latency_ms=predicted["latency_ms"][0],
                     predicted_latency_upper_ms=predictors.latency_bound_ms(architecture, confidence),
-                    **json.loads(path.read_text(encoding="utf-8")),
+                    correct=np.unpackbits(bits, count=kept["n_images"]).astype(bool),
+                    **kept,
                 )
             )
             on_row(i + 1, len(plan))
@@ -150,13 +154,13 @@ class _Int8:
         )
         return conversion.data
 
-    def evaluate(self, data: bytes, architecture: Architecture) -> tuple[float, int]:
-        """Top-1 in percent on all validation images, and their number."""
+    def evaluate(self, data: bytes, architecture: Architecture) -> NDArray[np.bool_]:
+        """Whether each of the validation images is answered right, in their order."""
         from foxnas_mlflow.tflite import Int8Model
 
         batches = prepared_batches(self._supernet.dataset.val, self._preprocessing(architecture))
         (evaluation,) = evaluate(batches, Int8Model(data).logits)
-        return evaluation.top1_percent, evaluation.n_images
+        return evaluation.correct
 
     def _preprocessing(self, architecture: Architecture) -> Preprocessing:
         return self._supernet.dataset.preprocessing(architecture.image_size)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InfeasibleConstraintError
 from foxnas_mlflow.core.files import cache_directory, json_digest, worked_on
+from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Candidate, Evaluated, SearchOutcome, candidates, verify
 from foxnas_mlflow.core.targets import Target
@@ -60,6 +61,9 @@ def verified(
     compiler_image: str = "",
     n: int,
     tolerance_points: float | None = None,
+    known: Sequence[Measurement] = (),
+    also: Sequence[Architecture] = (),
+    beaten: Sequence[Architecture] = (),
     place: str = "",
     kept: Path,
 ) -> tuple[SearchOutcome, Verification]:
@@ -73,7 +77,7 @@ def verified(
         device: Measures latencies; empty: the predicted upper bounds count.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
         n: Networks of the front to look at.
-        tolerance_points: See `foxnas_mlflow.core.searchers.verify`.
+        tolerance_points, known, also, beaten: See `foxnas_mlflow.core.searchers.verify`.
         place: Directory of the run that has the table; empty: its root.
         kept: Directory of what the device said, so that a search that was cut off does not ask it again.
 
@@ -101,6 +105,9 @@ def verified(
             outcome,
             n_candidates=n,
             tolerance_points=tolerance_points,
+            known=known,
+            also=also,
+            beaten=beaten,
             time=time,
             evaluate=None if evaluator is None else _evaluate(evaluator),
             on_candidate=looked.append,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
@@ -23,6 +23,7 @@ class CompareRequest(Request):
     supernet: str = parameter("", "Model URI of the supernet, which gives the other networks their weights.")
     data: str = parameter("", "The images that it was trained on, where they are now.")
     latency_ms: float | None = parameter(None, "Latency limit of the search in milliseconds; empty: none.", above=0)
+    limits: str = parameter("", "All limits of the search, as text.")
     confidence: float = parameter(0.95, "Confidence of the search.", at_least=0.5, below=1)
     n_compare: int = parameter(5, "Networks of the front beside the found one.", at_least=0)
     target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")
@@ -38,9 +39,13 @@ class CompareResult(Result):
 
     Attributes:
         metrics: Rank correlations and errors, without their prefix ``pipeline/``.
+        check: Whether a network that was compared beats the found one on both measured figures, in a sentence.
+        beaten_by: That network, as ``architecture.json``, or None.
     """
 
     metrics: Mapping[str, float]
+    check: str
+    beaten_by: Mapping[str, Any] | None
 
 
 def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, str] | None = None) -> CompareResult:
@@ -54,9 +59,9 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
     Raises:
         ConversionError, DeviceError: If a network cannot be converted or measured.
     """
-    from foxnas_mlflow.core.comparison import spread_over
+    from foxnas_mlflow.core.comparison import check_found, spread_over
     from foxnas_mlflow.core.files import worked_on
-    from foxnas_mlflow.core.searchers import Objective, front_of
+    from foxnas_mlflow.core.searchers import Objective, front_of, parse_limits
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.tracking.comparison import log_comparison
     from foxnas_mlflow.tracking.inputs import open_predictors, open_supernet
@@ -73,10 +78,12 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
         supernet = open_supernet(request.supernet, data=request.data, name=request.name)
         predictors, _ = open_predictors(request.predictors, target.name)
         found = find_found(request.model, run.directory)
-        front = front_of(Objective(predictors, confidence=request.confidence))
+        limits = parse_limits(request.limits)
+        quantities = [limit.quantity for limit in limits] or ["latency_ms"]
+        objective = Objective(predictors, confidence=request.confidence, quantities=quantities)
         rows = compare(
             found,
-            spread_over(front, request.n_compare, without=found.architecture),
+            spread_over(front_of(objective), request.n_compare, without=found.architecture),
             supernet=supernet,
             predictors=predictors,
             confidence=request.confidence,
@@ -87,8 +94,17 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
             directory=directory,
             on_row=lambda done, total: show(done, total, ""),
         )
-        metrics = log_comparison(run, rows, request.latency_ms)
-        return CompareResult(run_id=run.run_id, metrics=metrics, summary=_summary(rows))
+        others = [limit for limit in limits if limit.quantity != "latency_ms"]
+        answers = [all(objective.amounts(r.architecture)[x.quantity] <= x.value for x in others) for r in rows]
+        check = check_found(rows, answers)
+        metrics = log_comparison(run, rows, request.latency_ms, check)
+        return CompareResult(
+            run_id=run.run_id,
+            metrics=metrics,
+            check=check.sentence,
+            beaten_by=None if check.beaten_by is None else check.beaten_by.architecture.to_dict(),
+            summary=f"{_summary(rows)}\n{check.sentence}",
+        )
 
 
 def _summary(rows: Sequence[Comparison]) -> str:

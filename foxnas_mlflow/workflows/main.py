@@ -39,6 +39,7 @@ from foxnas_mlflow.workflows.supernet import SupernetRequest, SupernetResult, ru
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from foxnas_mlflow.core.architecture import Architecture
     from foxnas_mlflow.core.space import SearchSpace
     from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.data import ImageDataset
@@ -127,6 +128,9 @@ _NEEDS = (
     ("ai_edge_litert", "tflite", "running an int8 model"),
 )
 """Module, the extra that brings it, and what it is for."""
+
+_SEARCHED_AGAIN = 3
+"""How often the search is done again because the comparison shows a better network."""
 
 _MOVABLE = ("data", "target", "resume", "workers")
 """Parameters that are no inputs of a step: data and target count by their content, what is resumed and who works
@@ -227,16 +231,12 @@ class _Pipeline:
         supernet = request.supernet or self._supernet().model_uri
         samples = self._sample(supernet).measurements
         predictors = self._fit(samples).model_uri
-        found = self._search(self._latencies(predictors), predictors, supernet, samples)
-        subnet, latency_ms = found.model_uri, found.latency_ms
-        if request.finetune_epochs:
-            subnet = self._finetune(subnet).better_uri
-        model = self._quantize(subnet).runnable_uri
-        if self._device:
-            self._benchmark(model)
-        self._compare(supernet, predictors, model, latency_ms)
+        found, model, compared = self._found(predictors, supernet, samples)
+        latency_ms = found.latency_ms
         refusal: PromotionError | None = None
-        if self._device and request.stage.lower() != "none":
+        if compared.beaten_by is not None and request.stage.lower() != "none":
+            refusal = PromotionError("a network that another one beats is not promoted", received=compared.check)
+        elif self._device and request.stage.lower() != "none":
             try:
                 self._promote(model, latency_ms)
             except PromotionError as error:
@@ -259,6 +259,33 @@ class _Pipeline:
             logger.info(result.describe())
             raise refusal
         return result
+
+    def _found(self, predictors: str, supernet: str, samples: str) -> tuple[SearchResult, str, CompareResult]:
+        """Search, make the int8 model, measure and compare it; again while the comparison shows a better network.
+
+        Returns:
+            The search, the int8 model that runs on the target, and its comparison.
+        """
+        from foxnas_mlflow.core.architecture import Architecture
+
+        latencies = self._latencies(predictors)
+        also: list[Architecture] = []
+        beaten: list[Architecture] = []
+        while True:
+            found = self._search(latencies, predictors, supernet, samples, also, beaten)
+            subnet = found.model_uri
+            if self._request.finetune_epochs:
+                subnet = self._finetune(subnet).better_uri
+            model = self._quantize(subnet).runnable_uri
+            if self._device:
+                self._benchmark(model)
+            compared = self._compare(supernet, predictors, model, found)
+            if compared.beaten_by is None or len(beaten) == _SEARCHED_AGAIN:
+                return found, model, compared
+            logger.info("\nThe comparison is a look too: the search is done again without the network that is beaten.")
+            also.append(Architecture.from_dict(compared.beaten_by))
+            beaten.append(Architecture.from_dict(found.architecture))
+            latencies = () if found.latency_ms is None else (found.latency_ms,)
 
     def _supernet(self) -> SupernetResult:
         from foxnas_mlflow.tracking.supernet import has_checkpoint
@@ -335,8 +362,17 @@ class _Pipeline:
         )
         return (latency_ms,)
 
-    def _search(self, latencies_ms: tuple[float, ...], predictors: str, supernet: str, samples: str) -> SearchResult:
+    def _search(
+        self,
+        latencies_ms: tuple[float, ...],
+        predictors: str,
+        supernet: str,
+        samples: str,
+        also: Sequence[Architecture],
+        beaten: Sequence[Architecture],
+    ) -> SearchResult:
         main = self._request
+        looks = {"also": [a.to_dict() for a in also], "beaten": [a.to_dict() for a in beaten]}
         request = SearchRequest(
             target=main.target,
             latency_ms=latencies_ms,
@@ -357,9 +393,9 @@ class _Pipeline:
         return self._step(
             "search",
             SearchResult,
-            _inputs(request),
+            _inputs(request) | (looks if also else {}),
             ("fit", "supernet"),
-            lambda _: lambda *, tags: run_search(request, tags=tags),
+            lambda _: lambda *, tags: run_search(request, tags=tags, also=also, beaten=beaten),
         )
 
     def _finetune(self, subnet: str) -> FinetuneResult:
@@ -414,14 +450,15 @@ class _Pipeline:
 
         return self._step("benchmark", BenchmarkResult, _inputs(request), ("quantize",), do)
 
-    def _compare(self, supernet: str, predictors: str, model: str, latency_ms: float | None) -> CompareResult:
+    def _compare(self, supernet: str, predictors: str, model: str, found: SearchResult) -> CompareResult:
         main = self._request
         request = CompareRequest(
             model=model,
             predictors=predictors,
             supernet=supernet,
             data=main.data,
-            latency_ms=latency_ms,
+            latency_ms=found.latency_ms,
+            limits=found.limits,
             confidence=main.confidence,
             n_compare=main.n_compare,
             target=main.target,

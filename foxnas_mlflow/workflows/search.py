@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from foxnas_mlflow.core.architecture import Architecture
+    from foxnas_mlflow.core.measurements import Measurement
     from foxnas_mlflow.core.predictors import PredictorSet
     from foxnas_mlflow.core.searchers import Problem
     from foxnas_mlflow.core.targets import Target
@@ -59,7 +61,9 @@ class SearchRequest(GoalRequest):
     )
     compiler_image: str = compiler_image()
     verify: int = parameter(5, "Networks of the front to measure and evaluate before one is chosen.", at_least=1)
-    measurements: str = parameter("", "Table of measured networks to draw in the report: measurements.csv.")
+    measurements: str = parameter(
+        "", "Table of measured networks, to draw, and to look again at those that beat the found one: measurements.csv."
+    )
     algorithm: Literal["annealing", "annealing-unguided", "evolution", "random"] = parameter(
         "annealing",
         "Searcher beside the exact method.",
@@ -122,12 +126,20 @@ class _Inputs:
     supernet: TrainedSupernet | None
 
 
-def run_search(request: SearchRequest, *, tags: Mapping[str, str] | None = None) -> SearchResult:
+def run_search(
+    request: SearchRequest,
+    *,
+    tags: Mapping[str, str] | None = None,
+    also: Sequence[Architecture] = (),
+    beaten: Sequence[Architecture] = (),
+) -> SearchResult:
     """Search, prove, verify what was found where there is a supernet or a device, and register it.
 
     Args:
         request: What to search for.
         tags: Further tags of its run.
+        also: Networks to look at beside those of the front.
+        beaten: Networks that another one is known to beat on measured figures: they win only where no other can.
 
     Raises:
         InvalidInputError: If a limit, a goal or an input breaks a rule.
@@ -175,7 +187,8 @@ def run_search(request: SearchRequest, *, tags: Mapping[str, str] | None = None)
         found = _searched(request, inputs)
         with _keeping(request, inputs, run) as kept:
             if inputs.supernet is not None or request.device:
-                found = [_verified(request, inputs, run, one, kept) for one in found]
+                looks = _Looks(tuple(measurements), tuple(also), tuple(beaten))
+                found = [_verified(request, inputs, run, one, looks, kept) for one in found]
             logged = log_search(
                 run,
                 found,
@@ -194,7 +207,7 @@ def run_search(request: SearchRequest, *, tags: Mapping[str, str] | None = None)
             predictors_uri=logged.predictors_uri,
             architecture=first.architecture.to_dict(),
             latency_ms=first.latency_limit_ms,
-            limits=describe_limits(first.limits),
+            limits=describe_limits(first.limits) if first.limits else "",
             confidence=request.confidence,
             metrics=logged.networks[0].metrics,
             summary="\n\n".join(
@@ -281,7 +294,18 @@ def _keeping(request: SearchRequest, inputs: _Inputs, run: EntryRun) -> Abstract
     return kept_measurements(inputs.predictors, inputs.target, request.values())
 
 
-def _verified(request: SearchRequest, inputs: _Inputs, run: EntryRun, found: Searched, kept: Path) -> Searched:
+@dataclass(frozen=True, eq=False)
+class _Looks:
+    """What is known of networks before the search looks at some; see `foxnas_mlflow.core.searchers.verify`."""
+
+    known: tuple[Measurement, ...]
+    also: tuple[Architecture, ...]
+    beaten: tuple[Architecture, ...]
+
+
+def _verified(
+    request: SearchRequest, inputs: _Inputs, run: EntryRun, found: Searched, looks: _Looks, kept: Path
+) -> Searched:
     import dataclasses
 
     from foxnas_mlflow.workflows._verification import verified
@@ -295,6 +319,9 @@ def _verified(request: SearchRequest, inputs: _Inputs, run: EntryRun, found: Sea
         compiler_image=request.compiler_image,
         n=request.verify,
         tolerance_points=request.tolerance,
+        known=looks.known,
+        also=looks.also,
+        beaten=looks.beaten,
         place=found.place(len(inputs.problems)),
         kept=kept,
     )

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foxnas_mlflow.core.comparison import Comparison, agreement, read_comparisons, spread_over, write_comparisons
+from foxnas_mlflow.core.comparison import (
+    Comparison,
+    agreement,
+    check_found,
+    read_comparisons,
+    spread_over,
+    write_comparisons,
+)
 from foxnas_mlflow.core.predictors import reference_predictors
 from foxnas_mlflow.core.searchers import Objective, front_of
 from foxnas_mlflow.core.space import CPU_SPACE
@@ -41,6 +48,38 @@ def test_what_cannot_be_said_is_left_out(rows: list[Comparison]) -> None:
         "accuracy_mean_error",
         "accuracy_kendall_tau",
     }
+
+
+def test_a_network_that_is_faster_and_beyond_noise_more_accurate_beats_the_found_one(rows: list[Comparison]) -> None:
+    found = dataclasses.replace(rows[0], accuracy=70.0, latency_ms=10.0)
+    # 400 images at 70 %: 2.3 points each, 3.2 of the difference of two that nothing pairs.
+    faster = dataclasses.replace(rows[1], accuracy=74.0, latency_ms=9.0)
+    check = check_found([found, faster, rows[2]], [True] * 3)
+    assert check.checked
+    assert check.beaten_by is faster
+    assert "takes 9 ms in place of 10 ms and is 4.00 points (standard error 3.1" in check.sentence
+    for other in (
+        dataclasses.replace(faster, accuracy=73.0),
+        dataclasses.replace(faster, latency_ms=10.5),
+        dataclasses.replace(faster, latency_valid=False),
+    ):
+        assert check_found([found, other, rows[2]], [True] * 3).beaten_by is None
+    # It breaks another limit: no answer.
+    check = check_found([found, faster, rows[2]], [True, False, True])
+    assert check.beaten_by is None
+    assert "No network of the 1 compared beats the found one" in check.sentence
+    assert "0 are faster." in check.sentence
+    assert not check_found([dataclasses.replace(found, latency_ms=None), faster], [True] * 2).checked
+
+
+def test_the_same_images_tell_networks_apart_that_two_accuracies_do_not(rows: list[Comparison]) -> None:
+    right = np.arange(400) < 280
+    better = np.arange(400) < 288
+    found = dataclasses.replace(rows[0], accuracy=70.0, latency_ms=10.0, correct=right)
+    faster = dataclasses.replace(rows[1], accuracy=72.0, latency_ms=9.0, correct=better)
+    # Eight images of 400, none the other way: the difference of 2 points has an error of 0.7.
+    assert check_found([found, faster], [True, True]).beaten_by is faster
+    assert check_found([found, dataclasses.replace(faster, correct=None)], [True, True]).beaten_by is None
 
 
 def test_the_table_is_read_back(rows: list[Comparison], tmp_path: Path) -> None:

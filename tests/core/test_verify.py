@@ -11,7 +11,7 @@ import pytest
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import DeviceError, InfeasibleConstraintError
-from foxnas_mlflow.core.measurements import Timing
+from foxnas_mlflow.core.measurements import Measurement, Timing
 from foxnas_mlflow.core.predictors import reference_predictors
 from foxnas_mlflow.core.searchers import Candidate, Evaluated, SearchOutcome, choose, paired_difference, search, verify
 
@@ -146,6 +146,56 @@ def test_a_network_that_is_beaten_on_both_measured_figures_never_wins(outcome: S
                 if other.speed_ms < verdict.chosen.speed_ms:
                     more, error = paired_difference(answers, chosen.correct)
                     assert more <= error
+
+
+def known_row(outcome: SearchOutcome, index: int, accuracy: float, device: str = "board") -> Measurement:
+    """A network of the fast end of the front, measured and evaluated before."""
+    architecture = outcome.front.architecture(index)
+    timing = dataclasses.replace(board(outcome, 0.9)(architecture), device=device)
+    return Measurement.of(architecture, timing, accuracy)
+
+
+def by_name(accuracies: dict[Architecture, float], otherwise: float) -> Callable[[Architecture], Evaluated]:
+    return lambda architecture: Evaluated(accuracies.get(architecture, otherwise), 0.3)
+
+
+def test_a_network_that_was_measured_before_and_beats_the_winner_is_looked_at_again_and_wins(
+    outcome: SearchOutcome,
+) -> None:
+    row = known_row(outcome, 3, 74.0)
+    evaluate = by_name({row.architecture: 74.0}, 72.0)
+    verdict = verify(outcome, time=board(outcome, 0.9), evaluate=evaluate, known=[row])
+    assert verdict.chosen.architecture == row.architecture
+    assert verdict.chosen.origin == "measured before"
+    assert not verdict.dominated
+    # Looked at again it is no better: the new figures count.
+    verdict = verify(outcome, time=board(outcome, 0.9), evaluate=by_name({}, 72.0), known=[row])
+    assert row.architecture in [c.architecture for c in verdict.candidates]
+    assert not verdict.dominated
+    # What was measured on another board, is within noise, slower or breaks another limit says nothing.
+    slower = Measurement(row.architecture, 74.0, 70.0, "measured", "board")
+    for other in (known_row(outcome, 3, 74.0, "elsewhere"), known_row(outcome, 3, 72.4), slower):
+        verdict = verify(outcome, time=board(outcome, 0.9), evaluate=evaluate, known=[other], tolerance_points=0)
+        assert row.architecture not in [c.architecture for c in verdict.candidates]
+
+
+def test_a_winner_that_is_beaten_says_by_which_network(outcome: SearchOutcome) -> None:
+    row = known_row(outcome, 3, 74.0)
+    looked = verify(outcome, time=board(outcome, 0.9), evaluate=by_name({}, 72.0)).candidates
+    verdict = choose(outcome, looked, known=[row])
+    assert verdict.dominated
+    assert verdict.beaten_by == row.architecture
+
+
+def test_a_network_that_is_known_to_be_beaten_wins_only_alone(outcome: SearchOutcome) -> None:
+    fast = outcome.front.architecture(3)
+    time, evaluate = board(outcome, 0.9), by_name({}, 72.0)
+    first = verify(outcome, time=time, evaluate=evaluate, tolerance_points=0).chosen.architecture
+    verdict = verify(outcome, time=time, evaluate=evaluate, tolerance_points=0, also=[fast], beaten=[first])
+    assert verdict.chosen.architecture != first
+    assert fast in [c.architecture for c in verdict.candidates]
+    alone = verify(outcome, n_candidates=1, time=time, evaluate=evaluate, beaten=[outcome.architecture])
+    assert alone.chosen.architecture == outcome.architecture
 
 
 def test_other_limits_hold_for_every_candidate() -> None:

@@ -221,6 +221,15 @@ class Objective:
         index: IndexArray = self.options.lookup(encode(self.space, [architecture]))[0]
         return index
 
+    def amounts(self, architecture: Architecture) -> dict[str, float]:
+        """Every quantity of an architecture, as limits are on it: upper bounds of predicted ones, counts of the others.
+
+        The architecture's image size must be one of those searched.
+        """
+        size = self.sizes[self.image_sizes.index(architecture.image_size)]
+        values = size.evaluate(self.index_of(architecture)[None])[1][0]
+        return dict(zip(self.quantities, map(float, values), strict=True))
+
     def architecture(self, size_index: int, index: IndexArray) -> Architecture:
         """The architecture of one row of option indices, shape (n_stages,)."""
         return decode(self.space, self.sizes[size_index].image_size, self.options.kinds[index])

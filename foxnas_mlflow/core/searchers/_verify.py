@@ -18,7 +18,7 @@ import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import DeviceError, InfeasibleConstraintError, InvalidInputError
-from foxnas_mlflow.core.measurements import Timing
+from foxnas_mlflow.core.measurements import Measurement, Timing
 from foxnas_mlflow.core.searchers._evidence import (
     BoolArray,
     Combined,
@@ -38,6 +38,9 @@ MAX_EDITS = 40
 
 _REACH = 1.1
 """Measured latencies up to this multiple of the constraint are mended by edits alone."""
+
+_AGAIN = 10
+"""Most networks that were measured before and are looked at again because they beat the winner."""
 
 _FRONT_POINTS = 400
 """Most points of a front among which candidates are chosen."""
@@ -147,13 +150,18 @@ class Verdict:
     Attributes:
         candidates: All networks that were looked at, in order; exactly one is chosen.
         reason: One sentence: what the winner was chosen by, and what slower networks would have bought.
-        dominated: Whether a network that was looked at beats the winner on measured latency and, beyond noise, on
-            evaluated accuracy; the choice never lets that be.
+        beaten_by: The network that beats the winner on measured latency and, beyond noise, on evaluated accuracy, of
+            all that were looked at now or before; None where no network does.
     """
 
     candidates: tuple[Candidate, ...]
     reason: str
-    dominated: bool
+    beaten_by: Architecture | None = None
+
+    @property
+    def dominated(self) -> bool:
+        """Whether a network that was looked at beats the winner on both measured figures."""
+        return self.beaten_by is not None
 
     @property
     def chosen(self) -> Candidate:
@@ -168,9 +176,14 @@ def verify(
     tolerance_points: float | None = None,
     time: Callable[[Architecture], Timing] | None = None,
     evaluate: Callable[[Architecture], Evaluated] | None = None,
+    known: Sequence[Measurement] = (),
+    also: Sequence[Architecture] = (),
+    beaten: Sequence[Architecture] = (),
     on_candidate: Callable[[Candidate], None] = lambda candidate: None,
 ) -> Verdict:
     """Measure the best candidates of a search and choose among them.
+
+    A network of `known` whose figures beat the winner's is looked at again, and the choice made anew.
 
     Args:
         outcome: The search; its limits are what the winner meets.
@@ -179,6 +192,9 @@ def verify(
             standard error of the difference of the two; 0: the best one itself.
         time: Measures a network on the device.
         evaluate: Evaluates a network with the supernet.
+        known: Networks that were measured and evaluated before; those of the device that `time` measures on count.
+        also: Networks to look at beside those of the front.
+        beaten: Networks that another one is known to beat; they win only where no other meets the limits.
         on_candidate: Told of each network that was looked at.
 
     Raises:
@@ -199,6 +215,9 @@ def verify(
 
     for architecture in candidates(outcome, n_candidates, measured=time is not None):
         look(architecture, "found" if architecture == outcome.architecture else "front")
+    for architecture in also:
+        if all(c.architecture != architecture for c in seen):
+            look(architecture, "compared before")
     if time is not None and not seen[0].meets and np.isfinite(outcome.problem.room[0]):
         # Slower than predicted: what the limit still allows lies between the networks that were looked at.
         _mend(outcome, float(outcome.problem.room[0]), seen, look)
@@ -208,18 +227,34 @@ def verify(
             min(c.timing.latency_ms for c in seen if c.timing is not None and not c.timing.problems),
             context=f" among {len(seen)} measured on the device",
         )
-    return choose(outcome, seen, tolerance_points=tolerance_points)
+    verdict = choose(outcome, seen, tolerance_points=tolerance_points, known=known, beaten=beaten)
+    for _ in range(_AGAIN):
+        better = verdict.beaten_by
+        if better is None or any(c.architecture == better for c in seen):
+            break
+        look(better, "measured before")
+        verdict = choose(outcome, seen, tolerance_points=tolerance_points, known=known, beaten=beaten)
+    return verdict
 
 
-def choose(outcome: SearchOutcome, seen: Sequence[Candidate], *, tolerance_points: float | None = None) -> Verdict:
+def choose(
+    outcome: SearchOutcome,
+    seen: Sequence[Candidate],
+    *,
+    tolerance_points: float | None = None,
+    known: Sequence[Measurement] = (),
+    beaten: Sequence[Architecture] = (),
+) -> Verdict:
     """Choose among networks that were looked at, one of which meets the limits at least, as `verify` does."""
     evidence = _combined(outcome, seen)
     meeting = [i for i, candidate in enumerate(seen) if candidate.meets]
     latencies = [None if (timing := seen[i].timing) is None else timing.latency_ms for i in meeting]
-    beaten = [
-        dominated(latencies, [_evaluated_more(seen[j], seen[i]) for j in meeting], k) for k, i in enumerate(meeting)
+    standing = [
+        i
+        for k, i in enumerate(meeting)
+        if not dominated(latencies, [_evaluated_more(seen[j], seen[i]) for j in meeting], k)
     ]
-    standing = [i for i, is_beaten in zip(meeting, beaten, strict=True) if not is_beaten]
+    standing = [i for i in standing if seen[i].architecture not in beaten] or standing
     problem = outcome.problem
     accuracy = [seen[i].predicted_accuracy if evidence is None else float(evidence.mean[i]) for i in range(len(seen))]
     if problem.goal != "accuracy" and problem.min_accuracy is not None:
@@ -245,7 +280,46 @@ def choose(outcome: SearchOutcome, seen: Sequence[Candidate], *, tolerance_point
         )
         for i, candidate in enumerate(seen)
     ]
-    return Verdict(tuple(chosen), reason, winner not in standing)
+    return Verdict(tuple(chosen), reason, _beaten_by(outcome, seen, seen[winner], known))
+
+
+def _beaten_by(
+    outcome: SearchOutcome, seen: Sequence[Candidate], winner: Candidate, known: Sequence[Measurement]
+) -> Architecture | None:
+    """The network, looked at now or before, that beats the winner on both measured figures; the most accurate of them.
+
+    It must be an answer itself: within all other limits, and measured without problems. What was looked at again
+    counts with its newest figures. Earlier evaluations err by as much as the winner's.
+    """
+    timing, own = winner.timing, winner.evaluated
+    if timing is None or own is None:
+        return None
+    better: list[tuple[float, Architecture]] = []
+    for c in seen:
+        more = _evaluated_more(c, winner)
+        if (
+            c.timing is not None
+            and not c.timing.problems
+            and c.timing.latency_ms < timing.latency_ms
+            and more is not None
+            and more[0] > more[1]
+            and _counts_meet(outcome, c.architecture)
+        ):
+            better.append((more[0], c.architecture))
+    looked = {c.architecture for c in seen}
+    for row in known:
+        if (
+            row.architecture not in looked
+            and row.architecture.image_size in outcome.objective.image_sizes
+            and row.accuracy is not None
+            and row.timing is not None
+            and (row.timing.device, row.timing.source) == (timing.device, timing.source)
+            and row.timing.latency_ms < timing.latency_ms
+            and row.accuracy - own.accuracy > np.sqrt(2) * own.standard_error
+            and _counts_meet(outcome, row.architecture)
+        ):
+            better.append((row.accuracy - own.accuracy, row.architecture))
+    return max(better, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 def _fastest_alike(
@@ -344,7 +418,7 @@ def _front_within(outcome: SearchOutcome, n: int, *, measured: bool) -> list[Arc
     inside = inside[np.unique(np.linspace(0, len(inside) - 1, _FRONT_POINTS).astype(int))] if len(inside) else inside
     # The neighbours just under the limit are all kept: which of them meets it only the device knows.
     architectures = [front.architecture(int(i)) for i in inside]
-    return [a for a in architectures if measured or _amounts(outcome, a)["latency_ms"] <= limit]
+    return [a for a in architectures if measured or outcome.objective.amounts(a)["latency_ms"] <= limit]
 
 
 def _ladder(outcome: SearchOutcome, n: int) -> list[Architecture]:
@@ -428,7 +502,7 @@ def _look(
         timing = time(architecture)
         if timing.problems:
             timing = time(architecture)
-    amounts = _amounts(outcome, architecture)
+    amounts = outcome.objective.amounts(architecture)
     judged = amounts if timing is None else {**amounts, "latency_ms": timing.latency_ms}
     meets = all(judged[limit.quantity] <= limit.value for limit in outcome.limits)
     return Candidate(
@@ -443,17 +517,9 @@ def _look(
     )
 
 
-def _amounts(outcome: SearchOutcome, architecture: Architecture) -> dict[str, float]:
-    """Every quantity of the objective, as the search limited it."""
-    objective = outcome.objective
-    size = objective.sizes[objective.image_sizes.index(architecture.image_size)]
-    values = size.evaluate(objective.index_of(architecture)[None])[1][0]
-    return dict(zip(objective.quantities, map(float, values), strict=True))
-
-
 def _counts_meet(outcome: SearchOutcome, architecture: Architecture) -> bool:
     """Whether a network meets all limits but that on latency, which the device judges."""
-    amounts = _amounts(outcome, architecture)
+    amounts = outcome.objective.amounts(architecture)
     return all(amounts[x.quantity] <= x.value for x in outcome.limits if x.quantity != "latency_ms")
 
 
