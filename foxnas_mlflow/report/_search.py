@@ -19,6 +19,7 @@ from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, margina
 from foxnas_mlflow.core.searchers import (
     Candidate,
     Front,
+    Round,
     SearchOutcome,
     SearchResult,
     accuracy_signal,
@@ -56,6 +57,8 @@ def write_search_report(
     measurements: Sequence[Measurement] = (),
     candidates: Sequence[Candidate] = (),
     reason: str = "",
+    rounds: Sequence[tuple[Round, Candidate]] = (),
+    ended: str = "",
 ) -> None:
     """Write a self-contained interactive page.
 
@@ -68,6 +71,8 @@ def write_search_report(
         measurements: Measured rows to draw beside the front.
         candidates: Networks that a device or a supernet looked at; one of them is chosen.
         reason: Why it was chosen, in one sentence.
+        rounds: The rounds of the search, each with the network that it chose.
+        ended: Why there was no further round.
     """
     predictors = outcome.objective.predictors
     latency = predictors.of("latency_ms", outcome.architecture.image_size)
@@ -76,6 +81,7 @@ def write_search_report(
         ("Latency against accuracy", plot("front", _front_figure(outcome, measurements, candidates))),
         ("Limits", _limits_table(outcome)),
         *([("Predicted and found out", _candidates_table(candidates))] if candidates else []),
+        *([("Rounds", _rounds_table(rounds, ended))] if len(rounds) > 1 else []),
         *_searching(outcome, comparisons),
         ("The network", network_drawing(predictors, outcome.architecture)),
     ]
@@ -233,6 +239,34 @@ def _limits_table(outcome: SearchOutcome) -> str:
         "<p>Prices are those of the exact optimum: what it would gain without the limit, and with a little more of it."
         f"{text}</p>" + table(header, rows)
     )
+
+
+def _rounds_table(rounds: Sequence[tuple[Round, Candidate]], ended: str) -> str:
+    """What each round learnt from, looked at and chose."""
+    rows = [
+        (
+            f"{number}",
+            f"{done.n_rows}",
+            "" if done.kendall_tau is None else f"{done.kendall_tau:.2f}",
+            f"{done.n_new}",
+            f"{chosen.predicted_accuracy:.2f}",
+            "" if chosen.accuracy is None else f"{chosen.accuracy:.2f} ± {chosen.standard_error:.2f}",
+            _ms(chosen.predicted_latency_ms),
+            "" if chosen.timing is None else _ms(chosen.timing.latency_ms),
+        )
+        for number, (done, chosen) in enumerate(rounds, start=1)
+    ]
+    header = (
+        "round",
+        "rows learnt from",
+        "tau (accuracy)",
+        "new networks looked at",
+        "chosen: predicted %",
+        "evaluated %",
+        "predicted ms",
+        "measured ms",
+    )
+    return f"<p>The last round was the last because {escape(ended)}.</p>" + table(header, rows)
 
 
 def _candidates_table(candidates: Sequence[Candidate]) -> str:

@@ -84,7 +84,7 @@ def conclude(
     run.log_params({"chosen_latency_ms": "" if latency_ms is None else latency_ms, "chosen_limits": limits})
     run.set_tags({"foxnas.model": model_uri, **{f"foxnas.step.{name}": r.run_id for name, r in done.items()}})
     run.log_json({"format": 1, "steps": [result.to_dict() for result in done.values()]}, "pipeline.json")
-    predictors, _ = open_predictors(str(done["fit"].outputs["model_uri"]), target.name)
+    predictors, _ = open_predictors(str(done["search"].outputs["predictors_uri"]), target.name)
     compared = Path(
         mlflow.artifacts.download_artifacts(
             run_id=done["compare"].run_id, artifact_path=COMPARISON, dst_path=str(run.directory)

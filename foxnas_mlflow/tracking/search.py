@@ -14,12 +14,13 @@ from typing import Any
 from mlflow.models.model import ModelInfo
 
 from foxnas_mlflow.core.cost import network_cost
-from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.measurements import Measurement, write_measurements
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
-from foxnas_mlflow.core.searchers import Front, SearchOutcome, SearchResult, describe_limits
+from foxnas_mlflow.core.searchers import Candidate, Front, Loop, SearchOutcome, SearchResult, describe_limits
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import SubnetModel, log_model
+from foxnas_mlflow.tracking.inputs import MEASUREMENTS
 from foxnas_mlflow.tracking.registry import PICTURE, picture_of, register, registered_name, shortened
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.verification import Verification
@@ -36,8 +37,18 @@ class Searched:
     """
 
     outcome: SearchOutcome
-    comparisons: tuple[SearchResult, ...]
+    comparisons: tuple[SearchResult, ...] = ()
     verification: Verification | None = None
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All networks that were looked at."""
+        return () if self.verification is None else self.verification.candidates
+
+    @property
+    def chosen(self) -> Candidate:
+        """The one of them that was chosen."""
+        return next(candidate for candidate in self.candidates if candidate.chosen)
 
     def place(self, n: int) -> str:
         """Directory of its files in a run that searches n networks: its latency; the root where it is the only one."""
@@ -86,6 +97,7 @@ def log_search(
     params: Mapping[str, Any],
     name: str,
     measurements: Sequence[Measurement] = (),
+    loop: Loop[Searched] | None = None,
 ) -> LoggedSearch:
     """Log a finished search to its run and register predictors and networks.
 
@@ -98,7 +110,13 @@ def log_search(
         params: Resolved parameters of the entry point, for the report.
         name: Prefix of the registered models.
         measurements: Measured networks to draw in the report.
+        loop: The rounds in which it was searched, where networks were looked at.
     """
+    n_rounds = 1 if loop is None else len(loop.rounds)
+    fitted_to = predictors_source
+    if loop is not None and n_rounds > 1:
+        write_measurements(loop.rows, run.directory / MEASUREMENTS)
+        fitted_to = f"{predictors_source}, refitted in round {n_rounds}"
     note = latency_note(predictors, target)
     run.set_tags(
         {
@@ -117,20 +135,33 @@ def log_search(
     for one in searched:
         _write_files(one.outcome, run.directory / one.place(len(searched)))
     if importlib.util.find_spec("plotly") is not None:
-        _write_pages(run, searched, {**params, "predictors": predictors_source}, target, measurements)
+        _write_pages(run, searched, {**params, "predictors": fitted_to}, target, measurements, loop)
     run.log_artifacts(run.directory)
     run.log_table(
         {"image_size": front.image_size, "latency_ms": front.latency_ms, "accuracy": front.accuracy},
         "tables/front.json",
     )
+    for one in searched:
+        if one.candidates:
+            place = one.place(len(searched))
+            name_of_table = f"verification-{place}" if place else "verification"
+            run.log_table([candidate.to_row() for candidate in one.candidates], f"tables/{name_of_table}.json")
     fitted = log_model(predictors, name="predictors")
     networks = tuple(
         _log_network(
-            run, one, step, target=target, predictors=predictors, source=predictors_source, name=name, note=note
+            run,
+            one,
+            step,
+            target=target,
+            predictors=predictors,
+            source=predictors_source,
+            name=name,
+            note=note,
+            n_rounds=n_rounds,
         )
         for step, one in enumerate(searched)
     )
-    predictors_uri = _register_predictors(run, fitted, predictors, predictors_source, target, name)
+    predictors_uri = _register_predictors(run, fitted, predictors, fitted_to, target, name)
     return LoggedSearch(networks, predictors_uri, note)
 
 
@@ -144,6 +175,7 @@ def _log_network(
     source: str,
     name: str,
     note: str,
+    n_rounds: int,
 ) -> LoggedNetwork:
     """Log one network with its figures, and register it."""
     outcome, verification = one.outcome, one.verification
@@ -151,7 +183,7 @@ def _log_network(
     # What leads back to its origin, and forward to what came of that.
     origin = {"predictors": source, "search_run": run.run_id}
     origin |= {key: str(facts[key]) for key in ("supernet", "data", "data_digest") if key in facts}
-    metrics = _metrics(outcome, facts)
+    metrics = _metrics(outcome, facts) | {"search/rounds": float(n_rounds)}
     if verification is not None and verification.chosen.timing is not None and verification.chosen.evaluated:
         metrics["search/true_dominated"] = float(verification.dominated)
     details = {
@@ -201,11 +233,13 @@ def _write_pages(
     request: Mapping[str, Any],
     target: Target,
     measurements: Sequence[Measurement],
+    loop: Loop[Searched] | None,
 ) -> None:
     """A page for each network, and for several one beside them that has them all."""
     from foxnas_mlflow.report import write_search_report, write_searches_report
 
-    for one in searched:
+    for number, one in enumerate(searched):
+        rounds = () if loop is None else tuple((r, r.chosen[number]) for r in loop.rounds)
         write_search_report(
             run.directory / one.place(len(searched)) / "report.html",
             outcome=one.outcome,
@@ -213,14 +247,16 @@ def _write_pages(
             request=request,
             target=target,
             measurements=measurements,
-            candidates=() if one.verification is None else one.verification.candidates,
+            candidates=one.candidates,
+            rounds=rounds,
+            ended="" if loop is None else loop.reason,
             reason="" if one.verification is None else one.verification.reason,
         )
     if len(searched) > 1:
         write_searches_report(
             run.directory / "report.html",
             outcomes=[one.outcome for one in searched],
-            chosen=[None if one.verification is None else one.verification.chosen for one in searched],
+            chosen=[one.chosen if one.candidates else None for one in searched],
             request=request,
             target=target,
         )

@@ -68,5 +68,3 @@ def log_verification(run: EntryRun, looked: Sequence[Candidate], place: str = ""
         path.parent.mkdir(exist_ok=True)
         write_verification(looked, path)
         run.log_artifact(path, place or None)
-        name = "verification" if not place else f"verification-{place}"
-        run.log_table([candidate.to_row() for candidate in looked], f"tables/{name}.json")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InfeasibleConstraintError
-from foxnas_mlflow.core.files import cache_directory, json_digest, worked_on
+from foxnas_mlflow.core.files import cache_directory, json_digest, worked_on, write_atomically
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Candidate, Evaluated, SearchOutcome, candidates, verify
@@ -79,7 +82,7 @@ def verified(
         n: Networks of the front to look at.
         tolerance_points, known, also, beaten: See `foxnas_mlflow.core.searchers.verify`.
         place: Directory of the run that has the table; empty: its root.
-        kept: Directory of what the device said, so that a search that was cut off does not ask it again.
+        kept: Directory of what device and supernet said, so that a search that was cut off does not ask again.
 
     Returns:
         The search with the chosen network as its outcome, and the verification.
@@ -109,7 +112,7 @@ def verified(
             also=also,
             beaten=beaten,
             time=time,
-            evaluate=None if evaluator is None else _evaluate(evaluator),
+            evaluate=None if evaluator is None else _evaluate(evaluator, kept),
             on_candidate=looked.append,
         )
         looked[:] = verdict.candidates
@@ -135,9 +138,25 @@ def verified(
     return outcome, Verification(verdict.candidates, device, supernet, model, verdict.reason, verdict.dominated)
 
 
-def _evaluate(evaluator: SubnetEvaluator) -> Callable[[Architecture], Evaluated]:
+def _evaluate(evaluator: SubnetEvaluator, kept: Path) -> Callable[[Architecture], Evaluated]:
+    """The evaluator with its answers kept as they come: no network is evaluated twice, whatever ends the process."""
+    directory = kept / "evaluations"
+    directory.mkdir(exist_ok=True)
+
     def evaluate(architecture: Architecture) -> Evaluated:
-        evaluation = evaluator.evaluate(architecture)
-        return Evaluated(evaluation.top1_percent, evaluation.standard_error, evaluation.correct)
+        path = directory / f"{json_digest(architecture.to_dict())[:32]}.json"
+        if not path.exists():
+            evaluation = evaluator.evaluate(architecture)
+            content = {
+                "accuracy": evaluation.top1_percent,
+                "standard_error": evaluation.standard_error,
+                "n_images": len(evaluation.correct),
+                "correct": np.packbits(evaluation.correct).tobytes().hex(),
+            }
+            write_atomically(path, json.dumps(content))
+        known = json.loads(path.read_text(encoding="utf-8"))
+        bits = np.frombuffer(bytes.fromhex(known["correct"]), dtype=np.uint8)
+        correct = np.unpackbits(bits, count=known["n_images"]).astype(bool)
+        return Evaluated(known["accuracy"], known["standard_error"], correct)
 
     return evaluate

@@ -79,7 +79,10 @@ class MainRequest(GoalRequest, ExecutorRequest):
         "none", "Weight of a class in the loss: none, or balanced: by how seldom it is."
     )
     max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
-    n_samples: int = parameter(60, "Networks to evaluate and measure for the predictors.", at_least=1)
+    n_samples: int = parameter(55, "Networks to evaluate and measure for the predictors.", at_least=1)
+    rounds: int = parameter(
+        2, "Most rounds of searching, looking at networks of the front and refitting; 1: no refit.", at_least=1
+    )
     n_compare: int = parameter(
         5, "Networks of the front to hold predictions against, beside the found one.", at_least=0
     )
@@ -279,7 +282,7 @@ class _Pipeline:
             model = self._quantize(subnet).runnable_uri
             if self._device:
                 self._benchmark(model)
-            compared = self._compare(supernet, predictors, model, found)
+            compared = self._compare(supernet, found.predictors_uri, model, found)
             if compared.beaten_by is None or len(beaten) == _SEARCHED_AGAIN:
                 return found, model, compared
             logger.info("\nThe comparison is a look too: the search is done again without the network that is beaten.")
@@ -387,6 +390,7 @@ class _Pipeline:
             device=self._device,
             compiler_image=main.compiler_image,
             measurements=samples,
+            rounds=main.rounds,
             seed=main.seed,
             name=main.name,
         )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.architecture import Architecture
     from foxnas_mlflow.core.measurements import Measurement
     from foxnas_mlflow.core.predictors import PredictorSet
-    from foxnas_mlflow.core.searchers import Problem
+    from foxnas_mlflow.core.searchers import Loop, Problem, SearchOutcome
     from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.tracking.inputs import TrainedSupernet
     from foxnas_mlflow.tracking.run import EntryRun
@@ -61,6 +61,9 @@ class SearchRequest(GoalRequest):
     )
     compiler_image: str = compiler_image()
     verify: int = parameter(5, "Networks of the front to measure and evaluate before one is chosen.", at_least=1)
+    rounds: int = parameter(
+        1, "Most rounds of searching, looking at networks and refitting; 1: the predictors stay as given.", at_least=1
+    )
     measurements: str = parameter(
         "", "Table of measured networks, to draw, and to look again at those that beat the found one: measurements.csv."
     )
@@ -77,6 +80,12 @@ class SearchRequest(GoalRequest):
         super().check()
         if self.data and not self.supernet:
             raise InvalidInputError("data is that of a supernet", received=self.data, remedy="give supernet too")
+        if self.rounds > 1 and not (self.supernet and self.measurements):
+            raise InvalidInputError(
+                "rounds learn from networks that a supernet evaluates, and from the rows behind the predictors",
+                received=f"rounds={self.rounds}",
+                remedy="give supernet and measurements",
+            )
 
     @property
     def latencies_ms(self) -> tuple[float | None, ...]:
@@ -160,7 +169,7 @@ def run_search(
     from foxnas_mlflow.core.searchers import accuracy_signal, describe_limits
     from foxnas_mlflow.tracking.inputs import open_measurements
     from foxnas_mlflow.tracking.run import entry_run
-    from foxnas_mlflow.tracking.search import log_search
+    from foxnas_mlflow.tracking.search import Searched, log_search
 
     resolved = request.texts() | {
         "latency_ms": ",".join(str(ms) for ms in request.latencies_ms if ms is not None),
@@ -184,20 +193,23 @@ def run_search(
         if signal is not None and signal.absent:
             logger.info("Beware: %s.", signal)
         measurements = open_measurements(request.measurements, run.directory)[0] if request.measurements else []
-        found = _searched(request, inputs)
         with _keeping(request, inputs, run) as kept:
+            loop = None
+            predictors, found = inputs.predictors, tuple(Searched(o) for o in _outcomes(request, inputs.problems))
             if inputs.supernet is not None or request.device:
-                looks = _Looks(tuple(measurements), tuple(also), tuple(beaten))
-                found = [_verified(request, inputs, run, one, looks, kept) for one in found]
+                loop = _loop(request, inputs, run, _Looks(tuple(measurements), tuple(also), tuple(beaten)), found, kept)
+                predictors, found = loop.predictors, loop.looked
+            found = tuple(_compared(request, one) for one in found)
             logged = log_search(
                 run,
                 found,
                 target=inputs.target,
-                predictors=inputs.predictors,
+                predictors=predictors,
                 predictors_source=inputs.source,
                 params=request.values() | resolved,
                 name=request.name,
-                measurements=measurements,
+                measurements=measurements if loop is None else loop.rows,
+                loop=loop,
             )
         first = found[0].outcome
         return SearchResult(
@@ -211,7 +223,7 @@ def run_search(
             confidence=request.confidence,
             metrics=logged.networks[0].metrics,
             summary="\n\n".join(
-                _summary(inputs, one, network, logged.note, run.run_id)
+                _summary(inputs, one, network, logged.note, run.run_id, loop)
                 for one, network in zip(found, logged.networks, strict=True)
             ),
         )
@@ -219,9 +231,6 @@ def run_search(
 
 def _open(request: SearchRequest) -> _Inputs:
     """Open predictors and supernet, and refuse what does not belong together."""
-    import dataclasses
-
-    from foxnas_mlflow.core.searchers import parse_limits, pose
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.tracking.inputs import open_predictors, open_supernet
@@ -234,6 +243,23 @@ def _open(request: SearchRequest) -> _Inputs:
             received=request.space,
             remedy="leave space empty, or bring predictors fitted in that space",
         )
+    problems = _problems(request, predictors)
+    supernet = open_supernet(request.supernet, data=request.data, name=request.name) if request.supernet else None
+    if supernet is not None and supernet.space.digest != predictors.space.digest:
+        raise InvalidInputError(
+            f"the supernet must have the space of the predictors, {predictors.space.name!r}",
+            received=f"{supernet.uri} with {supernet.space.name!r}",
+            remedy="bring predictors fitted to samples of this supernet: foxnas sample, foxnas fit",
+        )
+    return _Inputs(target, predictors, source, problems, supernet)
+
+
+def _problems(request: SearchRequest, predictors: PredictorSet) -> tuple[Problem, ...]:
+    """What is searched for under some predictors: a problem for each latency, on one objective."""
+    import dataclasses
+
+    from foxnas_mlflow.core.searchers import parse_limits, pose
+
     latencies = request.latencies_ms
     first = pose(
         predictors,
@@ -245,53 +271,88 @@ def _open(request: SearchRequest) -> _Inputs:
         image_sizes=list(request.image_size) or None,
     )
     others = [dataclasses.replace(first, limits=parse_limits(request.limits, latency_ms=ms)) for ms in latencies[1:]]
-    supernet = open_supernet(request.supernet, data=request.data, name=request.name) if request.supernet else None
-    if supernet is not None and supernet.space.digest != predictors.space.digest:
-        raise InvalidInputError(
-            f"the supernet must have the space of the predictors, {predictors.space.name!r}",
-            received=f"{supernet.uri} with {supernet.space.name!r}",
-            remedy="bring predictors fitted to samples of this supernet: foxnas sample, foxnas fit",
-        )
-    return _Inputs(target, predictors, source, (first, *others), supernet)
+    return (first, *others)
 
 
-def _searched(request: SearchRequest, inputs: _Inputs) -> list[Searched]:
-    """The searches with one front, and all searchers under one common budget beside each."""
+def _outcomes(request: SearchRequest, problems: Sequence[Problem]) -> list[SearchOutcome]:
+    """The searches, with one front."""
     import time
 
-    from foxnas_mlflow.core.searchers import SEARCHERS, front_of, get_searcher, search_problem
-    from foxnas_mlflow.tracking.search import Searched
+    from foxnas_mlflow.core.searchers import front_of, get_searcher, search_problem
 
     start = time.perf_counter()
-    front = front_of(inputs.problems[0].objective)
+    front = front_of(problems[0].objective)
     seconds = time.perf_counter() - start
-    budget = min(request.evaluations, COMPARISON_EVALUATIONS)
-    found = []
-    for problem in inputs.problems:
-        outcome = search_problem(
+    searcher = get_searcher(request.algorithm)
+    return [
+        search_problem(
             problem,
             front,
             front_seconds=seconds,
-            searcher=get_searcher(request.algorithm),
+            searcher=searcher,
             evaluations=request.evaluations,
             seed=request.seed,
         )
-        comparisons = [
-            searcher.search(problem, evaluations=budget, seed=request.seed) for searcher in SEARCHERS.values()
-        ]
-        found.append(Searched(outcome, tuple(comparisons)))
-    return found
+        for problem in problems
+    ]
+
+
+def _compared(request: SearchRequest, found: Searched) -> Searched:
+    """A search with all searchers under one common budget beside it."""
+    import dataclasses
+
+    from foxnas_mlflow.core.searchers import SEARCHERS
+
+    budget = min(request.evaluations, COMPARISON_EVALUATIONS)
+    results = [s.search(found.outcome.problem, evaluations=budget, seed=request.seed) for s in SEARCHERS.values()]
+    return dataclasses.replace(found, comparisons=tuple(results))
+
+
+def _loop(
+    request: SearchRequest, inputs: _Inputs, run: EntryRun, looks: _Looks, first: Sequence[Searched], kept: Path
+) -> Loop[Searched]:
+    """Search and look, round by round; what was looked at is kept, so that a loop that was cut off goes on."""
+    from foxnas_mlflow.core.predictors import fit_predictors
+    from foxnas_mlflow.core.searchers import closed_loop
+
+    known = inputs.predictors
+    model = known.accuracy[-1]
+
+    def search(predictors: PredictorSet) -> list[SearchOutcome]:
+        if predictors is known:
+            return [one.outcome for one in first]
+        return _outcomes(request, _problems(request, predictors))
+
+    def look(outcome: SearchOutcome, before: Sequence[Architecture]) -> Searched:
+        return _verified(request, inputs, run, outcome, looks.after(before), kept)
+
+    def refit(rows: Sequence[Measurement]) -> PredictorSet:
+        logger.info("Fitting again with %d rows.", len(rows))
+        fit = fit_predictors(
+            rows,
+            known.space,
+            target=known.target,
+            formula="paper" if model.formula == "paper" else "calibrated",
+            ceiling=model.ceiling,
+            seed=request.seed,
+            provenance={"source": f"{request.measurements or inputs.source}, and what a search looked at"},
+            latency=known,
+        )
+        return fit.predictors
+
+    return closed_loop(known, looks.known, rounds=request.rounds, search=search, look=look, refit=refit)
 
 
 def _keeping(request: SearchRequest, inputs: _Inputs, run: EntryRun) -> AbstractContextManager[Path]:
-    """Where what the device says is kept until the search has its answer."""
+    """Where what device and supernet say is kept until the search has its answer."""
     from contextlib import nullcontext
 
     from foxnas_mlflow.workflows._verification import kept_measurements
 
-    if not request.device:
+    if not request.device and inputs.supernet is None:
         return nullcontext(run.directory)
-    return kept_measurements(inputs.predictors, inputs.target, request.values())
+    weights = {} if inputs.supernet is None else {"supernet_digest": inputs.supernet.digest}
+    return kept_measurements(inputs.predictors, inputs.target, request.values() | weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,17 +363,20 @@ class _Looks:
     also: tuple[Architecture, ...]
     beaten: tuple[Architecture, ...]
 
+    def after(self, before: Sequence[Architecture]) -> _Looks:
+        """With what earlier rounds looked at."""
+        return _Looks(self.known, (*self.also, *before), self.beaten)
+
 
 def _verified(
-    request: SearchRequest, inputs: _Inputs, run: EntryRun, found: Searched, looks: _Looks, kept: Path
+    request: SearchRequest, inputs: _Inputs, run: EntryRun, outcome: SearchOutcome, looks: _Looks, kept: Path
 ) -> Searched:
-    import dataclasses
-
+    from foxnas_mlflow.tracking.search import Searched
     from foxnas_mlflow.workflows._verification import verified
 
     outcome, verification = verified(
         run,
-        found.outcome,
+        outcome,
         target=inputs.target,
         supernet=inputs.supernet,
         device=request.device,
@@ -322,13 +386,15 @@ def _verified(
         known=looks.known,
         also=looks.also,
         beaten=looks.beaten,
-        place=found.place(len(inputs.problems)),
+        place=Searched(outcome).place(len(inputs.problems)),
         kept=kept,
     )
-    return dataclasses.replace(found, outcome=outcome, verification=verification)
+    return Searched(outcome, verification=verification)
 
 
-def _summary(inputs: _Inputs, found: Searched, logged: LoggedNetwork, note: str, run_id: str) -> str:
+def _summary(
+    inputs: _Inputs, found: Searched, logged: LoggedNetwork, note: str, run_id: str, loop: Loop[Searched] | None
+) -> str:
     outcome, verification, uri = found.outcome, found.verification, logged.uri
     target, problem, optimum = inputs.target.name, found.outcome.problem, found.outcome.optimum
     weights = "none" if verification is None or verification.model is None else "trained"
@@ -342,6 +408,7 @@ def _summary(inputs: _Inputs, found: Searched, logged: LoggedNetwork, note: str,
         f"  predicted accuracy   {outcome.accuracy:.2f} %",
         f"  predicted latency    {outcome.latency_ms:.3g} ms, at most {outcome.latency_upper_ms:.3g} ms (cost model)",
         *_verified_lines(verification),
+        *([f"  rounds               {len(loop.rounds)}: {loop.reason}"] if loop is not None else []),
         *(f"  limit                {limit}: {words}" for limit, words in outcome.limit_words()),
         f"  exact optimum        {exact}, proof gap {optimum.proof_gap:.4g} {unit}",
         f"  {outcome.result.algorithm:<20} {outcome.result.accuracy:.4f} %, gap {outcome.optimality_gap:.4g} {unit}, "

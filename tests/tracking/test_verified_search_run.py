@@ -16,7 +16,7 @@ import pytest
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.measurements import Measurement, read_finished
+from foxnas_mlflow.core.measurements import Measurement, read_finished, read_measurements, write_measurements
 from foxnas_mlflow.core.predictors import fit_predictors, reference_latency
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.tracking.registry import version_metrics
@@ -43,6 +43,7 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> Path:
         latency = float(estimate.predict([architecture])[0]) / 10
         rows.append(Measurement(architecture, accuracy, latency * rng.normal(1, 0.01), "measured", "a board"))
     path = tmp_path_factory.mktemp("predictors") / "predictors.json"
+    write_measurements(rows, path.with_name("measurements.csv"))
     fit_predictors(rows, MINI_SPACE, target="cpu").predictors.save(path)
     return path
 
@@ -145,6 +146,50 @@ def test_a_device_has_the_last_word(
     tags = mlflow.MlflowClient().get_model_version("foxnas-subnet-cpu", "1").tags
     assert tags["latency_source"] == "measured"
     assert tags["weights"] == "none"
+
+
+def test_rounds_learn_from_what_was_looked_at_and_go_on_where_they_were_cut_off(
+    tracking: str, predictors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.supernet import SubnetEvaluator
+
+    uri, table = register_mini_supernet(), predictors.with_name("measurements.csv")
+    command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "0.7", "--verify", "2"]
+    command += ["--evaluations", "1000", "--supernet", uri, "--rounds", "2"]
+    assert main(command) == 2
+    command += ["--measurements", str(table)]
+    asked: list[Architecture] = []
+    evaluate = SubnetEvaluator.evaluate
+
+    def cut_off_after_one(self: SubnetEvaluator, architecture: Architecture) -> Any:
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        asked.append(architecture)
+        return evaluate(self, architecture)
+
+    def whole(self: SubnetEvaluator, architecture: Architecture) -> Any:
+        asked.append(architecture)
+        return evaluate(self, architecture)
+
+    monkeypatch.setattr(SubnetEvaluator, "evaluate", cut_off_after_one)
+    assert main(command) == 130
+    monkeypatch.setattr(SubnetEvaluator, "evaluate", whole)
+    assert main(command) == 0
+    # No network was evaluated twice, by the two processes or by the two rounds.
+    assert len(asked) == len(set(asked)) >= 3
+    run = _runs()[0]
+    assert run.data.metrics["search/rounds"] == 2
+    path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/measurements.csv", dst_path=str(tmp_path))
+    rows = read_measurements(path)
+    assert {row.architecture for row in rows} == {row.architecture for row in read_measurements(table)} | set(asked)
+    chosen = [row["architecture"] for row in _table(run.info.run_id, tmp_path)]
+    assert set(map(Architecture.from_json, chosen)) == set(asked)
+    page = Path(mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/report.html", dst_path=str(tmp_path)))
+    assert "The last round was the last because" in page.read_text(encoding="utf-8")
+    fitted = mlflow.MlflowClient().get_model_version("foxnas-predictors-cpu", "1")
+    assert fitted.tags["source"] == f"{predictors}, refitted in round 2"
 
 
 def test_a_killed_search_asks_the_device_about_no_network_twice(

@@ -20,6 +20,7 @@ from foxnas_mlflow.core.searchers._objective import Objective
 from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices, spoken
 from foxnas_mlflow.core.searchers._problem import Problem
 from foxnas_mlflow.core.searchers._random import RandomSearch
+from foxnas_mlflow.core.searchers._rounds import Loop, Round, closed_loop, promises_more
 from foxnas_mlflow.core.searchers._search import (
     DEFAULT_EVALUATIONS,
     KNEE,
@@ -47,10 +48,12 @@ __all__ = [
     "Front",
     "Limit",
     "LimitPrice",
+    "Loop",
     "Objective",
     "Optimum",
     "Problem",
     "RandomSearch",
+    "Round",
     "SearchOutcome",
     "SearchResult",
     "Searcher",
@@ -62,6 +65,7 @@ __all__ = [
     "candidates",
     "check_budget",
     "choose",
+    "closed_loop",
     "combine",
     "describe_limits",
     "evaluation_covariance",
@@ -77,6 +81,7 @@ __all__ = [
     "parse_limits",
     "pose",
     "prediction_covariance",
+    "promises_more",
     "rank_edits",
     "rank_signal",
     "search",
