@@ -40,4 +40,4 @@ def register_mini_supernet(name: str = "foxnas") -> str:
         dataset.labels,
     )
     with entry_run(stage="supernet", params={}, space=MINI_SPACE.name) as run:
-        return log_supernet(run, model, dict.fromkeys(METRICS, 10.0), name=name)
+        return log_supernet(run, model, dict.fromkeys(METRICS, 10.0), step=0, name=name)

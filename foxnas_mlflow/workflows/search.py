@@ -312,6 +312,8 @@ def _loop(
     request: SearchRequest, inputs: _Inputs, run: EntryRun, looks: _Looks, first: Sequence[Searched], kept: Path
 ) -> Loop[Searched]:
     """Search and look, round by round; what was looked at is kept, so that a loop that was cut off goes on."""
+    import dataclasses
+
     from foxnas_mlflow.core.predictors import fit_predictors
     from foxnas_mlflow.core.searchers import closed_loop
 
@@ -328,8 +330,9 @@ def _loop(
 
     def refit(rows: Sequence[Measurement]) -> PredictorSet:
         logger.info("Fitting again with %d rows.", len(rows))
+        # What is not looked at, as energy, is not learnt either: its predictors stay.
         fit = fit_predictors(
-            rows,
+            [dataclasses.replace(row, quantities={}) for row in rows],
             known.space,
             target=known.target,
             formula="paper" if model.formula == "paper" else "calibrated",
@@ -338,7 +341,7 @@ def _loop(
             provenance={"source": f"{request.measurements or inputs.source}, and what a search looked at"},
             latency=known,
         )
-        return fit.predictors
+        return dataclasses.replace(fit.predictors, quantities=known.quantities)
 
     return closed_loop(known, looks.known, rounds=request.rounds, search=search, look=look, refit=refit)
 
