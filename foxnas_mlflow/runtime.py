@@ -17,13 +17,18 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError, MissingDependencyError
 from foxnas_mlflow.data.preprocess import Normalization, quantize
+
+if TYPE_CHECKING:
+    # Boards have older NumPy and Python.
+    from typing import Literal
+
+    from numpy.typing import NDArray
 
 RUNTIMES = ("ai_edge_litert", "tflite_runtime")
 """Runtimes in order of preference; full tensorflow is never loaded to run a model."""

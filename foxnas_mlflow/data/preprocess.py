@@ -22,12 +22,14 @@ import numbers
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, import_or_raise
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray  # boards have older NumPy
 
 MAX_PIXELS = 40_000_000
 """Default limit of an untrusted image, width x height; checked before its pixels are decoded."""
@@ -100,7 +102,7 @@ def decode_each(
     return [decoded[scale] for scale in scales]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def read_formats() -> tuple[str, ...]:
     """Those of `FORMATS` that are decoded here: AVIF and HEIF need a newer Pillow, or the package pillow-heif."""
     image = import_or_raise("PIL.Image", extra="serve", feature="decoding images")
@@ -238,7 +240,7 @@ def scaled_side(size: int, crop: float = 1.0) -> int:
     return math.floor(size / crop + 0.5)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Normalization:
     """Per-channel mean and standard deviation of values in 0..1.
 
@@ -288,7 +290,7 @@ def quantize(values: NDArray[np.floating[Any]], dtype: Any, scale: float, zero_p
     return levels
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Preprocessing:
     """What happens to an image before a network sees it; stored beside every served model.
 

@@ -11,9 +11,9 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.deploy._bundle import runner
+from foxnas_mlflow.deploy.layout import DEFAULT_ROOT
 from foxnas_mlflow.devices import Connection, connect
 
-DEFAULT_ROOT = "~/.foxnas/deployments"
 COMMAND_SECONDS = 300.0
 
 _ERRORS: Mapping[str, tuple[str, str]] = {
@@ -29,9 +29,29 @@ _ERRORS: Mapping[str, tuple[str, str]] = {
         "{uri} lacks what the runner needs",
         "install it there: pip install numpy ai-edge-litert Pillow, and name that Python with ?python=/path",
     ),
-    "old_python": ("{uri} must have Python 3.10 or newer", "name another one with ?python=/path/to/python"),
+    "old_python": ("{uri} must have Python 3.7 or newer", "name another one with ?python=/path/to/python"),
     "bad_model": ("the runtime on {uri} must be able to open the model", "update ai-edge-litert there"),
     "bad_image": ("an image must be a whole JPEG or PNG, or an array of the network's input shape", "send another one"),
+    "port": (
+        "a service on {uri} needs an address and a port that are free; what was served before still is",
+        "give another with -C port=N, or end what holds it",
+    ),
+    "account": (
+        "a service on {uri} runs as an account that can read its model, and that the deployer may become",
+        "deploy as root with -C account=NAME, or leave account out",
+    ),
+    "unit": (
+        "systemd on {uri} must take the service's unit; what was served before still is",
+        "look there: systemctl status, journalctl -xe; or deploy without a service, -C serve=false",
+    ),
+    "worker": (
+        "a worker on {uri} must start with the model; what was served before still is",
+        "look at the service's log there: ROOT/NAME/run/log, or journalctl",
+    ),
+    "service": (
+        "the service on {uri} must start and answer; what was served before still is",
+        "look at its log there: ROOT/NAME/run/log, or journalctl",
+    ),
     "system": ("{uri} refused", "check rights and free space there (df -h)"),
 }
 """Rule and remedy of every error that the runner names."""
@@ -82,15 +102,15 @@ class Board:
             raise DeviceError(
                 f"the runner on {connection.uri} must answer",
                 received=said,
-                remedy="it needs Python 3.10, NumPy and ai-edge-litert there",
+                remedy="it needs Python 3.7, NumPy and ai-edge-litert or tflite-runtime there",
             ) from None
         if "error" in answer:
             raise BoardError(answer["error"], answer["message"], connection.uri)
         result: dict[str, Any] = answer
         return result
 
-    def deploy(self, name: str, files: Mapping[str, bytes], *, new: bool) -> dict[str, Any]:
-        """Copy a version aside, check and try it there, and make it the active one.
+    def deploy(self, name: str, files: Mapping[str, bytes], service: Mapping[str, Any], *, new: bool) -> dict[str, Any]:
+        """Copy a version aside, check and try it there, and make it the active one, served as asked.
 
         Whatever ends this early leaves the active version as it was.
         """
@@ -100,7 +120,8 @@ class Board:
             for file, data in files.items():
                 self._connection.put(data, f"{directory}/{file}")
             digest = hashlib.sha256(files["deployment.json"]).hexdigest()
-            return self.call("activate", name, directory, "--sha256", digest, *fresh)
+            asked = json.dumps({**({"serve": True} if new else {}), **service})
+            return self.call("activate", name, directory, "--sha256", digest, "--service", asked, *fresh)
         except BaseException:
             with contextlib.suppress(DeviceError):
                 self.call("discard", name, directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.resources
 import io
 import json
@@ -21,8 +22,35 @@ from foxnas_mlflow.runtime import EDGETPU_DELEGATE, Classifier
 DEPLOYMENT_FORMAT = 1
 SMOKE_IMAGES = 3
 
-_SHIPPED = ("_version.py", "core/errors.py", "data/preprocess.py", "runtime.py")
-_PACKAGES = ("__init__.py", "core/__init__.py", "data/__init__.py")
+_SHIPPED = (
+    "_version.py",
+    "core/errors.py",
+    "core/redaction.py",
+    "data/preprocess.py",
+    "data/received.py",
+    "deploy/boot.py",
+    "deploy/foxnas_edge.py",
+    "deploy/layout.py",
+    "deploy/runner.py",
+    "deploy/service.py",
+    "deploy/worker.py",
+    "runtime.py",
+)
+_PACKAGES = ("__init__.py", "core/__init__.py", "data/__init__.py", "deploy/__init__.py")
+
+_MAIN = """\
+import sys
+
+if sys.version_info < (3, 7):
+    print('{"error": "old_python", "message": "%s"}' % sys.version.split()[0])
+    sys.exit(3)
+
+from foxnas_mlflow.deploy.runner import main
+
+sys.exit(main())
+"""
+
+_EDGE = "from foxnas_mlflow.deploy.foxnas_edge import Model, Version, load\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +63,27 @@ class Options:
             the one that the kind needs.
         tolerance: Largest difference between the board's output and the host's, in the output's
             own steps. Equal kernels give 0; other ones round differently by 1.
+        serve: Whether the board serves it; None: as it does now, and a new deployment is served.
+        host: Address to listen at, or None: as now, at first 127.0.0.1.
+        port: Port, or None: as now, at first the first free one from 5001 on.
+        workers: Requests that are answered at a time, or None: as now, at first 1.
+        account: The board's account that serves, or None: as now, at first the one that deploys.
     """
 
     threads: int = 1
     delegate: str | None = None
     tolerance: float = 2.0
+    serve: bool | None = None
+    host: str | None = None
+    port: int | None = None
+    workers: int | None = None
+    account: str | None = None
+
+    @property
+    def service(self) -> dict[str, Any]:
+        """What is asked of the service there."""
+        values = {name: getattr(self, name) for name in ("serve", "host", "port", "workers", "account")}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Options:
@@ -56,11 +100,28 @@ class Options:
             )
         try:
             threads, tolerance = int(config.get("threads", 1)), float(config.get("tolerance", 2.0))
+            port, workers = (None if config.get(key) is None else int(config[key]) for key in ("port", "workers"))
         except (TypeError, ValueError):
-            raise InvalidInputError("threads and tolerance must be numbers", received=dict(config)) from None
+            raise InvalidInputError(
+                "threads, tolerance, port and workers must be numbers", received=dict(config)
+            ) from None
         if threads < 1 or not tolerance >= 0:
             raise InvalidInputError("threads must be 1 or more and tolerance 0 or more", received=dict(config))
-        return cls(threads=threads, delegate=config.get("delegate"), tolerance=tolerance)
+        if (port is not None and not 1 <= port <= 65535) or (workers is not None and not 1 <= workers <= 64):
+            raise InvalidInputError("port must be in 1..65535 and workers in 1..64", received=dict(config))
+        serve = str(config.get("serve", "")).lower()
+        if serve not in ("", "true", "false"):
+            raise InvalidInputError("serve must be true or false", received=serve)
+        return cls(
+            threads=threads,
+            delegate=config.get("delegate"),
+            tolerance=tolerance,
+            serve=None if not serve else serve == "true",
+            host=config.get("host"),
+            port=port,
+            workers=workers,
+            account=config.get("account"),
+        )
 
 
 def bundle(
@@ -96,6 +157,7 @@ def bundle(
         "name": name,
         "flavor": "foxnas",
         "foxnas_version": __version__,
+        "mlflow_version": importlib.metadata.version("mlflow"),
         "kind": kind,
         "model_uri": source,
         "model_id": model_id,
@@ -116,7 +178,7 @@ def runner() -> bytes:
     The same files in the same order always give the same bytes.
     """
     package = importlib.resources.files("foxnas_mlflow")
-    contents = {"__main__.py": package.joinpath("deploy", "runner.py").read_bytes()}
+    contents = {"__main__.py": _MAIN.encode(), "foxnas_edge.py": _EDGE.encode()}
     contents |= {f"foxnas_mlflow/{path}": b"" for path in _PACKAGES}
     contents |= {f"foxnas_mlflow/{path}": package.joinpath(*path.split("/")).read_bytes() for path in _SHIPPED}
     buffer = io.BytesIO()

@@ -27,7 +27,7 @@ edge: int8 models of the flavor foxnas on a board.
 Target URI
     edge://user@host[:port]     through ssh; the host's key must be known, keys come from the agent or ~/.ssh
     edge://local                this machine
-    ?python=/path  Python there (3.10 or newer, with numpy and ai-edge-litert; Pillow to decode images there)
+    ?python=/path  Python there (3.7 or newer, with numpy and ai-edge-litert or tflite-runtime; Pillow to decode images)
     ?key=/path     private key
     ?root=/path    directory of the deployments there, by default ~/.foxnas/deployments
 
@@ -41,11 +41,21 @@ Configuration, -C key=value
     delegate=PATH  delegate library there; by default libedgetpu.so.1 for a model of kind edgetpu
     tolerance=2    largest difference between the board's output and this host's, in quantization steps
     rollback=true  (update only) back to the version that was active before
+    serve=true     whether the board serves it; by default a new deployment is
+    port=N         port to listen at; by default the first free one from 5001 on, and that one from then on
+    host=ADDRESS   address to listen at, by default 127.0.0.1: whoever reaches another one is not asked who it is
+    workers=1      requests that are answered at a time
+    account=NAME   account of the board that serves (deploy as root); by default the one that deploys
 
 A version is copied aside, its checksums are compared, and it must answer as this host does; then it
-becomes the active one in one step. The version before stays for a rollback. On the board:
+becomes the active one in one step, and no request is lost. The version before stays for a rollback. On the board:
 
+    curl -s -H 'Content-Type: image/jpeg' --data-binary @photo.jpg http://127.0.0.1:5001/invocations
     python3 ~/.foxnas/deployments/camera/current/runner.pyz classify photo.jpg
+
+The service speaks as MLflow's scoring server does (/ping, /version, /invocations), also over the socket
+~/.foxnas/deployments/camera/run/http.sock; /info and /metrics tell more. It starts with the board: by systemd, or
+by cron where that is not; `get` says by what.
 
 A board without Pillow classifies .npy files there, and `predict` decodes on this host instead.
 """
@@ -72,6 +82,9 @@ def run_local(name: str, model_uri: str, flavor: str | None = None, config: Mapp
     """
     deployment = EdgeDeploymentClient("edge://local").create_deployment(name, model_uri, flavor, dict(config or {}))
     print(f"{name} is deployed to {deployment['directory']}")
+    service = deployment["service"]
+    if service is not None:
+        print(f"it is served at {service['url']}{' (' + service['note'] + ')' if service['note'] else ''}")
     print(f"next: python {deployment['directory']}/runner.pyz classify photo.jpg")
 
 
@@ -160,7 +173,10 @@ class EdgeDeploymentClient(BaseDeploymentClient):
             return [_public(deployment) for deployment in board.call("list")["deployments"]]
 
     def get_deployment(self, name: str, endpoint: str | None = None) -> dict[str, Any]:
-        """Name, flavor, kind, model, checksum, directory, version and smoke test of a deployment.
+        """Name, flavor, kind, model, checksum, directory, version, smoke test and service of a deployment.
+
+        ``service`` is None if it is not served; otherwise its ``state`` (``running`` or ``stopped``), the ``version``
+        that it serves, ``url``, ``socket``, ``workers``, ``account``, what it starts by, and a ``note``.
 
         ``decodes_images`` is false where the board has no Pillow: it classifies arrays only, and
         `predict` decodes on this host.
@@ -232,7 +248,7 @@ class EdgeDeploymentClient(BaseDeploymentClient):
             )
         files = bundle(model, options, name=name, kind=kind, source=_resolved(model_uri), model_id=info.model_id)
         with _board(self.target_uri) as board:
-            return _public(board.deploy(name, files, new=new))
+            return _public(board.deploy(name, files, options.service, new=new))
 
 
 def _board(target_uri: str) -> Any:

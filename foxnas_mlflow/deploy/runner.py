@@ -1,16 +1,12 @@
 """Keeps deployed models on a board and answers from them; travels as ``runner.pyz`` with what it needs.
 
     python3 runner.pyz list ROOT
+    python3 runner.pyz serve ROOT NAME
     python3 ROOT/NAME/current/runner.pyz classify photo.jpg
 
-It needs Python 3.10, NumPy and a TFLite runtime, and Pillow to decode images; without it an image is
-a .npy file of the network's input: (height, width, channels), uint8 or float in 0..1. Every command prints
-one JSON document; an error is JSON too, ``{"error": kind, "message": text}``, with exit status 3.
-
-    ROOT/.lock                           held while something changes
-    ROOT/NAME/.incoming-*                a copy that is under way, or that was interrupted
-    ROOT/NAME/versions/N/                model.tflite, runner.pyz, smoke.npz, deployment.json, state.json
-    ROOT/NAME/current -> versions/N      the active version; replaced in one step, or not at all
+It needs Python 3.7, NumPy and a TFLite runtime, and Pillow to decode images; without it an image is
+a .npy file of the network's input: (height, width, channels), uint8 or float in 0..1. Every command but ``serve``
+prints one JSON document; an error is JSON too, ``{"error": kind, "message": text}``, with exit status 3.
 """
 
 from __future__ import annotations
@@ -19,29 +15,44 @@ import argparse
 import base64
 import contextlib
 import fcntl
-import hashlib
+import http.client
 import importlib
 import io
 import json
 import os
+import pwd
 import shutil
+import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STALE_SECONDS = 900.0
-"""What nothing has been written to for so long was interrupted: the next deployment removes it. One file takes less."""
+from foxnas_mlflow.deploy import boot
+from foxnas_mlflow.deploy.layout import (
+    RunnerError,
+    current,
+    digest,
+    locked,
+    make_incoming,
+    open_to_read,
+    point_to,
+    read_json,
+    remove_stale,
+    write_json,
+)
+from foxnas_mlflow.deploy.service import CONTROL_SOCKET, HTTP_SOCKET, START_SECONDS, become, run_service, url_of
+from foxnas_mlflow.deploy.worker import run_worker
 
+FIRST_PORT = 5001
+"""Where a service listens that is not told: the first free port from here on, and always that one from then on."""
 
-class RunnerError(Exception):
-    """Something that a deployment needs and that is not so."""
+DEFAULT_SETTINGS = {"host": "127.0.0.1", "port": 0, "workers": 1, "account": ""}
 
-    def __init__(self, kind: str, message: str) -> None:
-        self.kind = kind
-        super().__init__(message)
+CONTROL_SECONDS = 240.0
+STOP_SECONDS = 60.0
 
 
 def main() -> int:
@@ -50,7 +61,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list")
     listing.add_argument("root")
-    for name in ("begin", "activate", "discard", "get", "rollback", "delete", "predict"):
+    for name in ("begin", "activate", "discard", "get", "rollback", "delete", "predict", "serve"):
         command = commands.add_parser(name)
         command.add_argument("root")
         command.add_argument("name")
@@ -60,11 +71,20 @@ def main() -> int:
             command.add_argument("directory")
         if name == "activate":
             command.add_argument("--sha256", required=True, help="of deployment.json, which has those of the files")
+            command.add_argument("--service", default="{}", help="JSON: serve, host, port, workers, account")
         if name == "predict":
             command.add_argument("request")
     classifying = commands.add_parser("classify", help="answer from the version that this runner lies beside")
     classifying.add_argument("images", nargs="+")
+    working = commands.add_parser("worker", help="for the service")
+    working.add_argument("version")
+    working.add_argument("descriptor", type=int)
     options = parser.parse_args()
+    if options.command == "worker":
+        run_worker(Path(options.version), options.descriptor)
+        os._exit(0)
+    if options.command == "serve":
+        return run_service(Path(options.root).expanduser(), options.name)
     # Libraries print to standard output as they like: the JSON gets a descriptor of its own.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -93,7 +113,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.command == "begin":
         return begin(root, name, new=options.new)
     if options.command == "activate":
-        return activate(root, name, Path(options.directory), sha256=options.sha256, new=options.new)
+        return activate(
+            root,
+            name,
+            Path(options.directory),
+            sha256=options.sha256,
+            new=options.new,
+            given=json.loads(options.service),
+        )
     if options.command == "discard":
         shutil.rmtree(options.directory, ignore_errors=True)
         return {}
@@ -114,11 +141,20 @@ def begin(root: Path, name: str, *, new: bool) -> dict[str, Any]:
     place.mkdir(parents=True, exist_ok=True)
     # First, because what was interrupted may have filled the disk.
     remove_stale(root)
-    return {"directory": tempfile.mkdtemp(prefix=".incoming-", dir=place)}
+    return {"directory": make_incoming(place)}
 
 
-def activate(root: Path, name: str, incoming: Path, *, sha256: str, new: bool) -> dict[str, Any]:
-    """Check a copied version, try it, and make it the active one in one step."""
+def activate(root: Path, name: str, incoming: Path, *, sha256: str, new: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """Check a copied version, try it, and make it the active one in one step.
+
+    Args:
+        root: Directory of the deployments.
+        name: The deployment.
+        incoming: The copy.
+        sha256: Checksum of its ``deployment.json``.
+        new: Whether the name must be free.
+        given: ``serve`` and what else of `DEFAULT_SETTINGS` is to change.
+    """
     if digest(incoming / "deployment.json") != sha256:
         raise RunnerError("damaged", "deployment.json")
     smoke = check(incoming)
@@ -126,27 +162,206 @@ def activate(root: Path, name: str, incoming: Path, *, sha256: str, new: bool) -
         check_taken(root, name, new=new)
         versions = root / name / "versions"
         versions.mkdir(exist_ok=True)
+        for directory in (root, root / name, versions):
+            directory.chmod(directory.stat().st_mode | 0o055)
         numbers = [int(path.name) for path in versions.iterdir() if path.name.isdigit()]
         target = versions / f"{max(numbers, default=0) + 1:04d}"
         replaces = None if new else current(root, name).name
-        write_json(incoming / "state.json", {"replaces": replaces, "activated": time.time(), "smoke": smoke})
+        state = {"replaces": replaces, "activated": time.time(), "smoke": smoke, "python": sys.executable}
+        write_json(incoming / "state.json", state)
+        open_to_read(incoming)
         # On a board the power goes at any time: the files first, then the pointer to them.
         os.sync()
-        os.rename(incoming, target)
-        point_to(root, name, target)
+        os.rename(str(incoming), str(target))
+        try:
+            switch(root, name, target, given)
+        except BaseException:
+            shutil.rmtree(str(target), ignore_errors=True)
+            raise
         for path in versions.iterdir():
             if path.name not in (target.name, replaces):
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(str(path), ignore_errors=True)
     return describe(root, name)
 
 
-def remove_stale(root: Path) -> None:
-    """Remove what interrupted copies and deletions left."""
-    for path in (*root.glob("*/.incoming-*"), *root.glob(".deleted-*")):
-        with contextlib.suppress(FileNotFoundError):
-            written = max(each.stat().st_mtime for each in (path, *path.rglob("*")))
-            if time.time() - written > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+def switch(root: Path, name: str, version: Path, given: dict[str, Any]) -> None:
+    """Make a version the active one, and serve it if the deployment is served.
+
+    Raises:
+        RunnerError: If it cannot be served as asked; what was active is, and was served goes on.
+    """
+    place = root / name
+    file = place / "service.json"
+    old = read_json(file) if file.exists() else None
+    if not given.get("serve", old is not None):
+        if old is not None:
+            stop(root, name)
+            file.unlink()
+        point_to(root, name, version)
+        return
+    settings = {**(old or DEFAULT_SETTINGS), **{key: given[key] for key in DEFAULT_SETTINGS if key in given}}
+    settings["port"] = settings["port"] or free_port(root, name, settings["host"])
+    check_account(settings["account"], version)
+    if old is None or not serving(root, name):
+        start(root, name, version, settings, old)
+        return
+    if settings["account"] != old["account"]:
+        raise RunnerError("account", f"{settings['account']}: a service that runs cannot change it; delete it first")
+    ask(root, name, "prepare", version=str(version), settings=settings)
+    before = current(root, name)
+    try:
+        write_json(file, settings)
+        point_to(root, name, version)
+        ask(root, name, "follow")
+    except BaseException:
+        write_json(file, old)
+        point_to(root, name, before)
+        raise
+    with contextlib.suppress(RunnerError):
+        boot.refresh(root, name)
+
+
+def start(root: Path, name: str, version: Path, settings: dict[str, Any], old: dict[str, Any] | None) -> None:
+    """Make a version the active one and start its service; undone if it does not start."""
+    place = root / name
+    before = (place / "current").resolve() if (place / "current").exists() else None
+    with contextlib.suppress(RunnerError):
+        stop(root, name)
+    directory = place / "run"
+    directory.mkdir(exist_ok=True)
+    directory.chmod(0o755)
+    if settings["account"]:
+        entry = pwd.getpwnam(settings["account"])
+        os.chown(str(directory), entry.pw_uid, entry.pw_gid)
+    with contextlib.suppress(FileNotFoundError):
+        (directory / "failed.json").unlink()
+    write_json(place / "service.json", settings)
+    point_to(root, name, version)
+    try:
+        settings["boot"] = boot.install(root, name)
+        await_service(root, name, version)
+        write_json(place / "service.json", settings)
+    except BaseException:
+        stop(root, name)
+        (place / "service.json").unlink()
+        if before is None:
+            (place / "current").unlink()
+        else:
+            point_to(root, name, before)
+            if old is not None:
+                # It did not run either; it is tried again all the same.
+                write_json(place / "service.json", old)
+                with contextlib.suppress(RunnerError):
+                    boot.install(root, name)
+        raise
+
+
+def await_service(root: Path, name: str, version: Path) -> None:
+    """Wait until a version is served.
+
+    Raises:
+        RunnerError: If the service says why it is not, or says nothing.
+    """
+    failed = root / name / "run" / "failed.json"
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        state = serving(root, name)
+        if state and state["version"] == version.name:
+            return
+        if failed.exists():
+            said = read_json(failed)
+            raise RunnerError(said["kind"], said["message"])
+        time.sleep(0.05)
+    raise RunnerError("service", f"no answer in {START_SECONDS:g} s")
+
+
+def stop(root: Path, name: str) -> None:
+    """End a service, and let it not start again; one that does not run is no error."""
+    boot.remove(root, name)
+    lock = root / name / "run" / "lock"
+    if not lock.exists():
+        return
+    with contextlib.suppress(RunnerError):
+        ask(root, name, "stop")
+    with lock.open() as held:
+        deadline = time.monotonic() + STOP_SECONDS
+        while True:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    os.kill(int(held.read()), signal.SIGKILL)
+                    return
+                time.sleep(0.05)
+
+
+def serving(root: Path, name: str) -> dict[str, Any]:
+    """What the service of a deployment says of itself; empty if it does not run."""
+    try:
+        return ask(root, name, "status")
+    except RunnerError:
+        return {}
+
+
+def ask(root: Path, name: str, command: str, **request: Any) -> dict[str, Any]:
+    """Ask the service of a deployment, see `Service.control`.
+
+    Raises:
+        RunnerError: If it refuses, or does not run.
+    """
+    before = os.getcwd()
+    try:
+        # Paths of sockets are short.
+        os.chdir(str(root / name / "run"))
+        connection = http.client.HTTPConnection("service", timeout=CONTROL_SECONDS)
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(CONTROL_SECONDS)
+        with contextlib.closing(connection):
+            connection.sock.connect(CONTROL_SOCKET)
+            connection.request("POST", f"/{command}", json.dumps(request))
+            answer: dict[str, Any] = json.loads(connection.getresponse().read().decode())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise RunnerError("service", f"{type(error).__name__}: {error}") from error
+    finally:
+        os.chdir(before)
+    if "error" in answer:
+        raise RunnerError(answer["error"], answer["message"])
+    return answer
+
+
+def free_port(root: Path, name: str, host: str) -> int:
+    """A port that nobody listens on, and that no other deployment here has."""
+    taken = {read_json(file)["port"] for file in root.glob("*/service.json") if file.parent.name != name}
+    for port in range(FIRST_PORT, FIRST_PORT + 1000):
+        if port in taken:
+            continue
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                listener.bind((host, port))
+                return port
+    raise RunnerError("port", f"{host}: none from {FIRST_PORT} to {FIRST_PORT + 999} is free")
+
+
+def check_account(account: str, version: Path) -> None:
+    """Refuse an account that could not read a version."""
+    if not account:
+        return
+    child = os.fork()
+    if child == 0:
+        status = 2
+        with contextlib.suppress(BaseException):
+            become(account)
+            status = 1
+            (version / "model.tflite").open("rb").close()
+            status = 0
+        os._exit(status)
+    status = os.WEXITSTATUS(os.waitpid(child, 0)[1])
+    if status == 2:
+        become(account)
+    if status == 1:
+        raise RunnerError("account", f"{account} cannot read {version}; use ?root= with a directory that it can")
 
 
 def roll_back(root: Path, name: str) -> dict[str, Any]:
@@ -159,7 +374,7 @@ def roll_back(root: Path, name: str) -> dict[str, Any]:
         if replaced is None or not previous.is_dir():
             raise RunnerError("no_previous", name)
         check(previous)
-        point_to(root, name, previous)
+        switch(root, name, previous, {})
     return describe(root, name)
 
 
@@ -168,10 +383,11 @@ def delete(root: Path, name: str) -> dict[str, Any]:
     if not (root / name).exists():
         return {"deleted": False}
     with locked(root):
+        stop(root, name)
         # Out of sight in one step; then the files.
-        gone = tempfile.mkdtemp(prefix=".deleted-", dir=root)
-        os.rename(root / name, Path(gone, name))
-    shutil.rmtree(gone)
+        gone = tempfile.mkdtemp(prefix=".deleted-", dir=str(root))
+        os.rename(str(root / name), str(Path(gone, name)))
+    shutil.rmtree(gone, ignore_errors=True)
     return {"deleted": True}
 
 
@@ -190,7 +406,28 @@ def describe(root: Path, name: str) -> dict[str, Any]:
         "activated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(state["activated"])),
         "previous": read_json(previous)["model_uri"] if previous is not None and previous.is_file() else None,
         "smoke": state["smoke"],
+        "service": describe_service(root, name),
         "decodes_images": decodes_images(),
+    }
+
+
+def describe_service(root: Path, name: str) -> dict[str, Any] | None:
+    """How a deployment is served; None: it is not."""
+    file = root / name / "service.json"
+    if not file.exists():
+        return None
+    settings = read_json(file)
+    said = serving(root, name)
+    kind = settings.get("boot", "nothing")
+    return {
+        "state": "running" if said else "stopped",
+        "version": said.get("version"),
+        "url": url_of(settings),
+        "socket": str(root / name / "run" / HTTP_SOCKET),
+        "workers": settings["workers"],
+        "account": settings["account"],
+        "starts_by": kind,
+        "note": boot.note(kind, root, name),
     }
 
 
@@ -205,7 +442,9 @@ def check(version: Path) -> dict[str, Any]:
         if digest(version / name) != expected:
             raise RunnerError("damaged", name)
     np = numpy()
-    classifier = open_classifier(version, deployment)
+    from foxnas_mlflow.deploy.foxnas_edge import Version
+
+    classifier = Version(version).classifier
     with np.load(version / "smoke.npz", allow_pickle=False) as smoke:
         images, outputs = smoke["images"], smoke["outputs"]
     start = time.perf_counter()
@@ -221,57 +460,21 @@ def check(version: Path) -> dict[str, Any]:
 
 def classify(version: Path, images: list[Any]) -> list[dict[str, Any]]:
     """Labels and probabilities of images: files as bytes, or arrays at the network's size."""
-    from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
-    from foxnas_mlflow.data.preprocess import Preprocessing
-
-    deployment = read_json(version / "deployment.json")
-    classifier = open_classifier(version, deployment)
-    preprocessing, labels = Preprocessing.from_dict(deployment["preprocessing"]), deployment["labels"]
-    rows = []
-    for image in images:
-        try:
-            pixels = preprocessing.decode(image) if isinstance(image, bytes) else image
-        except MissingDependencyError as error:
-            raise RunnerError(
-                "no_pillow",
-                f"decoding JPEG and PNG needs Pillow, which {sys.executable} lacks; install it with: "
-                f"{sys.executable} -m pip install Pillow, or give .npy files of shape {classifier.input_shape}",
-            ) from error
-        except InvalidInputError as error:
-            raise RunnerError("bad_image", str(error)) from error
-        if pixels.shape != classifier.input_shape or pixels.dtype.kind not in "uf":
-            raise RunnerError("bad_image", f"{pixels.dtype} of shape {pixels.shape}")
-        probabilities = classifier(pixels)
-        best = int(probabilities.argmax())
-        rows.append(
-            {
-                "label": labels[best],
-                "probability": float(probabilities[best]),
-                "probabilities": probabilities.tolist(),
-            }
-        )
-    return rows
-
-
-def open_classifier(version: Path, deployment: dict[str, Any]) -> Any:
-    """The interpreter of a version."""
     numpy()
-    from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, MissingDependencyError
-    from foxnas_mlflow.data.preprocess import Preprocessing
-    from foxnas_mlflow.runtime import Classifier
+    from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
+    from foxnas_mlflow.deploy.foxnas_edge import Version
 
+    model = Version(version)
     try:
-        return Classifier(
-            version / "model.tflite",
-            Preprocessing.from_dict(deployment["preprocessing"]).normalization,
-            deployment["output"],
-            threads=deployment["threads"],
-            delegate=deployment["delegate"],
-        )
-    except (MissingDependencyError, DeviceError) as error:
-        raise RunnerError("missing", str(error)) from error
-    except InvalidFormatError as error:
-        raise RunnerError("bad_model", str(error)) from error
+        return model.classify(images)
+    except MissingDependencyError as error:
+        raise RunnerError(
+            "no_pillow",
+            f"decoding JPEG and PNG needs Pillow, which {sys.executable} lacks; install it with: "
+            f"{sys.executable} -m pip install Pillow, or give .npy files of shape {model.classifier.input_shape}",
+        ) from error
+    except InvalidInputError as error:
+        raise RunnerError("bad_image", str(error)) from error
 
 
 def read_image(item: dict[str, str]) -> Any:
@@ -318,58 +521,3 @@ def check_taken(root: Path, name: str, *, new: bool) -> None:
         raise RunnerError("exists", name)
     if not new:
         current(root, name)
-
-
-def current(root: Path, name: str) -> Path:
-    """Directory of the active version."""
-    pointer = root / name / "current"
-    if not pointer.exists():
-        raise RunnerError("no_deployment", name)
-    return pointer.resolve()
-
-
-def point_to(root: Path, name: str, version: Path) -> None:
-    """Replace the pointer to the active version: readers see the old or the new one."""
-    pointer = root / name / ".next"
-    with contextlib.suppress(FileNotFoundError):
-        pointer.unlink()
-    pointer.symlink_to(Path("versions", version.name))
-    os.replace(pointer, root / name / "current")
-    os.sync()
-
-
-@contextlib.contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Let one process at a time change what is deployed."""
-    descriptor = os.open(root / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; empty if there is none."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object."""
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    if sys.version_info < (3, 10):  # noqa: UP036 - the board's Python, not ours
-        print(json.dumps({"error": "old_python", "message": sys.version.split()[0]}))
-        sys.exit(3)
-    sys.exit(main())

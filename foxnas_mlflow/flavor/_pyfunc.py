@@ -6,12 +6,9 @@ with a stack trace, which would show paths of the server to whoever sent a broke
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
 import logging
 import os
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +26,7 @@ from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.data.preprocess import MAX_PIXELS
+from foxnas_mlflow.data.received import checked_pixels, received_image
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel
 from foxnas_mlflow.runtime import EDGETPU_DELEGATE, ClassifierPool, n_cpus, open_pool
 
@@ -40,8 +38,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 MAX_BATCH = 1024
 """Most images of one request."""
-
-_URL_SAFE = str.maketrans("-_", "+/")
 
 
 def default_model_config(kind: str) -> dict[str, Any]:
@@ -221,7 +217,7 @@ class TflitePyfunc:
 
     def _pixels(self, image: Any, shape: tuple[int, int, int]) -> NDArray[Any]:
         """One image as uint8, or float in 0..1, of the network's input shape."""
-        image = _decoded(image)
+        image = received_image(image)
         if isinstance(image, bytes):
             return self._model.preprocessing.decode(image, max_pixels=self._max_pixels)
         if image.shape != shape:
@@ -230,7 +226,7 @@ class TflitePyfunc:
                 received=f"shape {image.shape}",
                 remedy="resize it, or send the JPEG or PNG file itself",
             )
-        return _checked_pixels(image)
+        return checked_pixels(image)
 
     def _table(self, rows: Sequence[NDArray[np.float32]], top_k: int) -> pd.DataFrame:
         labels = self._model.labels
@@ -281,34 +277,8 @@ def images_of(model_input: Any) -> list[bytes | NDArray[Any]]:
     Raises:
         InvalidInputError: If it has no column ``image``, or an item is no image.
     """
-    images = (_decoded(image) for image in _column(model_input, "image"))
-    return [image if isinstance(image, bytes) else _checked_pixels(image) for image in images]
-
-
-def _decoded(image: Any) -> bytes | NDArray[Any]:
-    """An item of the column ``image``: base64 text as the bytes that it means, nested lists as an array."""
-    if isinstance(image, np.ndarray) and image.ndim == 0:
-        image = image.item()  # MLflow wraps each text of ``instances``
-    if isinstance(image, str):
-        return _base64(image)
-    if isinstance(image, bytes | bytearray | memoryview):
-        return bytes(image)
-    if isinstance(image, np.ndarray) and image.dtype == object:
-        image = image.tolist()
-    if isinstance(image, list):
-        image = _array(image)
-    if not isinstance(image, np.ndarray):
-        raise InvalidInputError("an image must be bytes, base64 text or an array", received=f"a {type(image).__name__}")
-    return image
-
-
-def _base64(text: str) -> bytes:
-    """Base64 as people have it: in a data URI, with the characters of URLs, with or without padding."""
-    compact = re.sub(r"^data:[^,]*;base64,", "", "".join(text.split())).translate(_URL_SAFE).rstrip("=")
-    try:
-        return base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidInputError("an image given as text must be base64", received=text[:40]) from None
+    images = (received_image(image) for image in _column(model_input, "image"))
+    return [image if isinstance(image, bytes) else checked_pixels(image) for image in images]
 
 
 def _column(model_input: Any, name: str) -> Sequence[Any]:
@@ -337,44 +307,6 @@ def _column(model_input: Any, name: str) -> Sequence[Any]:
         f"the input must be a table with the column {name!r}, an array or a list",
         received=f"a {type(model_input).__name__}",
     )
-
-
-def _array(nested: list[Any]) -> NDArray[Any]:
-    try:
-        return np.asarray(nested)
-    except ValueError:
-        raise InvalidInputError("an image given as nested lists must be rectangular") from None
-
-
-def _checked_pixels(image: NDArray[Any]) -> NDArray[Any]:
-    """Refuse what is neither uint8 nor float in 0..1: guessing would classify noise with confidence."""
-    rule = "an image array must be uint8 in 0..255 or float in 0..1"
-    if image.dtype.kind in "iu" and image.size and image.max() == 1:
-        raise InvalidInputError(
-            rule,
-            received="whole numbers of which none is above 1, which may be either",
-            remedy="send a JPEG or PNG file, or values in 0..255 where white is 255",
-        )
-    if image.dtype == np.uint8:
-        return image
-    if image.dtype == np.int8:
-        raise InvalidInputError(rule, received="int8", remedy="send the image before quantization")
-    if image.dtype.kind in "iu":
-        # JSON knows no uint8: whole numbers arrive as int64.
-        if image.size and (image.min() < 0 or image.max() > 255):
-            raise InvalidInputError(rule, received=f"{image.dtype} in {image.min()}..{image.max()}")
-        return image.astype(np.uint8)
-    if image.dtype.kind != "f":
-        raise InvalidInputError(rule, received=str(image.dtype))
-    if not np.isfinite(image).all():
-        raise InvalidInputError(rule, received="values that are not finite")
-    if image.size and (image.min() < 0 or image.max() > 1):
-        raise InvalidInputError(
-            rule,
-            received=f"{image.dtype} in {image.min():g}..{image.max():g}",
-            remedy="send uint8, or divide by 255; normalising and quantizing is the model's own work",
-        )
-    return image
 
 
 def _integer(name: str, value: Any, lowest: int, highest: int) -> int:

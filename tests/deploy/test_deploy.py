@@ -27,33 +27,13 @@ from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.deploy._board import split_target
 from foxnas_mlflow.deploy._bundle import runner
 from foxnas_mlflow.devices import LocalConnection, check, measure
-from foxnas_mlflow.flavor import TfliteModel, log_model
+from foxnas_mlflow.flavor import TfliteModel
 from tests.colour_model import LABELS, SIZE, encoded, image_of
+from tests.deploy.boards import board
 from tests.devices.sshd import Server, make_key, ssh_server
+from tests.servers import request
 
 pytestmark = pytest.mark.server
-
-
-@pytest.fixture
-def versions(tracking: str, colour_model: TfliteModel, tmp_path: Path) -> tuple[str, str]:
-    """Two registered versions; the second one is given its labels in another order."""
-    import dataclasses
-
-    for labels in (LABELS, ("rouge", "vert", "bleu")):
-        with mlflow.start_run():
-            log_model(
-                dataclasses.replace(colour_model, labels=labels),
-                name="model",
-                registered_model_name="foxnas-rpi4",
-                code_paths=[],
-            )
-    mlflow.MlflowClient().set_registered_model_alias("foxnas-rpi4", "production", "1")
-    return "models:/foxnas-rpi4@production", "models:/foxnas-rpi4/2"
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> str:
-    return f"edge://local?root={tmp_path / 'board'}"
 
 
 def labels_of(client: Any, name: str = "camera") -> list[str]:
@@ -203,6 +183,9 @@ def test_two_updates_at_once_leave_one_active_version(versions: tuple[str, str],
         ("../door", "models:/foxnas-rpi4/1", {}, "1 to 64 letters"),
         ("camera", "models:/foxnas-rpi4/1", {"thread": "1"}, "only the keys"),
         ("camera", "models:/foxnas-rpi4/1", {"threads": "many"}, "must be numbers"),
+        ("camera", "models:/foxnas-rpi4/1", {"port": "70000"}, "port must be in 1..65535"),
+        ("camera", "models:/foxnas-rpi4/1", {"serve": "maybe"}, "serve must be true or false"),
+        ("camera", "models:/foxnas-rpi4/1", {"account": "nobody-here"}, "there is none of that name"),
         ("camera", "models:/foxnas-rpi4/1", {"threads": "0"}, "1 or more"),
         ("camera", "models:/foxnas-rpi4/1", {"delegate": "libnone.so"}, "delegate .* cannot be loaded"),
         ("camera", "models:/foxnas-rpi4/9", {}, "not found"),
@@ -266,9 +249,12 @@ def test_a_local_run(
     versions: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    mlflow.deployments.run_local("edge", "camera", versions[0])
-    assert f"{tmp_path}/home/.foxnas/deployments/camera/current" in capsys.readouterr().out
-    assert labels_of(get_deploy_client("edge://local")) == list(LABELS)
+    with board(tmp_path / "home" / ".foxnas" / "deployments"):
+        mlflow.deployments.run_local("edge", "camera", versions[0])
+        said = capsys.readouterr().out
+        assert f"{tmp_path}/home/.foxnas/deployments/camera/current" in said
+        assert "it is served at http://127.0.0.1:" in said
+        assert labels_of(get_deploy_client("edge://local")) == list(LABELS)
 
 
 def test_the_plugin_is_as_mlflow_wants_it() -> None:
@@ -396,7 +382,8 @@ exec /bin/cat "$@"
     with ssh_server(tmp_path / "sshd", public, env={"PATH": f"{tools}:{os.environ['PATH']}"}) as server:
         (home / ".ssh" / "known_hosts").write_text(server.known_hosts_line)
         user = os.environ.get("USER") or "root"
-        yield f"edge://{user}@127.0.0.1:{server.port}?python={sys.executable}&root={tmp_path / 'board'}", server
+        with board(tmp_path / "board"):
+            yield f"edge://{user}@127.0.0.1:{server.port}?python={sys.executable}&root={tmp_path / 'board'}", server
 
 
 needs_sshd = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="no OpenSSH server (openssh-server)")
@@ -406,13 +393,19 @@ needs_sshd = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="no 
 def test_a_board_behind_ssh(versions: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ssh_target(tmp_path, monkeypatch) as (target, _):
         client = get_deploy_client(target)
-        assert client.create_deployment("camera", versions[0])["smoke"]["largest_difference"] == 0
+        created = client.create_deployment("camera", versions[0])
+        assert created["smoke"]["largest_difference"] == 0
+        # The command over ssh is done; the service goes on.
+        assert request(f"{created['service']['url']}/ping") == (200, "\n")
         assert client.update_deployment("camera", versions[1])["version"] == "0002"
         assert labels_of(client) == ["rouge", "vert", "bleu"]
         assert client.update_deployment("camera", config={"rollback": "true"})["version"] == "0001"
         assert labels_of(client) == list(LABELS)
+        assert client.get_deployment("camera")["service"]["version"] == "0001"
         client.delete_deployment("camera")
         assert client.list_deployments() == []
+        with pytest.raises(OSError, match="refused"):
+            request(f"{created['service']['url']}/ping")
 
 
 @needs_sshd
@@ -454,8 +447,9 @@ def test_a_copy_that_is_cut_off_changes_nothing(
             assert client.get_deployment("camera") == before
             assert labels_of(client) == list(LABELS)
             assert half.stat().st_size == 512
-            for path in (half.parent, *half.parent.iterdir()):
-                os.utime(path, (0, 0))
+            # It is taken for a copy of an hour and more ago, whatever the clock says.
+            mark, boot, seconds, rest = half.parent.name.split("-", 3)
+            half.parent.rename(half.parent.with_name(f"{mark}-{boot}-{float(seconds) - 3700:.0f}-{rest}"))
         # A version that was copied, and not made active before the power went.
         shutil.copytree(board / "camera" / "versions" / "0001", board / "camera" / "versions" / "0007")
         assert client.create_deployment("door", versions[1])["version"] == "0001"

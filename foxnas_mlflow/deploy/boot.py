@@ -1,0 +1,220 @@
+"""Starts services on a board, and again after it restarts; travels in ``runner.pyz``.
+
+- systemd, as root: a system unit. Otherwise a unit of the user, where lingering lets it run without a login.
+- cron elsewhere: a line that starts the service every minute unless it runs, so also after a crash.
+- nothing of these: the service runs until the board restarts, and the deployment says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pwd
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from foxnas_mlflow.deploy.layout import DEFAULT_ROOT, RunnerError
+
+COMMAND_SECONDS = 60.0
+MAX_LOG_BYTES = 2**20
+
+UNIT = """\
+[Unit]
+Description=foxnas deployment {name}
+After=network.target
+
+[Service]
+ExecStart={command}
+Restart=always
+RestartSec=2
+KillMode=mixed
+TimeoutStopSec=30
+
+[Install]
+WantedBy={target}
+"""
+"""The unit: `mixed`, because the workers end when the service has answered what it accepted."""
+
+
+def install(root: Path, name: str) -> str:
+    """Let the service of a deployment start now and whenever the board does.
+
+    Returns:
+        By what: ``systemd``, ``systemd --user``, ``cron`` or ``nothing``.
+
+    Raises:
+        RunnerError: If the unit is refused; nothing is left of it then.
+    """
+    manager = _manager()
+    if manager:
+        _install_unit(root, name, manager)
+        return " ".join(["systemd", *manager[1:]])
+    with_cron = shutil.which("crontab") is not None and _edit_crontab(root, name, add=True)
+    start_detached(root, name)
+    return "cron" if with_cron else "nothing"
+
+
+def remove(root: Path, name: str) -> None:
+    """Take back what `install` did; what is not there is no error."""
+    manager = _manager()
+    unit = unit_path(root, name)
+    if unit.exists() and manager:
+        _run([*manager, "disable", "--now", unit.name])
+        unit.unlink()
+        _run([*manager, "daemon-reload"])
+        _run([*manager, "reset-failed", unit.name])
+    if shutil.which("crontab") is not None:
+        _edit_crontab(root, name, add=False)
+
+
+def refresh(root: Path, name: str) -> None:
+    """Let the next start use this Python: the service that runs is left alone.
+
+    Raises:
+        RunnerError: If the unit cannot be written.
+    """
+    manager = _manager()
+    unit = unit_path(root, name)
+    if manager and unit.exists():
+        text = _unit_text(root, name, manager)
+        if unit.read_text(encoding="utf-8") != text:
+            _write(unit, text)
+            _run([*manager, "daemon-reload"])
+    elif shutil.which("crontab") is not None:
+        _edit_crontab(root, name, add=True)
+
+
+def unit_path(root: Path, name: str) -> Path:
+    """The unit's file; one of another root than the usual one has a name of its own."""
+    usual = root == Path(DEFAULT_ROOT).expanduser()
+    suffix = "" if usual else f"-{hashlib.sha256(str(root).encode()).hexdigest()[:8]}"
+    file = f"foxnas-{name}{suffix}.service"
+    if os.geteuid() == 0:
+        return Path("/etc/systemd/system", file)
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "systemd", "user", file)
+
+
+def start_command(root: Path, name: str) -> list[str]:
+    """What runs the service."""
+    return [sys.executable, str(root / name / "current" / "runner.pyz"), "serve", str(root), name]
+
+
+def start_detached(root: Path, name: str) -> None:
+    """Run the service in a session of its own, with a log beside it."""
+    log = root / name / "run" / "log"
+    if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
+        os.replace(str(log), str(log.with_name("log.1")))
+    with log.open("ab") as output:
+        subprocess.Popen(  # noqa: S603
+            start_command(root, name),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            cwd=str(root),
+        )
+
+
+def note(kind: str, root: Path, name: str) -> str:
+    """What there is to say about a start by `kind`; empty: nothing."""
+    if kind == "nothing":
+        command = _joined(start_command(root, name))
+        return f"no systemd and no cron here: let this start it when the board starts: {command}"
+    if kind == "systemd --user" and not _lingers():
+        return f"it starts at a login only: sudo loginctl enable-linger {_user()}"
+    return ""
+
+
+def _manager() -> list[str]:
+    """The command of the systemd that this user may use; empty: none."""
+    if not Path("/run/systemd/system").is_dir() or shutil.which("systemctl") is None:
+        return []
+    if os.geteuid() == 0:
+        return ["systemctl"]
+    # A login through ssh does not always say where it is.
+    runtime = Path(os.environ.setdefault("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}"))
+    return ["systemctl", "--user"] if (runtime / "systemd").is_dir() else []
+
+
+def _install_unit(root: Path, name: str, manager: list[str]) -> None:
+    unit = unit_path(root, name)
+    before = unit.read_text(encoding="utf-8") if unit.exists() else None
+    _write(unit, _unit_text(root, name, manager))
+    for arguments in (["daemon-reload"], ["enable", unit.name], ["restart", unit.name]):
+        status, said = _run([*manager, *arguments])
+        if status != 0:
+            _run([*manager, "disable", "--now", unit.name])
+            if before is None:
+                unit.unlink()
+            else:
+                _write(unit, before)
+            _run([*manager, "daemon-reload"])
+            raise RunnerError("unit", f"systemctl {' '.join(arguments)}: {said}")
+    if "--user" in manager:
+        _run(["loginctl", "enable-linger", _user()])
+
+
+def _unit_text(root: Path, name: str, manager: list[str]) -> str:
+    # In a unit a percent sign begins a specifier, and a dollar sign a variable.
+    command = _joined(start_command(root, name)).replace("%", "%%").replace("$", "$$")
+    return UNIT.format(
+        name=name, command=command, target="default.target" if "--user" in manager else "multi-user.target"
+    )
+
+
+def _write(unit: Path, text: str) -> None:
+    try:
+        unit.parent.mkdir(parents=True, exist_ok=True)
+        unit.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunnerError("unit", f"{error.strerror}: {error.filename}") from error
+
+
+def _edit_crontab(root: Path, name: str, *, add: bool) -> bool:
+    """Add the line of a deployment, or take it away; whether cron took it."""
+    mark = f"# foxnas {root / name}"
+    _, table = _run(["crontab", "-l"], output_only=True)
+    lines = table.splitlines()
+    kept = [line for line in lines if not line.endswith(mark)]
+    if add:
+        # In a crontab a percent sign is a newline.
+        command = _joined(start_command(root, name)).replace("%", "\\%")
+        log = shlex.quote(str(root / name / "run" / "log")).replace("%", "\\%")
+        kept.append(f"* * * * * {command} >>{log} 2>&1 {mark}")
+    if kept == lines:
+        return True
+    status, _ = _run(["crontab", "-"], given="\n".join(kept) + "\n")
+    return status == 0
+
+
+def _lingers() -> bool:
+    return Path("/var/lib/systemd/linger", _user()).exists()
+
+
+def _user() -> str:
+    return pwd.getpwuid(os.geteuid()).pw_name
+
+
+def _joined(command: list[str]) -> str:
+    return " ".join(shlex.quote(word) for word in command)
+
+
+def _run(command: list[str], *, given: str = "", output_only: bool = False) -> tuple[int, str]:
+    """Status of a command, and the last line that it said; all of its output alone if asked."""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(  # noqa: S603
+            command,
+            input=given.encode(),
+            capture_output=True,
+            timeout=COMMAND_SECONDS,
+            check=False,
+        )
+        if output_only:
+            return done.returncode, done.stdout.decode(errors="replace")
+        said = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines()
+        return done.returncode, said[-1] if said else f"exit status {done.returncode}"
+    return 127, f"{command[0]} does not answer"

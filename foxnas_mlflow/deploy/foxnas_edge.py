@@ -1,0 +1,160 @@
+"""A deployed model in a program's own process; travels in ``runner.pyz``.
+
+    import sys
+    sys.path.insert(0, "/home/pi/.foxnas/deployments/camera/current/runner.pyz")
+    import foxnas_edge
+
+    model = foxnas_edge.load("/home/pi/.foxnas/deployments/camera")
+    model.classify(pixels)     # {"label": "cat", "probability": 0.97, "probabilities": [...]}
+
+It needs a TFLite runtime (ai-edge-litert or tflite-runtime), NumPy and Python 3.7; Pillow only for JPEG and PNG.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError, MissingDependencyError
+from foxnas_mlflow.data.preprocess import MAX_PIXELS, Preprocessing
+from foxnas_mlflow.data.received import checked_pixels, received_image
+from foxnas_mlflow.deploy.layout import RunnerError, read_json
+from foxnas_mlflow.runtime import Classifier
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Model", "Version", "load"]
+
+
+def load(directory: str | Path) -> Model:
+    """Open a deployment.
+
+    Args:
+        directory: ``ROOT/NAME`` on the board.
+
+    Raises:
+        RunnerError: If there is none, or the runtime cannot open the model.
+    """
+    return Model(Path(directory).expanduser())
+
+
+class Version:
+    """One version, opened: for one thread at a time.
+
+    Args:
+        directory: ``ROOT/NAME/versions/N``.
+
+    Raises:
+        RunnerError: If a runtime is missing, or cannot open the model.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.deployment = read_json(directory / "deployment.json")
+        self.preprocessing = Preprocessing.from_dict(self.deployment["preprocessing"])
+        self.labels = list(self.deployment["labels"])
+        try:
+            self.classifier = Classifier(
+                directory / "model.tflite",
+                self.preprocessing.normalization,
+                self.deployment["output"],
+                threads=self.deployment["threads"],
+                delegate=self.deployment["delegate"],
+            )
+        except (MissingDependencyError, DeviceError) as error:
+            raise RunnerError("missing", str(error)) from error
+        except InvalidFormatError as error:
+            raise RunnerError("bad_model", str(error)) from error
+
+    def pixels(self, image: Any, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
+        """An image as the network's input: uint8, or float in 0..1, of shape (height, width, channels).
+
+        Args:
+            image: A JPEG's or PNG's bytes or base64 text, or an array or nested lists of that shape.
+            max_pixels: Largest width x height that is decoded.
+
+        Raises:
+            InvalidInputError: If it is no such image.
+            MissingDependencyError: If it must be decoded and there is no Pillow.
+        """
+        image = received_image(image)
+        if isinstance(image, bytes):
+            return self.preprocessing.decode(image, max_pixels=max_pixels)
+        if image.shape != self.classifier.input_shape:
+            raise InvalidInputError(
+                f"an image array must have the shape {self.classifier.input_shape} (height, width, channels)",
+                received=f"shape {image.shape}",
+                remedy="resize it, or send the JPEG or PNG file itself",
+            )
+        return checked_pixels(image)
+
+    def classify(self, images: Sequence[Any], *, top_k: int = 1, max_pixels: int = MAX_PIXELS) -> list[dict[str, Any]]:
+        """Label and probabilities of images, see `pixels`.
+
+        Args:
+            images: The images.
+            top_k: Above 1: ``top_labels`` and ``top_probabilities`` too.
+            max_pixels: Largest width x height that is decoded.
+
+        Returns:
+            A row an image: ``label``, ``probability``, ``probabilities`` in the order of the labels.
+        """
+        rows = []
+        for image in images:
+            probabilities = self.classifier(self.pixels(image, max_pixels=max_pixels))
+            best = int(probabilities.argmax())
+            row = {
+                "label": self.labels[best],
+                "probability": float(probabilities[best]),
+                "probabilities": probabilities.tolist(),
+            }
+            if top_k > 1:
+                # Stable, so that ties come in the order of the labels, as argmax has them.
+                order = np.argsort(-probabilities, kind="stable")[:top_k]
+                row["top_labels"] = [self.labels[i] for i in order]
+                row["top_probabilities"] = probabilities[order].tolist()
+            rows.append(row)
+        return rows
+
+
+class Model:
+    """The active version of a deployment; after a switch the next call answers from the new one.
+
+    Threads may share it: calls are made one after the other.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._pointer = directory / "current"
+        self._lock = threading.Lock()
+        if not self._pointer.exists():
+            raise RunnerError("no_deployment", str(directory))
+        self._version = Version(self._pointer.resolve())
+
+    @property
+    def version(self) -> str:
+        """Number of the version that answered last."""
+        return self._version.directory.name
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes."""
+        return list(self._version.labels)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an array to classify."""
+        return self._version.classifier.input_shape
+
+    def classify(self, image: Any, *, top_k: int = 1) -> dict[str, Any]:
+        """Label and probabilities of an image: see `Version.classify`."""
+        with self._lock:
+            active = self._pointer.resolve()
+            if active != self._version.directory:
+                self._version = Version(active)
+            (row,) = self._version.classify([image], top_k=top_k)
+            return row

@@ -1,0 +1,123 @@
+"""Where a deployment keeps what on a board; travels in ``runner.pyz``.
+
+ROOT/.lock                           held while something changes
+ROOT/NAME/.incoming-BOOT-SECONDS-*   a copy that is under way, or that was interrupted
+ROOT/NAME/versions/N/                model.tflite, runner.pyz, smoke.npz, deployment.json, state.json
+ROOT/NAME/current -> versions/N      the active version; replaced in one step, or not at all
+ROOT/NAME/service.json               how it is served; none: it is not
+ROOT/NAME/run/                       the service's own: http.sock, control.sock, lock, log
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STALE_SECONDS = 3600.0
+"""A copy that began so long ago was interrupted: the limits of its steps add up to less."""
+
+DEFAULT_ROOT = "~/.foxnas/deployments"
+
+
+class RunnerError(Exception):
+    """Something that a deployment needs and that is not so."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        self.kind = kind
+        super().__init__(message)
+
+
+def current(root: Path, name: str) -> Path:
+    """Directory of the active version."""
+    pointer = root / name / "current"
+    if not pointer.exists():
+        raise RunnerError("no_deployment", name)
+    return pointer.resolve()
+
+
+def point_to(root: Path, name: str, version: Path) -> None:
+    """Replace the pointer to the active version: readers see the old or the new one."""
+    pointer = root / name / ".next"
+    with contextlib.suppress(FileNotFoundError):
+        pointer.unlink()
+    pointer.symlink_to(Path("versions", version.name))
+    os.replace(str(pointer), str(root / name / "current"))
+    os.sync()
+
+
+@contextlib.contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Let one process at a time change what is deployed."""
+    descriptor = os.open(str(root / ".lock"), os.O_CREAT | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def make_incoming(place: Path) -> str:
+    """A directory for a copy, named after the moment that it is made."""
+    boot, seconds = moment()
+    return tempfile.mkdtemp(prefix=f".incoming-{boot}-{seconds:.0f}-", dir=str(place))
+
+
+def remove_stale(root: Path) -> None:
+    """Remove what interrupted copies and deletions left.
+
+    Age is counted since the machine started, in a clock that nobody sets: a board without a battery begins in
+    the past, and jumps when it finds the time. What another start of the machine left was interrupted by it.
+    """
+    boot, seconds = moment()
+    for path in root.glob("*/.incoming-*"):
+        began = path.name.split("-")[1:3]
+        if not (len(began) == 2 and began[0] == boot and seconds - float(began[1]) <= STALE_SECONDS):
+            shutil.rmtree(str(path), ignore_errors=True)
+    for path in root.glob(".deleted-*"):
+        shutil.rmtree(str(path), ignore_errors=True)
+
+
+def moment() -> tuple[str, float]:
+    """Which start of the machine this is, and the seconds since then."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+        return boot, time.clock_gettime(time.CLOCK_BOOTTIME)
+    except (OSError, AttributeError):
+        return "unknown", time.monotonic()
+
+
+def open_to_read(directory: Path) -> None:
+    """Let other accounts read a version: the service may run as one of them."""
+    for path in (*directory.iterdir(), directory):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal; empty if there is none."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object in one step."""
+    fresh = path.with_name(f".{path.name}.next")
+    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    fresh.chmod(0o644)
+    os.replace(str(fresh), str(path))

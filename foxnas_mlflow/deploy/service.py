@@ -1,0 +1,736 @@
+"""Serves the active version of a deployment over HTTP on the board itself; travels in ``runner.pyz``.
+
+The service holds the sockets and never the model: workers do, processes of their own. So a worker may die, and
+its request is answered by the next one; and a version is switched while the sockets stay open: the new version's
+workers are started and tried first, then new requests go to them, and the old ones end when they have answered.
+
+    GET  /ping, /health   200 while a worker answers
+    GET  /version         the MLflow that deployed
+    GET  /info            JSON: which version serves, and how
+    GET  /metrics         counters and histograms, in the text format of Prometheus
+    POST /invocations     MLflow's scoring protocol, see `worker.read_request`
+
+The runner speaks with it over a socket that other accounts cannot open: ``/prepare``, ``/follow``, ``/stop``. What
+is active is what ``current`` points to, always: the service looks there again and again, also unasked.
+
+Nothing but the standard library is imported here: the service stays small, and starts at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.server
+import json
+import os
+import pwd
+import queue
+import select
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from foxnas_mlflow.deploy.layout import RunnerError, current, read_json, write_json
+from foxnas_mlflow.deploy.worker import RefusedError, problem, receive, send
+
+HTTP_SOCKET = "http.sock"
+CONTROL_SOCKET = "control.sock"
+MAX_BODY_BYTES = 64 * 2**20
+START_SECONDS = 120.0
+"""A worker that has not opened its model by then never will."""
+ANSWER_SECONDS = 60.0
+"""A worker that has not answered by then, and a second for each 64 KiB of the request, is replaced."""
+IDLE_SECONDS = 75.0
+"""A connection on which nothing comes for so long is closed."""
+CLOSE_SECONDS = 300.0
+"""A version that is not served any more ends by then, its requests answered or not."""
+LEAVE_SECONDS = 2.0
+"""At its end the service waits so long for clients that ask again on an open connection."""
+POLL_SECONDS = 0.5
+HEAL_SECONDS = 10.0
+"""A worker that could not be started is tried again after so long; a request tries at once."""
+KEEP_SECONDS = 120.0
+"""A version that was prepared, and is not active by then, is dropped."""
+ATTEMPTS = 3
+"""A request at which so many workers died is not tried again."""
+MAX_WAITING = 128
+"""Requests that wait or run at once; more are rejected with status 503."""
+BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+"""Upper bounds of the histograms, in seconds."""
+
+
+class Worker:
+    """A process that has a version open."""
+
+    def __init__(self, version: Path, python: str) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                self._process = subprocess.Popen(  # noqa: S603
+                    [python, str(version / "runner.pyz"), "worker", str(version), str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,
+                    pass_fds=(theirs.fileno(),),
+                )
+            except OSError as error:
+                ours.close()
+                raise RunnerError("worker", f"{python}: {error.strerror}") from error
+        self._connection = ours
+        try:
+            ours.settimeout(START_SECONDS)
+            header, _ = receive(ours)
+        except (OSError, EOFError):
+            self.end()
+            raise RunnerError("worker", f"it ended with status {self._process.returncode} at its start") from None
+        if "error" in header:
+            self.end()
+            raise RunnerError(header["error"], header["message"])
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def ask(self, content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+        """Its answer to a request.
+
+        Raises:
+            EOFError, OSError: If it died, or does not answer.
+        """
+        self._connection.settimeout(ANSWER_SECONDS + len(body) / 2**16)
+        send(self._connection, {"content_type": content_type}, body)
+        return receive(self._connection)
+
+    def end(self) -> None:
+        """End it, whatever it does."""
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+
+class Generation:
+    """The workers of one version.
+
+    Args:
+        version: Its directory.
+        python: Python that has its runtime.
+        size: Requests that it answers at a time.
+
+    Raises:
+        RunnerError: If a worker cannot be started.
+    """
+
+    def __init__(self, version: Path, python: str, size: int) -> None:
+        self.version = version
+        self.deployment = read_json(version / "deployment.json")
+        self.restarts = 0
+        self._python = python
+        self._size = size
+        self._users = 0
+        self._heal_after = 0.0
+        self._changed = threading.Condition()
+        # None is the place of a worker that died.
+        self._free: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        try:
+            for _ in range(size):
+                self._free.put(Worker(version, python))
+        except RunnerError:
+            self._end_workers()
+            raise
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Hold off `close` for the duration of the block."""
+        with self._changed:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._users -= 1
+                self._changed.notify_all()
+
+    def ask(self, content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+        """The answer of a worker; of another one, if it dies meanwhile.
+
+        Raises:
+            RunnerError: If no worker can be started, or every one that tried has died.
+        """
+        for _ in range(ATTEMPTS):
+            worker = self._take()
+            try:
+                answer = worker.ask(content_type, body)
+            except (OSError, EOFError):
+                worker.end()
+                self._free.put(None)
+            except BaseException:
+                worker.end()
+                self._free.put(None)
+                raise
+            else:
+                self._free.put(worker)
+                return answer
+        raise RunnerError("worker", f"{ATTEMPTS} workers ended, or did not answer, at this request")
+
+    def heal(self) -> None:
+        """Replace idle workers that died, so that the next request need not wait for that."""
+        if time.monotonic() < self._heal_after:
+            return
+        places = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                places.append(self._free.get_nowait())
+        dead = [worker for worker in places if worker is None or not worker.alive()]
+        for worker in places:
+            if worker not in dead:
+                self._free.put(worker)
+        for worker in dead:
+            try:
+                self._free.put(self._replaced(worker))
+            except RunnerError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                self._heal_after = time.monotonic() + HEAL_SECONDS
+
+    def alive(self) -> bool:
+        """Whether a worker answers, or could."""
+        with self._free.mutex:
+            idle = list(self._free.queue)
+        return len(idle) < self._size or any(worker is not None and worker.alive() for worker in idle)
+
+    def pids(self) -> list[int]:
+        """Processes of the idle workers."""
+        with self._free.mutex:
+            return [worker.pid for worker in self._free.queue if worker is not None]
+
+    def close(self) -> None:
+        """End the workers once nobody uses them any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._users == 0, timeout=CLOSE_SECONDS)
+        self._end_workers()
+
+    def _take(self) -> Worker:
+        worker = self._free.get()
+        return worker if worker is not None and worker.alive() else self._replaced(worker)
+
+    def _replaced(self, worker: Worker | None) -> Worker:
+        if worker is not None:
+            worker.end()
+        self.restarts += 1
+        try:
+            return Worker(self.version, self._python)
+        except BaseException:
+            self._free.put(None)
+            raise
+
+    def _end_workers(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                worker = self._free.get_nowait()
+                if worker is not None:
+                    worker.end()
+
+
+class Metrics:
+    """What the service counts."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._codes: dict[int, int] = {}
+        self._images = 0
+        self.waiting = 0
+        self._counts = {name: [0] * (len(BUCKETS) + 1) for name in ("request", "worker")}
+        self._seconds = {"request": 0.0, "worker": 0.0}
+        self.switches = 0
+        self.restarts = 0
+
+    def enter(self) -> bool:
+        """Whether one more request may wait."""
+        with self._lock:
+            if self.waiting >= MAX_WAITING:
+                return False
+            self.waiting += 1
+            return True
+
+    def leave(self) -> None:
+        """One request has its answer."""
+        with self._lock:
+            self.waiting -= 1
+
+    def count(self, status: int, images: int, **seconds: float) -> None:
+        """Count an answer, and what took how long."""
+        with self._lock:
+            self._codes[status] = self._codes.get(status, 0) + 1
+            self._images += images
+            for name, value in seconds.items():
+                place = next((i for i, bound in enumerate(BUCKETS) if value <= bound), len(BUCKETS))
+                self._counts[name][place] += 1
+                self._seconds[name] += value
+
+    def text(self, info: dict[str, str], restarts: int) -> str:
+        """All of it in the text format of Prometheus."""
+        with self._lock:
+            lines = [
+                "# HELP foxnas_info What is served.",
+                "# TYPE foxnas_info gauge",
+                f"foxnas_info{{{','.join(f'{key}={json.dumps(value)}' for key, value in info.items())}}} 1",
+                "# HELP foxnas_requests_total Requests for predictions, by status.",
+                "# TYPE foxnas_requests_total counter",
+                *(f'foxnas_requests_total{{code="{code}"}} {n}' for code, n in sorted(self._codes.items())),
+            ]
+            values = (
+                ("rejected_total", "counter", "Requests that were refused or failed.", self._rejected()),
+                ("images_total", "counter", "Images that were classified.", self._images),
+                ("requests_waiting", "gauge", "Requests that wait or run.", self.waiting),
+                ("worker_restarts_total", "counter", "Workers that were replaced.", self.restarts + restarts),
+                ("switches_total", "counter", "Changes of the active version.", self.switches),
+            )
+            for name, kind, words, value in values:
+                lines += [f"# HELP foxnas_{name} {words}", f"# TYPE foxnas_{name} {kind}", f"foxnas_{name} {value}"]
+            for name, words in (("request", "Time to an answer."), ("worker", "Time in the worker alone.")):
+                lines += [f"# HELP foxnas_{name}_seconds {words}", f"# TYPE foxnas_{name}_seconds histogram"]
+                n = 0
+                for bound, inside in zip((*map(str, BUCKETS), "+Inf"), self._counts[name]):
+                    n += inside
+                    lines.append(f'foxnas_{name}_seconds_bucket{{le="{bound}"}} {n}')
+                lines += [f"foxnas_{name}_seconds_sum {self._seconds[name]:.6f}", f"foxnas_{name}_seconds_count {n}"]
+        return "\n".join(lines) + "\n"
+
+    def _rejected(self) -> int:
+        return sum(n for code, n in self._codes.items() if code >= 400)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Applications' requests."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = "foxnas"
+    sys_version = ""
+    timeout = IDLE_SECONDS
+    # An answer leaves in one piece.
+    wbufsize = -1
+
+    @property
+    def service(self) -> Service:
+        """Whose requests these are."""
+        service: Service = self.server.service  # type: ignore[attr-defined]
+        return service
+
+    def setup(self) -> None:
+        """Count the connection in."""
+        self.service.connections.add(self)
+        super().setup()
+
+    def finish(self) -> None:
+        """Count it out."""
+        self.service.connections.discard(self)
+        super().finish()
+
+    def do_GET(self) -> None:
+        """Answer what is asked without a body."""
+        path = urlsplit(self.path).path
+        service = self.service
+        if path in ("/ping", "/health"):
+            self._answer(200 if service.active.alive() else 503, b"\n")
+        elif path == "/version":
+            self._answer(200, str(service.active.deployment.get("mlflow_version", "")).encode())
+        elif path == "/info":
+            self._answer(200, json.dumps(service.info()).encode())
+        elif path == "/metrics":
+            self._answer(200, service.metrics_text().encode(), "text/plain; version=0.0.4; charset=utf-8")
+        elif path == "/invocations":
+            self._answer(405, problem("BAD_REQUEST", "/invocations is asked with POST"))
+        else:
+            self._answer(404, problem("NOT_FOUND", "there are /invocations, /ping, /version, /info and /metrics"))
+
+    def do_POST(self) -> None:
+        """Answer a request for predictions."""
+        start = time.perf_counter()
+        if urlsplit(self.path).path != "/invocations":
+            self.close_connection = True
+            self._answer(404, problem("NOT_FOUND", "predictions are asked with POST /invocations"))
+            return
+        metrics = self.service.metrics
+        try:
+            body = self._body()
+        except RefusedError as refused:
+            # The rest of it is not read.
+            self.close_connection = True
+            metrics.count(refused.status, 0)
+            self._answer(refused.status, problem("BAD_REQUEST", str(refused)))
+            return
+        if not metrics.enter():
+            metrics.count(503, 0)
+            self._answer(503, problem("RESOURCE_EXHAUSTED", f"{MAX_WAITING} requests wait already; send this later"))
+            return
+        try:
+            header, answer, version = self.service.predict(self.headers.get("Content-Type") or "", body)
+        except RunnerError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            header, answer = {"status": 500}, problem("INTERNAL_ERROR", "no worker could answer; the log has more")
+            version = ""
+        except BaseException:
+            metrics.leave()
+            raise
+        took = {"request": time.perf_counter() - start}
+        if "seconds" in header:
+            took["worker"] = header["seconds"]
+        # Counted before it is sent: whoever has the answer finds it counted.
+        metrics.count(header["status"], header.get("images", 0), **took)
+        try:
+            self._answer(header["status"], answer, version=version)
+            self.wfile.flush()
+        finally:
+            metrics.leave()
+
+    def handle_expect_100(self) -> bool:
+        """Let a client go on at once that waits for leave to."""
+        go_on = super().handle_expect_100()
+        self.wfile.flush()
+        return go_on
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Metrics count; a log of every request would fill the board's card."""
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length") or ""
+        if not length.isdigit():
+            raise RefusedError(411, "a request must say its Content-Length")
+        if int(length) > MAX_BODY_BYTES:
+            raise RefusedError(413, f"a body has at most {MAX_BODY_BYTES} bytes; received {length}")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise RefusedError(400, "the body ended early")
+        return body
+
+    def _answer(self, status: int, body: bytes, kind: str = "application/json", version: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if version:
+            self.send_header("X-Foxnas-Version", version)
+        if self.service.stopping or self.close_connection:
+            self.send_header("Connection", "close")
+            self.close_connection = True
+        self.end_headers()
+        self.wfile.write(body)
+
+
+class TcpHandler(Handler):
+    """Over TCP an answer is not held back to fill a packet."""
+
+    disable_nagle_algorithm = True
+
+
+class ControlHandler(Handler):
+    """The runner's requests."""
+
+    timeout = None  # type: ignore[assignment]
+
+    def do_POST(self) -> None:
+        """Answer a command."""
+        try:
+            request = json.loads(self._body().decode() or "{}")
+            answer = self.service.control(urlsplit(self.path).path.strip("/"), request)
+        except RunnerError as error:
+            answer = {"error": error.kind, "message": str(error)}
+        self.close_connection = True
+        self._answer(200, json.dumps(answer).encode())
+
+
+class _Quiet(socketserver.ThreadingMixIn):
+    """A thread a connection."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 256
+    service: Service
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients go away as they like; anything else is logged in one line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, (ConnectionError, socket.timeout)):
+            print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
+class TcpServer(_Quiet, socketserver.TCPServer):
+    """HTTP over TCP."""
+
+
+class Tcp6Server(TcpServer):
+    """HTTP over IPv6."""
+
+    address_family = socket.AF_INET6
+
+
+class UnixServer(_Quiet, socketserver.UnixStreamServer):
+    """HTTP over a socket in the file system."""
+
+
+class Service:
+    """A deployment that is served.
+
+    Args:
+        root: Directory of the board's deployments.
+        name: The deployment.
+
+    Raises:
+        RunnerError: If the active version cannot be served.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self._root, self._name = root, name
+        self._place = root / name
+        self._changing = threading.Lock()
+        self._prepared: tuple[dict[str, Any], Generation, Any, float] | None = None
+        self._refused: tuple[str, str] = ("", "")
+        self._stopped = False
+        self.stopping = False
+        self.connections: set[Any] = set()
+        self.metrics = Metrics()
+        self.settings = read_json(self._place / "service.json")
+        # Paths of sockets are short: they are made where the service is.
+        os.chdir(str(self._place / "run"))
+        self._listener = self._bound(self.settings)
+        self._sockets = [
+            self._unix(HTTP_SOCKET, Handler, 0o666),
+            self._unix(CONTROL_SOCKET, ControlHandler, 0o600),
+        ]
+        self.active = self._generation(current(root, name), self.settings)
+        for server in (self._listener, *self._sockets):
+            self._accept(server)
+
+    def run(self) -> None:
+        """Serve until told to stop, and look after pointer and workers."""
+        while not self._stopped:
+            # No event: a signal's handler must not wait for a lock that this thread may hold.
+            time.sleep(POLL_SECONDS)
+            self.active.heal()
+            with self._changing:
+                if self._prepared is not None and time.monotonic() > self._prepared[3]:
+                    self._drop()
+                try:
+                    self._follow()
+                except (RunnerError, OSError) as error:
+                    print(f"error: version {self._refused[0]}: {error}", file=sys.stderr, flush=True)
+        self.stopping = True
+        # What was accepted is answered; then the workers end.
+        for server in (self._listener, *self._sockets):
+            self._close(server)
+        start = time.monotonic()
+        # Clients that keep a connection open are told with their next answer; idle ones are not waited for long.
+        while self.connections and time.monotonic() - start < (
+            CLOSE_SECONDS if self.metrics.waiting else LEAVE_SECONDS
+        ):
+            time.sleep(0.02)
+        self.active.close()
+
+    def stop(self, *_: Any) -> None:
+        """End `run`."""
+        self._stopped = True
+
+    def predict(self, content_type: str, body: bytes) -> tuple[dict[str, Any], bytes, str]:
+        """A worker's answer, and the number of the version that gave it."""
+        while True:
+            active = self.active
+            with active.used():
+                # Not one that was retired between these two lines.
+                if active is self.active:
+                    header, answer = active.ask(content_type, body)
+                    return header, answer, active.version.name
+
+    def info(self) -> dict[str, Any]:
+        """What is served, and how."""
+        active = self.active
+        return {
+            "name": self._name,
+            "version": active.version.name,
+            "model_uri": active.deployment["model_uri"],
+            "model_id": active.deployment["model_id"],
+            "kind": active.deployment["kind"],
+            "sha256": active.deployment["files"]["model.tflite"],
+            "foxnas_version": active.deployment["foxnas_version"],
+            "labels": active.deployment["labels"],
+            "url": url_of(self.settings),
+            "socket": str(self._place / "run" / HTTP_SOCKET),
+            "workers": self.settings["workers"],
+        }
+
+    def metrics_text(self) -> str:
+        """What ``/metrics`` answers."""
+        info = self.info()
+        names = ("name", "version", "model_uri", "sha256", "foxnas_version")
+        return self.metrics.text({name: str(info[name]) for name in names}, self.active.restarts)
+
+    def control(self, command: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer the runner.
+
+        ``prepare``: start a version's workers, and listen where it will be served, both aside. ``follow``: serve
+        what ``current`` points to. ``status``: tell. ``stop``: end.
+
+        Raises:
+            RunnerError: If it cannot be done; what was served still is.
+        """
+        if command == "stop":
+            self.stop()
+        elif command in ("prepare", "follow"):
+            with self._changing:
+                if command == "prepare":
+                    self._prepare(Path(request["version"]), request["settings"])
+                else:
+                    self._refused = ("", "")
+                    self._follow()
+        elif command != "status":
+            raise RunnerError("unknown", command)
+        return {"pid": os.getpid(), "workers": self.active.pids(), **self.info()}
+
+    def _prepare(self, version: Path, settings: dict[str, Any]) -> None:
+        self._drop()
+        moved = any(settings[key] != self.settings[key] for key in ("host", "port"))
+        listener = self._bound(settings) if moved else None
+        try:
+            generation = self._generation(version, settings)
+        except BaseException:
+            if listener is not None:
+                listener.server_close()
+            raise
+        self._prepared = (settings, generation, listener, time.monotonic() + KEEP_SECONDS)
+
+    def _drop(self) -> None:
+        if self._prepared is not None:
+            _, generation, listener, _ = self._prepared
+            self._prepared = None
+            generation.close()
+            if listener is not None:
+                listener.server_close()
+
+    def _follow(self) -> None:
+        """Serve what is active, if something else is served."""
+        try:
+            version = current(self._root, self._name)
+        except RunnerError:
+            return  # It is being deleted.
+        if self._prepared is None or self._prepared[1].version != version:
+            if version == self.active.version or version.name == self._refused[0]:
+                return
+            try:
+                self._prepare(version, read_json(self._place / "service.json"))
+            except (RunnerError, OSError) as error:
+                self._refused = (version.name, str(error))
+                raise
+        assert self._prepared is not None
+        settings, generation, listener, _ = self._prepared
+        self._prepared = None
+        old, old_listener = self.active, self._listener
+        self.active, self.settings = generation, settings
+        self.metrics.switches += 1
+        if listener is not None:
+            self._listener = listener
+            self._accept(listener)
+            self._close(old_listener)
+        threading.Thread(target=self._retire, args=(old,), daemon=True).start()
+
+    def _retire(self, generation: Generation) -> None:
+        generation.close()
+        self.metrics.restarts += generation.restarts
+
+    def _generation(self, version: Path, settings: dict[str, Any]) -> Generation:
+        state = read_json(version / "state.json")
+        return Generation(version, state.get("python") or sys.executable, settings["workers"])
+
+    def _bound(self, settings: dict[str, Any]) -> Any:
+        host, port = settings["host"], settings["port"]
+        try:
+            server = (Tcp6Server if ":" in host else TcpServer)((host, port), TcpHandler)
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise RunnerError("port", f"{host} port {port}: {reason}") from error
+        server.service = self
+        return server
+
+    def _unix(self, name: str, handler: Any, mode: int) -> Any:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        before = os.umask(0o777 & ~mode)
+        try:
+            server = UnixServer(name, handler)
+        finally:
+            os.umask(before)
+        server.service = self
+        return server
+
+    def _close(self, server: Any) -> None:
+        """Listen no more; who waits for a connection already still gets it."""
+        server.shutdown()
+        while select.select([server], [], [], 0)[0]:
+            server.handle_request()
+        server.server_close()
+
+    def _accept(self, server: Any) -> None:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.5}, daemon=True).start()
+
+
+def url_of(settings: dict[str, Any]) -> str:
+    """Where a service listens."""
+    host = settings["host"]
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings['port']}"
+
+
+def run_service(root: Path, name: str) -> int:
+    """Serve a deployment until it is stopped; at once 0 if another process does already."""
+    place = root / name / "run"
+    settings = read_json(root / name / "service.json")
+    lock = os.open(str(place / "lock"), os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return 0
+    os.ftruncate(lock, 0)
+    os.write(lock, f"{os.getpid()}\n".encode())
+    try:
+        become(settings["account"])
+        service = Service(root, name)
+    except (RunnerError, OSError) as error:
+        kind = getattr(error, "kind", "system")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            write_json(place / "failed.json", {"kind": kind, "message": str(error)})
+        return 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, service.stop)
+    service.run()
+    return 0
+
+
+def become(account: str) -> None:
+    """Go on as another account; empty: as this one.
+
+    Raises:
+        RunnerError: If there is no such account, or this one may not become it.
+    """
+    if not account:
+        return
+    try:
+        entry = pwd.getpwnam(account)
+    except KeyError:
+        raise RunnerError("account", f"{account}: there is none of that name") from None
+    if entry.pw_uid == os.geteuid():
+        return
+    try:
+        os.initgroups(account, entry.pw_gid)
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
+    except PermissionError as error:
+        raise RunnerError("account", f"{account}: only root can serve as another account") from error
+    os.environ["HOME"] = entry.pw_dir

@@ -1,0 +1,220 @@
+"""The process that holds a model and answers the service's requests; travels in ``runner.pyz``.
+
+A process of its own, because a runtime that crashes, or is killed for memory, must not take the service along. It
+speaks frames over a socket: two lengths, a JSON header, a body. It ends when the other end of the socket does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import socket
+import struct
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MAX_BATCH = 1024
+"""Most images of one request."""
+
+_LENGTHS = struct.Struct(">II")
+
+
+class RefusedError(Exception):
+    """A request that the scoring protocol refuses.
+
+    Attributes:
+        status: Status of HTTP.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+def send(connection: socket.socket, header: dict[str, Any], body: bytes = b"") -> None:
+    """Write a frame."""
+    head = json.dumps(header).encode()
+    connection.sendall(_LENGTHS.pack(len(head), len(body)) + head)
+    if body:
+        connection.sendall(body)
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], bytes]:
+    """Read a frame.
+
+    Raises:
+        EOFError: If the other end is gone.
+        OSError: If the socket fails, or its time is up.
+    """
+    n_head, n_body = _LENGTHS.unpack(_exactly(connection, _LENGTHS.size))
+    header: dict[str, Any] = json.loads(_exactly(connection, n_head).decode())
+    return header, _exactly(connection, n_body)
+
+
+def _exactly(connection: socket.socket, n: int) -> bytes:
+    data = bytearray(n)
+    view = memoryview(data)
+    while len(view):
+        got = connection.recv_into(view)
+        if not got:
+            raise EOFError
+        view = view[got:]
+    return bytes(data)
+
+
+def run_worker(version: Path, descriptor: int) -> None:
+    """Open a version, say so, and answer until the other end is gone.
+
+    Args:
+        version: Its directory.
+        descriptor: The socket.
+    """
+    from foxnas_mlflow.deploy.foxnas_edge import Version
+    from foxnas_mlflow.deploy.layout import RunnerError
+
+    connection = socket.socket(fileno=descriptor)
+    try:
+        model = Version(version)
+        # What a runtime does at its first inference is done before the first request.
+        shape = model.classifier.input_shape
+        model.classify([black(shape)])
+    except (RunnerError, OSError) as error:
+        send(connection, {"error": getattr(error, "kind", "system"), "message": str(error)})
+        return
+    send(connection, {"ready": True, "pid": os.getpid()})
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            header, body = receive(connection)
+            start = time.perf_counter()
+            status, answer, images = answered(model, header.get("content_type") or "", body)
+            seconds = time.perf_counter() - start
+            send(connection, {"status": status, "images": images, "seconds": seconds}, answer)
+
+
+def black(shape: tuple[int, int, int]) -> Any:
+    """A black image."""
+    import numpy as np
+
+    return np.zeros(shape, np.uint8)
+
+
+def answered(model: Any, content_type: str, body: bytes) -> tuple[int, bytes, int]:
+    """Status, JSON and number of images of the answer to a request."""
+    from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
+
+    try:
+        images, params = read_request(content_type, body)
+        top_k = integer("top_k", params.get("top_k", 1), 1, len(model.labels))
+        deployed = model.deployment["threads"]
+        if integer("threads", params.get("threads", 0), 0, 1024) not in (0, deployed):
+            raise RefusedError(400, f"threads must be 0 or as deployed, {deployed}; deploy again with -C threads=N")
+        if not images:
+            raise RefusedError(400, "a request has at least one image.")
+        if len(images) > MAX_BATCH:
+            raise RefusedError(400, f"a request has at most {MAX_BATCH} images; received {len(images)}.")
+        rows = model.classify(images, top_k=top_k)
+    except RefusedError as refused:
+        return refused.status, problem("BAD_REQUEST", str(refused)), 0
+    except InvalidInputError as error:
+        return 400, problem("INVALID_PARAMETER_VALUE", str(error)), 0
+    except MissingDependencyError:
+        message = f"decoding images needs Pillow, which {sys.executable} lacks; send pixels, or install it"
+        return 501, problem("NOT_IMPLEMENTED", message), 0
+    except Exception as error:
+        # Whoever sent it learns nothing of this machine; the log does.
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 500, problem("INTERNAL_ERROR", "prediction failed inside the model; its log has the details"), 0
+    return 200, json.dumps({"predictions": rows}).encode(), len(rows)
+
+
+def problem(code: str, message: str) -> bytes:
+    """An error as MLflow's scoring server words it."""
+    return json.dumps({"error_code": code, "message": message}).encode()
+
+
+def read_request(content_type: str, body: bytes) -> tuple[list[Any], dict[str, Any]]:
+    """The images and parameters of a request to MLflow's scoring server.
+
+    Also a JPEG, PNG or other image as it is (``image/*``), and an array or batch in NumPy's format
+    (``application/x-npy``): what needs neither base64 nor JSON.
+
+    Raises:
+        RefusedError: If it is none.
+    """
+    mime, _, options = (part.strip() for part in content_type.partition(";"))
+    mime = mime.lower()
+    if mime.startswith("image/"):
+        return [body], {}
+    if mime == "application/x-npy":
+        return read_npy(body), {}
+    if options and options.lower().replace(" ", "").replace('"', "") != "charset=utf-8":
+        raise RefusedError(415, f"the content type takes charset=utf-8 alone; received {options}.")
+    if mime != "application/json":
+        kinds = "application/json, image/*, application/x-npy"
+        raise RefusedError(415, f"the content type must be one of {kinds}; received {content_type or 'none'}.")
+    try:
+        request = json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, f"the body must be JSON in UTF-8: {error}.") from None
+    keys = ("dataframe_split", "dataframe_records", "inputs", "instances")
+    found = [key for key in keys if key in request] if isinstance(request, dict) else []
+    if len(found) != 1 or set(request) - {found[0], "params"}:
+        received = sorted(request) if isinstance(request, dict) else type(request).__name__
+        raise RefusedError(400, f"the body must have one of the keys {', '.join(keys)}; received {received}.")
+    params = request.get("params") or {}
+    if not isinstance(params, dict) or set(params) - {"top_k", "threads"}:
+        raise RefusedError(400, f"params has the keys top_k and threads only; received {params!r:.80}.")
+    return column(found[0], request[found[0]]), params
+
+
+def column(key: str, data: Any) -> list[Any]:
+    """The images of one of MLflow's forms of a table."""
+    if key == "dataframe_split":
+        if not isinstance(data, dict) or not isinstance(data.get("data"), list):
+            raise RefusedError(400, 'dataframe_split must be {"columns": ["image"], "data": [[...], ...]}.')
+        names = data.get("columns")
+        if not isinstance(names, list) or "image" not in names:
+            raise RefusedError(400, f"the input must have the column 'image'; received columns {names}.")
+        place = names.index("image")
+        if not all(isinstance(row, list) and len(row) == len(names) for row in data["data"]):
+            raise RefusedError(400, "every row of dataframe_split must have a value for each column.")
+        return [row[place] for row in data["data"]]
+    if isinstance(data, dict):
+        if "image" not in data:
+            raise RefusedError(400, f"the input must have the column 'image'; received columns {sorted(data)}.")
+        data = data["image"]
+    if isinstance(data, str):
+        return [data]
+    if not isinstance(data, list):
+        raise RefusedError(400, f"{key} must be a list; received a {type(data).__name__}.")
+    if any(isinstance(row, dict) for row in data):
+        if not all(isinstance(row, dict) and "image" in row for row in data):
+            raise RefusedError(400, "every row must have the column 'image'.")
+        return [row["image"] for row in data]
+    if key == "dataframe_records" and data:
+        raise RefusedError(400, "dataframe_records must be a list of objects with the key 'image'.")
+    return data
+
+
+def read_npy(body: bytes) -> list[Any]:
+    """One image (height, width, channels), or a batch of them, in NumPy's format."""
+    import numpy as np
+
+    try:
+        array = np.load(io.BytesIO(body), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise RefusedError(400, f"the body must be an array in NumPy's format: {error}.") from None
+    if array.ndim not in (3, 4):
+        raise RefusedError(400, f"an array must have 3 or 4 axes; received shape {array.shape}.")
+    return [array] if array.ndim == 3 else list(array)
+
+
+def integer(name: str, value: Any, lowest: int, highest: int) -> int:
+    """A checked parameter."""
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise RefusedError(400, f"{name} must be an integer from {lowest} to {highest}; received {value!r:.40}.")
+    return value

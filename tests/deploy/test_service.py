@@ -1,0 +1,586 @@
+"""The service on a board: real processes, real sockets, real kills."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow.deployments import get_deploy_client
+from mlflow.exceptions import MlflowException
+
+from foxnas_mlflow.deploy import layout
+from foxnas_mlflow.deploy._bundle import runner
+from foxnas_mlflow.deploy.runner import current, serving, switch
+from foxnas_mlflow.devices import LocalConnection
+from tests.colour_model import LABELS, SIZE, encoded, image_of
+from tests.deploy.boards import clear
+from tests.deploy.test_deploy import python_with
+from tests.servers import free_port, request, scoring_server
+
+pytestmark = pytest.mark.server
+
+NAMES = {"0001": list(LABELS), "0002": ["rouge", "vert", "bleu"], "0003": ["rouge", "vert", "bleu"]}
+
+
+@pytest.fixture
+def deployed(versions: tuple[str, str], target: str, tmp_path: Path) -> tuple[Any, dict[str, Any], Path]:
+    """Two versions on a board, the first one active: client, deployment, root."""
+    client = get_deploy_client(target)
+    client.create_deployment("camera", versions[0])
+    client.update_deployment("camera", versions[1])
+    return client, client.update_deployment("camera", config={"rollback": "true"}), tmp_path / "board"
+
+
+def text(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+def send(url: str, kind: str, body: bytes) -> tuple[int, Any, str]:
+    """Status, JSON and version of an answer."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    with contextlib.closing(connection):
+        connection.request("POST", "/invocations", body, {"Content-Type": kind})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read()), answer.headers.get("X-Foxnas-Version", "")
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a socket in the file system."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=120)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def test_it_answers_as_the_scoring_server_does(
+    versions: tuple[str, str], target: str, tracking: str, tmp_path: Path
+) -> None:
+    deployment = get_deploy_client(target).create_deployment("camera", versions[0])
+    service = deployment["service"]
+    url = service["url"]
+    assert (service["state"], service["version"], service["workers"]) == ("running", "0001", 1)
+    pictures = [encoded(image_of(colour, seed=3)) for colour in LABELS]
+    texts = [text(picture) for picture in pictures]
+    split = {"columns": ["image"], "data": [[each] for each in texts]}
+    requests = [
+        {"dataframe_split": split},
+        {"dataframe_records": [{"image": each} for each in texts]},
+        {"dataframe_split": split, "params": {"top_k": 2}},
+        {"inputs": {"image": texts}},
+        {"instances": [{"image": each} for each in texts]},
+        {"dataframe_split": split, "params": {"top_k": 0}},
+        {"dataframe_split": {"columns": ["picture"], "data": [["x"]]}},
+        {"dataframe_records": [{"image": "no image"}]},
+        {"dataframe_records": []},
+        {},
+    ]
+    with scoring_server(versions[0], log=tmp_path / "reference.log") as invocations:
+        reference = invocations.removesuffix("/invocations")
+        for path in ("/ping", "/health", "/version"):
+            assert request(url + path) == request(reference + path)
+        for body in requests:
+            ours, theirs = request(url + "/invocations", body), request(reference + "/invocations", body)
+            assert ours[0] == theirs[0], body
+            if ours[0] == 200:
+                assert json.loads(ours[1]) == json.loads(theirs[1])
+            else:
+                assert set(json.loads(ours[1])) == {"error_code", "message"}
+        for kind, data in (("text/plain", b"x"), ("application/json; a=b", b"{}")):
+            connection = http.client.HTTPConnection(reference.removeprefix("http://"), timeout=60)
+            with contextlib.closing(connection):
+                connection.request("POST", "/invocations", data, {"Content-Type": kind})
+                answer = connection.getresponse()
+                status = answer.status
+            assert send(url, kind, data)[0] == status == 415
+    # And what needs no base64.
+    pixels = np.stack([image_of(colour, height=SIZE, width=SIZE) for colour in LABELS])
+    buffer = io.BytesIO()
+    np.save(buffer, pixels)
+    by_name = {
+        kind: send(url, kind, data)
+        for kind, data in (("image/jpeg", pictures[1]), ("application/x-npy", buffer.getvalue()))
+    }
+    assert [row["label"] for row in by_name["application/x-npy"][1]["predictions"]] == list(LABELS)
+    assert by_name["image/jpeg"][1]["predictions"][0]["label"] == "green"
+    over_unix = UnixConnection(service["socket"])
+    with contextlib.closing(over_unix):
+        over_unix.request("GET", "/info")
+        info = json.loads(over_unix.getresponse().read())
+    assert info["model_uri"] == "models:/foxnas-rpi4/1"
+    assert info["sha256"] == deployment["sha256"]
+
+
+def counted(url: str) -> dict[str, float]:
+    lines = request(url + "/metrics")[1].splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+
+def test_metrics(deployed: tuple[Any, dict[str, Any], Path]) -> None:
+    url = deployed[1]["service"]["url"]
+    body = {"inputs": [image_of("red", height=SIZE, width=SIZE).tolist()] * 2}
+    for _ in range(3):
+        assert request(url + "/invocations", body)[0] == 200
+    assert request(url + "/invocations", {"inputs": [[1]]})[0] == 400
+    metrics = counted(url)
+    assert metrics['foxnas_requests_total{code="200"}'] == 3
+    assert metrics['foxnas_requests_total{code="400"}'] == 1
+    assert metrics["foxnas_rejected_total"] == 1
+    assert metrics["foxnas_images_total"] == 6
+    assert metrics["foxnas_requests_waiting"] == 0
+    assert metrics["foxnas_switches_total"] == 2
+    for name in ("request", "worker"):
+        buckets = [value for key, value in metrics.items() if key.startswith(f"foxnas_{name}_seconds_bucket")]
+        assert buckets == sorted(buckets)
+        assert buckets[-1] == metrics[f"foxnas_{name}_seconds_count"] == 4
+    assert 0 < metrics["foxnas_worker_seconds_sum"] < metrics["foxnas_request_seconds_sum"]
+    (info,) = (key for key in metrics if key.startswith("foxnas_info"))
+    assert 'version="0001"' in info
+
+
+class Clients:
+    """Threads that ask again and again, and know the right answers of each version.
+
+    Args:
+        service: What the deployment says of its service.
+        n: Threads; every second one asks over the Unix socket.
+    """
+
+    def __init__(self, service: dict[str, Any], n: int) -> None:
+        self.wrong: list[str] = []
+        self.answers: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._work, args=(service, i)) for i in range(n)]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def n_answers(self) -> int:
+        with self._lock:
+            return sum(self.answers.values())
+
+    def wait_for(self, n: int) -> None:
+        """Wait for so many more answers."""
+        until, deadline = self.n_answers + n, time.monotonic() + 120
+        while self.n_answers < until and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert self.n_answers >= until, self.wrong
+
+    def _work(self, service: dict[str, Any], i: int) -> None:
+        host = service["url"].removeprefix("http://")
+        connection = UnixConnection(service["socket"]) if i % 2 else http.client.HTTPConnection(host, timeout=120)
+        images = {}
+        for seed, colour in enumerate(LABELS):
+            buffer = io.BytesIO()
+            np.save(buffer, image_of(colour, height=SIZE, width=SIZE, seed=10 * i + seed))
+            images[colour] = buffer.getvalue()
+        first: dict[str, list[float]] = {}
+        with contextlib.closing(connection):
+            while not self._end.is_set():
+                for colour, image in images.items():
+                    try:
+                        connection.request("POST", "/invocations", image, {"Content-Type": "application/x-npy"})
+                        answer = connection.getresponse()
+                        body, version = json.loads(answer.read()), answer.headers["X-Foxnas-Version"]
+                        (row,) = body["predictions"]
+                        right = NAMES[version][LABELS.index(colour)]
+                        same = first.setdefault(colour, row["probabilities"]) == row["probabilities"]
+                    except Exception as error:
+                        self.wrong.append(f"lost: {error!r}")
+                        connection.close()
+                        continue
+                    if row["label"] != right or not same:
+                        self.wrong.append(f"wrong: {row} of {version}")
+                    with self._lock:
+                        self.answers[version] = self.answers.get(version, 0) + 1
+
+
+def storm(root: Path, service: dict[str, Any], *, switches: int, kills: int, requests: int) -> Clients:
+    """Requests across switches of the version and kills of workers."""
+    with Clients(service, 4) as clients:
+        for i in range(switches):
+            clients.wait_for(requests // switches)
+            target = "0002" if current(root, "camera").name == "0001" else "0001"
+            if i * kills // switches != (i + 1) * kills // switches:
+                # One is killed while it answers, and before it is retired.
+                (worker, *_) = busy_workers(root)
+                os.kill(worker, signal.SIGKILL)
+                clients.wait_for(20)
+            with layout.locked(root):
+                switch(root, "camera", root / "camera" / "versions" / target, {})
+            assert serving(root, "camera")["version"] == target
+        clients.wait_for(20)
+    return clients
+
+
+def busy_workers(root: Path) -> list[int]:
+    """Workers of the active version, whether they answer or wait."""
+    wanted = f"worker {current(root, 'camera')}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if wanted in path.read_bytes().replace(b"\0", b" "):
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_no_request_is_lost_across_switches_and_kills(deployed: tuple[Any, dict[str, Any], Path]) -> None:
+    _, deployment, root = deployed
+    clients = storm(root, deployment["service"], switches=4, kills=2, requests=1500)
+    assert clients.wrong == []
+    assert clients.n_answers > 1500
+    assert set(clients.answers) == {"0001", "0002"}
+    metrics = counted(deployment["service"]["url"])
+    assert metrics['foxnas_requests_total{code="200"}'] == clients.n_answers
+    assert metrics["foxnas_switches_total"] == 6
+    assert metrics["foxnas_worker_restarts_total"] == 2
+    # Of the versions before no process is left.
+    deadline = time.monotonic() + 30
+    while len(workers_of(root)) > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers_of(root) == busy_workers(root)
+
+
+def workers_of(root: Path) -> list[int]:
+    """All workers of a board."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if f" worker {root}/" in line:
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_twenty_switches_and_five_kills(deployed: tuple[Any, dict[str, Any], Path]) -> None:
+    _, deployment, root = deployed
+    clients = storm(root, deployment["service"], switches=20, kills=5, requests=10_000)
+    assert clients.wrong == []
+    assert clients.n_answers > 10_000
+
+
+def test_what_cannot_be_served_leaves_the_old_version_serving(
+    deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str], tmp_path: Path
+) -> None:
+    client, before, root = deployed
+    url = before["service"]["url"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(MlflowException, match=f"port that are free.*received 127.0.0.1 port {port}.*in use"):
+            client.update_deployment("camera", versions[1], config={"port": str(port)})
+        with pytest.raises(MlflowException, match="port that are free"):
+            client.create_deployment("door", versions[1], config={"port": str(port)})
+    assert client.get_deployment("camera") == before
+    assert request(url + "/ping")[0] == 200
+    assert not (root / "door" / "current").exists()
+    assert [each["name"] for each in client.list_deployments()] == ["camera"]
+    # The same name is free, another port is chosen, and the service moves to a port that is free.
+    door = client.create_deployment("door", versions[1])
+    assert door["service"]["url"] != url
+    moved = client.update_deployment("camera", versions[1], config={"port": str(free_port())})
+    assert request(moved["service"]["url"] + "/ping")[0] == 200
+    with pytest.raises(OSError, match="refused"):
+        request(url + "/ping")
+    # A deployment may stop to be served, and be served again.
+    assert client.update_deployment("camera", versions[0], config={"serve": "false"})["service"] is None
+    with pytest.raises(OSError, match="refused"):
+        request(moved["service"]["url"] + "/ping")
+    again = client.update_deployment("camera", versions[1], config={"serve": "true", "workers": "2"})
+    assert again["service"]["state"] == "running"
+    assert len(workers_of(root / "camera")) == 2
+
+
+def test_the_service_follows_the_pointer_also_unasked(deployed: tuple[Any, dict[str, Any], Path]) -> None:
+    """As when the host is cut off between the pointer and the service."""
+    _, deployment, root = deployed
+    layout.point_to(root, "camera", root / "camera" / "versions" / "0002")
+    deadline = time.monotonic() + 60
+    while serving(root, "camera")["version"] != "0002" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert serving(root, "camera")["version"] == "0002"
+    image = encoded(image_of("blue"))
+    assert send(deployment["service"]["url"], "image/jpeg", image)[1]["predictions"][0]["label"] == "bleu"
+    # A version that cannot be opened is not served, whoever points to it.
+    shutil.copytree(root / "camera" / "versions" / "0001", root / "camera" / "versions" / "0009")
+    (root / "camera" / "versions" / "0009" / "model.tflite").write_bytes(b"no model")
+    layout.point_to(root, "camera", root / "camera" / "versions" / "0009")
+    log, deadline = root / "camera" / "run" / "log", time.monotonic() + 60
+    while b"version 0009" not in log.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert b"error: version 0009: a TFLite model must be one that the runtime can open" in log.read_bytes()
+    assert send(deployment["service"]["url"], "image/jpeg", image)[2] == "0002"
+
+
+def serve(root: Path, name: str) -> list[str]:
+    return [sys.executable, str(root / name / "current" / "runner.pyz"), "serve", str(root), name]
+
+
+def pid_of(root: Path) -> int:
+    return int((root / "camera" / "run" / "lock").read_text())
+
+
+def test_a_service_that_was_killed_starts_again_where_it_was(
+    deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str]
+) -> None:
+    client, deployment, root = deployed
+    url = deployment["service"]["url"]
+    # Whoever starts it a second time, as cron does every minute, changes nothing.
+    assert subprocess.run(serve(root, "camera"), timeout=60, check=True).returncode == 0
+    assert request(url + "/ping")[0] == 200
+    pid = pid_of(root)
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while workers_of(root) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert workers_of(root) == []
+    assert client.get_deployment("camera")["service"]["state"] == "stopped"
+    # An update starts it.
+    updated = client.update_deployment("camera", versions[1])
+    assert (updated["service"]["state"], updated["service"]["url"]) == ("running", url)
+    assert pid_of(root) != pid
+    # As systemd ends it: what was accepted is answered.
+    with Clients(updated["service"], 2) as clients:
+        clients.wait_for(100)
+        os.kill(pid_of(root), signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while workers_of(root) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert workers_of(root) == []
+    # Every request had its answer; only then new connections were refused.
+    assert clients.wrong
+    assert {line.partition("(")[0] for line in clients.wrong} <= {
+        "lost: ConnectionRefusedError",
+        "lost: ConnectionResetError",
+    }
+    process = subprocess.Popen(serve(root, "camera"), start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not serving(root, "camera") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert request(url + "/ping")[0] == 200
+        client.delete_deployment("camera")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_in_a_program_of_its_own(
+    deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str], tmp_path: Path
+) -> None:
+    client, deployment, root = deployed
+    python = python_with(tmp_path / "venv", "numpy", "ai_edge_litert", "flatbuffers", "typing_extensions")
+    pixels = tmp_path / "pixels.npy"
+    np.save(pixels, image_of("blue", height=SIZE, width=SIZE))
+    code = f"""
+import sys
+sys.path.insert(0, {deployment["directory"] + "/runner.pyz"!r})
+import numpy, foxnas_edge
+model = foxnas_edge.load({str(root / "camera")!r})
+for line in sys.stdin:
+    row = model.classify(numpy.load({str(pixels)!r}))
+    print(model.version, row["label"], *row["probabilities"], flush=True)
+assert not {{"mlflow", "PIL", "pandas"}} & set(sys.modules)
+"""
+    with subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+        assert program.stdin is not None
+        assert program.stdout is not None
+
+        def classified() -> list[str]:
+            program.stdin.write("\n")
+            program.stdin.flush()
+            return program.stdout.readline().split()
+
+        version, label, *probabilities = classified()
+        assert (version, label) == ("0001", "blue")
+        client.update_deployment("camera", versions[1])
+        assert classified()[:2] == ["0003", "bleu"]
+        program.stdin.close()
+        assert program.wait(timeout=60) == 0
+    over_http = send(client.get_deployment("camera")["service"]["url"], "application/x-npy", pixels.read_bytes())[1]
+    assert [float(value) for value in probabilities] == over_http["predictions"][0]["probabilities"]
+
+
+def test_what_travels_is_python_3_7_and_names_nothing_that_boards_lack() -> None:
+    allowed = {"foxnas_mlflow", "numpy"}
+    with zipfile.ZipFile(io.BytesIO(runner())) as archive:
+        for name in archive.namelist():
+            tree = ast.parse(archive.read(name), feature_version=(3, 7))
+            for node in ast.walk(tree):
+                names: Sequence[str] = ()
+                if isinstance(node, ast.Import):
+                    names = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                assert {n.split(".")[0] for n in names} <= allowed | sys.stdlib_module_names, name
+                for own in (n for n in names if n.startswith("foxnas_mlflow")):
+                    path = own.replace(".", "/")
+                    assert {f"{path}.py", f"{path}/__init__.py"} & set(archive.namelist()), f"{name} imports {own}"
+                # Of Python 3.9 and newer.
+                assert not (isinstance(node, ast.Attribute) and node.attr in ("removeprefix", "removesuffix", "cache"))
+                keywords = [k.arg for k in node.keywords] if isinstance(node, ast.Call) else []
+                assert not {"slots", "kw_only", "strict"} & set(keywords), name
+
+
+@pytest.fixture
+def open_root() -> Iterator[Path]:
+    """A directory that every account can enter."""
+    root = Path(tempfile.mkdtemp(prefix="foxnas-board-", dir="/tmp"))
+    root.chmod(0o755)
+    yield root
+    clear(root / "board")
+    shutil.rmtree(root)
+
+
+def python_for_all(directory: Path) -> str:
+    """A Python that every account can run, with the packages of this one."""
+    real = Path(sys.executable).resolve()
+    if all(path.stat().st_mode & stat.S_IXOTH for path in (real, *real.parents)):
+        return sys.executable
+    system = shutil.which(f"python{sys.version_info.major}.{sys.version_info.minor}", path="/usr/bin")
+    if system is None:
+        pytest.skip(f"other accounts cannot run {real}, and there is no such Python in /usr/bin")
+    before = os.umask(0o022)
+    try:
+        subprocess.run([system, "-m", "venv", "--without-pip", str(directory / "venv")], check=True)
+        (packages,) = (directory / "venv").glob("lib/python*/site-packages")
+        (packages / "tests.pth").write_text(f"{Path(np.__file__).parents[1]}\n")
+    finally:
+        os.umask(before)
+    return str(directory / "venv" / "bin" / "python")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may serve as another account")
+def test_another_account_serves(
+    versions: tuple[str, str], open_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a deployer who lets nobody read what is new."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    config = {"account": "nobody"}
+    with pytest.raises(MlflowException, match=r"runs as an account that can read its model.*nobody cannot read"):
+        get_deploy_client(f"edge://local?root={closed / 'board'}").create_deployment(
+            "camera", versions[0], config=config
+        )
+    before = os.umask(0o077)
+    try:
+        monkeypatch.setattr(LocalConnection, "python", python_for_all(open_root))
+        client = get_deploy_client(f"edge://local?root={open_root / 'board'}")
+        deployment = client.create_deployment("camera", versions[0], config=config)
+    finally:
+        os.umask(before)
+    assert deployment["service"]["account"] == "nobody"
+    root = open_root / "board"
+    owners = {Path(f"/proc/{pid}").stat().st_uid for pid in (pid_of(root), *workers_of(root))}
+    assert owners == {65534}
+    assert not (root / "camera").stat().st_mode & stat.S_IWOTH
+    image = encoded(image_of("green"))
+    assert send(deployment["service"]["url"], "image/jpeg", image)[1]["predictions"][0]["label"] == "green"
+    assert client.update_deployment("camera", versions[1])["service"]["version"] == "0002"
+    with pytest.raises(MlflowException, match="cannot change it"):
+        client.update_deployment("camera", versions[1], config={"account": "root"})
+
+
+def test_leftovers_go_by_age_on_a_clock_that_nobody_sets(tmp_path: Path) -> None:
+    place = tmp_path / "camera"
+    place.mkdir()
+    fresh = Path(layout.make_incoming(place))
+    mark, boot, seconds, rest = fresh.name.split("-", 3)
+    old = place / f"{mark}-{boot}-{float(seconds) - layout.STALE_SECONDS - 10:.0f}-{rest}"
+    earlier_start = place / f"{mark}-{'0' * 32}-{seconds}-{rest}"
+    unmarked = place / ".incoming-abcdefgh"
+    for path in (old, earlier_start, unmarked, tmp_path / ".deleted-x"):
+        path.mkdir()
+        (path / "model.tflite").write_bytes(b"half")
+    # A clock that jumped by years either way tells nothing.
+    for path, seconds_of_clock in ((fresh, 0), (old, 2**32)):
+        os.utime(path, (seconds_of_clock, seconds_of_clock))
+    layout.remove_stale(tmp_path)
+    assert list(place.iterdir()) == [fresh]
+    assert not (tmp_path / ".deleted-x").exists()
+
+
+CRONTAB = """#!/bin/sh
+# A crontab of one user: prints it, or takes another from standard input.
+case "$1" in
+  -l) test -f {table} && cat {table} || {{ echo "no crontab for you" >&2; exit 1; }} ;;
+  -) cat > {table} ;;
+  *) exit 2 ;;
+esac
+"""
+
+
+@pytest.mark.skipif(Path("/run/systemd/system").is_dir(), reason="systemd runs here, and is asked first")
+def test_cron_starts_it_where_there_is_no_systemd(
+    versions: tuple[str, str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools, table = tmp_path / "tools", tmp_path / "table"
+    tools.mkdir()
+    (tools / "crontab").write_text(CRONTAB.format(table=table))
+    (tools / "crontab").chmod(0o755)
+    table.write_text("@daily backup\n")
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    client = get_deploy_client(target)
+    created = client.create_deployment("camera", versions[0])
+    assert (created["service"]["starts_by"], created["service"]["note"]) == ("cron", "")
+    client.update_deployment("camera", versions[1])
+    other, line = table.read_text().splitlines()
+    assert other == "@daily backup"
+    assert line.startswith("* * * * * ")
+    root = tmp_path / "board"
+    os.kill(pid_of(root), signal.SIGKILL)
+    # What cron does with the line.
+    process = subprocess.Popen(["/bin/sh", "-c", line.removeprefix("* * * * * ")], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while serving(root, "camera").get("version") != "0002" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert request(created["service"]["url"] + "/ping")[0] == 200
+    client.delete_deployment("camera")
+    assert process.wait(timeout=60) == 0
+    assert table.read_text() == "@daily backup\n"
+
+
+@pytest.mark.skipif(
+    Path("/run/systemd/system").is_dir() or shutil.which("crontab") is not None, reason="something here starts it"
+)
+def test_a_board_where_nothing_starts_it_says_so(versions: tuple[str, str], target: str, tmp_path: Path) -> None:
+    service = get_deploy_client(target).create_deployment("camera", versions[0])["service"]
+    assert service["starts_by"] == "nothing"
+    assert service["note"].startswith("no systemd and no cron here: let this start it when the board starts: ")
+    assert service["note"].endswith(" ".join(serve(tmp_path / "board", "camera")))
