@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
 from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.flavor import model_id_of
-from foxnas_mlflow.tracking.run import best_effort
+from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
 _RIGHTS = ("permission", "readonly", "read-only", "denied", "privilege", "forbidden", "unauthor", "not authorized")
 
@@ -100,6 +100,60 @@ def register(
     uri = f"models:/{name}/{version.version}"
     describe_version(name, version.version, kind, facts=facts, command=command(uri))
     return uri
+
+
+def check_rights(run: EntryRun, names: Mapping[str, str]) -> None:
+    """Refuse before the work what the server would refuse after it: logging models, and registering under these names.
+
+    A name that is free is made, without a version; one that is there is marked with the run.
+
+    Args:
+        run: The open run.
+        names: Kinds of the registered models, by their names.
+
+    Raises:
+        RegistrationError: If the server keeps no logged models, or this user may not register.
+    """
+    client = MlflowClient()
+    try:
+        client.search_logged_models([run.experiment_id], max_results=1)
+    except MlflowException as error:
+        raise RegistrationError(
+            "the tracking server must keep logged models, as MLflow 3 does",
+            received=reason(error),
+            remedy="update the server, or ask for the right to read its models",
+        ) from error
+    for name, kind in names.items():
+        try:
+            if not _is_registered(client, name):
+                _create(client, name, kind)
+            client.set_registered_model_tag(name, "foxnas.last_run", run.run_id)
+        except MlflowException as error:
+            if not lacks_right(error):
+                raise
+            raise RegistrationError(
+                "registering a model needs the right to change the registered model of its name",
+                received=f"{name}: {reason(error)}",
+                remedy="nothing was done; ask for that right, or register under another --name",
+            ) from error
+
+
+def _is_registered(client: MlflowClient, name: str) -> bool:
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
+
+
+def _create(client: MlflowClient, name: str, kind: str) -> None:
+    try:
+        client.create_registered_model(name, description=_WHAT[kind])
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
 
 
 def lacks_right(error: MlflowException) -> bool:

@@ -16,6 +16,8 @@ from what it left (a checkpoint, measured rows).
 from __future__ import annotations
 
 import json
+import logging
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +31,17 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from foxnas_mlflow.core.files import json_digest
+from foxnas_mlflow.tracking.claims import Claims
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, is_here
-from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
 DIGEST_TAG = "foxnas.step_digest"
 OUTPUTS_TAG = "foxnas.step_outputs"
 ARTIFACTS_TAG = "foxnas.step_artifacts"
+
+_WAIT_SECONDS = (1.0, 4.0)
+
+logger = logging.getLogger("foxnas_mlflow")
 
 _FORMAT = 2
 """Raised when what a step's inputs mean changes; results of earlier releases are then made anew."""
@@ -104,7 +111,7 @@ class Action(Protocol):
 def run_step(
     parent: EntryRun, step: Step, action: Action, *, holds: Callable[[Mapping[str, Any]], bool] = lambda outputs: True
 ) -> StepResult:
-    """Find a step's result, or do it.
+    """Find a step's result, wait for the pipeline that works on it, or do it.
 
     Args:
         parent: The pipeline's run.
@@ -114,24 +121,55 @@ def run_step(
             not counts as cut off.
     """
     start = time.monotonic()
-    client = MlflowClient()
-    digest = step.digest
-    earlier = client.search_runs(
-        [parent.experiment_id], f"tags.`{DIGEST_TAG}` = '{digest}'", order_by=["attributes.start_time DESC"]
+    client, digest = MlflowClient(), step.digest
+    claims, told = Claims(parent.run_id, parent.experiment_id), ""
+    while True:
+        if (found := _find(client, parent, digest, holds)) is not None:
+            return StepResult(step.name, *found, True, time.monotonic() - start)
+        if (other := claims.take(digest)) is None:
+            break
+        if other.info.run_id != told:
+            told = other.info.run_id
+            host = other.data.tags.get(PROCESS_TAG, "").partition(" ")[0]
+            logger.info("== %s: run %s on %s works on it; waiting for its result", step.name, told, host or "a host")
+        # Of random length, so that two that stepped back before each other do not do it again.
+        time.sleep(random.uniform(*_WAIT_SECONDS))
+    try:
+        # Another may have finished it between the look and the claim.
+        if (found := _find(client, parent, digest, holds)) is not None:
+            return StepResult(step.name, *found, True, time.monotonic() - start)
+        cut_off = [run for run in _runs(client, parent, digest) if not _is_at_work(run)]
+        for run in cut_off:
+            _adopt(client, run, parent)
+        outputs = dict(action([run.info.run_id for run in cut_off], {DIGEST_TAG: digest}))
+        run_id = str(outputs["run_id"])
+        client.set_tag(run_id, ARTIFACTS_TAG, json.dumps(sorted(_names(client, run_id))))
+        client.set_tag(run_id, OUTPUTS_TAG, json.dumps(outputs))
+    finally:
+        # The end of this run ends the claim too, should the server be away now.
+        best_effort(claims.release)()
+    return StepResult(step.name, run_id, outputs, False, time.monotonic() - start)
+
+
+def _runs(client: MlflowClient, parent: EntryRun, digest: str) -> list[Run]:
+    """Runs of the step, the newest first."""
+    return list(
+        client.search_runs(
+            [parent.experiment_id], f"tags.`{DIGEST_TAG}` = '{digest}'", order_by=["attributes.start_time DESC"]
+        )
     )
-    for run in earlier:
+
+
+def _find(
+    client: MlflowClient, parent: EntryRun, digest: str, holds: Callable[[Mapping[str, Any]], bool]
+) -> tuple[str, dict[str, Any]] | None:
+    """Run and outputs of the step where it is done."""
+    for run in _runs(client, parent, digest):
         outputs = _outputs(client, run)
         if outputs is not None and holds(outputs):
             _adopt(client, run, parent)
-            return StepResult(step.name, run.info.run_id, outputs, True, time.monotonic() - start)
-    cut_off = [run for run in earlier if not _is_at_work(run)]
-    for run in cut_off:
-        _adopt(client, run, parent)
-    outputs = dict(action([run.info.run_id for run in cut_off], {DIGEST_TAG: digest}))
-    run_id = str(outputs["run_id"])
-    client.set_tag(run_id, ARTIFACTS_TAG, json.dumps(sorted(_names(client, run_id))))
-    client.set_tag(run_id, OUTPUTS_TAG, json.dumps(outputs))
-    return StepResult(step.name, run_id, outputs, False, time.monotonic() - start)
+            return run.info.run_id, outputs
+    return None
 
 
 def _outputs(client: MlflowClient, run: Run) -> dict[str, Any] | None:

@@ -135,9 +135,9 @@ _NEEDS = (
 _SEARCHED_AGAIN = 3
 """How often the search is done again because the comparison shows a better network."""
 
-_MOVABLE = ("data", "target", "resume", "workers")
-"""Parameters that are no inputs of a step: data and target count by their content, what is resumed and who works
-change nothing."""
+_MOVABLE = ("data", "target", "space", "resume", "workers")
+"""Parameters that are no inputs of a step: data, target and space count by their content, what is resumed and who
+works change nothing."""
 
 
 def run_main(request: MainRequest) -> MainResult:
@@ -178,10 +178,14 @@ def run_main(request: MainRequest) -> MainResult:
         keep=not request.supernet,
     )
 
-    from foxnas_mlflow.tracking.registry import registered_name
+    from foxnas_mlflow.tracking.claims import heartbeat
+    from foxnas_mlflow.tracking.registry import check_rights, registered_name
     from foxnas_mlflow.tracking.run import entry_run
 
-    registered_name(request.name, "tflite", target.name)
+    kinds = ["predictors", "subnet", "tflite"]
+    kinds += [] if request.supernet else ["supernet"]
+    kinds += ["edgetpu"] if target.runtime == "edgetpu" and device else []
+    registered = {registered_name(request.name, kind, target.name): kind for kind in kinds}
     request = request.replace(space=request.space or target.space)
     params = request.texts() | {"device": device, "latency_ms": request.texts()["latency_ms"] or "auto"}
     with entry_run(stage="main", params=params, target=target.name) as run:
@@ -191,7 +195,10 @@ def run_main(request: MainRequest) -> MainResult:
             "target": dataclasses.asdict(target),
             "machine": machine,
         }
-        return _Pipeline(request, run, target, device, dataset, common).run()
+        with heartbeat(run.run_id):
+            run.log_json(params, "request.json")
+            check_rights(run, registered)
+            return _Pipeline(request, run, target, device, dataset, common).run()
 
 
 class _Do(Protocol):
@@ -509,7 +516,7 @@ class _Pipeline:
         *,
         holds: Callable[[Mapping[str, Any]], bool] = lambda outputs: True,
     ) -> S:
-        """Find or do a step.
+        """Find or do a step, or wait for another pipeline that does it.
 
         Args:
             name: Name of the step.
@@ -537,7 +544,12 @@ class _Pipeline:
         from foxnas_mlflow.tracking.steps import Step
 
         before = {step: self.done[step].run_id for step in after if step in self.done}
-        return Step(name, {"arguments": dict(inputs), "after": before, **self._common})
+        common, arguments = dict(self._common), dict(inputs)
+        if name == "supernet":
+            # One for every target, every board and whatever it is called.
+            common = {key: common[key] for key in ("data", "space")}
+            del arguments["name"]
+        return Step(name, {"arguments": arguments, "after": before, **common})
 
     @contextlib.contextmanager
     def _kept(self, name: str, inputs: Mapping[str, Any], after: Sequence[str], place: str) -> Iterator[Path]:
@@ -548,7 +560,8 @@ class _Pipeline:
 
         directory = cache_directory(place, self._identity(name, inputs, after).digest[:32])
         yield directory
-        shutil.rmtree(directory)
+        # Another pipeline that waited for the same step is here too.
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _inputs(request: Request) -> dict[str, Any]:

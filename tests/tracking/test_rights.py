@@ -144,6 +144,23 @@ def test_what_cannot_be_registered_is_kept(
     assert version_metrics(mlflow.register_model(uri, SUBNET)) == figures
 
 
+def test_rights_are_asked_for_before_training(
+    reader: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = mlflow.MlflowClient()
+    with monkeypatch.context() as patch:
+        log_in(patch, ADMIN)
+        client.create_registered_model("theirs-cpu")
+    capsys.readouterr()
+    assert main(["main", "--name", "theirs", "--target", "cpu", "--device", "none"]) == 2
+    line = one_line(capsys)
+    assert "registering a model needs the right to change the registered model of its name" in line
+    assert "received theirs-cpu: " in line
+    assert "HTTP 403: Permission denied; nothing was done; ask for that right" in line
+    assert {run.data.tags["foxnas.stage"] for run in runs_of_the_reader()} >= {"main"}
+    assert "supernet" not in {run.data.tags["foxnas.stage"] for run in runs_of_the_reader()}
+
+
 def test_a_measurement_of_what_may_only_be_read_is_kept(reader: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = everything(NAME)
     capsys.readouterr()

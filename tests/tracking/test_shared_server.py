@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import re
@@ -73,11 +74,37 @@ def done(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             "MLFLOW_EXPERIMENT_NAME": "shared",
             "PYTHONPATH": os.getcwd(),
         }
-        running = Running([*options(user), "--target", TARGET, "--device", "none"], env)
-        status = running.end()
-        output = "\n".join(running.lines)
-        assert status == 0, output[-4000:]
+        # Three at once, as from three hosts: with nothing in common but the server.
+        running = [
+            Running(
+                [*options(user), "--target", TARGET, "--device", "none"],
+                {**env, "XDG_CACHE_HOME": str(user / f"cache-{i}")},
+            )
+            for i in range(3)
+        ]
+        statuses = [one.end() for one in running]
+        output = "\n".join(line for one in running for line in one.lines)
+        assert statuses == [0, 0, 0], output[-8000:]
         yield Done(url, env, home, output)
+
+
+def test_of_three_pipelines_one_works_at_each_step(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = done.client(monkeypatch)
+    experiment = client.get_experiment_by_name("shared")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    counts = collections.Counter(run.data.tags["foxnas.stage"] for run in runs)
+    steps = ("supernet", "sample", "fit", "search", "quantize", "compare")
+    assert counts == {"main": 3, **dict.fromkeys(steps, 1)}
+    mains = [run for run in runs if run.data.tags["foxnas.stage"] == "main"]
+    assert len({run.data.tags["foxnas.model"] for run in mains}) == 1
+    assert sum(len(steps) - run.data.metrics["pipeline/steps_reused"] for run in mains) == len(steps)
+    assert "works on it; waiting for its result" in done.output
+    # Another target and another name go on from the same supernet.
+    argv = ["main", *options(done.home / "user"), "--target", "edgetpu", "--device", "none", "--name", "other"]
+    other = done.foxnas(*argv, "--n-compare", "0")
+    assert other.returncode == 0, other.stderr
+    assert "== supernet: found, its inputs are unchanged" in other.stdout
 
 
 def test_pages_tell_what_a_version_is(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,24 @@ def act(cut_off, tags):
 
 with entry_run(stage="main", params={}) as parent:
     run_step(parent, Step("sample", {"seed": 0}), act)
+"""
+
+
+TOGETHER = """
+import sys, time
+from foxnas_mlflow.tracking import steps
+from foxnas_mlflow.tracking.run import entry_run
+
+steps._WAIT_SECONDS = (0.02, 0.2)
+
+def act(cut_off, tags):
+    with entry_run(stage="sample", params={}, tags=tags) as run:
+        time.sleep(0.3)
+        return {"run_id": run.run_id}
+
+with entry_run(stage="main", params={}) as parent:
+    for seed in range(int(sys.argv[1])):
+        print(steps.run_step(parent, steps.Step("sample", {"seed": seed}), act).run_id, flush=True)
 """
 
 
@@ -145,6 +165,7 @@ def test_a_failed_step_is_done_again_and_told_of_its_runs(tracking: str) -> None
 def test_what_sigkill_leaves_is_ended_and_offered_to_the_step(tracking: str) -> None:
     import mlflow
 
+    from foxnas_mlflow.tracking.claims import Claims
     from foxnas_mlflow.tracking.run import end_dead_runs, entry_run
     from foxnas_mlflow.tracking.steps import Step, run_step
 
@@ -153,12 +174,11 @@ def test_what_sigkill_leaves_is_ended_and_offered_to_the_step(tracking: str) -> 
         run_id = process.stdout.readline().strip()
         with entry_run(stage="main", params={}) as parent:
             assert end_dead_runs(parent.experiment_id) == []
-            alive = Action()
-            run_step(parent, Step("sample", {"seed": 0}), alive)
-            assert alive.cut_off == [[]]
+            other = Claims(parent.run_id, parent.experiment_id).take(Step("sample", {"seed": 0}).digest)
+            assert other is not None
+            assert other.info.run_id == mlflow.get_run(run_id).data.tags["mlflow.parentRunId"]
         process.send_signal(signal.SIGKILL)
         process.wait(60)
-    mlflow.MlflowClient().delete_run(mlflow.search_runs(output_format="list", max_results=1)[0].info.run_id)
     action = Action()
     with entry_run(stage="main", params={}) as parent:
         # Its first act was to end the pipeline that was killed, and its step.
@@ -169,6 +189,101 @@ def test_what_sigkill_leaves_is_ended_and_offered_to_the_step(tracking: str) -> 
         run_step(parent, Step("sample", {"seed": 0}), action)
     assert action.cut_off == [[run_id]]
     assert mlflow.get_run(run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+
+
+def test_of_pipelines_at_once_one_works_and_the_others_wait_for_its_steps(tracking: str) -> None:
+    import mlflow
+
+    n_steps = 4
+    processes = [
+        subprocess.Popen([sys.executable, "-c", TOGETHER, str(n_steps)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=240)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert len(set(outputs[0])) == n_steps
+    steps = mlflow.search_runs(filter_string="tags.`foxnas.stage` = 'sample'", output_format="list")
+    assert {run.info.run_id for run in steps} == set(outputs[0])
+    mains = mlflow.search_runs(filter_string="tags.`foxnas.stage` = 'main'", output_format="list")
+    assert [run.data.tags["foxnas.claim"] for run in mains] == ["", "", ""]
+
+
+def test_what_fails_is_gone_on_with_by_who_waited(tracking: str) -> None:
+    from foxnas_mlflow.tracking.claims import CLAIM_TAG, Claims
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.steps import Step, run_step
+
+    step = Step("sample", {"seed": 0})
+
+    def broken(cut_off: Sequence[str], tags: Mapping[str, str]) -> Mapping[str, Any]:
+        with entry_run(stage="main", params={}) as other:
+            assert Claims(other.run_id, other.experiment_id).take(step.digest) is not None
+        raise ConnectionError("no board")
+
+    with pytest.raises(ConnectionError), entry_run(stage="main", params={}) as parent:
+        run_step(parent, step, broken)
+    with entry_run(stage="main", params={}) as parent:
+        claims = Claims(parent.run_id, parent.experiment_id)
+        assert claims.take(step.digest) is None
+        assert mlflow_tags(parent.run_id)[CLAIM_TAG] == step.digest
+        # Two that claim at once step back both; nothing is ever done by two.
+        with entry_run(stage="main", params={}) as other:
+            assert Claims(other.run_id, other.experiment_id).take(step.digest) is not None
+            assert mlflow_tags(other.run_id)[CLAIM_TAG] == ""
+        claims.release()
+
+
+def test_a_claimant_on_another_host_is_taken_over_once_its_heart_stops(
+    tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    from foxnas_mlflow.tracking import claims, steps
+    from foxnas_mlflow.tracking.run import entry_run
+
+    monkeypatch.setattr(claims, "DEAD_SECONDS", 1.0)
+    monkeypatch.setattr(steps, "_WAIT_SECONDS", (0.05, 0.1))
+    client, step = MlflowClient(), steps.Step("sample", {"seed": 0})
+    elsewhere = {"foxnas.process": "elsewhere 7 8", "foxnas.claim": step.digest, "foxnas.heartbeat": "-1"}
+    there = client.create_run("0", tags=elsewhere).info.run_id
+    tags = {"foxnas.process": "elsewhere 7 8", "mlflow.parentRunId": there, steps.DIGEST_TAG: step.digest}
+    begun = client.create_run("0", tags=tags).info.run_id
+    n_beats = 8
+
+    def beat() -> None:
+        for i in range(n_beats):
+            client.set_tag(there, "foxnas.heartbeat", str(i))
+            time.sleep(0.25)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    action = Action()
+    with entry_run(stage="main", params={}) as parent:
+        steps.run_step(parent, step, action)
+    # Not before the last beat, and from what the dead one had left.
+    assert not thread.is_alive() or mlflow_tags(there)["foxnas.heartbeat"] == str(n_beats - 1)
+    thread.join()
+    assert action.cut_off == [[begun]]
+    assert [client.get_run(run_id).info.status for run_id in (there, begun)] == ["KILLED", "KILLED"]
+
+
+def test_a_pipeline_at_work_shows_its_heart_beating(tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from foxnas_mlflow.tracking import claims
+    from foxnas_mlflow.tracking.run import entry_run
+
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
+    seen = set()
+    with entry_run(stage="main", params={}) as run, claims.heartbeat(run.run_id):
+        while len(seen) < 3:
+            seen.add(mlflow_tags(run.run_id)[claims.HEARTBEAT_TAG])
+    assert "foxnas-heartbeat" not in {thread.name for thread in threading.enumerate()}
+
+
+def mlflow_tags(run_id: str) -> dict[str, str]:
+    import mlflow
+
+    return dict(mlflow.get_run(run_id).data.tags)
 
 
 def test_sigterm_ends_step_and_pipeline_as_killed(tracking: str) -> None:
