@@ -103,6 +103,8 @@ if TYPE_CHECKING:
     from foxnas_mlflow.workflows import FitStepResult as FitStepResult
     from foxnas_mlflow.workflows import InitRequest as InitRequest
     from foxnas_mlflow.workflows import InitResult as InitResult
+    from foxnas_mlflow.workflows import LineageRequest as LineageRequest
+    from foxnas_mlflow.workflows import LineageResult as LineageResult
     from foxnas_mlflow.workflows import MainRequest as MainRequest
     from foxnas_mlflow.workflows import MainResult as MainResult
     from foxnas_mlflow.workflows import PromoteRequest as PromoteRequest
@@ -125,6 +127,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.workflows import run_finetune as run_finetune
     from foxnas_mlflow.workflows import run_fit as run_fit
     from foxnas_mlflow.workflows import run_init as run_init
+    from foxnas_mlflow.workflows import run_lineage as run_lineage
     from foxnas_mlflow.workflows import run_main as run_main
     from foxnas_mlflow.workflows import run_promote as run_promote
     from foxnas_mlflow.workflows import run_quantize as run_quantize
@@ -237,7 +240,9 @@ _PUBLIC = {
         "FitStepResult",
         "InitRequest",
         "InitResult",
+        "LineageRequest",
         "MainRequest",
+        "LineageResult",
         "MainResult",
         "PromoteRequest",
         "PromoteResult",
@@ -259,6 +264,7 @@ _PUBLIC = {
         "run_finetune",
         "run_fit",
         "run_init",
+        "run_lineage",
         "run_main",
         "run_promote",
         "run_quantize",

@@ -20,12 +20,10 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data import ImageDataset
 from foxnas_mlflow.tracking.comparison import COMPARISON
 from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
+from foxnas_mlflow.tracking.lineage import draw, page_of_run, trace
 from foxnas_mlflow.tracking.promotion import PROMOTION_FILE
-from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.run import EntryRun, best_effort
 from foxnas_mlflow.tracking.steps import StepResult
-
-_LOCAL_UI = "http://127.0.0.1:5000"
-"""Where `mlflow ui` answers by default."""
 
 _SERIES = ("eval/top1_max", "eval/top1_random", "eval/top1_min")
 
@@ -102,7 +100,7 @@ def conclude(
             latency_ms=latency_ms,
             target=target,
             model_uri=model_uri,
-            steps=tuple(result.to_dict() | {"url": _url(runs[name])} for name, result in done.items()),
+            steps=tuple(result.to_dict() | {"url": page_of_run(runs[name])} for name, result in done.items()),
             data={
                 "source": dataset.source,
                 "training images": f"{len(dataset.train):,}",
@@ -129,6 +127,7 @@ def conclude(
         path = run.directory / "report.html"
         write_pipeline_report(path, page)
         run.log_artifact(path)
+    best_effort(lambda: draw(trace(model_uri)))()
     measured = bool(request["device"])
     check = str(done["compare"].outputs["check"])
     return metrics, _summary(metrics, latency_ms, check, measured, dataset, model_uri, gates, refusal, run.run_id)
@@ -154,13 +153,6 @@ def _artifact(run: Run | None, path: str) -> dict[str, Any] | None:
 
 def _uri(run: Run, path: str) -> str:
     return f"runs:/{run.info.run_id}/{path}"
-
-
-def _url(run: Run) -> str:
-    """Address of a run in MLflow's pages."""
-    server = mlflow.get_tracking_uri()
-    base = server.rstrip("/") if server.startswith(("http://", "https://")) else _LOCAL_UI
-    return f"{base}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
 def _series(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:

@@ -124,8 +124,8 @@ def promote(
             received=f"{version.name} version {number}",
             remedy="promote another version to Production first, or roll back",
         )
-    held = None if former is None else _held(version.name, former)
-    verdicts = tuple(judge(candidate, held, max_latency_ms=max_latency_ms, max_accuracy_drop=max_accuracy_drop))
+    holder = None if former is None else held(version.name, former)
+    verdicts = tuple(judge(candidate, holder, max_latency_ms=max_latency_ms, max_accuracy_drop=max_accuracy_drop))
     promotion = Promotion(version.name, number, stage, "promote", former, former, verdicts, dry_run)
     logger.info(_table(promotion))
     if not passed(verdicts):
@@ -283,7 +283,7 @@ def _candidate(version: ModelVersion, directory: Path) -> tuple[Candidate, Check
     target = str(details.get("target", ""))
     builtin = BUILTIN_TARGETS.get(target)
     candidate = dataclasses.replace(
-        _held(version.name, str(version.version)),
+        held(version.name, str(version.version)),
         kind=manifest.kind,
         weights=str(manifest.metadata.get("weights", "none")),
         sha256=manifest.files[main_file(manifest.kind)],
@@ -306,7 +306,7 @@ def _signed(files: CheckedFiles, public_key: Path) -> str:
     return ""
 
 
-def _held(name: str, number: str) -> Candidate:
+def held(name: str, number: str) -> Candidate:
     """What the registry knows of a version, whose target is taken from its tag: its files may be gone."""
     version = MlflowClient().get_model_version(name, number)
     model_id = model_id_of(version)
@@ -383,4 +383,4 @@ def _table(promotion: Promotion) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["PROMOTION_FILE", "STAGES", "Promotion", "archive", "promote", "rollback"]
+__all__ = ["PROMOTION_FILE", "STAGES", "Promotion", "archive", "held", "promote", "rollback"]

@@ -316,6 +316,20 @@ def describe_version(name: str, version: str | int, kind: str, *, facts: Mapping
     best_effort(_describe_version)(name, str(version), kind, facts, command)
 
 
+def add_facts(name: str, version: str | int, facts: Mapping[str, object]) -> None:
+    """Add rows to a version's page, whose next command stays. A registry that takes no text stops no work."""
+    best_effort(_add_facts)(name, str(version), facts)
+
+
+def _add_facts(name: str, version: str, facts: Mapping[str, object]) -> None:
+    found = MlflowClient().get_model_version(name, version)
+    kinds = {what: kind for kind, what in _WHAT.items()}
+    first, _, _ = (found.description or "").partition("\n")
+    if first in kinds:
+        command = str(found.description).rpartition("Next:")[2].strip()
+        _describe_version(name, version, kinds[first], facts, command)
+
+
 def _describe_version(name: str, version: str, kind: str, facts: Mapping[str, object], command: str) -> None:
     client = MlflowClient()
     found = client.get_model_version(name, version)

@@ -18,6 +18,7 @@ from foxnas_mlflow.workflows import (
     estimate,
     fit,
     init,
+    lineage,
     main,
     promote,
     quantize,
@@ -36,6 +37,7 @@ from foxnas_mlflow.workflows.estimate import EstimateRequest, EstimateResult, ru
 from foxnas_mlflow.workflows.finetune import FinetuneRequest, FinetuneResult, run_finetune
 from foxnas_mlflow.workflows.fit import FitRequest, FitStepResult, run_fit
 from foxnas_mlflow.workflows.init import InitRequest, InitResult, run_init
+from foxnas_mlflow.workflows.lineage import LineageRequest, LineageResult, run_lineage
 from foxnas_mlflow.workflows.main import MainRequest, MainResult, run_main
 from foxnas_mlflow.workflows.promote import PromoteRequest, PromoteResult, run_promote
 from foxnas_mlflow.workflows.quantize import QuantizeRequest, QuantizeResult, run_quantize
@@ -57,6 +59,7 @@ WORKFLOWS: tuple[AnyWorkflow, ...] = tuple(
         estimate,
         sign,
         promote,
+        lineage,
         doctor,
         device,
         init,
@@ -83,6 +86,8 @@ __all__ = [
     "FitStepResult",
     "InitRequest",
     "InitResult",
+    "LineageRequest",
+    "LineageResult",
     "MainRequest",
     "MainResult",
     "Parameter",
@@ -110,6 +115,7 @@ __all__ = [
     "run_finetune",
     "run_fit",
     "run_init",
+    "run_lineage",
     "run_main",
     "run_promote",
     "run_quantize",
