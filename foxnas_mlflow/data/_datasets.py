@@ -279,7 +279,9 @@ def load_dataset(
             dataset = _idx(path, source, val_fraction, seed) if has_idx else _folder(path, source, reading)
         else:
             raise InvalidInputError(
-                "data must be 'digits', 'fashion-mnist' or the path of a folder or list", received=source
+                "data must be 'digits', 'fashion-mnist' or the path of a folder or list",
+                received=source if path.is_absolute() or "://" in source else f"{source}, which is not in {Path.cwd()}",
+                remedy="copy the images to this machine first" if "://" in source else None,
             )
     if not limited:
         return dataset

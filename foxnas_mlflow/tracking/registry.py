@@ -17,6 +17,9 @@ from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.flavor import model_id_of
 from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
+UNKNOWN_HOST = "invalid host header"
+"""What a server says of an address that it was not started for; its status is that of a missing right."""
+
 _RIGHTS = ("permission", "readonly", "read-only", "denied", "privilege", "forbidden", "unauthor", "not authorized")
 
 
@@ -38,8 +41,8 @@ def registered_name(prefix: str, kind: str, target: str = "") -> str:
         "tflite": (prefix, target),
         "edgetpu": (prefix, target, "edgetpu"),
     }
-    name = "-".join(parts[kind])
-    return check_name(name)
+    check_name(prefix)
+    return check_name("-".join(parts[kind]))
 
 
 def check_name(name: str) -> str:
@@ -48,8 +51,10 @@ def check_name(name: str) -> str:
     Raises:
         InvalidInputError: If it cannot.
     """
-    if not name.strip() or "/" in name or ":" in name:
-        raise InvalidInputError("a registered model's name is not empty and has no '/' or ':'", received=repr(name))
+    if not name.strip() or name != name.strip() or "/" in name or ":" in name:
+        raise InvalidInputError(
+            "a registered model's name is not empty, has no '/' or ':', and no space at its ends", received=repr(name)
+        )
     return name
 
 
@@ -159,6 +164,8 @@ def _create(client: MlflowClient, name: str, kind: str) -> None:
 def lacks_right(error: MlflowException) -> bool:
     """Whether a server refused because of who asks; some stores say so in words alone."""
     text = str(error).lower()
+    if UNKNOWN_HOST in text:
+        return False
     return error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or any(word in text for word in _RIGHTS)
 
 

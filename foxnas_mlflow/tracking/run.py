@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -26,10 +27,11 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.data.dataset import Dataset
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow._version import __version__
-from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
 from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.tracking.context import FoxnasRunContext
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, process_identity
@@ -174,6 +176,7 @@ def entry_run(
     nested = mlflow.active_run() is not None
     if not nested:
         _check_database_file(mlflow.get_tracking_uri())
+        _check_system_metrics()
     # A run that `mlflow run` made has its name already.
     named = nested or "MLFLOW_RUN_ID" not in os.environ
     active = mlflow.start_run(run_name=_run_name(stage, target) if named else None, nested=nested, tags=values)
@@ -242,9 +245,18 @@ def _check_database_file(uri: str) -> None:
     except (OSError, sqlite3.Error) as error:
         raise InvalidInputError(
             f"the tracking store must be a database file that can be opened ({error})",
-            received=uri,
+            received=f"{uri}: {path.absolute()}",
             remedy="check MLFLOW_TRACKING_URI and the rights of the directory",
         ) from None
+
+
+def _check_system_metrics() -> None:
+    """Refuse, before MLflow makes a run that it could not begin, system metrics without the package they need."""
+    if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get() and importlib.util.find_spec("psutil") is None:
+        raise MissingDependencyError(
+            "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING needs the package 'psutil', which is not installed",
+            remedy="install it with: pip install psutil, or unset that variable",
+        )
 
 
 def best_effort(action: Callable[P, object]) -> Callable[P, None]:

@@ -25,6 +25,8 @@ _SERVE = (
     ("ai_edge_litert", "ai-edge-litert", "serve"),
     ("PIL", "Pillow", "serve"),
     ("safetensors", "safetensors", "serve"),
+    ("httptools", "httptools", "serve"),
+    ("uvloop", "uvloop", "serve"),
 )
 _STORE = (("sqlalchemy", "mlflow", "mlflow"),)
 
@@ -138,7 +140,39 @@ def _ask(uri: str, timeout_s: float) -> str:
         return f"answers with status {error.code}: check the address and MLFLOW_TRACKING_USERNAME or _TOKEN"
     except (OSError, ValueError) as error:
         return f"does not answer: {getattr(error, 'reason', error)}"
-    return f"MLflow {version} answers in {time.monotonic() - start:.2f} s"
+    seconds = time.monotonic() - start
+    return f"MLflow {version} answers in {seconds:.2f} s{_models(uri, timeout_s)}"
+
+
+def _models(uri: str, timeout_s: float) -> str:
+    """What keeps a tracking server from storing models, or nothing."""
+    import base64
+    import os
+    import urllib.error
+    import urllib.request
+
+    headers = {"Content-Type": "application/json"}
+    user, password, token = (os.environ.get(f"MLFLOW_TRACKING_{n}", "") for n in ("USERNAME", "PASSWORD", "TOKEN"))
+    if user and password:
+        headers["Authorization"] = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+    elif token:
+        headers["Authorization"] = f"Bearer {token}"
+    question = urllib.request.Request(  # noqa: S310
+        f"{uri.rstrip('/')}/api/2.0/mlflow/logged-models/search",
+        data=b'{"experiment_ids": ["0"], "max_results": 1}',
+        headers=headers,
+    )
+    try:
+        urllib.request.urlopen(question, timeout=timeout_s).close()  # noqa: S310
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return ", but cannot store models: it needs MLflow 3"
+        if error.code in (401, 403):
+            return f", but refuses this user (status {error.code}): check MLFLOW_TRACKING_USERNAME or _TOKEN"
+        return f", but its models answer with status {error.code}"
+    except (OSError, ValueError) as error:
+        return f", but its models do not answer: {getattr(error, 'reason', error)}"
+    return ""
 
 
 def _sqlite(path: str) -> str:
