@@ -105,7 +105,7 @@ def of_training(images: Any, dataset: ImageDataset) -> np.ndarray:
         one = np.array([i, i])  # Batch norm wants two.
         pair: Any
         if isinstance(images, FileImages):
-            pair = FileImages(tuple(images.paths[k] for k in one), images.targets[one], images.channels)
+            pair = images.take(one)
         else:
             pair = ArrayImages(images.images[one], images.targets[one])
         batches = Batches(
@@ -124,7 +124,7 @@ def of_evaluation(dataset: ImageDataset) -> np.ndarray:
 
     seen: list[np.ndarray] = []
 
-    class Watcher(torch.nn.Module):
+    class Watcher(torch.nn.Module):  # type: ignore[name-defined, misc]
         def forward(self, x: Any) -> Any:
             seen.append(x.permute(0, 2, 3, 1).numpy())
             return torch.zeros(len(x), 2)
