@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pickle
 import socket
 import subprocess
@@ -53,8 +54,21 @@ class Executor(ABC):
     """Where workers live."""
 
     @abstractmethod
-    def start(self, make: Make[T, R]) -> Worker[T, R]:
-        """A worker that is not yet started; its first call does it."""
+    def start(self, make: Make[T, R], *, resource: str = "") -> Worker[T, R]:
+        """A worker that is not yet started; its first call does it.
+
+        Args:
+            make: Makes its work.
+            resource: What it needs beside a processor, of which the executor `has` some; empty: nothing.
+        """
+
+    @abstractmethod
+    def threads(self, n: int) -> int:
+        """Threads that each of `n` workers may use."""
+
+    def has(self, resource: str) -> bool:
+        """Whether workers can be given a resource, such as the node that reaches a board."""
+        return False
 
     @contextlib.contextmanager
     def workers(self, make: Make[T, R], n: int) -> Iterator[Shared[T, R]]:
@@ -82,9 +96,13 @@ def _tell(name: str, error: Exception) -> None:
 class LocalExecutor(Executor):
     """Processes of this machine, which end with this one."""
 
-    def start(self, make: Make[T, R]) -> Worker[T, R]:
+    def start(self, make: Make[T, R], *, resource: str = "") -> Worker[T, R]:
         """A process, started by its first call."""
         return _Process(make)
+
+    def threads(self, n: int) -> int:
+        """Its share of this machine's processors."""
+        return max((os.cpu_count() or 1) // n, 1)
 
 
 class _Process(Worker[T, R]):

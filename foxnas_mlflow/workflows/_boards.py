@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.calibration import choose_checks
-from foxnas_mlflow.core.errors import DeviceError
+from foxnas_mlflow.core.errors import DeviceError, FoxNasError, WorkerLostError
 from foxnas_mlflow.core.measurements import Timing
 from foxnas_mlflow.core.parallel import Shared, as_finished
 from foxnas_mlflow.core.space import SearchSpace
@@ -40,6 +40,9 @@ N_DRAWN = 2
 ROUNDS = 2
 MAX_ROUNDS = 6
 """Boards that seem to differ are measured again so often, before they are refused."""
+
+LOST = (DeviceError, WorkerLostError)
+"""What is the board's fault, or that of the node that reaches it, and not the network's."""
 
 _log = logging.getLogger("foxnas_mlflow")
 
@@ -86,12 +89,12 @@ def open_boards(
         for device in devices:
             try:
                 opened[device] = _named(stack.enter_context(open_one(device)), device)
-            except DeviceError as error:
+            except LOST as error:
                 if len(aside) == len(devices) - 1:
                     raise
                 set_aside(device, error)
         compare(opened, space, set_aside)
-        yield Boards(Shared(opened, lost=(DeviceError,), on_aside=set_aside), tuple(opened), aside)
+        yield Boards(Shared(opened, lost=LOST, on_aside=set_aside), tuple(opened), aside)
 
 
 def first_answering(device: str) -> str:
@@ -131,18 +134,18 @@ def compare(
     probes = [space.smallest(), *choose_checks(space, N_DRAWN)]
     latencies: dict[str, list[list[float]]] = {device: [] for device in boards}
 
-    def measured(device: str) -> list[float] | DeviceError:
+    def measured(device: str) -> list[float] | FoxNasError:
         try:
             # One that was disturbed counts: that is noise.
             return [boards[device](probe).latency_ms for probe in probes]
-        except DeviceError as error:
+        except LOST as error:
             return error
 
     for n_rounds in range(1, MAX_ROUNDS + 1):
         if len(boards) < 2:
             return
         for device, round_ in as_finished(measured, list(boards), n=len(boards)):
-            if not isinstance(round_, DeviceError):
+            if not isinstance(round_, FoxNasError):
                 latencies[device].append(round_)
                 continue
             if len(boards) == 1:

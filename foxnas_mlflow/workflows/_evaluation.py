@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -122,7 +121,7 @@ def supernet_evaluators(
         image_sizes=image_sizes,
         validation_images=validation_images,
         seed=seed,
-        n_threads=max((os.cpu_count() or 1) // n, 1),
+        n_threads=None if executor is None else executor.threads(n),
     )
     evaluator = making.evaluator()
     if executor is None:

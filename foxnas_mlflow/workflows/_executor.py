@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._request import Request, parameter
 
 if TYPE_CHECKING:
@@ -15,13 +18,35 @@ if TYPE_CHECKING:
 class ExecutorRequest(Request):
     """Where networks are evaluated; base of the requests that evaluate many."""
 
-    workers: int = parameter(
-        1, "Processes that evaluate networks, each with its share of the processors; 1: this one alone.", at_least=1
+    workers: int = parameter(1, "Workers that evaluate networks at once; 1: this process alone.", at_least=1)
+    executor: Literal["local", "ray"] = parameter("local", "Where workers live: processes of this machine, or Ray.")
+    ray_address: str = parameter(
+        "", "The Ray cluster: host:port, ray://host:port, auto; empty: RAY_ADDRESS, else one of this machine alone."
     )
 
-    @property
-    def executor_of_workers(self) -> Executor | None:
-        """Starts workers; None: the work is done in this process."""
-        from foxnas_mlflow.core.workers import LocalExecutor
+    def check(self) -> None:
+        """An address of Ray belongs to Ray."""
+        super().check()
+        if self.ray_address and self.executor != "ray":
+            raise InvalidInputError(
+                "ray_address is that of executor=ray", received=self.ray_address, remedy="give --executor ray too"
+            )
 
-        return LocalExecutor() if self.workers > 1 else None
+
+@contextlib.contextmanager
+def open_executor(request: ExecutorRequest) -> Iterator[Executor | None]:
+    """Starts the workers of a step; None: this process does the work.
+
+    Raises:
+        InvalidInputError: If a Ray cluster does not answer, or cannot do the work.
+        MissingDependencyError: If Ray is not installed.
+    """
+    from foxnas_mlflow.core.workers import LocalExecutor
+
+    if request.executor == "ray":
+        from foxnas_mlflow.workflows._ray import open_ray
+
+        with open_ray(request.ray_address, workers=request.workers) as executor:
+            yield executor
+    else:
+        yield LocalExecutor() if request.workers > 1 else None

@@ -34,6 +34,7 @@ class GoalRequest(Request):
         """Limits can be read and stand once, and a goal has what it needs."""
         from foxnas_mlflow.core.searchers import KNEE, parse_limits
 
+        super().check()
         _tolerance(self.tolerance_points)
         for latency_ms in self.latency_ms or (None,):
             parse_limits(self.limits, latency_ms=latency_ms)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from foxnas_mlflow.workflows._addresses import addresses, is_here, shown
 from foxnas_mlflow.workflows._boards import open_boards
 
 if TYPE_CHECKING:
+    from foxnas_mlflow.core.workers import Executor
     from foxnas_mlflow.devices import Benchmark
 
 
@@ -56,7 +58,14 @@ class Timer:
 
 
 @contextlib.contextmanager
-def open_timer(target: Target, space: SearchSpace, *, device: str = "", compiler_image: str = "") -> Iterator[Timer]:
+def open_timer(
+    target: Target,
+    space: SearchSpace,
+    *,
+    device: str = "",
+    compiler_image: str = "",
+    executor: Executor | None = None,
+) -> Iterator[Timer]:
     """A device's latencies, or without one those of the target's cost model.
 
     A target that has no cost model but a device of its own (``cpu``: this host) is measured there.
@@ -66,6 +75,7 @@ def open_timer(target: Target, space: SearchSpace, *, device: str = "", compiler
         space: The space whose subnets are timed.
         device: Connection; empty: none.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
+        executor: Reaches boards that this machine may not reach.
 
     Raises:
         OutOfDomainError: If there is neither a device nor a cost model.
@@ -81,7 +91,7 @@ def open_timer(target: Target, space: SearchSpace, *, device: str = "", compiler
         else:
             yield Timer(_estimate(predictors), "cost_model", f"cost model of {target.name}", predictors)
             return
-    with open_device(target, space, device, compiler_image=compiler_image) as timer:
+    with open_device(target, space, device, compiler_image=compiler_image, executor=executor) as timer:
         yield timer
 
 
@@ -109,7 +119,9 @@ def open_meter(target: Target, device: str, *, compiler_image: str = "") -> Iter
 
 
 @contextlib.contextmanager
-def open_device(target: Target, space: SearchSpace, device: str, *, compiler_image: str = "") -> Iterator[Timer]:
+def open_device(
+    target: Target, space: SearchSpace, device: str, *, compiler_image: str = "", executor: Executor | None = None
+) -> Iterator[Timer]:
     """Measure on a device, by networks with random weights: values do not change the time.
 
     Those are int8 files for LiteRT, compiled for an Edge TPU, and for the runtime ``torch`` networks on this
@@ -120,20 +132,47 @@ def open_device(target: Target, space: SearchSpace, device: str, *, compiler_ima
         space: The space whose subnets are timed.
         device: Connection, or several of boards that are alike, comma separated: they share the work.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
+        executor: Measures the boards that it has as resources, named by their addresses without options.
 
     Raises:
         DeviceError: If the device cannot be reached, or there is no compiler for its Edge TPU; if one of several is
             listed twice, or is faster or slower than another by more than noise.
     """
+
+    def open_one(address: str) -> AbstractContextManager[Callable[[Architecture], Timing]]:
+        if executor is not None and executor.has(shown(address)):
+            board = _Board(target, space, address, compiler_image)
+            return contextlib.closing(executor.start(board, resource=shown(address)))
+        return _open_one(target, space, address, compiler_image)
+
     devices = addresses(device)
     if len(devices) < 2:
-        with _open_one(target, space, device, compiler_image) as time:
+        with open_one(device) as time:
             yield Timer(time, "measured", device, here=is_here(device))
         return
-    with open_boards(lambda one: _open_one(target, space, one, compiler_image), devices, space) as boards:
+    with open_boards(open_one, devices, space) as boards:
         where = f"{len(boards.devices)} boards: {', '.join(map(shown, boards.devices))}"
         here = any(map(is_here, boards.devices))
         yield Timer(boards.time, "measured", where, n_boards=len(boards.devices), here=here, aside=boards.aside)
+
+
+@dataclass(frozen=True)
+class _Board:
+    """Opens a device where it is asked to, and leaves it open as long as that process lives."""
+
+    target: Target
+    space: SearchSpace
+    device: str
+    compiler_image: str
+
+    def __call__(self) -> Callable[[Architecture], Timing]:
+        opened = contextlib.ExitStack()
+        time = opened.enter_context(_open_one(self.target, self.space, self.device, self.compiler_image))
+
+        def measure(architecture: Architecture, opened: contextlib.ExitStack = opened) -> Timing:
+            return time(architecture)
+
+        return measure
 
 
 @contextlib.contextmanager

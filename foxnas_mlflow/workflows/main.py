@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._addresses import addresses
-from foxnas_mlflow.workflows._executor import ExecutorRequest
+from foxnas_mlflow.workflows._executor import ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
 from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
@@ -135,7 +135,7 @@ _NEEDS = (
 _SEARCHED_AGAIN = 3
 """How often the search is done again because the comparison shows a better network."""
 
-_MOVABLE = ("data", "target", "space", "resume", "workers")
+_MOVABLE = ("data", "target", "space", "resume", "workers", "executor", "ray_address")
 """Parameters that are no inputs of a step: data, target and space count by their content, what is resumed and who
 works change nothing."""
 
@@ -169,6 +169,8 @@ def run_main(request: MainRequest) -> MainResult:
     from foxnas_mlflow.supernet import get_preset
 
     space = get_space(request.space or target.space)
+    with open_executor(request):
+        pass
     machine = _machine(device, target, space, request.compiler_image)
     dataset = load_dataset(
         request.data,
@@ -333,6 +335,8 @@ class _Pipeline:
             compiler_image=main.compiler_image,
             n_samples=main.n_samples,
             workers=main.workers,
+            executor=main.executor,
+            ray_address=main.ray_address,
             seed=main.seed,
             name=main.name,
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from foxnas_mlflow.workflows._executor import ExecutorRequest
+from foxnas_mlflow.workflows._executor import ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._request import chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.measurements import Measurement
     from foxnas_mlflow.core.space import SearchSpace
     from foxnas_mlflow.core.targets import Target
+    from foxnas_mlflow.core.workers import Executor
     from foxnas_mlflow.tracking.inputs import TrainedSupernet
     from foxnas_mlflow.tracking.run import EntryRun
 
@@ -94,18 +95,27 @@ def run_sample(request: SampleRequest, *, tags: Mapping[str, str] | None = None)
             f"image_size must be among those of the supernet, {list(supernet.space.image_sizes)} px", received=unknown
         )
     resolved = {"supernet": supernet.uri, "data": supernet.dataset.source}
-    with entry_run(
-        stage="sample",
-        params=request.texts() | resolved,
-        target=target.name,
-        space=supernet.space.name,
-        tags=tags,
-    ) as run:
-        return _sample(request, run, supernet, target, list(request.image_size or supernet.space.image_sizes))
+    with (
+        open_executor(request) as executor,
+        entry_run(
+            stage="sample",
+            params=request.texts() | resolved,
+            target=target.name,
+            space=supernet.space.name,
+            tags=tags,
+        ) as run,
+    ):
+        sizes = list(request.image_size or supernet.space.image_sizes)
+        return _sample(request, run, supernet, target, sizes, executor)
 
 
 def _sample(
-    request: SampleRequest, run: EntryRun, supernet: TrainedSupernet, target: Target, sizes: list[int]
+    request: SampleRequest,
+    run: EntryRun,
+    supernet: TrainedSupernet,
+    target: Target,
+    sizes: list[int],
+    executor: Executor | None,
 ) -> SampleResult:
     import shutil
 
@@ -128,18 +138,20 @@ def _sample(
     path = directory / MEASUREMENTS
     with (
         worked_on(directory / "lock", "the same samples"),
-        open_timer(target, space, device=request.device, compiler_image=request.compiler_image) as timer,
+        open_timer(
+            target, space, device=request.device, compiler_image=request.compiler_image, executor=executor
+        ) as timer,
         supernet_evaluators(
             supernet,
             image_sizes=sizes,
             validation_images=request.validation_images,
             seed=request.seed,
             n=request.workers,
-            executor=request.executor_of_workers,
+            executor=executor,
         ) as evaluators,
     ):
         run.set_tags({"foxnas.latency_source": timer.source})
-        several = request.workers > 1 or timer.n_boards > 1
+        several = (executor is not None and request.workers > 1) or timer.n_boards > 1
         known = {row.architecture for row in read_finished(path)}
         for row in given:
             if row.architecture not in known:

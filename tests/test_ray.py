@@ -1,0 +1,135 @@
+"""Workers on a Ray cluster of two nodes of this machine, of which one is killed."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.parallel import as_finished
+from foxnas_mlflow.core.workers import LocalExecutor
+from foxnas_mlflow.workflows import _ray
+from tests.core.test_workers import Squares
+from tests.servers import free_port
+
+NO_RAY = "no Ray here: pip install 'foxnas-mlflow[ray]'"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head with one processor, and a way to add nodes."""
+    pytest.importorskip("ray", reason=NO_RAY)
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        # What the cluster's processes print is in its own logs.
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        head = {"num_cpus": 1, "include_dashboard": False, "resources": {"ssh://pi@board": 1}}
+        running = Cluster(initialize_head=True, head_node_args=head)
+        yield running
+        running.shutdown()
+
+
+def test_workers_share_the_items_and_a_lost_ones_is_done_again(cluster: Any, tmp_path: Path) -> None:
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    with _ray.open_ray(cluster.address, workers=2) as executor:
+        assert executor.threads(2) == 1
+        assert executor.has("ssh://pi@board")
+        assert not executor.has("ssh://pi@other")
+        with executor.workers(Squares(tmp_path), 2) as shared:
+            # 13 ends the first process that is asked for it.
+            results = dict(as_finished(shared, range(20), n=2))
+            assert {x: square for x, (square, _) in results.items()} == {x: x * x for x in range(20)}
+            assert os.getpid() not in {pid for _, pid in results.values()}
+            with pytest.raises(InvalidInputError, match="must not be 99; received 99"):
+                shared(99)
+        with LocalExecutor().workers(Squares(tmp_path), 1) as shared:
+            assert {x: shared(x)[0] for x in range(20)} == {x: x * x for x in range(20)}
+
+
+def test_the_work_goes_on_when_a_node_is_killed(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ray, "START_SECONDS", 10.0)
+    if len(cluster.worker_nodes) == 0:
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+    (node,) = cluster.worker_nodes
+    with (
+        _ray.open_ray(cluster.address, workers=2) as executor,
+        executor.workers(Squares(tmp_path), 2) as shared,
+    ):
+        results: dict[int, int] = {}
+        for x, (square, _) in as_finished(shared, range(40), n=2):
+            assert x not in results
+            results[x] = square
+            if len(results) == 10:
+                cluster.remove_node(node, allow_graceful=False)
+    assert results == {x: x * x for x in range(40)}
+
+
+def test_a_cluster_that_cannot_do_the_work_is_refused_before_it_begins(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.raises(InvalidInputError, match=r"needs a processor of the Ray cluster; received 50 workers"),
+        _ray.open_ray(cluster.address, workers=50),
+    ):
+        pass
+    monkeypatch.setattr(_ray, "__version__", "99.0")
+    with (
+        pytest.raises(InvalidInputError, match=r"must have foxnas-mlflow 99\.0.*received \S+ has 0\.1"),
+        _ray.open_ray(cluster.address, workers=1),
+    ):
+        pass
+
+
+def test_an_address_that_does_not_answer(capsys: pytest.CaptureFixture[str], tracking: str) -> None:
+    pytest.importorskip("ray", reason=NO_RAY)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        for address, message in (
+            (f"127.0.0.1:{free_port()}", "must answer at ray_address"),
+            ("nowhere.invalid:6379", "must answer at ray_address"),
+            ("head", "must be host:port"),
+        ):
+            with pytest.raises(InvalidInputError, match=message), _ray.open_ray(address, workers=1):
+                pass
+    assert main(["main", "--executor", "ray", "--ray-address", f"127.0.0.1:{free_port()}", "--device", "none"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("foxnas: a Ray cluster must answer at ray_address")
+
+
+def test_an_address_of_ray_belongs_to_ray(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--ray-address", "head:6379"]) == 2
+    assert "give --executor ray too" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.train
+def test_ray_makes_the_rows_of_this_process(
+    cluster: Any, tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.core.measurements import read_measurements
+    from tests.supernets import register_mini_supernet
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    register_mini_supernet()
+    command = ["sample", "--n-samples", "4", "--image-size", "8", "--device", "none"]
+    tables = []
+    for options in ([], ["--executor", "ray", "--ray-address", cluster.address]):
+        assert main([*command, *options]) == 0
+        run = mlflow.MlflowClient().search_runs(["0"], "tags.`foxnas.stage` = 'sample'")[0]
+        directory = tmp_path / run.info.run_id
+        path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/measurements.csv", dst_path=str(directory))
+        tables.append(read_measurements(path))
+    assert tables[0] == tables[1]
