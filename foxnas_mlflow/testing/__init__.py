@@ -11,8 +11,10 @@ A suite is a class of pytest tests. Derive from it, say what is to be tested, an
 The project's own implementations pass the same suites. Needs pytest.
 """
 
+from foxnas_mlflow.testing.connections import ConnectionSuite
 from foxnas_mlflow.testing.formulas import FormulaSuite
 from foxnas_mlflow.testing.models import ModelKindSuite
 from foxnas_mlflow.testing.searchers import SearcherSuite
+from foxnas_mlflow.testing.timers import TimerSuite
 
-__all__ = ["FormulaSuite", "ModelKindSuite", "SearcherSuite"]
+__all__ = ["ConnectionSuite", "FormulaSuite", "ModelKindSuite", "SearcherSuite", "TimerSuite"]
