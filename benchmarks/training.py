@@ -91,7 +91,7 @@ def compare(args: argparse.Namespace) -> None:
                 if i:  # The first is for warming up.
                     seconds[name].append(time.perf_counter() - start)
         first, second = (np.median(values) for values in seconds.values())
-        ratios = np.divide(*reversed(list(seconds.values())))
+        ratios = np.divide(*map(np.asarray, reversed(list(seconds.values()))))
         print(f"k {kernel}, e {expansion}, D {depth}:")
         for name, values in seconds.items():
             print(f"  {name:<24}{args.batch / np.median(values):8.2f} images/s")

@@ -121,7 +121,8 @@ def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str
     assert all(float(row["latency_ms"]) > 0 for row in table)
     # The gates may refuse on a busy machine; where they do not, the compiled file is what is served.
     if status == 0:
-        assert client.get_model_version_by_alias("foxnas-edgetpu-edgetpu", "staging").version == int(number)
+        staged = client.get_model_version_by_alias("foxnas-edgetpu-edgetpu", "staging")
+        assert int(staged.version) == int(number)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def weights_of(version: int) -> dict[str, Any]:
 def log_teacher(answer: Any) -> str:
     import mlflow
 
-    class Teacher(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    class Teacher(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
         def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
             return answer(model_input)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -91,7 +92,7 @@ def test_the_documented_question_finds_the_best_model(tracking: str, tmp_path: P
         register_version(tmp_path, figures)
     text = (root / "docs" / "tasks" / "promotion.md").read_text(encoding="utf-8")
     (question,) = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "search_logged" in code]
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(question, names)
-    (model,) = names["models"]  # type: ignore[misc]
+    (model,) = names["models"]
     assert {metric.key: metric.value for metric in model.metrics}["accuracy/int8_top1"] == 72

@@ -273,7 +273,7 @@ def test_a_pipeline_at_work_shows_its_heart_beating(tracking: str, monkeypatch: 
     from foxnas_mlflow.tracking.run import entry_run
 
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
-    seen = set()
+    seen: set[str] = set()
     with entry_run(stage="main", params={}) as run, claims.heartbeat(run.run_id):
         while len(seen) < 3:
             seen.add(mlflow_tags(run.run_id)[claims.HEARTBEAT_TAG])
