@@ -23,6 +23,7 @@ from foxnas_mlflow.core.searchers import (
     SearchOutcome,
     SearchResult,
     accuracy_signal,
+    describe_limits,
     rank_edits,
     spoken,
 )
@@ -78,7 +79,10 @@ def write_search_report(
     latency = predictors.of("latency_ms", outcome.architecture.image_size)
     accuracy = predictors.of("accuracy", outcome.architecture.image_size)
     sections = [
-        ("Latency against accuracy", plot("front", _front_figure(outcome, measurements, candidates))),
+        (
+            "Latency against accuracy",
+            _front_note(outcome) + plot("front", _front_figure(outcome, measurements, candidates)),
+        ),
         ("Limits", _limits_table(outcome)),
         *([("Predicted and found out", _candidates_table(candidates))] if candidates else []),
         *([("Rounds", _rounds_table(rounds, ended))] if len(rounds) > 1 else []),
@@ -142,7 +146,7 @@ def write_searches_report(
         known = None if candidate is None else candidate.accuracy
         rows.append(
             (
-                str(outcome.problem),
+                describe_limits(outcome.limits),
                 f"{outcome.architecture.image_size}",
                 f"{_ms(outcome.latency_ms)} (at most {_ms(outcome.latency_upper_ms)})",
                 "" if timing is None else _ms(timing.latency_ms),
@@ -151,7 +155,10 @@ def write_searches_report(
                 f"{outcome.latency_limit_ms:g}ms/report.html",
             )
         )
-    header = ("asked for", "px", "predicted ms", "measured ms", "predicted %", "evaluated %", "page beside this one")
+    header = ("asked for", "px", "predicted ms", "measured ms", "predicted %", "evaluated %", "its page")
+    # Columns of what was not looked at are left out.
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    networks = table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
     front = outcomes[0].front
     stars = scatter([o.latency_ms for o in outcomes], [o.accuracy for o in outcomes], "found", "#c0392b", 13)
     stars["marker"]["symbol"] = "star"
@@ -161,9 +168,12 @@ def write_searches_report(
     write_page(
         path,
         title=f"FOX-NAS searches for {target.name}",
-        lead=f"{_warning(outcomes[0])}{len(outcomes)} networks of one front, one for each latency that was asked for.",
+        lead=(
+            f"{_warning(outcomes[0])}{len(outcomes)} networks for <b>{escape(target.name)}</b>, one for each latency "
+            "that was asked for. The page of each is in a directory beside this one."
+        ),
         sections=[
-            ("The networks", table(header, rows)),
+            ("The networks", networks),
             ("Latency against accuracy", plot("front", figure)),
             ("What was asked", table(("parameter", "value"), parameters)),
         ],
@@ -216,21 +226,23 @@ def _limits_table(outcome: SearchOutcome) -> str:
     for limit in outcome.limits:
         amount = outcome.amounts[limit.quantity]
         price = prices.get(limit)
+        bound = "at most " if limit.quantity in predicted else ""
+        binding = ""
+        if price is not None:
+            binding = f"binds, costs {price.lost:.2f} points" if price.binds else "does not bind"
         rows.append(
             (
                 limit.quantity,
                 spoken(limit.value),
-                f"{'at most ' if limit.quantity in predicted else ''}{spoken(amount)}",
-                f"{100 * amount / limit.value:.1f} %",
-                "" if price is None else "binds" if price.binds else "does not bind",
-                "" if price is None else f"{price.lost:.2f}",
-                "" if price is None or not price.binds else price.buys(),
+                f"{bound}{spoken(amount)} ({100 * amount / limit.value:.0f} %)",
+                binding,
+                price.buys() if price is not None and price.binds else "",
             )
         )
     if outcome.problem.min_accuracy is not None:
         accuracy = f"at least {outcome.problem.min_accuracy:g} %"
-        rows.append(("accuracy", accuracy, f"{outcome.accuracy:.2f} %", "", "", "", ""))
-    header = ("quantity", "limit", "this network", "of the limit", "for the optimum it", "costs (points)", "more of it")
+        rows.append(("accuracy", accuracy, f"{outcome.accuracy:.2f} % predicted", "", ""))
+    header = ("quantity", "limit", "this network", "at the optimum", "more of it")
     level = outcome.objective.level
     text = ""
     if level != outcome.objective.confidence:
@@ -317,6 +329,16 @@ def _front_lines(front: Front) -> list[dict[str, Any]]:
         )
         if (on := front.image_size == size).any()
     ]
+
+
+def _front_note(outcome: SearchOutcome) -> str:
+    """Why a network lies below the front, where other limits than latency keep it there."""
+    others = [limit for limit in outcome.limits if limit.quantity != "latency_ms"]
+    if not others:
+        return ""
+    return (
+        f"<p>The front is that of latency and accuracy alone; it does not know {escape(describe_limits(others))}.</p>"
+    )
 
 
 def _front_figure(

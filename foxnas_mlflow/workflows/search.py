@@ -400,6 +400,8 @@ def _summary(
 ) -> str:
     outcome, verification, uri = found.outcome, found.verification, logged.uri
     target, problem, optimum = inputs.target.name, found.outcome.problem, found.outcome.optimum
+    place = found.place(len(inputs.problems))
+    place = f"{place}/" if place else ""
     weights = "none" if verification is None or verification.model is None else "trained"
     if optimum.least is None:
         exact, unit = f"{optimum.accuracy:.4f} %", "points"
@@ -417,7 +419,7 @@ def _summary(
         f"  {outcome.result.algorithm:<20} {outcome.result.accuracy:.4f} %, gap {outcome.optimality_gap:.4g} {unit}, "
         f"{outcome.result.evaluations:,} evaluations in {outcome.result.seconds:.2f} s",
         f"  registered           {uri} (weights={weights})",
-        f"  run                  {run_id}: report.html, front.csv, certificate.json",
+        f"  run                  {run_id}: {place}report.html, {place}certificate.json, front.csv",
     ]
     if note:
         lines.append(f"  note                 {note}")
