@@ -33,10 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from foxnas_mlflow.core.architecture import Architecture, Block, Stage
 from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.processors import n_processors
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import TfliteModel, save_model
-from foxnas_mlflow.runtime import Classifier, n_cpus
+from foxnas_mlflow.runtime import Classifier
 from foxnas_mlflow.tflite import write_probe
 from tests.servers import scoring_server
 
@@ -130,7 +131,7 @@ def timed_ms(call: Callable[[], None]) -> float:
 
 def throughput(model: TfliteModel, url: str, images: list[bytes], clients: int, args: argparse.Namespace) -> None:
     bare = [Bare(model, images)]
-    pool = [Bare(model, images) for _ in range(n_cpus())]
+    pool = [Bare(model, images) for _ in range(n_processors())]
     served = [Client(url, images) for _ in range(clients)]
     rows = []
     for _ in range(args.rounds + 1):
@@ -167,7 +168,8 @@ def main() -> None:
     args = parser.parse_args()
     images = [photograph(seed) for seed in range(BATCH)]
     print(
-        f"{n_cpus()} processors, load {os.getloadavg()[0]:.1f}, JPEGs of {np.mean([len(i) for i in images]):.0f} bytes"
+        f"{n_processors()} processors, load {os.getloadavg()[0]:.1f}, "
+        f"JPEGs of {np.mean([len(i) for i in images]):.0f} bytes"
     )
     networks = {
         "tiny, 128 px, 10 classes": (128, network(128, 10, 2, Block(2, 3))),

@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import functools
 import importlib
-import os
 import queue
 import threading
 import warnings
@@ -300,8 +299,3 @@ def open_pool(
             raise
         warnings.warn(f"running on the processor, which is slower: {error}", UserWarning, stacklevel=2)
         return ClassifierPool(fallback, normalization, output, size=size, threads=threads)
-
-
-def n_cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

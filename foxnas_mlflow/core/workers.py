@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import pickle
 import socket
 import subprocess
@@ -21,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from foxnas_mlflow.core.errors import WorkerLostError
 from foxnas_mlflow.core.parallel import Shared
+from foxnas_mlflow.core.processors import n_processors
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -102,7 +102,7 @@ class LocalExecutor(Executor):
 
     def threads(self, n: int) -> int:
         """Its share of this machine's processors."""
-        return max((os.cpu_count() or 1) // n, 1)
+        return max(n_processors() // n, 1)
 
 
 class _Process(Worker[T, R]):

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
+from foxnas_mlflow.core.processors import n_processors
 from foxnas_mlflow.data.preprocess import decode_each, resize
 
 FACTS = np.dtype(
@@ -133,7 +134,7 @@ def look_at_all(
     """
     places = np.arange(len(paths)) if rows is None else rows
     facts = np.zeros(len(paths), FACTS)
-    n = n_processes or len(os.sched_getaffinity(0))
+    n = n_processes or n_processors()
     size = min(max(len(paths) // (n * _CHUNKS), 1), _LARGEST_CHUNK)
     workers: SimpleQueue[_Process] = SimpleQueue()
     processes = [_Process() for _ in range(n if len(paths) > _FEW else 0)]

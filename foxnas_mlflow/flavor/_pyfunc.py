@@ -25,10 +25,11 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
 from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.processors import n_processors
 from foxnas_mlflow.data.preprocess import MAX_PIXELS
 from foxnas_mlflow.data.received import checked_pixels, received_image
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel
-from foxnas_mlflow.runtime import EDGETPU_DELEGATE, ClassifierPool, n_cpus, open_pool
+from foxnas_mlflow.runtime import EDGETPU_DELEGATE, ClassifierPool, open_pool
 
 if TYPE_CHECKING:
     from foxnas_mlflow.core.predictors import PredictorSet
@@ -165,7 +166,7 @@ class TflitePyfunc:
         self._delegate = str(options["delegate"])
         self._max_pixels = int(options["max_pixels"])
         self._threads = int(options["threads"])
-        self._size = int(options["pool_size"]) or n_cpus()
+        self._size = int(options["pool_size"]) or n_processors()
         self._start()
 
     def _start(self) -> None:
@@ -198,7 +199,7 @@ class TflitePyfunc:
         """
         values = dict(params or {})
         top_k = _integer("top_k", values.get("top_k", 1), 1, len(self._model.labels))
-        threads = _integer("threads", values.get("threads", 0), 0, n_cpus()) or self._threads
+        threads = _integer("threads", values.get("threads", 0), 0, n_processors()) or self._threads
         images = _column(model_input, "image")
         if len(images) > MAX_BATCH:
             raise InvalidInputError(f"a request has at most {MAX_BATCH} images", received=len(images))

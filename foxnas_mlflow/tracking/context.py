@@ -14,6 +14,8 @@ from importlib import metadata
 
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
+from foxnas_mlflow.core.processors import n_processors
+
 _LIBRARIES = ("ai-edge-litert", "mlflow", "numpy", "pillow", "statsmodels", "tensorflow", "tflite-runtime", "torch")
 _AT_WORK = ("foxnas_mlflow.cli", "foxnas_mlflow.core", "foxnas_mlflow.flavor")
 
@@ -38,13 +40,12 @@ class FoxnasRunContext(RunContextProvider):
 @functools.cache
 def _tags() -> dict[str, str]:
     # The name of the machine is left out: tracking servers are shared.
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tags = {
         "foxnas.host.cpu": _cpu_name(),
         "foxnas.host.machine": platform.machine(),
         "foxnas.host.system": platform.system(),
         "foxnas.host.cores": str(os.cpu_count() or 1),
-        "foxnas.host.cores_available": str(available),
+        "foxnas.host.cores_available": str(n_processors()),
         # What the numerical libraries were told; empty means all cores.
         "foxnas.host.threads": os.environ.get("OMP_NUM_THREADS", ""),
         "foxnas.library.python": platform.python_version(),

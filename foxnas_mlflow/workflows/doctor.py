@@ -218,10 +218,21 @@ def _devices() -> list[tuple[str, str]]:
         ("edgetpu_compiler", "compiling for the Coral Edge TPU"),
     ]
     return [
-        ("this host", f"{_processor()}, {os.cpu_count()} cores{load}"),
+        ("this host", f"{_processor()}, {_cores()}{load}"),
         *((tool, shutil.which(tool) or f"not installed; needed for {what}") for tool, what in tools),
         ("libedgetpu", library or "not installed; needed to run on a Coral Edge TPU of this host"),
     ]
+
+
+def _cores() -> str:
+    """Processors, and those of them that this process has."""
+    import os
+
+    from foxnas_mlflow.core.processors import n_processors, quota_processors
+
+    there, quota = os.cpu_count() or 1, quota_processors()
+    words = f"{there} cores" if n_processors() == there else f"{n_processors()} of {there} cores"
+    return words if quota is None or quota >= there else f"{words}, a quota of {quota:g} processors"
 
 
 def _processor() -> str:

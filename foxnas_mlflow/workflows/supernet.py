@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.processors import n_processors
 from foxnas_mlflow.workflows._request import Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
@@ -249,7 +250,6 @@ def _begin(
     request: SupernetRequest, preset: Preset, space: SearchSpace, data: ImageDataset, worker: Worker, directory: Path
 ) -> tuple[TrainingState, Any]:
     """A new training, or the one to resume, and its batches."""
-    import os
 
     import torch
 
@@ -270,7 +270,7 @@ def _begin(
         batch_size=request.batch_size or preset.batch_size,
         flip=data.channels == 3 if request.flip == "auto" else request.flip == "yes",
         seed=request.seed,
-        workers=max((os.cpu_count() or 1) // worker.world_size - 1, 0),
+        workers=max(n_processors() // worker.world_size - 1, 0),
         rank=worker.rank,
         world_size=worker.world_size,
     )
