@@ -37,6 +37,9 @@ _QUANTITY = re.compile(r"[a-z][a-z0-9_]*(@[A-Za-z0-9._-]+)?")
 _EMULATED = " (emulated)"
 """What a row's device ends with where an emulator measured it."""
 
+_TAIL_BYTES = 4096
+"""How much of a table's end is read at once; a row has about one kilobyte."""
+
 LATENCY_SOURCES = ("measured", "cost_model", "")
 
 
@@ -279,18 +282,27 @@ def _csv_text(rows: Sequence[Measurement], columns: Sequence[str], *, header: bo
 
 
 def _mend_last_line(path: Path) -> None:
-    """End a last line that lacks its newline, or drop it when it is not a whole row."""
+    """End a last line that lacks its newline, or drop it when it is not a whole row.
+
+    Reads no more than that line: a table of thousands of rows is appended to as fast as a new one.
+    """
     import csv
 
     with path.open("rb+") as file:
-        content = file.read()
-        start = content.rfind(b"\n") + 1
-        tail = content[start:]
+        start = file.seek(0, os.SEEK_END)
+        tail = b""
+        while start > 0 and b"\n" not in tail:
+            length = min(start, _TAIL_BYTES)
+            start = file.seek(start - length)
+            tail = file.read(length) + tail
+        end = tail.rfind(b"\n") + 1
+        start, tail = start + end, tail[end:]
         if not tail:
             return
         # Rows written by an editor may lack the newline: a row with all its cells is kept.
         cells = next(csv.reader([tail.decode("utf-8", errors="replace")]))
-        if len(cells) == len(_header(path)):
+        if len(cells) == len(COLUMNS):
+            file.seek(0, os.SEEK_END)
             file.write(b"\n")
         else:
             file.truncate(start)

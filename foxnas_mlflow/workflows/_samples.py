@@ -20,6 +20,7 @@ from foxnas_mlflow.tracking.run import EntryRun, best_effort
 from foxnas_mlflow.workflows._timers import Timer
 
 _UPLOAD_SECONDS = 30
+_LOG_SECONDS = 2
 _STOP_EVERY = 5
 """Rows between two looks at the front."""
 
@@ -48,7 +49,9 @@ class SampleLog:
         self.stopped = False
         self.path = path
         self._run = run
-        self._uploaded = time.monotonic()
+        self._uploaded = self._logged = time.monotonic()
+        self._pending: dict[str, dict[int, float]] = {}
+        self._series = best_effort(run.log_series)
         self._metrics, self._artifact = best_effort(run.log_metrics), best_effort(run.log_artifact)
 
     def time(self, architecture: Architecture) -> Timing:
@@ -65,13 +68,24 @@ class SampleLog:
         """Log the n-th row; a tracking server that is away does not stop the work."""
         values = {"accuracy": row.accuracy, "latency_ms": row.latency_ms}
         known = {f"sample/{key}": value for key, value in values.items() if value is not None}
-        self._metrics({**known, "sample/standard_error": self.standard_error([row])}, step=n)
+        for key, value in {**known, "sample/standard_error": self.standard_error([row])}.items():
+            self._pending.setdefault(key, {})[n] = value
+        if time.monotonic() - self._logged > _LOG_SECONDS:
+            self._log_pending()
         if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
             self._artifact(self.path)
             self._uploaded = time.monotonic()
 
+    def _log_pending(self) -> None:
+        """Log the metrics of the rows since the last time, in batches."""
+        for key, values in self._pending.items():
+            self._series(key, values)
+        self._pending = {}
+        self._logged = time.monotonic()
+
     def upload(self) -> None:
-        """Copy the rows to the run."""
+        """Copy the rows and their metrics to the run."""
+        self._log_pending()
         if self.path.exists():
             self._run.log_artifact(self.path)
 

@@ -51,3 +51,25 @@ def test_a_row_torn_by_a_power_cut_harms_no_other_row(tmp_path: Path) -> None:
         read_measurements(path)
     append_measurement(row, path)
     assert read_measurements(path) == [row, row]
+
+
+@pytest.mark.parametrize("tail_bytes", [3, 4096])
+def test_a_torn_row_is_dropped_however_long_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail_bytes: int
+) -> None:
+    monkeypatch.setattr("foxnas_mlflow.core.measurements._TAIL_BYTES", tail_bytes)
+    path = tmp_path / "m.csv"
+    row = Measurement(CPU_SPACE.largest(256), latency_ms=1.5, latency_source="measured")
+    append_measurement(row, path)
+    whole = path.read_bytes()
+    # Without its newline the row is kept.
+    path.write_bytes(whole[:-1])
+    append_measurement(row, path)
+    assert read_measurements(path) == [row, row]
+    # A torn first line is all that there is.
+    path.write_bytes(whole[:20])
+    append_measurement(row, path)
+    assert read_measurements(path) == [row]
+    path.write_bytes(whole + whole.splitlines()[1][:-9])
+    append_measurement(row, path)
+    assert read_measurements(path) == [row, row]
