@@ -24,7 +24,6 @@ from foxnas_mlflow.runtime import Classifier
 from foxnas_mlflow.tflite import Int8Model, write_probe
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("kornia")
 
 SIZE = 32
 

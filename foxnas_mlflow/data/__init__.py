@@ -11,6 +11,7 @@ from foxnas_mlflow.data._datasets import (
     prepared_batches,
     stratified_split,
 )
+from foxnas_mlflow.data._vary import Variations
 from foxnas_mlflow.data.preprocess import Normalization, Preprocessing, resize
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ImageSet",
     "Normalization",
     "Preprocessing",
+    "Variations",
     "calibration_images",
     "evaluate",
     "load_dataset",

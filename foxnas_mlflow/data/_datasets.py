@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
 from foxnas_mlflow.data._cache import Pixels, look_through
 from foxnas_mlflow.data._duplicates import duplicate_warnings, listed
-from foxnas_mlflow.data._look import FACTS
+from foxnas_mlflow.data._look import FACTS, LOOKS
 from foxnas_mlflow.data._names import Names, Paths
 from foxnas_mlflow.data._sources import (
     LIST_SUFFIXES,
@@ -41,7 +41,7 @@ from foxnas_mlflow.data._sources import (
     pictures_of_list,
     subfolders,
 )
-from foxnas_mlflow.data.preprocess import MAX_PIXELS, WHITE, Normalization, Preprocessing, decode_image
+from foxnas_mlflow.data.preprocess import MAX_PIXELS, WHITE, Normalization, Preprocessing, decode_image, decode_picture
 
 ImageArray = NDArray[np.uint8]
 
@@ -70,6 +70,14 @@ class ImageSet(Protocol):
     def prepared(self, i: int, preprocessing: Preprocessing) -> ImageArray:
         """Image i as a served model gets it, before normalisation: uint8 (image_size, image_size, channels)."""
 
+    def to_vary(self, i: int, size: int) -> Any:
+        """Image i as a Pillow image of mode RGB or L that crops of `size` px can be cut from."""
+
+
+def _picture(image: ImageArray) -> Any:
+    pillow = import_or_raise("PIL.Image", extra="train", feature="varying images")
+    return pillow.fromarray(image if image.shape[-1] == 3 else image[..., 0])
+
 
 @dataclass(frozen=True, eq=False)
 class ArrayImages:
@@ -94,6 +102,10 @@ class ArrayImages:
         """Image i scaled and cut to uint8 (image_size, image_size, channels)."""
         return preprocessing.resize(self.images[i])
 
+    def to_vary(self, i: int, size: int) -> Any:
+        """Image i as it is, as a Pillow image."""
+        return _picture(self.images[i])
+
 
 @dataclass(frozen=True, eq=False)
 class FileImages:
@@ -102,7 +114,7 @@ class FileImages:
     Attributes:
         paths: One file an image.
         targets: Class indices (n,).
-        facts: What is known of each name of the paths, `foxnas_mlflow.data._look.FACTS`.
+        facts: What is known of each name of the paths: `FACTS` while it is loaded, then `LOOKS`.
         pixels: Decoded pixels by size, where they are kept.
         groups: Group of each name of the paths, which a split keeps together; None: each is its own.
         channels: 3 for colour, 1 for grey.
@@ -126,10 +138,22 @@ class FileImages:
     def prepared(self, i: int, preprocessing: Preprocessing) -> ImageArray:
         """Image i as serving decodes its file: uint8 (image_size, image_size, channels)."""
         usual = (preprocessing.crop, preprocessing.background, preprocessing.channels) == (1.0, WHITE, self.channels)
-        kept = self.pixels.get(preprocessing.image_size) if usual else None
-        if kept is not None and (row := kept.rows[self.paths.rows[i]]) >= 0:
-            return np.array(kept.array[row])
+        if usual and (kept := self._kept(i, preprocessing.image_size)) is not None:
+            return np.array(kept)
         return preprocessing.decode(self.paths[i].read_bytes(), max_pixels=self.max_pixels)
+
+    def to_vary(self, i: int, size: int) -> Any:
+        """The pixels that are kept of image i at this size; all of it, a large photo's at a reduced size, otherwise."""
+        if (kept := self._kept(i, size)) is not None:
+            return _picture(kept)
+        return decode_picture(
+            self.paths[i].read_bytes(), channels=self.channels, max_pixels=self.max_pixels, shorter=size
+        )
+
+    def _kept(self, i: int, size: int) -> ImageArray | None:
+        kept = self.pixels.get(size)
+        row = -1 if kept is None else int(kept.rows[self.paths.rows[i]])
+        return None if kept is None or row < 0 else kept.array[row]
 
     def take(self, index: NDArray[np.int64]) -> FileImages:
         """Some of the images, in this order."""
@@ -284,7 +308,7 @@ def load_dataset(
                 remedy="copy the images to this machine first" if "://" in source else None,
             )
     if not limited:
-        return dataset
+        return _slim(dataset)
     rng = np.random.default_rng([seed, 1])
     train, val = _at_most(dataset.train, max_train, rng), _at_most(dataset.val, max_val, rng)
     if sizes:
@@ -292,7 +316,24 @@ def load_dataset(
     chosen = _assemble(
         source, dataset.labels, train, val, dataset.channels, dataset.digest, dataset.unreadable, split=None
     )
-    return dataclasses.replace(chosen, test=dataset.test, unread=dataset.unread, notes=dataset.notes)
+    return _slim(dataclasses.replace(chosen, test=dataset.test, unread=dataset.unread, notes=dataset.notes))
+
+
+def _slim(dataset: ImageDataset) -> ImageDataset:
+    """Without what is needed no more of each of many files."""
+    kept: dict[int, NDArray[Any]] = {}
+
+    def slim(images: ImageSet) -> ImageSet:
+        if not isinstance(images, FileImages):
+            return images
+        if id(images.facts) not in kept:
+            looks = kept[id(images.facts)] = np.empty(len(images.facts), LOOKS)
+            for name in looks.dtype.names or ():
+                looks[name] = images.facts[name]
+        return dataclasses.replace(images, facts=kept[id(images.facts)])
+
+    test = None if dataset.test is None else slim(dataset.test)
+    return dataclasses.replace(dataset, train=slim(dataset.train), val=slim(dataset.val), test=test)
 
 
 @dataclass(frozen=True)

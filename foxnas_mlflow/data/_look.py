@@ -37,6 +37,9 @@ FACTS = np.dtype(
 )
 """What is kept of a picture, 65 bytes."""
 
+LOOKS = np.dtype([("content", "u8", (2,)), ("look", "u8", (2,))])
+"""What a data set keeps of a picture, 32 bytes."""
+
 STATISTICS_SIDE = 64
 """Shorter side in pixels that statistics need; a JPEG of more than three times that is decoded at a reduced size."""
 

@@ -12,7 +12,6 @@ from foxnas_mlflow.workflows._workflow import Result, Workflow
 # Module, the distribution that brings it, and the extra of this package that installs it.
 _TRAIN = (
     ("torch", "torch", "train"),
-    ("kornia", "kornia", "train"),
     ("safetensors", "safetensors", "train"),
     ("sklearn", "scikit-learn", "train"),
     ("PIL", "Pillow", "train"),

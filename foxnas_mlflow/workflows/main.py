@@ -125,7 +125,6 @@ STEPS = ("supernet", "sample", "fit", "search", "finetune", "quantize", "benchma
 
 _NEEDS = (
     ("torch", "train", "training a supernet"),
-    ("kornia", "train", "training a supernet"),
     ("statsmodels", "fit", "fitting predictors"),
     ("tensorflow", "tflite", "conversion to TensorFlow Lite"),
     ("ai_edge_litert", "tflite", "running an int8 model"),

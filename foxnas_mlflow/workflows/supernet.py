@@ -273,6 +273,7 @@ def _begin(
         workers=max(n_processors() // worker.world_size - 1, 0),
         rank=worker.rank,
         world_size=worker.world_size,
+        device=worker.device,
     )
     if request.resume:
         states = [load_checkpoint(place, space) for place in find_checkpoints(request.resume, directory / "resume")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -312,7 +313,7 @@ def test_a_list_with_groups(tmp_path: Path) -> None:
 
 
 @pytest.mark.train
-def test_a_file_that_breaks_later_ends_nothing(tmp_path: Path) -> None:
+def test_a_file_that_breaks_later_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("torch")
     from foxnas_mlflow.supernet import Batches
 
@@ -327,5 +328,8 @@ def test_a_file_that_breaks_later_ends_nothing(tmp_path: Path) -> None:
         augment=False,
     )
     dataset.train.paths[3].write_bytes(b"torn")  # type: ignore[attr-defined]
-    assert sum(len(targets) for _, targets in batches.epoch(0)) == 31
+    with caplog.at_level(logging.WARNING, "foxnas_mlflow"):
+        for epoch in range(2):
+            assert sum(len(targets) for _, targets in batches.epoch(epoch)) == 31
     assert batches.skipped == {3}
+    assert caplog.messages == [f"1 pictures cannot be read any more and are skipped: {dataset.train.paths[3]}"]  # type: ignore[attr-defined]
