@@ -57,7 +57,7 @@ _ERRORS: Mapping[str, tuple[str, str]] = {
 """Rule and remedy of every error that the runner names."""
 
 
-class BoardError(DeviceError):
+class RunnerRefusedError(DeviceError):
     """What the runner on a board refused.
 
     Attributes:
@@ -86,7 +86,7 @@ class Board:
         """Run one command of the runner.
 
         Raises:
-            BoardError: If the runner refuses.
+            RunnerRefusedError: If the runner refuses.
             DeviceError: If it does not answer.
             ConnectionLostError: If the machine went away.
         """
@@ -105,7 +105,7 @@ class Board:
                 remedy="it needs Python 3.7, NumPy and ai-edge-litert or tflite-runtime there",
             ) from None
         if "error" in answer:
-            raise BoardError(answer["error"], answer["message"], connection.uri)
+            raise RunnerRefusedError(answer["error"], answer["message"], connection.uri)
         result: dict[str, Any] = answer
         return result
 

@@ -208,7 +208,7 @@ class EdgeDeploymentClient(BaseDeploymentClient):
             MlflowException: If there is no such deployment, or an image is refused.
         """
         from foxnas_mlflow.data.preprocess import Preprocessing
-        from foxnas_mlflow.deploy._board import BoardError
+        from foxnas_mlflow.deploy._board import RunnerRefusedError
         from foxnas_mlflow.flavor import images_of
 
         with _mlflow_errors(), _board(self.target_uri) as board:
@@ -216,7 +216,7 @@ class EdgeDeploymentClient(BaseDeploymentClient):
             images = images_of(inputs)
             try:
                 rows = board.predict(name, [_packed(image) for image in images])
-            except BoardError as error:
+            except RunnerRefusedError as error:
                 if error.kind != "no_pillow":
                     raise
                 # A board without Pillow gets the pixels, made here by the same code.

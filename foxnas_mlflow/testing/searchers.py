@@ -14,7 +14,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.options import IndexArray, KindArray
 from foxnas_mlflow.core.predictors import PredictorSet, reference_predictors
 from foxnas_mlflow.core.searchers import Problem, Searcher, pose, solve
-from foxnas_mlflow.core.searchers._problem import Evaluated
+from foxnas_mlflow.core.searchers._problem import Scored
 
 BUDGETS = (1, 7, 100, 3000)
 CONFIDENCE = 0.9
@@ -26,7 +26,7 @@ class CountingProblem(Problem):
 
     asked: list[int] = field(default_factory=list)
 
-    def evaluate(self, size_index: IndexArray, kinds: KindArray) -> Evaluated:
+    def evaluate(self, size_index: IndexArray, kinds: KindArray) -> Scored:
         """As of `Problem`."""
         self.asked.append(len(kinds))
         return super().evaluate(size_index, kinds)

@@ -17,7 +17,7 @@ from foxnas_mlflow.tflite._evaluate import FloatModel, QuantizationLoss, quantiz
 from foxnas_mlflow.tflite._graph import Operator, lower
 from foxnas_mlflow.tflite._int8 import Int8Model, LayerError, layer_errors
 from foxnas_mlflow.tflite._keras import quiet_tensorflow
-from foxnas_mlflow.tflite._model import OperatorInfo, TensorInfo, TfliteModel, read_tflite
+from foxnas_mlflow.tflite._model import OperatorInfo, TensorInfo, TfliteFile, read_tflite
 from foxnas_mlflow.tflite._reference import reference_forward
 from foxnas_mlflow.tflite._weights import FoldedWeights, fold_weights, random_weights, weight_shapes
 from foxnas_mlflow.tflite._writer import write_probe
@@ -39,7 +39,7 @@ __all__ = [
     "Readiness",
     "ReadinessIssue",
     "TensorInfo",
-    "TfliteModel",
+    "TfliteFile",
     "check_classifier",
     "check_int8",
     "convert",

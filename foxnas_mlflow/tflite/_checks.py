@@ -7,7 +7,7 @@ from typing import Literal
 
 from foxnas_mlflow.core.errors import ConversionError, InvalidInputError
 from foxnas_mlflow.tflite._graph import Operator
-from foxnas_mlflow.tflite._model import OperatorInfo, TfliteModel
+from foxnas_mlflow.tflite._model import OperatorInfo, TfliteFile
 
 Runtime = Literal["litert", "edgetpu"]
 
@@ -36,7 +36,7 @@ MAX_OPERATOR_VERSIONS: Mapping[str, Mapping[str, int]] = {
 """Highest operator versions that a runtime knows, for the operators that our networks use."""
 
 
-def check_int8(model: TfliteModel, operators: Sequence[Operator], runtime: Runtime = "litert") -> None:
+def check_int8(model: TfliteFile, operators: Sequence[Operator], runtime: Runtime = "litert") -> None:
     """Check that a converted file is the network that was meant, in integers only.
 
     Args:
@@ -85,7 +85,7 @@ def check_int8(model: TfliteModel, operators: Sequence[Operator], runtime: Runti
         _check_operator(model, entry.inputs, entry.outputs, operator, runtime)
 
 
-def check_classifier(model: TfliteModel) -> None:
+def check_classifier(model: TfliteFile) -> None:
     """Check that a file, whoever made it, is an 8-bit classifier whose labels fit its output.
 
     Raises:
@@ -105,7 +105,7 @@ def check_classifier(model: TfliteModel) -> None:
         )
 
 
-def body_operators(model: TfliteModel) -> list[OperatorInfo]:
+def body_operators(model: TfliteFile) -> list[OperatorInfo]:
     """The file's operators that correspond one to one to those of `lower`.
 
     Left out are the one QUANTIZE that turns a uint8 image into int8, at the very start, and the
@@ -123,7 +123,7 @@ def body_operators(model: TfliteModel) -> list[OperatorInfo]:
 
 
 def _check_operator(
-    model: TfliteModel, inputs: tuple[int, ...], outputs: tuple[int, ...], operator: Operator, runtime: Runtime
+    model: TfliteFile, inputs: tuple[int, ...], outputs: tuple[int, ...], operator: Operator, runtime: Runtime
 ) -> None:
     shape = model.tensors[outputs[0]].shape
     if shape != (1, *operator.out_shape):

@@ -14,7 +14,7 @@ from typing import Any
 
 from foxnas_mlflow.core.edgetpu import CACHE_BYTES
 from foxnas_mlflow.tflite._checks import MAX_OPERATOR_VERSIONS
-from foxnas_mlflow.tflite._model import OperatorInfo, TfliteModel
+from foxnas_mlflow.tflite._model import OperatorInfo, TfliteFile
 
 EDGETPU_OPERATORS = frozenset(
     {
@@ -129,7 +129,7 @@ class Readiness:
         }
 
 
-def edgetpu_readiness(model: TfliteModel) -> Readiness:
+def edgetpu_readiness(model: TfliteFile) -> Readiness:
     """Check a file against everything that is known of the compiler.
 
     Args:
@@ -158,7 +158,7 @@ def edgetpu_readiness(model: TfliteModel) -> Readiness:
     return Readiness(tuple(issues), len(model.operators), n_mappable, model.parameter_bytes)
 
 
-def _refusals(model: TfliteModel, operator: OperatorInfo) -> Iterator[str]:
+def _refusals(model: TfliteFile, operator: OperatorInfo) -> Iterator[str]:
     """Reasons for which an operator is not mapped."""
     if operator.kind not in EDGETPU_OPERATORS:
         yield "the operator is not supported"
@@ -179,7 +179,7 @@ def _refusals(model: TfliteModel, operator: OperatorInfo) -> Iterator[str]:
     yield from _constraints(model, operator)
 
 
-def _constraints(model: TfliteModel, operator: OperatorInfo) -> Iterator[str]:
+def _constraints(model: TfliteFile, operator: OperatorInfo) -> Iterator[str]:
     """The constraints of single operators."""
     options = operator.options
     source = model.tensors[operator.inputs[0]]
@@ -210,7 +210,7 @@ def _constraints(model: TfliteModel, operator: OperatorInfo) -> Iterator[str]:
         yield f"a softmax has at most {_MAX_SOFTMAX} elements, not {source.shape[-1]}"
 
 
-def _name(model: TfliteModel, operator: OperatorInfo) -> str:
+def _name(model: TfliteFile, operator: OperatorInfo) -> str:
     """The first of the names that TensorFlow joins for an operator, without its model's prefix."""
     name = model.tensors[operator.outputs[0]].name.split(";")[0]
     return name.removeprefix("functional_1/").removeprefix("functional/")

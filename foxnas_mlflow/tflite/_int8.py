@@ -15,7 +15,7 @@ from foxnas_mlflow.data.preprocess import Normalization
 from foxnas_mlflow.runtime import Classifier, open_interpreter
 from foxnas_mlflow.tflite._checks import body_operators, check_classifier
 from foxnas_mlflow.tflite._graph import INPUT, lower
-from foxnas_mlflow.tflite._model import TensorInfo, TfliteModel, read_tflite
+from foxnas_mlflow.tflite._model import TensorInfo, TfliteFile, read_tflite
 from foxnas_mlflow.tflite._reference import reference_forward, run_operator
 from foxnas_mlflow.tflite._weights import FloatArray, Weights, fold_weights
 
@@ -32,8 +32,8 @@ class Int8Model:
         labels: Class names, or None if the file has none.
     """
 
-    def __init__(self, source: bytes | str | Path | TfliteModel, *, normalization: Normalization | None = None) -> None:
-        self.model = source if isinstance(source, TfliteModel) else read_tflite(source)
+    def __init__(self, source: bytes | str | Path | TfliteFile, *, normalization: Normalization | None = None) -> None:
+        self.model = source if isinstance(source, TfliteFile) else read_tflite(source)
         check_classifier(self.model)
         metadata = self.model.metadata
         if normalization is None:

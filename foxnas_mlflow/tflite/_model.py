@@ -67,7 +67,7 @@ class OperatorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class TfliteModel:
+class TfliteFile:
     """The content of a TensorFlow Lite file.
 
     Attributes:
@@ -129,7 +129,7 @@ class TfliteModel:
         return sum(self.tensors[i].size_bytes for i in used)
 
 
-def read_tflite(source: bytes | str | Path) -> TfliteModel:
+def read_tflite(source: bytes | str | Path) -> TfliteFile:
     """Read a TensorFlow Lite file.
 
     Args:
@@ -209,7 +209,7 @@ def _enum_names(enum: Any) -> dict[int, str]:
     return {value: name for name, value in vars(enum).items() if isinstance(value, int)}
 
 
-def _summary(schema: Any, model: Any, data: bytes) -> TfliteModel:
+def _summary(schema: Any, model: Any, data: bytes) -> TfliteFile:
     if len(model.subgraphs) != 1:
         raise InvalidFormatError("the model must have one subgraph", received=len(model.subgraphs))
     graph = model.subgraphs[0]
@@ -248,7 +248,7 @@ def _summary(schema: Any, model: Any, data: bytes) -> TfliteModel:
             )
         )
     entries = {_text(entry.name): model.buffers[entry.buffer].data for entry in model.metadata or []}
-    return TfliteModel(
+    return TfliteFile(
         data=data,
         operators=tuple(operators),
         tensors=tuple(tensors),

@@ -188,8 +188,7 @@ def guided_weights(space: GeneSpace, recorder: Recorder, temperature: float) -> 
         worth = np.where(allowed, gains - price[:, None, None] * uses, -np.inf)
         greedy = worth.argmax(axis=2).astype(np.int16)
         greedy[:, -1] = np.arange(n_sizes)
-        recorder.evaluate(greedy)
-        found = space.evaluate(greedy)
+        found = recorder.ask(greedy)
         # Accuracy is wanted as long as the limits are met, a small quantity as long as the accuracy is.
         if problem.goal != "accuracy" and problem.min_accuracy is not None:
             cheaper = np.asarray(found.accuracy >= problem.min_accuracy)

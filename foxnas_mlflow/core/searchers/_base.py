@@ -26,7 +26,7 @@ from foxnas_mlflow.core.options import IndexArray, KindArray, decode
 from foxnas_mlflow.core.searchers._exact import fastest
 from foxnas_mlflow.core.searchers._limited import least_loaded
 from foxnas_mlflow.core.searchers._objective import FloatArray
-from foxnas_mlflow.core.searchers._problem import Evaluated, Problem
+from foxnas_mlflow.core.searchers._problem import Problem, Scored
 
 Genes = NDArray[np.int16]
 
@@ -126,7 +126,7 @@ class GeneSpace:
         kinds = stages[:, :, 1::2] * self._n_kernels + stages[:, :, 2::2]
         return np.where(np.arange(self.max_depth) < depth[:, :, None], kinds, -1).astype(np.int16)
 
-    def evaluate(self, genes: Genes) -> Evaluated:
+    def evaluate(self, genes: Genes) -> Scored:
         """What individuals are worth."""
         return self.problem.evaluate(genes[:, -1].astype(np.int64), self.kinds(genes))
 
@@ -168,8 +168,12 @@ class Recorder:
 
     def evaluate(self, genes: Genes) -> FloatArray:
         """Scores of individuals, -inf where a limit is not met, shape (n,)."""
+        return _scores(self.ask(genes))
+
+    def ask(self, genes: Genes) -> Scored:
+        """What individuals are worth; all that is asked about counts."""
         found = self.space.evaluate(genes)
-        scores = np.where(found.meets, found.score, -np.inf)
+        scores = _scores(found)
         if scores.max() > self.best_score:
             # Walk the batch in order, so that the trace says which evaluation improved.
             running = np.maximum.accumulate(np.maximum(scores, self.best_score))
@@ -182,7 +186,7 @@ class Recorder:
             self.best_score, self.best_accuracy = float(scores[top]), float(found.accuracy[top])
             self.best_amounts = found.amounts[top]
         self.evaluations += len(genes)
-        return scores
+        return found
 
     def feasible_start(self, rng: np.random.Generator, genes: Genes) -> tuple[Genes, FloatArray]:
         """Individuals moved towards one that meets the limits, at random, until they meet them too.
@@ -205,6 +209,10 @@ class Recorder:
         stuck = np.isneginf(scores)
         genes[stuck], scores[stuck] = genes[0], scores[0]
         return genes, scores
+
+
+def _scores(found: Scored) -> FloatArray:
+    return np.where(found.meets, found.score, -np.inf)
 
 
 def _refuge(problem: Problem) -> tuple[int, IndexArray]:

@@ -18,7 +18,7 @@ anneals accuracies anneals other goals too."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Scored:
     """What a population is worth.
 
     Attributes:
@@ -94,7 +94,7 @@ class Problem:
         least = "" if self.min_accuracy is None else f", accuracy >= {self.min_accuracy:g}"
         return f"{wanted} under {describe_limits(self.limits)}{least}"
 
-    def evaluate(self, size_index: IndexArray, kinds: KindArray) -> Evaluated:
+    def evaluate(self, size_index: IndexArray, kinds: KindArray) -> Scored:
         """Evaluate a population.
 
         Args:
@@ -115,4 +115,4 @@ class Problem:
         meets: NDArray[np.bool_] = np.asarray((amounts <= self.room).all(axis=1))
         if self.min_accuracy is not None:
             meets &= accuracy >= self.min_accuracy
-        return Evaluated(accuracy if self.goal == "accuracy" else score, accuracy, amounts, meets)
+        return Scored(accuracy if self.goal == "accuracy" else score, accuracy, amounts, meets)
