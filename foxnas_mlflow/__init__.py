@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.errors import TooFewSamplesError as TooFewSamplesError
     from foxnas_mlflow.core.errors import TrainingError as TrainingError
     from foxnas_mlflow.core.errors import UnknownTargetError as UnknownTargetError
+    from foxnas_mlflow.core.errors import WorkerLostError as WorkerLostError
     from foxnas_mlflow.core.measurements import Measurement as Measurement
     from foxnas_mlflow.core.measurements import read_measurements as read_measurements
     from foxnas_mlflow.core.network import Network as Network
@@ -163,6 +164,7 @@ _PUBLIC = {
         "TooFewSamplesError",
         "TrainingError",
         "UnknownTargetError",
+        "WorkerLostError",
     ),
     "foxnas_mlflow.core.measurements": (
         "Measurement",
