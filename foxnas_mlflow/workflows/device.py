@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -92,7 +93,7 @@ def run_device(request: DeviceRequest) -> DeviceResult:
     if not found.ready:
         raise DeviceError(f"{found.connection} cannot measure yet: it lacks {'; '.join(found.missing)}")
     if request.action == "check":
-        return DeviceResult(run_id="", device=found.device, summary=_next(found))
+        return DeviceResult(run_id="", device=found.device, summary=_next(request.device))
     return _calibrate(request, found)
 
 
@@ -246,8 +247,9 @@ def _found(found: DeviceCheck) -> str:
     return "\n".join(lines)
 
 
-def _next(found: DeviceCheck) -> str:
-    return f"Next: foxnas device calibrate --device {found.connection} --target rpi4"
+def _next(device: str) -> str:
+    # With its ?python= and ?key=, quoted: shells look for files at a question mark.
+    return f"Next: foxnas device calibrate --device {shlex.quote(device)} --target rpi4"
 
 
 def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, searchable: bool) -> str:

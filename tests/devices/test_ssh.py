@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -358,3 +359,13 @@ def test_a_sampling_whose_board_goes_away_goes_on_when_it_is_back(
     assert len(rows) == 6
     # A busy machine may leave some latencies out.
     assert {row.latency_source for row in rows if row.latency_ms is not None} == {"measured"}
+
+
+def test_the_next_command_keeps_the_whole_address(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    device = address(server, python=sys.executable)
+    assert "?python=" in device
+    assert main(["device", "check", "--device", device]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Next: "))
+    # Quoted: some shells look for files at a question mark.
+    assert device in shlex.split(line)
+    assert f"'{device}'" in line
