@@ -202,7 +202,8 @@ class EdgeDeploymentClient(BaseDeploymentClient):
             endpoint: Not used by this target.
 
         Returns:
-            ``{"predictions": [{"label", "probability", "probabilities"}, ...]}``.
+            ``{"predictions": [{"label", "probability", "probabilities"}, ...]}``, each with ``rejected`` too where
+            the model knows when an image is none of its classes.
 
         Raises:
             MlflowException: If there is no such deployment, or an image is refused.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError, MissingDependencyError
+from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.data.preprocess import MAX_PIXELS, Preprocessing
 from foxnas_mlflow.data.received import checked_pixels, received_image
 from foxnas_mlflow.deploy.layout import RunnerError, read_json
@@ -58,6 +59,9 @@ class Version:
         self.deployment = read_json(directory / "deployment.json")
         self.preprocessing = Preprocessing.from_dict(self.deployment["preprocessing"])
         self.labels = list(self.deployment["labels"])
+        # A deployment of an earlier release does not reject.
+        found = self.deployment.get("rejection")
+        self.rejection = None if found is None else Rejection.from_dict(found)
         try:
             self.classifier = Classifier(
                 directory / "model.tflite",
@@ -102,7 +106,8 @@ class Version:
             max_pixels: Largest width x height that is decoded.
 
         Returns:
-            A row an image: ``label``, ``probability``, ``probabilities`` in the order of the labels.
+            A row an image: ``label``, ``probability``, ``probabilities`` in the order of the labels; ``rejected``
+            where the model knows when an image is none of them.
         """
         rows = []
         for image in images:
@@ -113,6 +118,8 @@ class Version:
                 "probability": float(probabilities[best]),
                 "probabilities": probabilities.tolist(),
             }
+            if self.rejection is not None:
+                row["rejected"] = bool(self.rejection.rejects(probabilities[None])[0])
             if top_k > 1:
                 # Stable, so that ties come in the order of the labels, as argmax has them.
                 order = np.argsort(-probabilities, kind="stable")[:top_k]

@@ -404,7 +404,7 @@ def image_signature() -> ModelSignature:
 
 def _default_signature(kind: str, model: Any) -> ModelSignature:
     if kind in ("tflite", "edgetpu"):
-        outputs, params = _image_outputs()
+        outputs, params = _image_outputs(rejects=model.rejection is not None)
         # The one declaration that lets tables and arrays of every type through to the model's own checks.
         return ModelSignature(
             inputs=Schema([TensorSpec(np.dtype("O"), (-1,), "image")]), outputs=outputs, params=params
@@ -427,11 +427,12 @@ def _default_signature(kind: str, model: Any) -> ModelSignature:
     )
 
 
-def _image_outputs() -> tuple[Schema, ParamSchema]:
+def _image_outputs(*, rejects: bool = False) -> tuple[Schema, ParamSchema]:
     outputs: list[ColSpec | TensorSpec] = [
         ColSpec(DataType.string, "label"),
         ColSpec(DataType.double, "probability"),
         ColSpec(Array(DataType.double), "probabilities"),
+        *([ColSpec(DataType.boolean, "rejected")] if rejects else []),
     ]
     params = [ParamSpec("top_k", DataType.long, 1), ParamSpec("threads", DataType.long, 0)]
     return Schema(outputs), ParamSchema(params)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, import_or_raise
+from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor._files import Manifest
 
@@ -99,6 +100,11 @@ class TfliteModel:
     weights: Literal["trained", "random"] = "trained"
     fallback: Path | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rejection(self) -> Rejection | None:
+        """When an image is none of the classes, where the details say so (``details["rejection"]``)."""
+        return _optional(Rejection.from_dict, self.details.get("rejection"))  # type: ignore[no-any-return]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))

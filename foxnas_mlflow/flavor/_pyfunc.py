@@ -162,7 +162,7 @@ class TflitePyfunc:
             raise InvalidInputError(
                 f"model_config has only the keys {sorted(default_model_config('tflite'))}", received=f"also {unknown}"
             )
-        self._model = model
+        self._model, self._rejection = model, model.rejection
         self._delegate = str(options["delegate"])
         self._max_pixels = int(options["max_pixels"])
         self._threads = int(options["threads"])
@@ -195,7 +195,7 @@ class TflitePyfunc:
 
         Returns:
             One row an image: ``label``, ``probability``, and ``probabilities`` of all classes in
-            the order of the model's labels.
+            the order of the model's labels; ``rejected`` where the model knows when an image is none of them.
         """
         values = dict(params or {})
         top_k = _integer("top_k", values.get("top_k", 1), 1, len(self._model.labels))
@@ -238,6 +238,8 @@ class TflitePyfunc:
             "probability": probabilities[np.arange(len(best)), best].astype(float),
             "probabilities": probabilities.tolist(),
         }
+        if self._rejection is not None:
+            columns["rejected"] = self._rejection.rejects(probabilities).tolist() if rows else []
         if top_k > 1:
             # Stable, so that ties come in the order of the labels, as argmax has them.
             order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]

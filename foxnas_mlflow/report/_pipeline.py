@@ -235,12 +235,27 @@ def _quantization(metrics: Mapping[str, float]) -> str:
         ("float top-1", f"{metrics['accuracy/float_top1']:.2f} %"),
         ("int8 top-1", f"{metrics['accuracy/int8_top1']:.2f} %"),
         *_by_class(metrics),
+        *_rejection(metrics),
         ("drop", f"{metrics['accuracy/quantization_drop']:.2f} points"),
         ("file", f"{metrics['model/size_bytes'] / 1024:,.1f} KiB"),
         ("parameters", f"{metrics['model/params']:,.0f}"),
         ("multiply-accumulates", f"{metrics['model/macs']:,.0f}"),
     ]
     return table(("int8 file", ""), rows)
+
+
+def _rejection(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """When the file answers none of its classes; none of runs of earlier releases."""
+    if "rejection/threshold" not in metrics:
+        return []
+    threshold, n = metrics["rejection/threshold"], metrics["rejection/n_negatives"]
+    if not n:
+        return [("none of these", "nothing is rejected: no image was answered wrongly")]
+    return [
+        ("none of these", f"below {threshold:.3f} confidence, temperature {metrics['rejection/temperature']:.2f}"),
+        ("of right answers pass", f"{100 * metrics['rejection/accepted']:.1f} %"),
+        ("of what should be rejected pass", f"{100 * metrics['rejection/false_accept']:.1f} % of {n:.0f}"),
+    ]
 
 
 def _by_class(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from typing import Any
 from foxnas_mlflow.core.classification import balanced_percent, class_table, majority_percent
 from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.network import Network
+from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, log_model
@@ -34,6 +35,7 @@ class Quantized:
         labels: Class names in output order.
         conversion: The int8 file.
         loss: What it loses in accuracy.
+        rejection: When the int8 file should answer none of its classes.
         errors: What each operator loses, the worst first.
         provenance: Where subnet and data came from.
     """
@@ -44,6 +46,7 @@ class Quantized:
     labels: tuple[str, ...]
     conversion: Conversion
     loss: QuantizationLoss
+    rejection: Rejection
     errors: tuple[LayerError, ...]
     provenance: Mapping[str, Any]
 
@@ -118,6 +121,7 @@ def log_quantized(
         "accuracy/n_images": loss.n_images,
         "eval/balanced_accuracy_int8": balanced_percent(loss.int8.counts),
         "eval/majority_share": majority_percent(loss.int8.counts),
+        **quantized.rejection.metrics(),
     }
     tags = {
         "weights": "trained",
@@ -141,6 +145,7 @@ def log_quantized(
             "machine": target.machine,
             "provenance": dict(quantized.provenance),
             "operators": dict(conversion.operator_counts),
+            "rejection": quantized.rejection.to_dict(),
         },
     )
     facts = {} if edgetpu is None else edgetpu.readiness.metrics

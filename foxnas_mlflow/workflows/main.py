@@ -93,6 +93,10 @@ class MainRequest(GoalRequest, ExecutorRequest):
         0.95, "Probability in [0.5, 1) that measurements meet all limits together.", at_least=0.5, below=1
     )
     max_accuracy_drop: float = parameter(1.0, "Most points of top-1 that int8 may lose for promotion.", at_least=0)
+    max_false_accept: float = parameter(
+        0.05, "Share of images of none of the classes that may be answered with a class.", above=0, below=1
+    )
+    unknown: str = parameter("", "Folder of images of none of the classes; empty: wrong answers stand for them.")
     stage: str = parameter("Staging", "Stage to promote to; none: do not promote.")
     seed: int = parameter(0, "Seed of everything that is drawn.", at_least=0)
     name: str = parameter("foxnas", "Prefix of the registered models.")
@@ -442,12 +446,14 @@ class _Pipeline:
             target=main.target,
             seed=main.seed,
             compiler_image=main.compiler_image,
+            max_false_accept=main.max_false_accept,
+            unknown=main.unknown,
             name=main.name,
         )
         return self._step(
             "quantize",
             QuantizeResult,
-            _inputs(request),
+            _inputs(request) | {"unknown": _content_of(main.unknown)},
             ("search", "finetune"),
             lambda _: lambda *, tags: run_quantize(request, tags=tags),
         )
@@ -571,13 +577,17 @@ def _inputs(request: Request) -> dict[str, Any]:
     return {key: value for key, value in request.values().items() if key not in _MOVABLE}
 
 
-def _content_of(init: str) -> str:
-    """What names known weights: the digest of a file, else the name that was given."""
+def _content_of(given: str) -> str:
+    """What a parameter stands for: the digest of a file, of a folder's names and sizes, else what was given."""
     import hashlib
     from pathlib import Path
 
-    path = Path(init).expanduser()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else init
+    from foxnas_mlflow.core.files import json_digest
+
+    path = Path(given).expanduser()
+    if given and path.is_dir():
+        return json_digest([[str(p.relative_to(path)), p.stat().st_size] for p in sorted(path.rglob("*"))])
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else given
 
 
 def _rows_to_go_on_from(cut_off: Sequence[str], n_samples: int) -> str:

@@ -12,6 +12,9 @@ from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from foxnas_mlflow.core.network import Network
     from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.data import ImageDataset
@@ -34,6 +37,10 @@ class QuantizeRequest(Request):
     )
     max_val: int = parameter(0, "Evaluate on at most so many validation images, drawn by class; 0: all.", at_least=0)
     input_type: Literal["int8", "uint8"] = parameter("int8", "Type of the network's input.")
+    max_false_accept: float = parameter(
+        0.05, "Share of images of none of the classes that may be answered with a class.", above=0, below=1
+    )
+    unknown: str = parameter("", "Folder of images of none of the classes; empty: wrong answers stand for them.")
     seed: int | None = parameter(
         None, "Seed of the split and of the calibration images; empty: that of the training.", at_least=0
     )
@@ -119,6 +126,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     size = subnet.architecture.image_size
     dataset = load_dataset(source, seed=seed, max_val=request.max_val or None, sizes=(size,))
     preprocessing, labels = _fitting(subnet, network, dataset)
+    unknown = _unknown_images(request.unknown, preprocessing)
 
     given = request.texts() | {"subnet": uri, "data": source, "seed": str(seed)}
     with entry_run(stage="quantize", params=given, target=target.name, space=subnet.space.name, tags=tags) as run:
@@ -128,7 +136,9 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
 
         log_dataset(run, dataset, context="quantization")
         provenance = {"subnet": uri, "run_id": run.run_id, "data": source, "data_digest": dataset.digest, "seed": seed}
-        quantized = _quantize(request, target.runtime, subnet, network, dataset, preprocessing, labels, provenance)
+        quantized = _quantize(
+            request, target.runtime, subnet, network, dataset, preprocessing, labels, unknown, provenance
+        )
         edgetpu = _compile(run, quantized.conversion.data, compiler) if target.runtime == "edgetpu" else None
         logged = log_quantized(run, quantized, target=target, name=request.name, edgetpu=edgetpu)
         return QuantizeResult(
@@ -220,10 +230,12 @@ def _quantize(
     dataset: ImageDataset,
     preprocessing: Preprocessing,
     labels: tuple[str, ...],
+    unknown: NDArray[np.uint8] | None,
     provenance: dict[str, Any],
 ) -> Quantized:
     """Convert the subnet and evaluate the result."""
 
+    from foxnas_mlflow.core.rejection import fit_rejection
     from foxnas_mlflow.data import calibration_images, prepared_batches
     from foxnas_mlflow.tflite import FloatModel, Int8Model, convert, layer_errors, quantization_loss
     from foxnas_mlflow.tracking.quantize import Quantized
@@ -252,9 +264,39 @@ def _quantize(
                 done += len(images)
                 show(done, len(dataset.val), "evaluating")
 
-        loss = quantization_loss(FloatModel(network, weights, normalization), Int8Model(conversion.data), validation())
+        int8 = Int8Model(conversion.data)
+        loss = quantization_loss(FloatModel(network, weights, normalization), int8, validation())
+    rejection = fit_rejection(
+        loss.int8.scores,
+        loss.int8.targets,
+        max_false_accept=request.max_false_accept,
+        unknown=None if unknown is None else int8.logits(unknown),
+    )
     errors = layer_errors(network, weights, conversion.data, representative[:_TABLE_IMAGES])
-    return Quantized(subnet, network, preprocessing, labels, conversion, loss, tuple(errors), provenance)
+    return Quantized(subnet, network, preprocessing, labels, conversion, loss, rejection, tuple(errors), provenance)
+
+
+def _unknown_images(folder: str, preprocessing: Preprocessing) -> NDArray[np.uint8] | None:
+    """The pictures in a folder and in folders inside it, (n, size, size, channels); None where none is given."""
+    if not folder:
+        return None
+    import contextlib
+    from pathlib import Path
+
+    import numpy as np
+
+    root = Path(folder).expanduser()
+    paths = [p for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    read = []
+    for path in paths:
+        with contextlib.suppress(InvalidInputError, OSError):
+            read.append(preprocessing.decode(path.read_bytes()))
+    if not read:
+        raise InvalidInputError(
+            "unknown must be a folder of pictures that are none of the classes",
+            received=f"{folder}: {len(paths)} files, none of which is a picture" if root.is_dir() else folder,
+        )
+    return np.stack(read)
 
 
 def _torch_logits(network: Network, weights: Any, normalization: Normalization, images: Any) -> Any:
@@ -289,6 +331,7 @@ def _summary(
     ]
     worst, useless = (say(loss.int8.counts, quantized.labels) for say in (worst_classes, no_better_than_majority))
     lines += [f"  worst classes        {worst}"] if worst else []
+    lines.append(f"  none of these        {quantized.rejection.describe()}")
     lines += [f"  {useless}"] if useless else []
     if loss.drop_points > MAX_DROP_POINTS:
         lines.append(f"  More than {MAX_DROP_POINTS:g} point; the layers that lose most (all in layer_errors.csv):")

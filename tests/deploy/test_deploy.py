@@ -87,6 +87,11 @@ def test_the_board_answers_as_the_pyfunc_does(versions: tuple[str, str], target:
     for inputs in (pd.DataFrame({"image": images}), {"image": texts}):
         rows = client.predict("camera", inputs)["predictions"]
         assert [row["probabilities"] for row in rows] == expected["probabilities"].tolist()
+        assert [row["rejected"] for row in rows] == expected["rejected"].tolist()
+    grey = np.full((1, SIZE, SIZE, 3), 128, np.uint8)
+    (row,) = client.predict("camera", grey)["predictions"]
+    assert row["rejected"]
+    assert not expected["rejected"].any()
     for inputs in (pixels, pixels / np.float32(255)):
         assert [row["label"] for row in client.predict("camera", inputs)["predictions"]] == list(LABELS)
     # On the board itself, without MLflow.

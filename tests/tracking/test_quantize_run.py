@@ -83,16 +83,24 @@ def register(model: SubnetModel, name: str = "foxnas-subnet-cpu") -> str:
 
 
 def test_a_quantization_logs_what_the_contract_names(
-    tracking: str, subnet: SubnetModel, digits: ImageDataset, capsys: pytest.CaptureFixture[str]
+    tracking: str, subnet: SubnetModel, digits: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import mlflow
+    from PIL import Image
 
     from foxnas_mlflow.tflite import Int8Model, read_tflite
     from foxnas_mlflow.tracking.registry import version_metrics
 
     register(subnet)
     mlflow.MlflowClient().set_registered_model_alias("foxnas-subnet-cpu", "candidate", "1")
-    assert main(["quantize", "--subnet", "models:/foxnas-subnet-cpu@candidate", "--target", "cpu"]) == 0
+    noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    (tmp_path / "unknown" / "inside").mkdir(parents=True)
+    for i, picture in enumerate(noise):
+        Image.fromarray(picture).save(tmp_path / "unknown" / "inside" / f"{i:02}.png")
+    command = ["quantize", "--subnet", "models:/foxnas-subnet-cpu@candidate", "--target", "cpu"]
+    assert main([*command, "--unknown", str(tmp_path / "nothing")]) == 2
+    assert "unknown must be a folder of pictures" in capsys.readouterr().err
+    assert main([*command, "--unknown", str(tmp_path / "unknown"), "--max-false-accept", "0.2"]) == 0
     printed = capsys.readouterr().out
     assert "Next: foxnas benchmark --model models:/foxnas-cpu/1 --target cpu" in printed
 
@@ -146,6 +154,15 @@ def test_a_quantization_logs_what_the_contract_names(
     np.testing.assert_allclose(
         np.stack(served["probabilities"]), exact / exact.sum(axis=1, keepdims=True), rtol=1e-4, atol=1e-6
     )
+
+    rejection = model.rejection
+    assert rejection is not None
+    assert (rejection.negatives, rejection.n_negatives) == ("unknown images", 40)
+    assert figures["rejection/false_accept"] == rejection.false_accept <= 0.2
+    assert f"of 40 unknown images {100 * rejection.false_accept:.1f} % pass" in printed
+    pixels = np.stack([model.preprocessing.decode(p.read_bytes()) for p in (tmp_path / "unknown").rglob("*.png")])
+    rejected = mlflow.pyfunc.load_model("models:/foxnas-cpu/1").predict(pixels)["rejected"]
+    assert 1 - np.mean(rejected) == pytest.approx(rejection.false_accept)
 
     path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="layer_errors.csv")
     with open(path, newline="") as file:
