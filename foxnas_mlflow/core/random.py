@@ -31,6 +31,7 @@ class Stream(enum.IntEnum):
     SEARCHER = 12  # moves of a searcher
     PROBE_WEIGHTS = 13  # weights of a network that is only timed
     SAMPLE_INPUT = 14  # inputs of an answer that two machines compare
+    GLYPHS = 15  # letters, colours and clutter of the drawn data set
 
 
 def stream(seed: int, purpose: Stream, *numbers: int) -> np.random.Generator:

@@ -3,6 +3,7 @@
 | source            | what                                                                         |
 |-------------------|------------------------------------------------------------------------------|
 | ``digits``        | scikit-learn's 1,797 handwritten digits, 8 x 8 grey, embedded                 |
+| ``glyphs``        | 2,880 drawn letters of 18 classes, 32 x 32 in colour: see `_glyphs`           |
 | ``fashion-mnist`` | 70,000 pictures of clothes, 28 x 28 grey, from Debian's dataset-fashion-mnist |
 | a folder          | IDX files; one folder a class; or ``train`` and ``val`` (and ``test``) with   |
 |                   | one folder a class each, under any usual name                                 |
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
 from foxnas_mlflow.data._cache import Pixels, look_through
 from foxnas_mlflow.data._duplicates import duplicate_warnings, listed
+from foxnas_mlflow.data._glyphs import LETTERS, glyphs
 from foxnas_mlflow.data._look import FACTS, LOOKS
 from foxnas_mlflow.data._names import Names, Paths
 from foxnas_mlflow.data._sources import (
@@ -191,6 +193,11 @@ class ImageDataset:
     notes: tuple[str, ...] = ()
 
     @property
+    def drawn(self) -> bool:
+        """Whether the images are drawn with all the variation that they should have: neither mirrored nor varied."""
+        return self.source == "glyphs"
+
+    @property
     def majority_share(self) -> float:
         """Share of the validation images that the most frequent class has: what always answering it would reach."""
         return float(np.bincount(self.val.targets).max() / len(self.val))
@@ -274,7 +281,7 @@ def load_dataset(
     """Read a data set; of files, each is looked at once in its life.
 
     Args:
-        source: ``digits``, ``fashion-mnist``, or the path of a folder.
+        source: ``digits``, ``glyphs``, ``fashion-mnist``, or the path of a folder.
         val_fraction: Share of each class set aside for validation where the source has no split.
         seed: Seed of the split and of the choice below.
         max_train: Use at most so many training images, drawn by class.
@@ -292,6 +299,8 @@ def load_dataset(
     reading = _Reading(val_fraction, seed, tuple(sizes), keep and not limited)
     if source == "digits":
         dataset = _digits(val_fraction, seed)
+    elif source == "glyphs":
+        dataset = _glyphs()
     elif source == "fashion-mnist":
         dataset = _idx(FASHION_MNIST, source, val_fraction, seed)
     else:
@@ -303,7 +312,7 @@ def load_dataset(
             dataset = _idx(path, source, val_fraction, seed) if has_idx else _folder(path, source, reading)
         else:
             raise InvalidInputError(
-                "data must be 'digits', 'fashion-mnist' or the path of a folder or list",
+                "data must be 'digits', 'glyphs', 'fashion-mnist' or the path of a folder or list",
                 received=source if path.is_absolute() or "://" in source else f"{source}, which is not in {Path.cwd()}",
                 remedy="copy the images to this machine first" if "://" in source else None,
             )
@@ -551,6 +560,13 @@ def _normalization(train: ImageSet, channels: int) -> Normalization:
     # A set of flat images has no deviation to divide by.
     std = np.sqrt(np.maximum(square - mean**2, 1e-4))
     return Normalization(tuple(np.round(mean, 6)), tuple(np.round(std, 6)))
+
+
+def _glyphs() -> ImageDataset:
+    images, targets, n_train = glyphs()
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    train, val = (ArrayImages(images[part], targets[part]) for part in (slice(n_train), slice(n_train, None)))
+    return _assemble("glyphs", list(LETTERS), train, val, 3, digest, split=None)
 
 
 def _digits(val_fraction: float, seed: int) -> ImageDataset:

@@ -195,6 +195,7 @@ def _places() -> list[tuple[str, str]]:
     free = shutil.disk_usage(cache if cache.exists() else Path.cwd()).free
     return [
         ("digits", "embedded" if _installed("sklearn") else "need scikit-learn"),
+        ("glyphs", "drawn from Matplotlib's fonts" if _installed("matplotlib") else "need matplotlib"),
         ("fashion-mnist", str(fashion) if fashion.is_dir() else "not there: apt-get install dataset-fashion-mnist"),
         ("cache", f"{cache}: {', '.join(unfinished) or 'empty'}; {free / 2**30:.0f} GiB free"),
     ]

@@ -114,8 +114,8 @@ def _finetuned(
         normalization=dataset.normalization,
         image_size=model.architecture.image_size,
         batch_size=preset.batch_size,
-        flip=dataset.channels == 3,
-        augment=epochs > AUGMENTED_EPOCHS,
+        flip=dataset.channels == 3 and not dataset.drawn,
+        augment=epochs > AUGMENTED_EPOCHS and not dataset.drawn,
         seed=request.seed,
     )
     plain = finetune(

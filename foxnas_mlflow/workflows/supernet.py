@@ -28,7 +28,7 @@ class SupernetRequest(Request):
     """What to train; see `run_supernet`."""
 
     data: str = parameter(
-        "digits", "Images: digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
+        "digits", "Images: digits, glyphs, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
     )
     space: str = parameter("cpu", "Search space: cpu, tpu, proxyless or the path of a YAML.")
     preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Size of images and schedule.")
@@ -268,7 +268,7 @@ def _begin(
         normalization=data.normalization,
         image_size=max(space.image_sizes),
         batch_size=request.batch_size or preset.batch_size,
-        flip=data.channels == 3 if request.flip == "auto" else request.flip == "yes",
+        flip=data.channels == 3 and not data.drawn if request.flip == "auto" else request.flip == "yes",
         seed=request.seed,
         workers=max(n_processors() // worker.world_size - 1, 0),
         rank=worker.rank,
@@ -301,7 +301,7 @@ def _begin(
                 if read.sha256:
                     logger.info("Its file has %s bytes and the SHA-256 %s.", f"{read.size_bytes:,}", read.sha256)
         state = TrainingState(supernet, config)
-    batches.augment = _augmented(request, state.config.epochs)
+    batches.augment = _augmented(request, state.config.epochs, data)
     origin = {
         "data": data.digest,
         "n_train": len(data.train),
@@ -389,10 +389,10 @@ def _teacher(request: SupernetRequest, dataset: ImageDataset, worker: Worker) ->
     return teacher
 
 
-def _augmented(request: SupernetRequest, epochs: int) -> bool:
+def _augmented(request: SupernetRequest, epochs: int, data: ImageDataset) -> bool:
     from foxnas_mlflow.supernet import AUGMENTED_EPOCHS
 
-    return epochs > AUGMENTED_EPOCHS if request.augment == "auto" else request.augment == "yes"
+    return epochs > AUGMENTED_EPOCHS and not data.drawn if request.augment == "auto" else request.augment == "yes"
 
 
 def _accuracies(
