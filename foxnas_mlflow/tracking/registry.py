@@ -132,7 +132,7 @@ def check_rights(run: EntryRun, names: Mapping[str, str]) -> None:
         try:
             if not _is_registered(client, name):
                 _create(client, name, kind)
-            client.set_registered_model_tag(name, "foxnas.last_run", run.run_id)
+            _mark(client, name, run.run_id)
         except MlflowException as error:
             if not lacks_right(error):
                 raise
@@ -151,6 +151,16 @@ def _is_registered(client: MlflowClient, name: str) -> bool:
             raise
         return False
     return True
+
+
+def _mark(client: MlflowClient, name: str, run_id: str) -> None:
+    try:
+        client.set_registered_model_tag(name, "foxnas.last_run", run_id)
+    except MlflowException as error:
+        if lacks_right(error):
+            raise
+        # Of several that set a new tag at once, a SQL store refuses all but one; what is there can be set by all.
+        client.set_registered_model_tag(name, "foxnas.last_run", run_id)
 
 
 def _create(client: MlflowClient, name: str, kind: str) -> None:

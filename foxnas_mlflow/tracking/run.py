@@ -179,7 +179,7 @@ def entry_run(
         _check_system_metrics()
     # A run that `mlflow run` made has its name already.
     named = nested or "MLFLOW_RUN_ID" not in os.environ
-    active = mlflow.start_run(run_name=_run_name(stage, target) if named else None, nested=nested, tags=values)
+    active = _started(_run_name(stage, target) if named else None, nested, values)
     if not nested:
         best_effort(end_dead_runs)(active.info.experiment_id)
     status = "FINISHED"
@@ -198,6 +198,16 @@ def entry_run(
         raise
     finally:
         mlflow.end_run(status)
+
+
+def _started(name: str | None, nested: bool, tags: Mapping[str, str]) -> mlflow.ActiveRun:
+    """MLflow's own start of a run, in an experiment that others may make at the same moment."""
+    try:
+        return mlflow.start_run(run_name=name, nested=nested, tags=dict(tags))
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return mlflow.start_run(run_name=name, nested=nested, tags=dict(tags))
 
 
 def end_dead_runs(experiment_id: str) -> list[str]:
