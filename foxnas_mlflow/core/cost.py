@@ -32,6 +32,10 @@ COST_TERMS: tuple[str, ...] = ("pw", "dw", "dw_in", "act", "se", "se_fc", "res")
 | `res`   | elements of residual adds                                                        |
 """
 
+LAUNCH_TERMS: tuple[str, ...] = ("layers", "gates")
+"""Names of the terms of what is started, whatever its size: convolutions, classifiers and residual adds; and
+squeeze-excite gates, which are several small layers."""
+
 FAST_TAPS = 25
 """Most taps of a depthwise kernel that XNNPACK, which today's LiteRT runs on, has a kernel for."""
 
@@ -156,6 +160,14 @@ def cost_terms(layers: Iterable[Layer]) -> FloatArray:
     rows = [layer_terms(layer) for layer in layers]
     total: FloatArray = np.asarray(rows, dtype=np.float64).reshape(-1, len(COST_TERMS)).sum(axis=0)
     return total
+
+
+def launch_terms(layers: Iterable[Layer]) -> FloatArray:
+    """Numbers of layers and of gates: an array of shape (len(LAUNCH_TERMS),)."""
+    ops = [layer.op for layer in layers]
+    return np.array(
+        [sum(op in ("conv", "depthwise", "linear", "add") for op in ops), ops.count("se")], dtype=np.float64
+    )
 
 
 def wide_depthwise_macs(layers: Iterable[Layer]) -> float:

@@ -42,6 +42,8 @@ _TERM_NAMES = {
     "se": "squeeze-excite gates: scaling",
     "se_fc": "squeeze-excite gates: inner layers",
     "res": "residual adds",
+    "layers": "starts of layers",
+    "gates": "starts of squeeze-excite gates",
     "const": "fixed overhead",
 }
 _SIZE_COLOURS = ("#1f5fa8", "#2a9d8f", "#7b5ea7", "#c77d1a", "#8a8f98")

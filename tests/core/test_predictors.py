@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from foxnas_mlflow.core.architecture import Architecture
@@ -67,8 +68,6 @@ def _synthetic(n: int, seed: int = 0) -> list[Measurement]:
 
 
 def test_the_authors_table_is_parsed_to_its_own_derived_columns(shared_data: Path, rows: list[Measurement]) -> None:
-    import pandas as pd
-
     frame = pd.read_csv(shared_data / "foxnas_rpi4_cpu256.csv")
     for j, width in enumerate((24, 40, 80, 112, 160)):
         rest = [m.architecture.stages[j].blocks[1:] for m in rows]
@@ -462,3 +461,56 @@ def test_kernels_without_a_fast_implementation_have_a_price_of_their_own() -> No
     assert found[1] < 0.05
     # No such kernel, no such column.
     assert widest_formula("calibrated", "latency_ms", CPU_SPACE.replace(kernels=(3, 5)), 1) is plain
+
+
+OFA_SPACE = CPU_SPACE.replace(name="ofa", expansions=(3, 4, 6), image_sizes=tuple(range(128, 225, 4)))
+
+
+def _v100(path: Path, batch: int) -> list[Measurement]:
+    """Networks of once-for-all's space that others measured on a V100."""
+    rows = []
+    for row in pd.read_csv(path).to_dict("records"):
+        depths, kernels, expansions = (
+            list(map(int, row[name].split())) for name in ("depths", "kernels", "expansions")
+        )
+        blocks = iter(zip(expansions, kernels, strict=True))
+        architecture = OFA_SPACE.architecture(row["image_size"], [[next(blocks) for _ in range(d)] for d in depths])
+        rows.append(Measurement(architecture, None, row[f"v100_batch{batch}_ms"], "measured"))
+    return rows
+
+
+@pytest.mark.parametrize(("batch", "most", "rank"), [(1, 5.0, 0.88), (64, 1.5, 0.995)])
+def test_starts_of_layers_explain_a_gpu_from_few_rows(shared_data: Path, batch: int, most: float, rank: float) -> None:
+    rows = _v100(shared_data / "ofa_mbv3_v100_latency.csv", batch)
+    errors, ranks = [], []
+    for draw in range(3):
+        order = np.random.default_rng(draw).permutation(len(rows))
+        (report,) = fit_family("calibrated", "latency_ms", [rows[i] for i in order[:20]], OFA_SPACE)
+        test = [rows[i] for i in order[20:]]
+        observed = pd.Series([m.latency_ms for m in test])
+        predicted = pd.Series(report.predictor.predict([m.architecture for m in test]))
+        errors.append(100 * (predicted / observed - 1).abs().mean())
+        ranks.append(predicted.corr(observed, method="spearman"))
+    assert np.median(errors) <= most
+    assert np.median(ranks) >= rank
+
+
+def test_starts_are_priced_where_a_device_waits_for_them_and_not_elsewhere() -> None:
+    rng = np.random.default_rng(0)
+    networks = CPU_SPACE.sample(rng, n=30, image_size=224)
+    starts = get_formula("launches", "latency_ms").design(CPU_SPACE, networks)
+    # 0.2 ms a layer, 0.5 ms a gate, 1 ms in all, and a little noise.
+    ms = starts @ [0.2, 0.5, 1.0] * rng.normal(1, 0.001, len(networks))
+    (report,) = fit_family(
+        "calibrated",
+        "latency_ms",
+        [Measurement(a, None, float(y)) for a, y in zip(networks, ms, strict=True)],
+        CPU_SPACE,
+    )
+    predictor = report.predictor
+    assert predictor.recipe.launches
+    prices = dict(zip(predictor.columns, predictor.coefficients, strict=True))
+    assert prices["layers"] == pytest.approx(0.2, rel=0.1)
+    assert prices["gates"] == pytest.approx(0.5, rel=0.1)
+    (report,) = fit_family("calibrated", "latency_ms", _synthetic(30), CPU_SPACE)
+    assert report.predictor.formula == "calibrated-wide"

@@ -27,8 +27,11 @@ from foxnas_mlflow.core.predictors._linear import LinearPredictor, PredictorSet
 from foxnas_mlflow.core.random import Stream, stream
 from foxnas_mlflow.core.space import SearchSpace
 
-SPARE_ROWS = 5
-"""Rows beyond the number of coefficients that a fit needs: with fewer, s is noise."""
+SPARE_ROWS = Formula.spare_rows
+"""Rows beyond the number of coefficients that most formulas need."""
+
+LAUNCH_GAIN = 0.1
+"""Share of the cross-validated error that prices of starts must take off to be taken: less is chance."""
 
 CV_FOLDS, CV_REPEATS = 10, 5
 
@@ -227,7 +230,8 @@ def fit_family(
 ) -> list[FitReport]:
     """A family's formula with the least cross-validated error, fitted to the rows.
 
-    Of cost models the one with most terms that the rows allow is taken: a price that is none comes out as 0.
+    Of cost models of amounts the one with most terms that the rows allow is taken: a price that is none comes out
+    as 0. Those that count starts of layers must be better by `LAUNCH_GAIN`.
 
     Args:
         family: A key of `FAMILIES`.
@@ -247,8 +251,8 @@ def fit_family(
     too_few: TooFewSamplesError | None = None
     n_sizes = len({row.architecture.image_size for row in rows})
     for recipe in applicable_formulas(family, quantity, space, n_sizes):
-        if fitted and recipe.non_negative:
-            break
+        if recipe.non_negative and bool(fitted) != recipe.launches:
+            continue
         try:
             fitted.append(
                 [fit_formula(recipe, group, space, quantity=quantity, **options) for group in _groups(recipe, rows)]
@@ -262,7 +266,7 @@ def fit_family(
                 raise
     if too_few is not None and not fitted:
         raise too_few
-    return min(fitted, key=_cv_rmse)
+    return min(fitted, key=lambda reports: _cv_rmse(reports) / (1 - LAUNCH_GAIN * reports[0].predictor.recipe.launches))
 
 
 def _cv_rmse(reports: Sequence[FitReport]) -> float:
@@ -286,7 +290,7 @@ def fit_formula(
     ceiling: float | None = None,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
-    spare_rows: int = SPARE_ROWS,
+    spare_rows: int | None = None,
 ) -> FitReport:
     """Fit one formula to one quantity.
 
@@ -298,7 +302,7 @@ def fit_formula(
         ceiling: As `fit_predictors`.
         seed: Seed of the cross-validation folds.
         provenance: What to record of the rows' origin.
-        spare_rows: Rows beyond the number of coefficients that are needed.
+        spare_rows: Rows beyond the number of coefficients that are needed; None: the formula's.
 
     Raises:
         TooFewSamplesError, RankDeficientError, FitError: As `fit_predictors`.
@@ -309,6 +313,7 @@ def fit_formula(
     kept = _usable_columns(formula, all_x, space, all_columns)
     x, columns = all_x[:, kept], tuple(all_columns[i] for i in kept)
     p = len(kept)
+    spare_rows = formula.spare_rows if spare_rows is None else spare_rows
     if len(y) < p + spare_rows:
         raise TooFewSamplesError(
             f"the {formula.name} formula of {quantity} needs at least {p + spare_rows} rows "
@@ -578,6 +583,8 @@ def _vif(x: FloatArray) -> FloatArray:
     The figures of statsmodels' `variance_inflation_factor`, which fits a regression a column, by one inversion.
     """
     varying = x[:, :-1]
+    if not varying.shape[1]:
+        return np.array([np.nan])
     inverse = np.linalg.pinv(np.corrcoef(varying, rowvar=False).reshape(varying.shape[1], -1))
     return np.append(np.diag(inverse), np.nan)
 
