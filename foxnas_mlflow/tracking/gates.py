@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 LATENCY = "benchmark/latency_ms_p90"
 VALID = "benchmark/valid"
+THROTTLED = "benchmark/throttled"
 ACCURACY = "accuracy/int8_top1"
 DROP = "accuracy/quantization_drop"
 
@@ -194,6 +195,8 @@ def _valid(candidate: Candidate) -> Verdict:
     if valid is None:
         return Verdict("valid", False, "no benchmark: run foxnas benchmark on this version")
     text = "the benchmark is valid" if valid == 1 else "the benchmark is not valid: its benchmark.json tells why"
+    if valid == 1 and candidate.benchmark is not None and THROTTLED not in candidate.benchmark.figures:
+        text += "; whether its machine was throttled is unknown"
     return Verdict("valid", valid == 1, text, valid, 1)
 
 

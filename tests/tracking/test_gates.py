@@ -10,7 +10,7 @@ import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.targets import BUILTIN_TARGETS
-from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, VALID, Candidate, Measured, judge, passed
+from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, THROTTLED, VALID, Candidate, Measured, judge, passed
 from foxnas_mlflow.tracking.history import Entry, former_versions, held_on, next_moment, read_history
 
 FIGURES = {LATENCY: 40.0, VALID: 1.0, ACCURACY: 75.0, DROP: 0.4}
@@ -54,6 +54,14 @@ def test_a_good_version_passes_at_the_limits() -> None:
     assert failed(changed({LATENCY: 999.0}), max_latency_ms=0) == {}
     assert failed(changed({DROP: -0.2})) == {}  # int8 can be better by chance
     assert passed(judge(changed(tags={}), None, max_latency_ms=60, max_accuracy_drop=1))
+
+
+@pytest.mark.parametrize(("throttled", "told"), [({}, True), ({THROTTLED: 0.0}, False)])
+def test_throttling_that_nobody_saw_is_unknown(throttled: dict[str, float], told: bool) -> None:
+    candidate = changed(benchmarks=(measured(figures={LATENCY: 40.0, VALID: 1.0, **throttled}),))
+    (verdict,) = (v for v in judge(candidate, None, max_latency_ms=60, max_accuracy_drop=1) if v.gate == "valid")
+    assert verdict.passed
+    assert ("throttled is unknown" in verdict.text) == told
 
 
 @pytest.mark.parametrize(
