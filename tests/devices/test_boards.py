@@ -112,8 +112,9 @@ def test_boards_share_the_work_and_one_that_dies_is_set_aside(
         assert {row.device.rpartition(" at ")[2] for row in rows} <= {dead, living}
         assert rows[-1].device.endswith(f" at {living}")
         # It may have been asked once only since then.
-        timed(NETWORKS[0])
-        timed(NETWORKS[0])
+        for architecture in NETWORKS:
+            if not timer.aside:
+                timed(architecture)
         assert list(timer.aside) == [address(servers[0])]
         assert f"{dead} is set aside, the other boards go on" in caplog.text
 
@@ -227,7 +228,7 @@ def test_a_sampling_on_two_boards_of_which_one_dies(
     monkeypatch.setattr("foxnas_mlflow.core.sampling._TIMING_ROUNDS", 1)
     register_mini_supernet()
     devices = ",".join(map(address, servers))
-    command = ["sample", "--n-samples", "4", "--image-size", "8", "--target", "cpu", "--device", devices]
+    command = ["sample", "--n-samples", "6", "--image-size", "8", "--target", "cpu", "--device", devices]
 
     def cut() -> None:
         deadline = time.monotonic() + 120
@@ -251,5 +252,5 @@ def test_a_sampling_on_two_boards_of_which_one_dies(
         assert f"set aside   {dead}" in said.out
     path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/measurements.csv", dst_path=str(tmp_path))
     rows = read_measurements(path)
-    assert len(rows) == 4
-    assert len({row.architecture for row in rows}) == 4
+    assert len(rows) == 6
+    assert len({row.architecture for row in rows}) == 6
