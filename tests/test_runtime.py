@@ -53,13 +53,14 @@ def test_one_module_opens_interpreters() -> None:
 
 
 def test_one_module_counts_right_answers() -> None:
+    """A threshold of rejection is chosen by which answers are right, in the core, which knows no images."""
     package = ROOT / "foxnas_mlflow"
     counters = set()
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare) and any("argmax" in ast.dump(part) for part in ast.walk(node)):
                 counters.add(path.relative_to(package).as_posix())
-    assert counters == {"data/_answers.py"}
+    assert counters == {"data/_answers.py", "core/rejection.py"}
 
 
 def test_serving_loads_neither_tensorflow_nor_torch(probe: Path) -> None:
