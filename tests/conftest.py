@@ -49,7 +49,7 @@ GROUPS = {
         "tracking/test_stack",
         "tracking/test_rights",
         "tracking/test_shared_server",
-        "deploy/test_deploy",
+        "deploy/",
     ),
     # What a module makes once: a board, a trained subnet, a converted network.
     "board": ("devices/test_virtual_pi",),
@@ -101,6 +101,16 @@ def shared_data() -> Path:
     if not (path / "foxnas_rpi4_cpu256.csv").is_file():
         pytest.skip(f"the published measurements are not at {path}; set FOXNAS_SHARED_DATA")
     return path
+
+
+@pytest.fixture(autouse=True)
+def mlflow_environment() -> Iterator[None]:
+    """MLflow keeps the stores that it is told in the environment, where the next test's processes would find them."""
+    before = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+    yield
+    for key in [key for key in os.environ if key.startswith("MLFLOW_")]:
+        del os.environ[key]
+    os.environ.update(before)
 
 
 @pytest.fixture

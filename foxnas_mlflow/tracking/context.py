@@ -14,8 +14,6 @@ from importlib import metadata
 
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
-from foxnas_mlflow.core.processors import n_processors
-
 _LIBRARIES = ("ai-edge-litert", "mlflow", "numpy", "pillow", "statsmodels", "tensorflow", "tflite-runtime", "torch")
 _AT_WORK = ("foxnas_mlflow.cli", "foxnas_mlflow.core", "foxnas_mlflow.flavor")
 
@@ -39,6 +37,9 @@ class FoxnasRunContext(RunContextProvider):
 
 @functools.cache
 def _tags() -> dict[str, str]:
+    # Here, since a package of ours that is imported tells that it is at work.
+    from foxnas_mlflow.core.processors import n_processors
+
     # The name of the machine is left out: tracking servers are shared.
     tags = {
         "foxnas.host.cpu": _cpu_name(),

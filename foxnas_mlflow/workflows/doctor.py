@@ -133,7 +133,8 @@ def _ask(uri: str, timeout_s: float) -> str:
     start = time.monotonic()
     try:
         # The scheme was checked: http or https.
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=timeout_s) as response:  # noqa: S310
+        question = urllib.request.Request(f"{uri.rstrip('/')}/version", headers=_login())  # noqa: S310
+        with urllib.request.urlopen(question, timeout=timeout_s) as response:  # noqa: S310
             version = response.read(100).decode(errors="replace").strip()
     except urllib.error.HTTPError as error:
         return f"answers with status {error.code}: check the address and MLFLOW_TRACKING_USERNAME or _TOKEN"
@@ -143,23 +144,26 @@ def _ask(uri: str, timeout_s: float) -> str:
     return f"MLflow {version} answers in {seconds:.2f} s{_models(uri, timeout_s)}"
 
 
-def _models(uri: str, timeout_s: float) -> str:
-    """What keeps a tracking server from storing models, or nothing."""
+def _login() -> dict[str, str]:
+    """The header that says who asks, as MLflow's client does."""
     import base64
     import os
+
+    user, password, token = (os.environ.get(f"MLFLOW_TRACKING_{n}", "") for n in ("USERNAME", "PASSWORD", "TOKEN"))
+    if user and password:
+        return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _models(uri: str, timeout_s: float) -> str:
+    """What keeps a tracking server from storing models, or nothing."""
     import urllib.error
     import urllib.request
 
-    headers = {"Content-Type": "application/json"}
-    user, password, token = (os.environ.get(f"MLFLOW_TRACKING_{n}", "") for n in ("USERNAME", "PASSWORD", "TOKEN"))
-    if user and password:
-        headers["Authorization"] = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
-    elif token:
-        headers["Authorization"] = f"Bearer {token}"
     question = urllib.request.Request(  # noqa: S310
         f"{uri.rstrip('/')}/api/2.0/mlflow/logged-models/search",
         data=b'{"experiment_ids": ["0"], "max_results": 1}',
-        headers=headers,
+        headers={"Content-Type": "application/json", **_login()},
     )
     try:
         urllib.request.urlopen(question, timeout=timeout_s).close()  # noqa: S310

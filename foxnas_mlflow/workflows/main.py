@@ -155,6 +155,7 @@ def run_main(request: MainRequest) -> MainResult:
     """
     import dataclasses
 
+    from foxnas_mlflow.core.predictors import reference_latency
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.data import load_dataset
@@ -174,6 +175,8 @@ def run_main(request: MainRequest) -> MainResult:
     space = get_space(request.space or target.space)
     with open_executor(request):
         pass
+    if not device:
+        reference_latency(target, space)  # refuses a target without a cost model
     machine = _machine(device, target, space, request.compiler_image)
     dataset = load_dataset(
         request.data,

@@ -355,7 +355,11 @@ def test_a_sampling_whose_board_goes_away_goes_on_when_it_is_back(
         f"runs:/{finished.info.run_id}/measurements.csv", dst_path=str(tmp_path / "final")
     )
     rows = read_measurements(final)
-    assert rows[: len(kept)] == kept
+    # What is there is not evaluated or measured again; a latency that was disturbed is made up for.
+    assert [(row.architecture, row.accuracy) for row in rows[: len(kept)]] == [
+        (row.architecture, row.accuracy) for row in kept
+    ]
+    assert all(new == old for new, old in zip(rows, kept, strict=False) if old.latency_ms is not None)
     assert len(rows) == 6
     # A busy machine may leave some latencies out.
     assert {row.latency_source for row in rows if row.latency_ms is not None} == {"measured"}

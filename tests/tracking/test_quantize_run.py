@@ -254,7 +254,7 @@ def test_bad_input(tracking: str, subnet: SubnetModel, tmp_path: Path, capsys: p
         (["--subnet", good, "--target", "gpu"], "runtime must be litert or edgetpu"),
         (["--subnet", good, "--calibration-images", "3"], "calibration_images must be at least 8"),
         (["--subnet", good, "--input-type", "float"], "input_type must be one of"),
-        (["--subnet", good, "--name", "a/b"], "name is not empty and has no"),
+        (["--subnet", good, "--name", "a/b"], "name is not empty, has no '/'"),
     ):
         assert main(["quantize", *argv]) == 2, argv
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]

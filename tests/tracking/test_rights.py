@@ -150,12 +150,12 @@ def test_rights_are_asked_for_before_training(
     client = mlflow.MlflowClient()
     with monkeypatch.context() as patch:
         log_in(patch, ADMIN)
-        client.create_registered_model("theirs-cpu")
+        client.create_registered_model("theirs-rpi4")
     capsys.readouterr()
-    assert main(["main", "--name", "theirs", "--target", "cpu", "--device", "none"]) == 2
+    assert main(["main", "--name", "theirs", "--target", "rpi4", "--device", "none"]) == 2
     line = one_line(capsys)
     assert "registering a model needs the right to change the registered model of its name" in line
-    assert "received theirs-cpu: " in line
+    assert "received theirs-rpi4: " in line
     assert "HTTP 403: Permission denied; nothing was done; ask for that right" in line
     assert {run.data.tags["foxnas.stage"] for run in runs_of_the_reader()} >= {"main"}
     assert "supernet" not in {run.data.tags["foxnas.stage"] for run in runs_of_the_reader()}

@@ -155,7 +155,7 @@ def test_no_password_is_written(done: Done) -> None:
     assert "Traceback" in debugged.stderr
     told = done.foxnas("doctor")
     assert told.returncode == 0
-    assert "answers in" in told.stdout
+    assert "answers in" in told.stdout, told.stdout
     for result in (failed, debugged, told):
         for word in (ADMIN[1], quote(ADMIN[1]), secret):
             assert word not in result.stdout + result.stderr
