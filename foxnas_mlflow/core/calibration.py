@@ -29,9 +29,6 @@ SPARE_PROBES = 2
 N_DRAWN = 2
 """Random networks among the probes."""
 
-N_CHECKS = 20
-"""Random networks that bounds are held against: 20 bear out a confidence of up to 20 / 21."""
-
 
 def choose_probes(
     space: SearchSpace,
@@ -146,9 +143,10 @@ def _held_against(
         fitted = fit_formula(latency.recipe, others, latency.space, spare_rows=SPARE_PROBES).predictor
         network, observed = [row.architecture], float(row.latency_ms or 0.0)
         predicted, sd = float(fitted.predict(network)[0]), float(fitted.prediction_sd(network)[0])
+        score = (observed - predicted) / sd
         shares.append(predicted / observed - 1)
-        scores.append((observed - predicted) / sd)
-        kept.append(observed <= float(fitted.upper_bound(network, 0.95)[0]))
+        scores.append(score)
+        kept.append(score <= fitted.t_quantile(0.95))
     checked = {
         "outside_mape": 100 * float(np.mean(np.abs(shares))),
         "outside_bias": 100 * float(np.mean(shares)),

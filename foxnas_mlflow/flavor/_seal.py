@@ -25,7 +25,7 @@ from foxnas_mlflow.flavor._files import Manifest
 SEAL = "foxnas.manifest_sha256"
 """Parameter of a logged model: SHA-256 of its ``data/foxnas.json``."""
 
-_REGISTRATION = "registered_model_meta"
+REGISTRATION = "registered_model_meta"
 """File that MLflow's client writes beside a registered version that it has downloaded."""
 
 _ABSENT = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "ENDPOINT_NOT_FOUND")
@@ -120,7 +120,7 @@ def _of_uri(uri: str) -> str | None:
 
 
 def _of_registration(model: Path) -> str | None:
-    registration = model / _REGISTRATION
+    registration = model / REGISTRATION
     if not registration.is_file():
         return None
     try:

@@ -15,12 +15,10 @@ from typing import Any
 from mlflow import MlflowClient
 
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, import_or_raise
+from foxnas_mlflow.flavor._seal import REGISTRATION
 
 SIGNATURE = "foxnas.signature"
 """Tag of a logged model: the signature, a Sigstore bundle in JSON."""
-
-_NOTES_OF_CLIENTS = ("registered_model_meta",)
-"""Files that MLflow's client writes beside a model that it has downloaded."""
 
 
 def sign(model: Path, private_key: Path) -> str:
@@ -89,7 +87,7 @@ def _module(name: str) -> Any:
 
 def _hashing(model: Path) -> Any:
     config = _module("hashing").Config()
-    return config.set_ignored_paths(paths=[model / name for name in _NOTES_OF_CLIENTS], ignore_git_paths=False)
+    return config.set_ignored_paths(paths=[model / REGISTRATION], ignore_git_paths=False)
 
 
 def _with_key(configure: Callable[[], Any], key: Path) -> Any:
