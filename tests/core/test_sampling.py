@@ -73,11 +73,10 @@ def test_the_last_row_of_a_subnet_counts(tmp_path: Path) -> None:
 
 
 def test_a_sampling_asks_for_as_many_latencies_as_the_fit() -> None:
-    from foxnas_mlflow.core.predictors import get_formula
-    from foxnas_mlflow.core.predictors._fit import SPARE_ROWS
+    from foxnas_mlflow.core.predictors import Formula, get_formula
     from foxnas_mlflow.workflows.sample import MIN_LATENCIES
 
-    assert len(get_formula("calibrated", "latency_ms").columns(CPU_SPACE)) + SPARE_ROWS == MIN_LATENCIES
+    assert len(get_formula("calibrated", "latency_ms").columns(CPU_SPACE)) + Formula.spare_rows == MIN_LATENCIES
 
 
 def test_an_emulated_board_is_named_so_once() -> None:

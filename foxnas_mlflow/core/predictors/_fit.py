@@ -27,9 +27,6 @@ from foxnas_mlflow.core.predictors._linear import LinearPredictor, PredictorSet
 from foxnas_mlflow.core.random import Stream, stream
 from foxnas_mlflow.core.space import SearchSpace
 
-SPARE_ROWS = Formula.spare_rows
-"""Rows beyond the number of coefficients that most formulas need."""
-
 LAUNCH_GAIN = 0.1
 """Share of the cross-validated error that prices of starts must take off to be taken: less is chance."""
 
