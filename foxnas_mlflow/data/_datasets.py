@@ -16,9 +16,10 @@ import dataclasses
 import gzip
 import hashlib
 import itertools
+import logging
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,8 @@ from foxnas_mlflow.data._sources import (
 from foxnas_mlflow.data.preprocess import MAX_PIXELS, WHITE, Normalization, Preprocessing, decode_image, decode_picture
 
 ImageArray = NDArray[np.uint8]
+
+logger = logging.getLogger("foxnas_mlflow")
 
 MAX_UNREADABLE = 0.05
 """Share of a folder's images that may be unreadable; they are left out and named."""
@@ -119,6 +122,7 @@ class FileImages:
         facts: What is known of each name of the paths: `FACTS` while it is loaded, then `LOOKS`.
         pixels: Decoded pixels by size, where they are kept.
         groups: Group of each name of the paths, which a split keeps together; None: each is its own.
+        broken: Files that could not be read any more when they were asked for, of all parts of the data set.
         channels: 3 for colour, 1 for grey.
         max_pixels: Largest width x height that is decoded.
     """
@@ -128,6 +132,7 @@ class FileImages:
     facts: NDArray[Any]
     pixels: Mapping[int, Pixels] = field(default_factory=dict)
     groups: NDArray[np.int64] | None = None
+    broken: set[str] = field(default_factory=set)
     channels: int = 3
     max_pixels: int = MAX_PIXELS
 
@@ -156,6 +161,13 @@ class FileImages:
         kept = self.pixels.get(size)
         row = -1 if kept is None else int(kept.rows[self.paths.rows[i]])
         return None if kept is None or row < 0 else kept.array[row]
+
+    def say_broken(self, index: Iterable[int]) -> None:
+        """Name those of these images that were not named before."""
+        new = sorted({str(self.paths[i]) for i in index} - self.broken)
+        self.broken.update(new)
+        if new:
+            logger.warning("%d pictures cannot be read any more and are skipped: %s", len(new), ", ".join(new[:5]))
 
     def take(self, index: NDArray[np.int64]) -> FileImages:
         """Some of the images, in this order."""
@@ -201,6 +213,12 @@ class ImageDataset:
     def majority_share(self) -> float:
         """Share of the validation images that the most frequent class has: what always answering it would reach."""
         return float(np.bincount(self.val.targets).max() / len(self.val))
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Files that were whole at first, and could not be read any more when they were asked for."""
+        sets = (images.broken for images in (self.train, self.val) if isinstance(images, FileImages))
+        return tuple(sorted(set().union(*sets)))
 
     def warnings(self) -> list[str]:
         """What a user should know of the data before training, each with its numbers."""
@@ -424,7 +442,7 @@ def _runs(values: NDArray[np.int64], of: NDArray[np.int64]) -> tuple[list[int], 
 def prepared_batches(
     images: ImageSet, preprocessing: Preprocessing, index: NDArray[np.integer] | None = None, *, batch_size: int = 250
 ) -> Iterator[tuple[ImageArray, NDArray[np.int64]]]:
-    """Images as a served model gets them, before normalisation; damaged files are left out.
+    """Images as a served model gets them, before normalisation; files that broke since are named and left out.
 
     Args:
         images: The images.
@@ -437,13 +455,16 @@ def prepared_batches(
     """
     chosen = np.arange(len(images)) if index is None else index
     for start in range(0, len(chosen), batch_size):
-        pixels, targets = [], []
+        pixels, targets, broken = [], [], []
         for i in map(int, chosen[start : start + batch_size]):
             try:
                 pixels.append(images.prepared(i, preprocessing))
             except (InvalidInputError, OSError):
+                broken.append(i)
                 continue
             targets.append(images.targets[i])
+        if broken and isinstance(images, FileImages):
+            images.say_broken(broken)
         if pixels:
             yield np.stack(pixels), np.asarray(targets, np.int64)
 
@@ -698,6 +719,7 @@ def _pictures(
     unread: Counter[str] = Counter()
     digest = hashlib.sha256()
     sets: dict[str, FileImages] = {}
+    broken: set[str] = set()
     n_listed = 0
     target = {label: i for i, label in enumerate(labels)}
     for part in sorted(found, key=("", "train", "val", "test").index):
@@ -714,7 +736,7 @@ def _pictures(
             digest.update(fact.encode("utf-8", "surrogateescape"))
         targets = np.array([target[pictures.labels[i]] for i in kept], np.int64)
         groups = np.unique(pictures.groups, return_inverse=True)[1] if pictures.groups else None
-        sets[part] = FileImages(paths.take(kept), targets, facts, pixels, groups)
+        sets[part] = FileImages(paths.take(kept), targets, facts, pixels, groups, broken)
     _check_unreadable(unreadable, n_listed, source)
     nothing = FileImages(Paths(Path(), Names()), np.empty(0, np.int64), np.empty(0, FACTS))
     dataset = _assemble(

@@ -62,6 +62,7 @@ class PipelinePage:
         gates: Of each gate: gate, passed, text.
         stage: The stage asked for, or empty.
         refusal: Why promotion was refused, or empty.
+        warnings: What a reader should know of the images.
     """
 
     request: Mapping[str, Any]
@@ -85,6 +86,7 @@ class PipelinePage:
     stage: str
     refusal: str
     classes: Sequence[Mapping[str, Any]] = ()
+    warnings: Sequence[str] = ()
 
 
 def write_pipeline_report(path: Path, page: PipelinePage) -> None:
@@ -344,8 +346,13 @@ def _predictors(predictors: PredictorSet) -> str:
     return table(("predictor", "formula", "px", *(label for _, label in _METRICS)), rows)
 
 
+def _images(data: Mapping[str, str], warnings: Sequence[str]) -> str:
+    listed = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
+    return table(("images", ""), list(data.items())) + (f"<ul>{listed}</ul>" if warnings else "")
+
+
 def _training(page: PipelinePage) -> str:
-    facts = table(("images", ""), list(page.data.items()))
+    facts = _images(page.data, page.warnings)
     if not page.training:
         return facts + "<p>The supernet was given; its own run tells of its training.</p>"
     data = [

@@ -6,7 +6,6 @@ the middle of an epoch sees the batches that it would have seen.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +24,6 @@ AUGMENTED_EPOCHS = 12
 
 _SMALL, _WORKERS_FROM = 32, 64
 
-logger = logging.getLogger("foxnas_mlflow")
-
 
 class Batches:
     """Training batches of an image set.
@@ -42,9 +39,6 @@ class Batches:
         workers: Processes that decode and vary; 0 does it in this one.
         rank, world_size: This process among those that share every epoch.
         device: Where batches are normalised, and are then.
-
-    Attributes:
-        skipped: Indices of images whose files could not be read any more when their turn came.
     """
 
     def __init__(
@@ -64,7 +58,6 @@ class Batches:
     ) -> None:
         self.images, self.flip, self.augment = images, flip, augment
         self.batch_size = min(batch_size, len(images) // world_size)
-        self.skipped: set[int] = set()
         self._seed, self._workers = seed, workers
         self._rank, self._world_size = rank, world_size
         self._size, self._normalization = image_size, normalization
@@ -86,7 +79,8 @@ class Batches:
             for i in range(start, len(self))
         ]
         for pixels, targets, skipped in self._read(chosen):
-            self._say_skipped(skipped)
+            if skipped and isinstance(self.images, FileImages):
+                self.images.say_broken(skipped)
             if len(targets) > 1:  # Batch norm has no variance of one image.
                 yield self._normalized(pixels), targets
 
@@ -111,13 +105,6 @@ class Batches:
         """Bytes (n, s, s, c) as normalised floats (n, c, s, s), on the device."""
         x = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float()
         return x.div_(255).sub_(self._mean).div_(self._std)
-
-    def _say_skipped(self, skipped: Sequence[int]) -> None:
-        new = sorted(set(map(int, skipped)) - self.skipped)
-        self.skipped.update(new)
-        if new:
-            names = [str(self.images.paths[i]) if isinstance(self.images, FileImages) else f"image {i}" for i in new]
-            logger.warning("%d pictures cannot be read any more and are skipped: %s", len(new), ", ".join(names[:5]))
 
 
 class _Chosen(NamedTuple):

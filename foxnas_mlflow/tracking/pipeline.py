@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,7 @@ def conclude(
                 "classes": ", ".join(dataset.labels[:12]) + (", ..." if dataset.n_classes > 12 else ""),
                 "digest": dataset.digest[:16],
             },
+            warnings=(*dataset.warnings(), *_broken_meanwhile(runs)),
             training={} if supernet is None else {key: _series(client, supernet, key) for key in _SERIES},
             measurements=tuple(rows),
             predictors=predictors,
@@ -142,6 +143,13 @@ def _refused(client: MlflowClient, run: EntryRun) -> Run | None:
         max_results=1,
     )
     return found[0] if found else None
+
+
+def _broken_meanwhile(runs: Mapping[str, Run]) -> Iterator[str]:
+    """What the steps skipped because it could not be read any more."""
+    for name, run in runs.items():
+        if n := run.data.metrics.get("data/skipped"):
+            yield f"{n:.0f} files broke before {name} read them and were skipped: see skipped.txt of its run"
 
 
 def _artifact(run: Run | None, path: str) -> dict[str, Any] | None:

@@ -55,6 +55,7 @@ class EntryRun:
         experiment_id: Id of its experiment.
         directory: A temporary directory for files to log, removed when the run ends.
         dataset: The images of the run, once they are logged.
+        at_end: Called, in order, when the run ends, however it does; what the tracking server does not take is lost.
     """
 
     dataset: Dataset | None = None
@@ -63,6 +64,7 @@ class EntryRun:
         self.run_id = run_id
         self.experiment_id = experiment_id
         self.directory = directory
+        self.at_end: list[Callable[[], None]] = []
         self._client = MlflowClient()
 
     def log_metrics(
@@ -187,7 +189,11 @@ def entry_run(
         with _sigterm_raises(), tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
             run = EntryRun(active.info.run_id, active.info.experiment_id, Path(directory))
             run.log_params(params)
-            yield run
+            try:
+                yield run
+            finally:
+                for action in run.at_end:
+                    best_effort(action)()
     except (Terminated, KeyboardInterrupt) as error:
         status = "KILLED"
         if isinstance(error, Terminated) and not nested:

@@ -72,6 +72,12 @@ def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> None:
     """Log a data set as an input of the run, with its digest (36 characters fit MLflow's column).
 
     It becomes the run's `dataset`, which its accuracies are logged with.
+
+    ==========================  =====================================================================
+    ``data_warnings.txt``       what a user should know of the data; tag ``foxnas.data_warnings``: how many
+    ``unreadable.txt``          damaged files that were left out
+    ``skipped.txt``             files that broke while the run lasted; metric ``data/skipped``: how many
+    ==========================  =====================================================================
     """
     source = CodeDatasetSource(tags={"mlflow.source.name": dataset.source})
     # MLflow documents this use of a class that it declares abstract.
@@ -88,6 +94,19 @@ def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> None:
     )
     if dataset.unreadable:
         run.log_text("\n".join(dataset.unreadable) + "\n", "unreadable.txt")
+    warnings = dataset.warnings()
+    if warnings:
+        run.log_text("\n".join(warnings) + "\n", "data_warnings.txt")
+        run.set_tags({"foxnas.data_warnings": len(warnings)})
+    before = set(dataset.broken)
+
+    def log_broken() -> None:
+        broken = [name for name in dataset.broken if name not in before]
+        if broken:
+            run.log_metrics({"data/skipped": len(broken)})
+            run.log_text("\n".join(broken) + "\n", "skipped.txt")
+
+    run.at_end.append(log_broken)
 
 
 def log_supernet(run: EntryRun, model: SupernetModel, metrics: Mapping[str, float], *, step: int, name: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.parallel import one_at_a_time
 from foxnas_mlflow.core.space import SearchSpace
+from foxnas_mlflow.workflows._workflow import logger
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -127,5 +128,16 @@ def supernet_evaluators(
     if executor is None:
         yield Evaluators(one_at_a_time(evaluator.evaluate), evaluator.n_images)
         return
+    fewest = evaluator.n_images
+
+    def evaluated(architecture: Architecture) -> Evaluation:
+        nonlocal fewest
+        evaluation = shared(architecture)
+        # What a worker skips it tells in a process of its own.
+        if evaluation.n_images < fewest:
+            fewest = evaluation.n_images
+            logger.warning("%d validation images cannot be read any more", evaluator.n_images - fewest)
+        return evaluation
+
     with executor.workers(making, n) as shared:
-        yield Evaluators(shared, evaluator.n_images)
+        yield Evaluators(evaluated, evaluator.n_images)

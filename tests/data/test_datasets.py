@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.data import load_dataset, stratified_split
+from foxnas_mlflow.data import Preprocessing, load_dataset, prepared_batches, stratified_split
 from foxnas_mlflow.data._datasets import grouped_split
 
 image = pytest.importorskip("PIL.Image")
@@ -327,9 +327,13 @@ def test_a_file_that_breaks_later_ends_nothing(tmp_path: Path, caplog: pytest.Lo
         flip=False,
         augment=False,
     )
-    dataset.train.paths[3].write_bytes(b"torn")  # type: ignore[attr-defined]
+    broken = dataset.train.paths[3], dataset.val.paths[1]  # type: ignore[attr-defined]
+    for path in broken:
+        path.write_bytes(b"torn")
     with caplog.at_level(logging.WARNING, "foxnas_mlflow"):
         for epoch in range(2):
             assert sum(len(targets) for _, targets in batches.epoch(epoch)) == 31
-    assert batches.skipped == {3}
-    assert caplog.messages == [f"1 pictures cannot be read any more and are skipped: {dataset.train.paths[3]}"]  # type: ignore[attr-defined]
+            assert sum(len(targets) for _, targets in prepared_batches(dataset.val, Preprocessing(8))) == 7
+    # Each is named once, in the data set and in words.
+    assert dataset.broken == tuple(sorted(map(str, broken)))
+    assert caplog.messages == [f"1 pictures cannot be read any more and are skipped: {path}" for path in broken]

@@ -15,7 +15,7 @@ from foxnas_mlflow.core.searchers import SEARCHERS, search
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.report import write_search_report
-from foxnas_mlflow.report._pipeline import _classes
+from foxnas_mlflow.report._pipeline import _classes, _images
 from foxnas_mlflow.report._search import latency_shares, stage_latencies
 
 
@@ -89,3 +89,9 @@ def test_the_page_lists_the_worst_classes_first() -> None:
     assert "and 14 better ones" in html
     assert "x&lt;y" in html
     assert _classes(()) == ""
+
+
+def test_the_page_of_a_pipeline_has_the_warnings_of_its_images() -> None:
+    html = _images({"source": "pictures"}, ["classes without validation images: cat & <dog>"])
+    assert "<li>classes without validation images: cat &amp; &lt;dog&gt;</li>" in html
+    assert "<ul>" not in _images({"source": "pictures"}, ())
