@@ -35,6 +35,8 @@ class Batches:
         batch_size: Images a batch on each rank; the last, smaller batch of an epoch is left out.
         flip: Mirror half of the images; wrong for digits and letters.
         augment: Crop, colour and erase at random too. May be changed before an epoch begins.
+        balanced: Draw every class as often as any other: an epoch has as many images as there are, those of rare
+            classes again and again.
         seed: Seed of order and augmentation.
         workers: Processes that decode and vary; 0 does it in this one.
         rank, world_size: This process among those that share every epoch.
@@ -50,6 +52,7 @@ class Batches:
         batch_size: int,
         flip: bool = True,
         augment: bool = True,
+        balanced: bool = False,
         seed: int = 0,
         workers: int = 0,
         rank: int = 0,
@@ -58,7 +61,7 @@ class Batches:
     ) -> None:
         self.images, self.flip, self.augment = images, flip, augment
         self.batch_size = min(batch_size, len(images) // world_size)
-        self._seed, self._workers = seed, workers
+        self._balanced, self._seed, self._workers = balanced, seed, workers
         self._rank, self._world_size = rank, world_size
         self._size, self._normalization = image_size, normalization
         self._device = device
@@ -70,7 +73,8 @@ class Batches:
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from index `start`: (n, c, s, s) float32 normalised, (n,) int64."""
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self.images))
+        rng = np.random.default_rng([self._seed, epoch])
+        order = balanced_order(self.images.targets, rng) if self._balanced else rng.permutation(len(self.images))
         step = self.batch_size * self._world_size
         chosen = [
             _Chosen(
@@ -105,6 +109,18 @@ class Batches:
         """Bytes (n, s, s, c) as normalised floats (n, c, s, s), on the device."""
         x = pixels.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float()
         return x.div_(255).sub_(self._mean).div_(self._std)
+
+
+def balanced_order(targets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+    """As many indices as there are images, each class as often as any other to one, its images in turn."""
+    classes = rng.permutation(np.unique(targets))
+    shares = np.diff(np.arange(len(classes) + 1) * len(targets) // len(classes))
+    chosen = []
+    for label, share in zip(classes, shares, strict=True):
+        members = np.flatnonzero(targets == label)
+        turns = [rng.permutation(members) for _ in range(-(-int(share) // len(members)))]
+        chosen.append(np.concatenate(turns)[:share])
+    return rng.permutation(np.concatenate(chosen))
 
 
 class _Chosen(NamedTuple):

@@ -78,6 +78,10 @@ class MainRequest(GoalRequest, ExecutorRequest):
     class_weights: Literal["none", "balanced"] = parameter(
         "none", "Weight of a class in the loss: none, or balanced: by how seldom it is."
     )
+    sampling: Literal["all", "balanced"] = parameter(
+        "all",
+        "How an epoch draws images: all, each once, or balanced: every class as often, rare ones again and again.",
+    )
     max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
     n_samples: int = parameter(55, "Networks to evaluate and measure for the predictors.", at_least=1)
     rounds: int = parameter(
@@ -317,6 +321,7 @@ class _Pipeline:
             init=main.init,
             teacher=main.teacher,
             class_weights=main.class_weights,
+            sampling=main.sampling,
             max_train=main.max_train,
             seed=main.seed,
             name=main.name,

@@ -44,6 +44,10 @@ class SupernetRequest(Request):
     class_weights: Literal["none", "balanced"] = parameter(
         "none", "Weight of a class in the loss: none, or balanced: by how seldom it is."
     )
+    sampling: Literal["all", "balanced"] = parameter(
+        "all",
+        "How an epoch draws images: all, each once, or balanced: every class as often, rare ones again and again.",
+    )
     max_train: int = parameter(0, "Use at most so many training images, drawn by class; 0: all.", at_least=0)
     flip: Literal["auto", "yes", "no"] = parameter("auto", "Mirror half of the training images; auto: colour only.")
     augment: Literal["auto", "yes", "no"] = parameter(
@@ -59,6 +63,12 @@ class SupernetRequest(Request):
         """A training begins or goes on."""
         if self.init and self.resume:
             raise InvalidInputError("init begins a training and resume goes on with one", received="both")
+        if "balanced" == self.class_weights == self.sampling:
+            raise InvalidInputError(
+                "class_weights and sampling both make up for rare classes",
+                received="balanced for both",
+                remedy="give one of them",
+            )
 
 
 HEAD_FIRST, LAYER_DECAY = 0.15, 0.9
@@ -206,6 +216,7 @@ def _train_and_register(
         "augment": batches.augment,
         "init": request.init,
         "teacher": request.teacher,
+        "sampling": request.sampling,
         **dataclasses.asdict(state.config),
     }
     run.log_params({"mode": state.config.mode})
@@ -269,6 +280,7 @@ def _begin(
         image_size=max(space.image_sizes),
         batch_size=request.batch_size or preset.batch_size,
         flip=data.channels == 3 and not data.drawn if request.flip == "auto" else request.flip == "yes",
+        balanced=request.sampling == "balanced",
         seed=request.seed,
         workers=max(n_processors() // worker.world_size - 1, 0),
         rank=worker.rank,
@@ -311,9 +323,7 @@ def _begin(
         "world_size": worker.world_size,
         "seed": request.seed,
     }
-    # Only where given: a training of an earlier release has neither.
-    chosen = {"teacher": request.teacher, "class_weights": request.class_weights.replace("none", "")}
-    origin |= {key: value for key, value in chosen.items() if value}
+    origin |= {key: getattr(request, key) for key in ("teacher", "class_weights", "sampling")}
     if not request.resume:
         state.origin = origin
         return state, batches

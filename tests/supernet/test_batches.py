@@ -116,3 +116,20 @@ def test_crops_of_kept_pixels_and_of_files_show_the_same(tmp_path: Path, monkeyp
     assert float((x - y).abs().mean()) < 0.02
     unchanged = [next(batches_of(images, augment=False).epoch(0))[0] for images in sets]
     assert torch.equal(*unchanged)
+
+
+def test_balanced_sampling_shows_every_class_as_often_and_its_images_in_turn() -> None:
+    targets = np.repeat([0, 1, 2], [40, 7, 3])
+    images = ArrayImages(np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1) * np.ones((1, 8, 8, 1), np.uint8), targets)
+    values = {"normalization": Normalization((0.0,), (1.0,)), "image_size": 8, "flip": False, "augment": False}
+    balanced = batches_of(images, **values, batch_size=10, balanced=True)
+    seen = [(x[:, 0, 0, 0] * 255).round().int().tolist() for x, _ in balanced.epoch(0)]
+    order = np.concatenate(seen)
+    assert sorted(np.bincount(targets[order])) == [16, 17, 17]
+    times = np.bincount(order, minlength=50)
+    for label in range(3):
+        assert np.ptp(times[targets == label]) <= 1
+    # Classes come mixed, and the batches again the same.
+    assert all(len(set(targets[batch])) > 1 for batch in seen)
+    again = batches_of(images, **values, batch_size=10, balanced=True).epoch(0, start=4)
+    np.testing.assert_array_equal((next(iter(again))[0][:, 0, 0, 0] * 255).round().int(), seen[4])

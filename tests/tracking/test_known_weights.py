@@ -54,6 +54,8 @@ def test_known_weights_teachers_and_weights_of_classes_reach_the_training(
     known = "models:/foxnas-supernet/1"
     # At this learning rate the weights stay what they were at the start.
     still = [*small, "--learning-rate", "1e-12", "--seed", "5", "--class-weights", "balanced"]
+    assert main([*still, "--sampling", "balanced"]) == 2
+    assert "give one of them" in capsys.readouterr().err
     assert main([*still, "--init", known]) == 0
     for name, values in weights_of(1).items():
         np.testing.assert_allclose(weights_of(2)[name], values, atol=1e-6, err_msg=name)
