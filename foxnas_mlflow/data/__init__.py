@@ -11,6 +11,7 @@ from foxnas_mlflow.data._datasets import (
     prepared_batches,
     stratified_split,
 )
+from foxnas_mlflow.data._listings import earlier_digests
 from foxnas_mlflow.data._vary import Variations
 from foxnas_mlflow.data.preprocess import Normalization, Preprocessing, resize
 
@@ -24,6 +25,7 @@ __all__ = [
     "Preprocessing",
     "Variations",
     "calibration_images",
+    "earlier_digests",
     "evaluate",
     "load_dataset",
     "prepared_batches",

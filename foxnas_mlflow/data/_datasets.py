@@ -31,6 +31,7 @@ from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
 from foxnas_mlflow.data._cache import Pixels, look_through
 from foxnas_mlflow.data._duplicates import duplicate_warnings, listed
 from foxnas_mlflow.data._glyphs import LETTERS, glyphs
+from foxnas_mlflow.data._listings import ListedPart, Listing, keep_listing, open_listing
 from foxnas_mlflow.data._look import FACTS, LOOKS
 from foxnas_mlflow.data._names import Names, Paths
 from foxnas_mlflow.data._sources import (
@@ -169,6 +170,12 @@ class FileImages:
         if new:
             logger.warning("%d pictures cannot be read any more and are skipped: %s", len(new), ", ".join(new[:5]))
 
+    def unbroken(self) -> FileImages:
+        """Those that are not known to be broken."""
+        if not self.broken:
+            return self
+        return self.take(np.flatnonzero([str(path) not in self.broken for path in self.paths]))
+
     def take(self, index: NDArray[np.int64]) -> FileImages:
         """Some of the images, in this order."""
         return dataclasses.replace(self, paths=self.paths.take(index), targets=self.targets[index])
@@ -190,6 +197,7 @@ class ImageDataset:
         test: Images held out from both, where the source has such a part.
         unread: How many files of each suffix are no pictures that are read here.
         notes: What else a user should know of it.
+        drawn_split: Whether the validation images are drawn from the source's by a seed.
     """
 
     source: str
@@ -203,6 +211,7 @@ class ImageDataset:
     test: ImageSet | None = None
     unread: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    drawn_split: bool = False
 
     @property
     def drawn(self) -> bool:
@@ -242,7 +251,8 @@ class ImageDataset:
 
     def _duplicates(self) -> list[str]:
         named = {"training": self.train, "validation": self.val, "test": self.test}
-        files = {part: images for part, images in named.items() if isinstance(images, FileImages) and len(images)}
+        files = {part: images.unbroken() for part, images in named.items() if isinstance(images, FileImages)}
+        files = {part: images for part, images in files.items() if len(images)}
         if not files:
             return []
         parts = {part: (images.paths, images.targets, images.facts) for part, images in files.items()}
@@ -295,6 +305,7 @@ def load_dataset(
     max_val: int | None = None,
     sizes: Sequence[int] = (),
     keep: bool = False,
+    digest: str = "",
 ) -> ImageDataset:
     """Read a data set; of files, each is looked at once in its life.
 
@@ -306,6 +317,8 @@ def load_dataset(
         max_val: Use at most so many validation images, drawn by class.
         sizes: Sizes in pixels that images will be asked for at: their pixels are found where they are kept.
         keep: Decode and keep those that are not, as far as there is room; see `foxnas_mlflow.data._cache`.
+        digest: What it had when work on it began. Where only few files differ since, mended, broken or removed, it
+            is the same set still: what is not there any more is skipped, what was not there is left out.
 
     Raises:
         InvalidInputError: If there is no such source, or it cannot be trained on; the message
@@ -314,7 +327,7 @@ def load_dataset(
     if not 0 < val_fraction < 1:
         raise InvalidInputError("val_fraction must be between 0 and 1", received=val_fraction)
     limited = max_train is not None or max_val is not None
-    reading = _Reading(val_fraction, seed, tuple(sizes), keep and not limited)
+    reading = _Reading(val_fraction, seed, tuple(sizes), keep and not limited, keep, digest)
     if source == "digits":
         dataset = _digits(val_fraction, seed)
     elif source == "glyphs":
@@ -343,7 +356,8 @@ def load_dataset(
     chosen = _assemble(
         source, dataset.labels, train, val, dataset.channels, dataset.digest, dataset.unreadable, split=None
     )
-    return _slim(dataclasses.replace(chosen, test=dataset.test, unread=dataset.unread, notes=dataset.notes))
+    kept = {key: getattr(dataset, key) for key in ("test", "unread", "notes", "drawn_split")}
+    return _slim(dataclasses.replace(chosen, **kept))
 
 
 def _slim(dataset: ImageDataset) -> ImageDataset:
@@ -371,6 +385,8 @@ class _Reading:
     seed: int
     sizes: tuple[int, ...]
     keep: bool
+    remember: bool
+    digest: str
 
 
 def _with_pixels(images: ImageSet, sizes: Sequence[int], keep: bool) -> ImageSet:
@@ -518,6 +534,7 @@ def _assemble(
     split: tuple[float, int] | None,
 ) -> ImageDataset:
     """Check the classes, split where there is no validation set, and measure the normalisation."""
+    drawn_split = val is None
     if val is None:
         if split is None:
             raise TypeError("a set without validation images needs a split")
@@ -534,7 +551,15 @@ def _assemble(
     if not len(val):
         raise InvalidInputError("the validation set must have images", received=source)
     return ImageDataset(
-        source, tuple(labels), train, val, channels, _normalization(train, channels), digest, tuple(unreadable)
+        source,
+        tuple(labels),
+        train,
+        val,
+        channels,
+        _normalization(train, channels),
+        digest,
+        tuple(unreadable),
+        drawn_split=drawn_split,
     )
 
 
@@ -572,6 +597,7 @@ def _normalization(train: ImageSet, channels: int) -> Normalization:
     index = np.unique(np.linspace(0, len(train) - 1, min(len(train), _STATISTICS_IMAGES)).astype(int))
     if isinstance(train, FileImages):
         facts = train.facts[train.paths.rows[index]]
+        facts = facts[facts["whole"]]
         means, squares = facts["mean"], facts["square"]
     else:
         pixels = [train[i].reshape(-1, channels) / 255.0 for i in map(int, index)]
@@ -697,7 +723,7 @@ def _list(path: Path, source: str, reading: _Reading) -> ImageDataset:
         found[name].groups.append(group)
     dataset = _pictures(found, sorted(set(every.labels)), source, reading, is_list=True)
     split = {part: set(pictures.groups) for part, pictures in found.items()}
-    return dataclasses.replace(dataset, notes=tuple(_straddling(split)))
+    return dataclasses.replace(dataset, notes=(*dataset.notes, *_straddling(split)))
 
 
 def _straddling(groups: Mapping[str, set[str]]) -> Iterator[str]:
@@ -718,26 +744,63 @@ def _pictures(
     unreadable: list[str] = []
     unread: Counter[str] = Counter()
     digest = hashlib.sha256()
-    sets: dict[str, FileImages] = {}
-    broken: set[str] = set()
-    n_listed = 0
+    looked: dict[str, _Looked] = {}
     target = {label: i for i, label in enumerate(labels)}
     for part in sorted(found, key=("", "train", "val", "test").index):
         pictures = found[part]
         unread += pictures.unread
-        n_listed += len(pictures.names)
         paths = Paths(pictures.root, pictures.names)
         facts, n_bytes, pixels = look_through(paths, reading.sizes, keep=reading.keep)
         unreadable += [str(path) for path in paths.take(np.flatnonzero(~facts["whole"]))]
-        kept = np.flatnonzero(facts["whole"])
-        for i in kept:
+        for i in np.flatnonzero(facts["whole"]):
             fact = f"{pictures.names[int(i)]}:{n_bytes[i]}"
             fact += f":{pictures.labels[i]}:{part}\n" if is_list else "\n"
             digest.update(fact.encode("utf-8", "surrogateescape"))
-        targets = np.array([target[pictures.labels[i]] for i in kept], np.int64)
+        targets = np.array([target[label] for label in pictures.labels], np.int64)
         groups = np.unique(pictures.groups, return_inverse=True)[1] if pictures.groups else None
-        sets[part] = FileImages(paths.take(kept), targets, facts, pixels, groups, broken)
-    _check_unreadable(unreadable, n_listed, source)
+        listed_part = ListedPart(pictures.names, n_bytes, facts["whole"].copy(), targets, groups)
+        looked[part] = _Looked(paths, listed_part, facts, pixels)
+    now = Listing(tuple(labels), {name: part.listed for name, part in looked.items()})
+    begun = _as_begun(now, digest.hexdigest(), source, reading)
+    if begun is not None:
+        roots = {name: pictures.root for name, pictures in found.items()}
+        return _gone_on_with(begun, now, roots, source, reading)
+    _check_unreadable(unreadable, sum(len(part.paths) for part in looked.values()), source)
+    dataset = dataclasses.replace(
+        _of_parts(looked, labels, source, digest.hexdigest(), unreadable, reading), unread=dict(unread)
+    )
+    if reading.remember:
+        mean, std = dataset.normalization.mean, dataset.normalization.std
+        keep_listing(Path(source).expanduser(), dataset.digest, dataclasses.replace(now, mean=mean, std=std))
+    return dataset
+
+
+@dataclass(frozen=True, eq=False)
+class _Looked:
+    """Pictures that were looked at: their facts, and their pixels by size."""
+
+    paths: Paths
+    listed: ListedPart
+    facts: NDArray[Any]
+    pixels: Mapping[int, Pixels]
+
+
+def _of_parts(
+    looked: Mapping[str, _Looked],
+    labels: Sequence[str],
+    source: str,
+    digest: str,
+    unreadable: Sequence[str],
+    reading: _Reading,
+) -> ImageDataset:
+    """The pictures of each part that are listed as whole; they share what is known to be broken."""
+    broken: set[str] = set()
+    sets: dict[str, FileImages] = {}
+    for name, part in looked.items():
+        kept, listed_part = np.flatnonzero(part.listed.whole), part.listed
+        sets[name] = FileImages(
+            part.paths.take(kept), listed_part.targets[kept], part.facts, part.pixels, listed_part.groups, broken
+        )
     nothing = FileImages(Paths(Path(), Names()), np.empty(0, np.int64), np.empty(0, FACTS))
     dataset = _assemble(
         source,
@@ -745,11 +808,49 @@ def _pictures(
         sets.get("train", sets.get("", nothing)),
         sets.get("val"),
         3,
-        digest.hexdigest(),
+        digest,
         unreadable,
         split=(reading.val_fraction, reading.seed),
     )
-    return dataclasses.replace(dataset, test=sets.get("test"), unread=dict(unread))
+    return dataclasses.replace(dataset, test=sets.get("test"))
+
+
+def _as_begun(now: Listing, digest: str, source: str, reading: _Reading) -> Listing | None:
+    """The listing that work began with, where it is another one than now's and little of it was lost."""
+    if reading.digest in ("", digest):
+        return None
+    begun = open_listing(Path(source).expanduser(), reading.digest)
+    if begun is None or not begun.is_like(now) or begun.n_lost(now) > MAX_UNREADABLE * begun.n_whole:
+        return None
+    return begun
+
+
+def _gone_on_with(
+    begun: Listing, now: Listing, roots: Mapping[str, Path], source: str, reading: _Reading
+) -> ImageDataset:
+    """The data set as it was listed; pictures that are not as they were are broken."""
+    looked: dict[str, _Looked] = {}
+    lost: list[str] = []
+    for name, part in begun.parts.items():
+        paths = Paths(roots[name], part.names)
+        facts, n_bytes, pixels = look_through(paths, reading.sizes, keep=reading.keep)
+        looked[name] = _Looked(paths, part, facts, pixels)
+        gone = part.whole & ~(facts["whole"] & (n_bytes == part.n_bytes))
+        lost += [str(path) for path in paths.take(np.flatnonzero(gone))]
+    dataset = _of_parts(looked, begun.labels, source, reading.digest, (), reading)
+    n_new = now.n_whole - (begun.n_whole - len(lost))
+    notes = []
+    if lost:
+        notes.append(
+            f"{len(lost)} pictures of when work on them began are not whole any more and are skipped: "
+            f"{', '.join(lost[:5])}"
+        )
+    if n_new:
+        notes.append(f"{n_new} pictures that were damaged or not there when work on them began are left out")
+    for images in (dataset.train, dataset.val):
+        if isinstance(images, FileImages):
+            images.broken.update(lost)
+    return dataclasses.replace(dataset, normalization=Normalization(begun.mean, begun.std), notes=tuple(notes))
 
 
 def _check_unreadable(unreadable: Sequence[str], total: int, source: str) -> None:

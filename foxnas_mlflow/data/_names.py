@@ -24,6 +24,17 @@ class Names:
         for name in names:
             self.append(name)
 
+    @classmethod
+    def of(cls, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> Names:
+        """Those that `arrays` gave."""
+        names = cls()
+        names._text, names._ends = bytearray(text.tobytes()), array("q", ends.tobytes())
+        return names
+
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """All names one after the other, and where each ends, (n + 1,)."""
+        return np.frombuffer(bytes(self._text), np.uint8), np.array(self._ends, np.int64)
+
     def append(self, name: str) -> None:
         """Add one."""
         self._text += os.fsencode(name)

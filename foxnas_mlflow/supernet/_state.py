@@ -6,6 +6,7 @@ losses; what is drawn depends on (seed, step) only, so no generator's state is i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -186,6 +187,14 @@ def load_checkpoint(directory: Path, space: SearchSpace | None = None) -> Traini
             remedy="resume with the data, space and preset that it was begun with",
         )
     return state
+
+
+def begun_with(path: Path) -> str:
+    """Digest of the data that a checkpoint's training was begun with, or one of a directory; empty if unknown."""
+    for file in [path] if path.is_file() else [path / name for name in CHECKPOINTS]:
+        with contextlib.suppress(SafetensorError, OSError, KeyError, ValueError), safe_open(str(file), "pt") as opened:
+            return str(json.loads((opened.metadata() or {})["foxnas"])["origin"]["data"])
+    return ""
 
 
 def load_alone(path: Path, network: PlainNetwork, config: TrainConfig) -> TrainingState:

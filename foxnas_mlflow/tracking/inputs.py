@@ -87,6 +87,7 @@ def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedS
         seed=config["seed"],
         max_train=config["max_train"] or None,
         sizes=model.space.image_sizes,
+        digest=config["data_digest"],
     )
     if dataset.digest != config["data_digest"]:
         # Other images, or the same ones split otherwise, may have been trained on.

@@ -151,6 +151,11 @@ def run_step(
     return StepResult(step.name, run_id, outputs, False, time.monotonic() - start)
 
 
+def was_begun(parent: EntryRun, step: Step) -> bool:
+    """Whether a pipeline began with the step, whatever became of it."""
+    return bool(_runs(MlflowClient(), parent, step.digest))
+
+
 def _runs(client: MlflowClient, parent: EntryRun, digest: str) -> list[Run]:
     """Runs of the step, the newest first."""
     return list(

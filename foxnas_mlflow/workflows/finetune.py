@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from foxnas_mlflow.workflows._request import Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
+from foxnas_mlflow.workflows.quantize import check_images
 
 if TYPE_CHECKING:
     from foxnas_mlflow.data import ImageDataset
@@ -77,9 +78,11 @@ def run_finetune(
     if not isinstance(model, SubnetModel):
         raise InvalidFormatError("only a subnet with weights can be trained further", received=request.subnet)
     size = model.architecture.image_size
+    begun = str(model.details.get("data_digest", ""))
     dataset = load_dataset(
-        request.data, seed=request.seed, max_train=request.max_train or None, sizes=(size,), keep=True
+        request.data, seed=request.seed, max_train=request.max_train or None, sizes=(size,), keep=True, digest=begun
     )
+    check_images(dataset, begun)
     with (
         entry_run(stage="finetune", params=request.texts(), target=request.target or None, tags=tags) as run,
         progress_bar("finetune", "step") as show,

@@ -158,11 +158,12 @@ def run_main(request: MainRequest) -> MainResult:
         PromotionError: At the end, if a gate refuses; everything else is done and kept.
     """
     import dataclasses
+    import functools
 
     from foxnas_mlflow.core.predictors import reference_latency
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
-    from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.data import earlier_digests, load_dataset
 
     target = get_target(request.target)
     if target.runtime == "torch":
@@ -182,13 +183,15 @@ def run_main(request: MainRequest) -> MainResult:
     if not device:
         reference_latency(target, space)  # refuses a target without a cost model
     machine = _machine(device, target, space, request.compiler_image)
-    dataset = load_dataset(
+    read = functools.partial(
+        load_dataset,
         request.data,
         seed=request.seed,
         max_train=request.max_train or None,
         sizes=get_preset(request.preset).space(space, in_channels=3, n_classes=2).image_sizes,
         keep=not request.supernet,
     )
+    dataset = read()
 
     from foxnas_mlflow.tracking.claims import heartbeat
     from foxnas_mlflow.tracking.registry import check_rights, registered_name
@@ -207,10 +210,17 @@ def run_main(request: MainRequest) -> MainResult:
             "target": dataclasses.asdict(target),
             "machine": machine,
         }
+        pipeline = _Pipeline(request, run, target, device, dataset, common)
+        if not request.supernet and not pipeline.is_begun():
+            for digest in earlier_digests(request.data, dataset.digest):
+                earlier = _Pipeline(request, run, target, device, read(digest=digest), common | {"data": digest})
+                if earlier.is_begun():
+                    pipeline = earlier
+                    break
         with heartbeat(run.run_id):
             run.log_json(params, "request.json")
             check_rights(run, registered)
-            return _Pipeline(request, run, target, device, dataset, common).run()
+            return pipeline.run()
 
 
 class _Do(Protocol):
@@ -309,9 +319,15 @@ class _Pipeline:
             beaten.append(Architecture.from_dict(found.architecture))
             latencies = () if found.latency_ms is None else (found.latency_ms,)
 
-    def _supernet(self) -> SupernetResult:
-        from foxnas_mlflow.tracking.supernet import has_checkpoint
+    def is_begun(self) -> bool:
+        """Whether its supernet was trained, or its training begun."""
+        from foxnas_mlflow.tracking.steps import was_begun
 
+        _, inputs = self._training()
+        return was_begun(self._run, self._identity("supernet", inputs, ()))
+
+    def _training(self) -> tuple[SupernetRequest, dict[str, Any]]:
+        """The training of the supernet, and what its result depends on."""
         main = self._request
         request = SupernetRequest(
             data=main.data,
@@ -326,6 +342,12 @@ class _Pipeline:
             seed=main.seed,
             name=main.name,
         )
+        return request, _inputs(request) | {"init": _content_of(main.init)}
+
+    def _supernet(self) -> SupernetResult:
+        from foxnas_mlflow.tracking.supernet import has_checkpoint
+
+        request, inputs = self._training()
 
         def do(cut_off: Sequence[str]) -> _Do:
             # The newest checkpoint: that of a resumed training is further than the one it came from.
@@ -333,7 +355,6 @@ class _Pipeline:
             changes = {"resume": resume, "init": ""} if resume else {}
             return lambda *, tags: run_supernet(request.replace(**changes), tags=tags)
 
-        inputs = _inputs(request) | {"init": _content_of(main.init)}
         return self._step("supernet", SupernetResult, inputs, (), do)
 
     def _sample(self, supernet: str) -> SampleResult:

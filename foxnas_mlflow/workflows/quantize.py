@@ -124,7 +124,9 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     # The seed decides which images are validation images where the source has no split of its own.
     seed = int(subnet.details.get("data_seed", 0)) if request.seed is None else request.seed
     size = subnet.architecture.image_size
-    dataset = load_dataset(source, seed=seed, max_val=request.max_val or None, sizes=(size,))
+    begun = str(subnet.details.get("data_digest", ""))
+    dataset = load_dataset(source, seed=seed, max_val=request.max_val or None, sizes=(size,), digest=begun)
+    check_images(dataset, begun)
     preprocessing, labels = _fitting(subnet, network, dataset)
     unknown = _unknown_images(request.unknown, preprocessing)
 
@@ -148,6 +150,24 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
             metrics=logged.metrics,
             classes=class_table(quantized.loss.int8.counts, labels),
             summary=_summary(quantized, target, logged, run.run_id, edgetpu),
+        )
+
+
+def check_images(dataset: ImageDataset, digest: str) -> None:
+    """Refuse images among whose validation images some may be that the network was trained on.
+
+    Args:
+        dataset: The images.
+        digest: Of those that it was trained on; empty if unknown.
+
+    Raises:
+        InvalidInputError: If they are others, and their split is drawn anew.
+    """
+    if digest and dataset.digest != digest and dataset.drawn_split:
+        raise InvalidInputError(
+            "data must be the images that the network was trained on, or be split by folders train and val",
+            received=f"{dataset.source} with the digest {dataset.digest[:12]}, not {digest[:12]}",
+            remedy="give the same images, or put those that it has never seen into a folder val beside train",
         )
 
 

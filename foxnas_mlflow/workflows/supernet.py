@@ -124,6 +124,7 @@ def run_supernet(request: SupernetRequest, *, tags: Mapping[str, str] | None = N
         max_train=request.max_train or None,
         sizes=preset.space(base, in_channels=3, n_classes=2).image_sizes,
         keep=True,
+        digest=_begun_with(request.resume) if request.resume else "",
     )
     space = preset.space(base, in_channels=dataset.channels, n_classes=dataset.n_classes)
     if request.width_mult:
@@ -147,6 +148,19 @@ def run_supernet(request: SupernetRequest, *, tags: Mapping[str, str] | None = N
             return _train_and_register(request, preset, space, dataset, worker, run)
 
 
+def _begun_with(resume: str) -> str:
+    """Digest of the data of the training that is gone on with."""
+    import tempfile
+    from pathlib import Path
+
+    from foxnas_mlflow.supernet import begun_with
+    from foxnas_mlflow.tracking.supernet import find_checkpoints
+
+    with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
+        found = [begun_with(place) for place in find_checkpoints(resume, Path(directory))]
+    return next(filter(None, found), "")
+
+
 def _train_and_register(
     request: SupernetRequest, preset: Preset, space: SearchSpace, dataset: ImageDataset, worker: Worker, run: EntryRun
 ) -> SupernetResult:
@@ -163,7 +177,7 @@ def _train_and_register(
     size = max(space.image_sizes)
     data = dataset.in_memory(size) if _fits(dataset, size) else dataset
     teacher = _teacher(request, dataset, worker)
-    state, batches = _begin(request, preset, space, data, worker, run.directory)
+    state, batches = _begin(request, preset, space, data, len(dataset.train), worker, run.directory)
     planned = {"batch_size": batches.batch_size, "width_mult": space.width_mult}
     run.log_params(
         planned | {key: getattr(state.config, key) for key in ("strategy", "epochs", "learning_rate", "n_random")}
@@ -253,14 +267,20 @@ def _train_beside(
     data = dataset.in_memory(size) if _fits(dataset, size) else dataset
     with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
         teacher = _teacher(request, dataset, worker)
-        state, batches = _begin(request, preset, space, data, worker, Path(directory))
+        state, batches = _begin(request, preset, space, data, len(dataset.train), worker, Path(directory))
         train_supernet(state, batches, checkpoints=Path(directory), device=worker.device, teacher=teacher)
 
 
 def _begin(
-    request: SupernetRequest, preset: Preset, space: SearchSpace, data: ImageDataset, worker: Worker, directory: Path
+    request: SupernetRequest,
+    preset: Preset,
+    space: SearchSpace,
+    data: ImageDataset,
+    n_train: int,
+    worker: Worker,
+    directory: Path,
 ) -> tuple[TrainingState, Any]:
-    """A new training, or the one to resume, and its batches."""
+    """A new training, or the one to resume, and its batches; `n_train` counts broken images too."""
 
     import torch
 
@@ -316,7 +336,7 @@ def _begin(
     batches.augment = _augmented(request, state.config.epochs, data)
     origin = {
         "data": data.digest,
-        "n_train": len(data.train),
+        "n_train": n_train,
         "batch_size": batches.batch_size,
         "flip": batches.flip,
         "augment": batches.augment,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import mlflow
@@ -48,3 +49,53 @@ def test_a_run_keeps_the_warnings_of_its_images_and_what_broke_meanwhile(
     with entry_run(stage="quantize", params={}) as other:
         log_dataset(other, dataset, context="quantization")
     assert "data/skipped" not in mlflow.get_run(other.run_id).data.metrics
+
+
+@pytest.mark.train
+@pytest.mark.slow
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_training_goes_on_when_a_broken_file_was_mended_or_removed(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, mended: bool
+) -> None:
+    pytest.importorskip("torch")
+    from foxnas_mlflow.flavor import load_model
+    from foxnas_mlflow.tracking.inputs import open_supernet
+    from foxnas_mlflow.workflows import supernet as step
+    from tests.supernets import MINI_SPACE
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "pictures"
+    for label in ("cat", "dog"):
+        (root / label).mkdir(parents=True)
+        for i in range(24):
+            image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / label / f"{i:02}.png")
+    broken, whole = root / "cat/03.png", (root / "cat/03.png").read_bytes()
+    if mended:
+        broken.write_bytes(whole[:-30])
+    space = tmp_path / "mini.yaml"
+    space.write_text(json.dumps(MINI_SPACE.to_dict()))
+    request = step.SupernetRequest(data=str(root), space=str(space), epochs=1, batch_size=8)
+
+    class Cut(BaseException):
+        pass
+
+    def cut(*args: object) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patched:
+        # The machine goes down when all is trained and nothing registered.
+        patched.setattr(step, "_accuracies", cut)
+        with pytest.raises(Cut):
+            step.run_supernet(request)
+    (run,) = mlflow.search_runs(output_format="list")
+    before = load_dataset(str(root))
+    if mended:
+        broken.write_bytes(whole)
+    else:
+        broken.unlink()
+    assert load_dataset(str(root)).digest != before.digest
+    result = step.run_supernet(request.replace(resume=run.info.run_id))
+    model = load_model(result.model_uri)
+    assert model.config["data_digest"] == before.digest
+    # The next step takes the same images.
+    assert open_supernet(result.model_uri).dataset.digest == before.digest

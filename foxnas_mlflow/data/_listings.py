@@ -1,0 +1,166 @@
+"""Pictures as they were listed when work on them began, which goes on after some were mended, broke or were removed.
+
+The digest of a data set is of the names and sizes of its whole files: one that is mended or removed makes it another.
+Training that began with the former one is gone on with by its listing: the split stays, what broke since is skipped,
+what was mended since is left out.
+
+    listings/FOLDER/DIGEST.npz
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foxnas_mlflow.core.files import cache_directory
+from foxnas_mlflow.data._names import Names
+
+_KEPT = 8
+"""Listings of one folder; the oldest are removed."""
+
+
+@dataclass(frozen=True, eq=False)
+class ListedPart:
+    """The pictures of a part of a data set.
+
+    Attributes:
+        names: Names of all files, damaged ones too.
+        n_bytes: Their sizes in bytes (n,).
+        whole: Whether each could be decoded (n,).
+        targets: Class indices (n,).
+        groups: Groups (n,), or None.
+    """
+
+    names: Names
+    n_bytes: NDArray[np.int64]
+    whole: NDArray[np.bool_]
+    targets: NDArray[np.int64]
+    groups: NDArray[np.int64] | None = None
+
+    def files(self, whole: bool) -> dict[str, int]:
+        """Sizes by name of the files that are whole, or of those that are damaged."""
+        return {self.names[i]: int(self.n_bytes[i]) for i in map(int, np.flatnonzero(self.whole == whole))}
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The pictures of a data set.
+
+    Attributes:
+        labels: Class names.
+        parts: By name: ``train``, ``val``, ``test``, or empty where there is no split.
+        mean, std: Of the training images.
+    """
+
+    labels: tuple[str, ...]
+    parts: Mapping[str, ListedPart]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @property
+    def n_whole(self) -> int:
+        """Number of pictures that are whole."""
+        return sum(int(part.whole.sum()) for part in self.parts.values())
+
+    def is_like(self, other: Listing) -> bool:
+        """Whether both have the same classes and parts."""
+        return self.labels == other.labels and set(self.parts) == set(other.parts)
+
+    def n_lost(self, now: Listing) -> int:
+        """How many of the whole pictures are not there any more as they were."""
+        return sum(
+            len(part.files(True).items() - now.parts[name].files(True).items()) for name, part in self.parts.items()
+        )
+
+    def is_mended_to(self, now: Listing) -> bool:
+        """Whether nothing but damage makes the difference: files that were damaged then, or are now."""
+        if not self.is_like(now):
+            return False
+        for name, then in self.parts.items():
+            part = now.parts[name]
+            lost = then.files(True).items() - part.files(True).items()
+            new = part.files(True).items() - then.files(True).items()
+            if not {file for file, _ in lost} <= set(part.files(False)) | {file for file, _ in new}:
+                return False
+            if not {file for file, _ in new} <= set(then.files(False)):
+                return False
+        return True
+
+
+def keep_listing(source: Path, digest: str, listing: Listing) -> None:
+    """Keep what a data set was when it had this digest."""
+    path = _place(source) / f"{digest}.npz"
+    if path.is_file():
+        os.utime(path)
+        return
+    facts = {"labels": listing.labels, "parts": list(listing.parts), "mean": listing.mean, "std": listing.std}
+    arrays: dict[str, NDArray[Any]] = {"facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)}
+    for i, part in enumerate(listing.parts.values()):
+        text, ends = part.names.arrays()
+        arrays |= {f"{i}.text": text, f"{i}.ends": ends, f"{i}.n_bytes": part.n_bytes, f"{i}.whole": part.whole}
+        arrays[f"{i}.targets"] = part.targets
+        if part.groups is not None:
+            arrays[f"{i}.groups"] = part.groups
+    temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    os.replace(temporary, path)
+    for old in _kept(source)[_KEPT:]:
+        old.unlink(missing_ok=True)
+
+
+def open_listing(source: Path, digest: str) -> Listing | None:
+    """What a data set was when it had this digest, where that is known."""
+    try:
+        with np.load(_place(source) / f"{digest}.npz") as stored:
+            facts = json.loads(stored["facts"].tobytes())
+            parts = {
+                name: ListedPart(
+                    Names.of(stored[f"{i}.text"], stored[f"{i}.ends"]),
+                    stored[f"{i}.n_bytes"],
+                    stored[f"{i}.whole"],
+                    stored[f"{i}.targets"],
+                    stored.get(f"{i}.groups"),
+                )
+                for i, name in enumerate(facts["parts"])
+            }
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return Listing(tuple(facts["labels"]), parts, tuple(facts["mean"]), tuple(facts["std"]))
+
+
+def earlier_digests(source: str, digest: str) -> list[str]:
+    """Digests that a data set had before damage to its files was done or mended, the newest first.
+
+    Args:
+        source: The folder or list.
+        digest: The one that it has now, whose listing is kept.
+    """
+    path = Path(source).expanduser()
+    now = open_listing(path, digest) if path.exists() else None
+    if now is None:
+        return []
+    found = []
+    for file in _kept(path):
+        then = open_listing(path, file.stem)
+        if file.stem != digest and then is not None and then.is_mended_to(now):
+            found.append(file.stem)
+    return found
+
+
+def _place(source: Path) -> Path:
+    return cache_directory("listings", hashlib.sha256(os.fsencode(source.absolute())).hexdigest()[:32])
+
+
+def _kept(source: Path) -> list[Path]:
+    """Files of listings, the newest first."""
+    return sorted(_place(source).glob("*.npz"), key=lambda path: path.stat().st_mtime, reverse=True)
