@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.comparison import Comparison
@@ -15,7 +16,7 @@ from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Front
 from foxnas_mlflow.core.targets import Target
-from foxnas_mlflow.report._page import axes_layout, escape, link, plot, scatter, table, write_page
+from foxnas_mlflow.report._page import axes_layout, fill, link, plot, scatter, table, write_page
 from foxnas_mlflow.report._search import network_drawing
 
 _BLUE, _GREY, _GREEN, _RED = "#1f5fa8", "#b9bec7", "#2a9d8f", "#c0392b"
@@ -114,30 +115,35 @@ def write_pipeline_report(path: Path, page: PipelinePage) -> None:
     write_page(path, title=f"FOX-NAS pipeline for {page.target.name}", lead=_lead(page), sections=sections)
 
 
-def _lead(page: PipelinePage) -> str:
+def _lead(page: PipelinePage) -> Markup:
     found, limit = page.comparisons[0], page.latency_ms
-    sentence = (
-        f"From {escape(page.data['training images'])} images of <b>{escape(page.data['source'])}</b> to "
-        f"<b>{escape(page.model_uri)}</b>: <b>{found.accuracy:.2f} %</b> ± {found.standard_error:.2f} top-1 of the "
-        f"int8 file on {found.n_images:,} validation images"
+    sentence = fill(
+        "From {images} images of <b>{source}</b> to <b>{model}</b>: <b>{found.accuracy:.2f} %</b> ± "
+        "{found.standard_error:.2f} top-1 of the int8 file on {found.n_images:,} validation images",
+        images=page.data["training images"],
+        source=page.data["source"],
+        model=page.model_uri,
+        found=found,
     )
     latency = None if page.benchmark is None else float(page.benchmark["latency_ms_p50"])
     if latency is None or page.benchmark is None:
-        sentence += (
-            f", predicted to take at most <b>{found.predicted_latency_upper_ms:.4g} ms</b>; nothing was measured. "
+        sentence += fill(
+            ", predicted to take at most <b>{:.4g} ms</b>; nothing was measured. ", found.predicted_latency_upper_ms
         )
     else:
-        kept = "" if limit is None else f", {'within' if latency <= limit else '<b>above</b>'} the asked {limit:.4g} ms"
-        machine = escape(page.benchmark["device"])
-        sentence += f" and <b>{latency:.4g} ms</b> median on {machine}{kept}. "
+        sentence += fill(" and <b>{:.4g} ms</b> median on {}", latency, page.benchmark["device"])
+        if limit is not None:
+            kept = "within" if latency <= limit else Markup("<b>above</b>")
+            sentence += fill(", {} the asked {:.4g} ms", kept, limit)
+        sentence += ". "
     if page.refusal and not page.gates:
-        return sentence + f"It was not promoted: {escape(page.refusal)}"
+        return sentence + f"It was not promoted: {page.refusal}"
     if page.refusal:
-        return sentence + f"The gates refused <b>{escape(page.stage)}</b>."
-    return sentence + (f"It holds the stage <b>{escape(page.stage)}</b>." if page.stage else "It was not promoted.")
+        return sentence + fill("The gates refused <b>{}</b>.", page.stage)
+    return sentence + (fill("It holds the stage <b>{}</b>.", page.stage) if page.stage else "It was not promoted.")
 
 
-def _comparison(page: PipelinePage) -> str:
+def _comparison(page: PipelinePage) -> Markup:
     rows = page.comparisons
     cells = [
         (
@@ -161,8 +167,8 @@ def _comparison(page: PipelinePage) -> str:
     timed = [(r.predicted_latency_ms, r.latency_ms) for r in rows if r.latency_ms is not None]
     if timed:
         plots = plot("latencies", _identity(timed, "latency (ms)"), 320) + plots
-    told = f"<p><b>{escape(page.check)}</b></p><p>{_agreement(page)}</p>"
-    return f"{told}{table(header, cells)}<div class='pair'>{plots}</div>"
+    told = fill("<p><b>{}</b></p><p>{}</p>", page.check, _agreement(page))
+    return told + table(header, cells) + fill('<div class="pair">{}</div>', plots)
 
 
 def _agreement(page: PipelinePage) -> str:
@@ -185,7 +191,7 @@ def _agreement(page: PipelinePage) -> str:
         "Predicted accuracy is that of the float subnet with shared weights; networks of a front differ by less than "
         "the standard errors of few validation images can tell apart."
     )
-    return escape(f"{n} networks: " + "; ".join(parts) + f". {caution}")
+    return f"{n} networks: " + "; ".join(parts) + f". {caution}"
 
 
 def _identity(pairs: Sequence[tuple[float, float]], what: str) -> dict[str, Any]:
@@ -232,7 +238,7 @@ def _front_figure(page: PipelinePage) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def _quantization(metrics: Mapping[str, float]) -> str:
+def _quantization(metrics: Mapping[str, float]) -> Markup:
     rows = [
         ("float top-1", f"{metrics['accuracy/float_top1']:.2f} %"),
         ("int8 top-1", f"{metrics['accuracy/int8_top1']:.2f} %"),
@@ -272,10 +278,10 @@ def _by_class(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def _classes(rows: Sequence[Mapping[str, Any]]) -> str:
+def _classes(rows: Sequence[Mapping[str, Any]]) -> Markup:
     """The classes of the int8 file, the worst first."""
     if not rows:
-        return ""
+        return Markup()
     shown = sorted(rows, key=lambda row: (row["recall"] is None, row["recall"] or 0.0))[:_MOST_CLASSES]
     cells = [
         (
@@ -286,25 +292,29 @@ def _classes(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in shown
     ]
-    more = f"<p>and {len(rows) - len(shown)} better ones.</p>" if len(rows) > len(shown) else ""
+    more = fill("<p>and {} better ones.</p>", len(rows) - len(shown)) if len(rows) > len(shown) else ""
     return table(("class", "images", "recall, %", "precision, %", "F1, %", "most often taken for"), cells) + more
 
 
-def _finetuning(alone: Mapping[str, Any] | None) -> str:
+def _finetuning(alone: Mapping[str, Any] | None) -> Markup:
     if alone is None:
-        return ""
+        return Markup()
     before, after = float(alone["inherited_top1"]), float(alone["finetuned_top1"])
     used = "Its own weights" if after > before else "The shared weights"
-    return (
-        f"<p>Trained alone from its shared weights the float network reaches {after:.2f} % in place of {before:.2f} %: "
-        f"{after - before:+.2f} points. {used} were quantized; predictions are of shared weights.</p>"
+    return fill(
+        "<p>Trained alone from its shared weights the float network reaches {after:.2f} % in place of {before:.2f} %: "
+        "{more:+.2f} points. {used} were quantized; predictions are of shared weights.</p>",
+        after=after,
+        before=before,
+        more=after - before,
+        used=used,
     )
 
 
-def _latency(page: PipelinePage) -> str:
+def _latency(page: PipelinePage) -> Markup:
     benchmark = page.benchmark
     if benchmark is None:
-        return "<p>Nothing was measured: no device was given. Latencies are those of the cost model.</p>"
+        return Markup("<p>Nothing was measured: no device was given. Latencies are those of the cost model.</p>")
     rows = [
         ("machine", f"{benchmark['device']} ({benchmark['connection']})"),
         ("runtime", f"{benchmark['runtime']}, {benchmark['threads']} thread(s), batch {benchmark['batch']}"),
@@ -320,7 +330,7 @@ def _latency(page: PipelinePage) -> str:
     longest = _LONGEST * float(benchmark["latency_ms_p50"])
     samples = [round(float(v), 5) for v in benchmark["samples_ms"] if v <= longest]
     slower = len(benchmark["samples_ms"]) - len(samples)
-    note = f"<p>{slower} runs of more than {longest:.3g} ms are not drawn.</p>" if slower else ""
+    note = fill("<p>{} runs of more than {:.3g} ms are not drawn.</p>", slower, longest) if slower else ""
     figure = {
         "data": [{"type": "histogram", "x": samples, "marker": {"color": _BLUE}, "name": "runs"}],
         "layout": axes_layout("latency of one run (ms)", "runs"),
@@ -328,15 +338,15 @@ def _latency(page: PipelinePage) -> str:
     return table(("benchmark", ""), rows) + plot("runs", figure, 260) + note
 
 
-def _gates(page: PipelinePage) -> str:
+def _gates(page: PipelinePage) -> Markup:
     if not page.gates:
-        return "<p>No gate was asked: promotion needs a measured latency and a stage.</p>"
+        return Markup("<p>No gate was asked: promotion needs a measured latency and a stage.</p>")
     rows = [(str(g["gate"]), "pass" if g["passed"] else "FAIL", str(g["text"])) for g in page.gates]
-    refused = f"<p><b>Refused.</b> {escape(page.refusal)}</p>" if page.refusal else ""
+    refused = fill("<p><b>Refused.</b> {}</p>", page.refusal) if page.refusal else Markup()
     return refused + table(("gate", "", "what it saw"), rows)
 
 
-def _predictors(predictors: PredictorSet) -> str:
+def _predictors(predictors: PredictorSet) -> Markup:
     rows = []
     for name, group in (("accuracy", predictors.accuracy), ("latency", predictors.latency)):
         for predictor in group:
@@ -346,15 +356,17 @@ def _predictors(predictors: PredictorSet) -> str:
     return table(("predictor", "formula", "px", *(label for _, label in _METRICS)), rows)
 
 
-def _images(data: Mapping[str, str], warnings: Sequence[str]) -> str:
-    listed = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-    return table(("images", ""), list(data.items())) + (f"<ul>{listed}</ul>" if warnings else "")
+def _images(data: Mapping[str, str], warnings: Sequence[str]) -> Markup:
+    facts = table(("images", ""), list(data.items()))
+    if not warnings:
+        return facts
+    return facts + fill("<ul>{}</ul>", Markup().join(fill("<li>{}</li>", warning) for warning in warnings))
 
 
-def _training(page: PipelinePage) -> str:
+def _training(page: PipelinePage) -> Markup:
     facts = _images(page.data, page.warnings)
     if not page.training:
-        return facts + "<p>The supernet was given; its own run tells of its training.</p>"
+        return facts + Markup("<p>The supernet was given; its own run tells of its training.</p>")
     data = [
         {
             "x": [step for step, _ in page.training[key]],
@@ -367,7 +379,7 @@ def _training(page: PipelinePage) -> str:
     return facts + plot("training", {"data": data, "layout": axes_layout("training step", "top-1 (%)")}, 320)
 
 
-def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
+def _steps(steps: Sequence[Mapping[str, Any]]) -> Markup:
     rows = [
         (
             str(step["name"]),

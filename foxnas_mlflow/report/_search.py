@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.cost import network_cost
@@ -28,7 +29,7 @@ from foxnas_mlflow.core.searchers import (
     spoken,
 )
 from foxnas_mlflow.core.targets import Target
-from foxnas_mlflow.report._page import axes_layout, escape, plot, scatter, table, write_page
+from foxnas_mlflow.report._page import axes_layout, fill, plot, scatter, table, write_page
 
 _TERM_NAMES = {
     "pw": "dense convolutions",
@@ -170,9 +171,12 @@ def write_searches_report(
     write_page(
         path,
         title=f"FOX-NAS searches for {target.name}",
-        lead=(
-            f"{_warning(outcomes[0])}{len(outcomes)} networks for <b>{escape(target.name)}</b>, one for each latency "
-            "that was asked for. The page of each is in a directory beside this one."
+        lead=fill(
+            "{}{} networks for <b>{}</b>, one for each latency that was asked for. The page of each is in a directory "
+            "beside this one.",
+            _warning(outcomes[0]),
+            len(outcomes),
+            target.name,
         ),
         sections=[
             ("The networks", networks),
@@ -182,7 +186,7 @@ def write_searches_report(
     )
 
 
-def _sentence(outcome: SearchOutcome, target: Target, candidates: Sequence[Candidate], reason: str) -> str:
+def _sentence(outcome: SearchOutcome, target: Target, candidates: Sequence[Candidate], reason: str) -> Markup:
     optimum, problem = outcome.optimum, outcome.problem
     if optimum.proof_gap > 0:
         unit = "points" if optimum.least is None else problem.goal
@@ -191,36 +195,53 @@ def _sentence(outcome: SearchOutcome, target: Target, candidates: Sequence[Candi
         proof = "No network of the search space is predicted better within these limits: the optimum is proven."
     else:
         proof = f"No network of the search space is predicted to have less {problem.goal}: the optimum is proven."
-    return (
-        f"{_warning(outcome)}Asked for: <b>{escape(problem)}</b> on <b>{escape(target.name)}</b> at confidence "
-        f"{outcome.objective.confidence:g}. Found: a network of <b>{outcome.accuracy:.2f} %</b> predicted top-1 and "
-        f"<b>{_ms(outcome.latency_ms)} ms</b> predicted latency (at most {_ms(outcome.latency_upper_ms)} ms) at "
-        f"{outcome.architecture.image_size} px. {escape(proof)} {_found_out(candidates, reason)}"
+    return fill(
+        "{warning}Asked for: <b>{problem}</b> on <b>{target}</b> at confidence {confidence:g}. Found: a network of "
+        "<b>{accuracy:.2f} %</b> predicted top-1 and <b>{latency} ms</b> predicted latency (at most {upper} ms) at "
+        "{size} px. {proof} {found_out}",
+        warning=_warning(outcome),
+        problem=problem,
+        target=target.name,
+        confidence=outcome.objective.confidence,
+        accuracy=outcome.accuracy,
+        latency=_ms(outcome.latency_ms),
+        upper=_ms(outcome.latency_upper_ms),
+        size=outcome.architecture.image_size,
+        proof=proof,
+        found_out=_found_out(candidates, reason),
     )
 
 
-def _warning(outcome: SearchOutcome) -> str:
-    """What is said before anything else, as HTML: that accuracy predictors know nothing, where they do not."""
+def _warning(outcome: SearchOutcome) -> Markup:
+    """What is said before anything else: that accuracy predictors know nothing, where they do not."""
     signal = accuracy_signal(outcome.objective.predictors)
-    return "" if signal is None or not signal.absent else f"<b>Beware: {escape(signal)}.</b> "
+    return Markup() if signal is None or not signal.absent else fill("<b>Beware: {}.</b> ", signal)
 
 
-def _found_out(candidates: Sequence[Candidate], reason: str) -> str:
-    """What of a search is not prediction, as HTML."""
+def _found_out(candidates: Sequence[Candidate], reason: str) -> Markup:
+    """What of a search is not prediction."""
     if not candidates:
-        return "All figures are predictions; nothing here was measured."
+        return Markup("All figures are predictions; nothing here was measured.")
     chosen = next(c for c in candidates if c.chosen)
     parts = []
     if chosen.timing is not None:
         emulated = " (emulated: no real time)" if chosen.timing.emulated else ""
-        parts.append(f"<b>{_ms(chosen.timing.latency_ms)} ms</b> measured on {escape(chosen.timing.device)}{emulated}")
+        parts.append(
+            fill("<b>{} ms</b> measured on {}{}", _ms(chosen.timing.latency_ms), chosen.timing.device, emulated)
+        )
     if chosen.accuracy is not None:
-        parts.append(f"<b>{chosen.accuracy:.2f} %</b> ± {chosen.standard_error:.2f} evaluated with the supernet")
-    why = f" Why this one: {escape(reason)}." if reason else ""
-    return f"It was chosen among {len(candidates)} networks that were looked at: {' and '.join(parts)}.{why}"
+        parts.append(
+            fill("<b>{:.2f} %</b> ± {:.2f} evaluated with the supernet", chosen.accuracy, chosen.standard_error)
+        )
+    return fill(
+        "It was chosen among {} networks that were looked at: {}.{}",
+        len(candidates),
+        Markup(" and ").join(parts),
+        f" Why this one: {reason}." if reason else "",
+    )
 
 
-def _limits_table(outcome: SearchOutcome) -> str:
+def _limits_table(outcome: SearchOutcome) -> Markup:
     """Every limit with the network's amount, what it costs, and what more of it would buy."""
     prices = {price.limit: price for price in outcome.prices}
     predicted = outcome.objective.sizes[0].bounds
@@ -249,13 +270,11 @@ def _limits_table(outcome: SearchOutcome) -> str:
     text = ""
     if level != outcome.objective.confidence:
         text = f" Each predicted bound is taken at {level:.4g}, so that they hold together."
-    return (
-        "<p>Prices are those of the exact optimum: what it would gain without the limit, and with a little more of it."
-        f"{text}</p>" + table(header, rows)
-    )
+    told = "Prices are those of the exact optimum: what it would gain without the limit, and with a little more of it."
+    return fill("<p>{}{}</p>", told, text) + table(header, rows)
 
 
-def _rounds_table(rounds: Sequence[tuple[Round, Candidate]], ended: str) -> str:
+def _rounds_table(rounds: Sequence[tuple[Round, Candidate]], ended: str) -> Markup:
     """What each round learnt from, looked at and chose."""
     rows = [
         (
@@ -280,10 +299,10 @@ def _rounds_table(rounds: Sequence[tuple[Round, Candidate]], ended: str) -> str:
         "predicted ms",
         "measured ms",
     )
-    return f"<p>The last round was the last because {escape(ended)}.</p>" + table(header, rows)
+    return fill("<p>The last round was the last because {}.</p>", ended) + table(header, rows)
 
 
-def _candidates_table(candidates: Sequence[Candidate]) -> str:
+def _candidates_table(candidates: Sequence[Candidate]) -> Markup:
     rows = []
     for c in sorted(candidates, key=lambda c: (not c.chosen, not c.meets, [-r for r in c.rank])):
         measured, ratio = "", ""
@@ -333,14 +352,12 @@ def _front_lines(front: Front) -> list[dict[str, Any]]:
     ]
 
 
-def _front_note(outcome: SearchOutcome) -> str:
+def _front_note(outcome: SearchOutcome) -> Markup:
     """Why a network lies below the front, where other limits than latency keep it there."""
     others = [limit for limit in outcome.limits if limit.quantity != "latency_ms"]
     if not others:
-        return ""
-    return (
-        f"<p>The front is that of latency and accuracy alone; it does not know {escape(describe_limits(others))}.</p>"
-    )
+        return Markup()
+    return fill("<p>The front is that of latency and accuracy alone; it does not know {}.</p>", describe_limits(others))
 
 
 def _front_figure(
@@ -454,7 +471,7 @@ def _shares_figure(shares: Mapping[str, float]) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def network_drawing(predictors: PredictorSet, architecture: Architecture) -> str:
+def network_drawing(predictors: PredictorSet, architecture: Architecture) -> Markup:
     """Blocks as boxes: height shows the expansion ratio, width the kernel size."""
     space = predictors.space
     network = build_network(space, architecture)
@@ -468,17 +485,32 @@ def network_drawing(predictors: PredictorSet, architecture: Architecture) -> str
         for block in stage.blocks:
             width, height = 14 + 8 * block.kernel, 14 + 7 * block.expansion
             boxes.append(
-                f'<rect x="{x}" y="{72 - height}" width="{width}" height="{height}" rx="4"/>'
-                f'<text x="{x + width / 2}" y="88">e{block.expansion} k{block.kernel}</text>'
+                fill(
+                    '<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="4"/>'
+                    '<text x="{middle}" y="88">e{block.expansion} k{block.kernel}</text>',
+                    x=x,
+                    y=72 - height,
+                    width=width,
+                    height=height,
+                    middle=x + width / 2,
+                    block=block,
+                )
             )
             x += width + 10
-        label = (
-            f"<b>stage {spec.width}</b> {escape(spec.block.replace('_', '+'))}, {stage.depth} blocks, "
-            f"{units[0].in_size} &rarr; {units[-1].out_size} px, {_ms(stage_ms[j - 1])} ms"
-        )
         rows.append(
-            f'<div class="stage"><div>{label}</div><svg viewBox="0 0 {x} 94" width="{x}" height="94" role="img" '
-            f'aria-label="stage {spec.width}">{"".join(boxes)}</svg></div>'
+            fill(
+                '<div class="stage"><div><b>stage {width}</b> {block}, {depth} blocks, {first} &rarr; {last} px, {ms} '
+                'ms</div><svg viewBox="0 0 {x} 94" width="{x}" height="94" role="img" aria-label="stage {width}">'
+                "{boxes}</svg></div>",
+                width=spec.width,
+                block=spec.block.replace("_", "+"),
+                depth=stage.depth,
+                first=units[0].in_size,
+                last=units[-1].out_size,
+                ms=_ms(stage_ms[j - 1]),
+                x=x,
+                boxes=Markup().join(boxes),
+            )
         )
     cost = network_cost(network)
     counts = (
@@ -488,10 +520,10 @@ def network_drawing(predictors: PredictorSet, architecture: Architecture) -> str
         f"{_ms(constant)}."
     )
     legend = "Height of a box: expansion ratio e. Width: kernel size k."
-    return f'<p>{escape(counts)}</p><p>{legend}</p><div class="stages">{"".join(rows)}</div>'
+    return fill('<p>{}</p><p>{}</p><div class="stages">{}</div>', counts, legend, Markup().join(rows))
 
 
-def _edits_table(outcome: SearchOutcome) -> str:
+def _edits_table(outcome: SearchOutcome) -> Markup:
     edits = rank_edits(outcome.objective.predictors, outcome.architecture)
     digits = _digits(outcome.latency_ms)
     savings = [e for e in edits if e.delta_latency_ms < 0][:10]
@@ -509,21 +541,21 @@ def _edits_table(outcome: SearchOutcome) -> str:
         for e in (*savings, *gains)
     ]
     header = ("edit", "accuracy (points)", "latency (ms)", "points per ms")
-    return "<p>The ten cheapest savings, then the five best gains; 95 % intervals.</p>" + table(header, rows)
+    return Markup("<p>The ten cheapest savings, then the five best gains; 95 % intervals.</p>") + table(header, rows)
 
 
-def _effects_table(predictor: LinearPredictor, unit: str) -> str:
+def _effects_table(predictor: LinearPredictor, unit: str) -> Markup:
     rows = [(e.label, _change(e.delta, e.margin, 3)) for e in marginal_effects(predictor)]
     return table((f"edit of all blocks of a stage, {predictor.main_size} px", unit), rows)
 
 
-def _regression(predictor: LinearPredictor) -> str:
+def _regression(predictor: LinearPredictor) -> Markup:
     from scipy.special import stdtr
 
-    metrics = ", ".join(f"{escape(k)} {v:.4g}" for k, v in predictor.metrics.items())
+    metrics = ", ".join(f"{k} {v:.4g}" for k, v in predictor.metrics.items())
     sizes = ", ".join(map(str, predictor.fitted_sizes))
     rows_of = f"fitted at {sizes} px" if sizes else "fitted to networks of another space"
-    heading = f"{escape(predictor.quantity)}, {escape(predictor.formula)} formula, {rows_of}"
+    heading = f"{predictor.quantity}, {predictor.formula} formula, {rows_of}"
     if predictor.covariance is None:
         rows = [(c, f"{b:.5g}", "", "", "") for c, b in zip(predictor.columns, predictor.coefficients, strict=True)]
     else:
@@ -535,15 +567,21 @@ def _regression(predictor: LinearPredictor) -> str:
             (c, f"{b:.5g}", f"{s:.2g}", f"{tt:.2f}", f"{pp:.2g}")
             for c, b, s, tt, pp in zip(predictor.columns, predictor.coefficients, errors, t, p, strict=True)
         ]
-    scale = "" if predictor.ceiling is None else f"<p>Linear scale z = -log({predictor.ceiling:g} - accuracy).</p>"
-    coefficients = table(("column", "coefficient", "standard error", "t", "p"), rows)
-    details = f"<details><summary>Coefficients</summary>{coefficients}</details>"
-    return f"<h3>{heading}</h3><p>{metrics}</p>{scale}{details}"
+    scale = Markup()
+    if predictor.ceiling is not None:
+        scale = fill("<p>Linear scale z = -log({:g} - accuracy).</p>", predictor.ceiling)
+    return fill(
+        "<h3>{}</h3><p>{}</p>{}<details><summary>Coefficients</summary>{}</details>",
+        heading,
+        metrics,
+        scale,
+        table(("column", "coefficient", "standard error", "t", "p"), rows),
+    )
 
 
 def _provenance(
     outcome: SearchOutcome, request: Mapping[str, Any], target: Target, candidates: Sequence[Candidate]
-) -> str:
+) -> Markup:
     predictors = outcome.objective.predictors
     # The target's own note is of its cost model: predictors that a user fitted carry no notes.
     notes = [*predictors.notes]
@@ -555,8 +593,9 @@ def _provenance(
     rows = [(str(k), str(v)) for k, v in request.items() if v not in ("", None, [])]
     rows += [("measurements", str(origin)), ("found by", outcome.found_by)]
     certificate = outcome.certificate()["statement"]
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f"<ul>{items}</ul><p><b>Certificate.</b> {escape(certificate)}.</p>" + table(("parameter", "value"), rows)
+    items = Markup().join(fill("<li>{}</li>", note) for note in notes)
+    told = fill("<ul>{}</ul><p><b>Certificate.</b> {}.</p>", items, certificate)
+    return told + table(("parameter", "value"), rows)
 
 
 def _digits(latency_ms: float) -> int:
