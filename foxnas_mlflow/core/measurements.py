@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,10 @@ _EMULATED = " (emulated)"
 
 _TAIL_BYTES = 4096
 """How much of a table's end is read at once; a row has about one kilobyte."""
+
+_DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+_LEAST_SHARE = 0.2
+"""A median accuracy above this in a table without any above 1 is a share, and no percentage."""
 
 LATENCY_SOURCES = ("measured", "cost_model", "")
 
@@ -146,10 +151,11 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     """Read ``measurements.csv``, or the FOX-NAS authors' table of the CPU space at 256 px.
 
     Columns of ``measurements.csv`` beyond the known ones are measured quantities, whose cells are numbers or empty.
+    Semicolons may separate cells, commas mark decimals then; ``latency_s`` is read in seconds.
 
     Raises:
-        InvalidMeasurementsError: If the file cannot be read or is neither table; the message
-            names the row.
+        InvalidMeasurementsError: If the file cannot be read or is neither table, or its accuracies are no percentages;
+            the message names the row or column.
 
     Examples:
         >>> import tempfile
@@ -166,13 +172,20 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     import pandas as pd
 
     try:
-        frame = pd.read_csv(path, dtype={"architecture": str, "device": str, "runtime": str, "latency_source": str})
+        frame = pd.read_csv(
+            path,
+            dtype={"architecture": str, "device": str, "runtime": str, "latency_source": str},
+            encoding="utf-8-sig",
+            **_punctuation(Path(path)),
+        )
     except OSError as error:
         raise InvalidMeasurementsError("a measurements file must be readable", received=str(path)) from error
     except (ValueError, UnicodeDecodeError) as error:
         raise InvalidMeasurementsError("a measurements file must be CSV", received=str(path)) from error
     if frame.empty:
         raise InvalidMeasurementsError("a measurements file must have rows", received=str(path))
+    if "latency_s" in frame.columns and "latency_ms" not in frame.columns:
+        frame = frame.assign(latency_ms=1000 * frame["latency_s"]).drop(columns="latency_s")
     if "architecture" in frame.columns:
         for column in map(str, frame.columns):
             if column not in COLUMNS and not (
@@ -199,7 +212,32 @@ def read_measurements(path: str | Path) -> list[Measurement]:
             raise InvalidMeasurementsError(
                 f"line {number} of {Path(path).name} is not a measurement", received=str(error).rstrip(".")
             ) from error
+    _check_units(rows, Path(path).name)
     return rows
+
+
+def _punctuation(path: Path) -> dict[str, str]:
+    """What separates cells and marks decimals: semicolons, and perhaps commas, as programs of some countries write."""
+    import csv
+
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        if header.count(";") <= header.count(","):
+            return {}
+        cells = (cell for row in csv.reader(file, delimiter=";") for cell in row)
+        commas = any(_DECIMAL_COMMA.fullmatch(cell) for cell in cells)
+    return {"sep": ";", "decimal": "," if commas else "."}
+
+
+def _check_units(rows: Sequence[Measurement], name: str) -> None:
+    """Refuse shares in the place of percent: networks that are right at less than 1 % of images need no predictors."""
+    known = [row.accuracy for row in rows if row.accuracy is not None]
+    if known and max(known) <= 1 and statistics.median(known) > _LEAST_SHARE:
+        raise InvalidMeasurementsError(
+            f"the column 'accuracy' of {name} must be in percent",
+            received=f"values from {min(known):g} to {max(known):g}, which look like shares",
+            remedy="multiply them by 100",
+        )
 
 
 def read_finished(path: str | Path) -> list[Measurement]:

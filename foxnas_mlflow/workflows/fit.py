@@ -13,6 +13,8 @@ from foxnas_mlflow.workflows._workflow import Result, Workflow
 if TYPE_CHECKING:
     from foxnas_mlflow.core.measurements import Measurement
     from foxnas_mlflow.core.predictors import FitResult
+    from foxnas_mlflow.core.space import SearchSpace
+    from foxnas_mlflow.core.targets import Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,11 @@ class FitRequest(Request):
 
         if not self.measurements:
             raise InvalidInputError("measurements must be the path of a CSV file", remedy="give --measurements")
+
+
+_CHECKED_ROWS = 25
+_SECONDS = (200.0, 5000.0)
+"""Milliseconds that a cost model predicts for one of what is given: between these it is taken for seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,8 @@ def run_fit(request: FitRequest, *, tags: Mapping[str, str] | None = None) -> Fi
     # Without a measured latency there is nothing to fit: the target's cost model predicts it.
     measured = has_measured_latency(rows)
     latency = None if measured else reference_latency(target, space)
+    if measured:
+        _check_latencies(rows, target, space)
     with entry_run(
         stage="fit",
         params=request.texts() | {"space": request.space or space.name},
@@ -104,6 +113,26 @@ def run_fit(request: FitRequest, *, tags: Mapping[str, str] | None = None) -> Fi
         )
         summary = _summary(fit, uri, run.run_id, target.name, floor, _middle_ms(rows))
         return FitStepResult(run_id=run.run_id, model_uri=uri, metrics=metrics, summary=summary)
+
+
+def _check_latencies(rows: Sequence[Measurement], target: Target, space: SearchSpace) -> None:
+    """Refuse latencies that are a thousandth of what the target's cost model says: those of seconds."""
+    from foxnas_mlflow.core.errors import InvalidMeasurementsError, OutOfDomainError
+    from foxnas_mlflow.core.predictors import reference_latency
+
+    timed = [row for row in rows if row.latency_ms is not None][:_CHECKED_ROWS]
+    try:
+        predicted = reference_latency(target, space).predict_table([row.architecture for row in timed])["latency_ms"]
+    except OutOfDomainError:
+        return
+    ratio = statistics.median(float(p) / (row.latency_ms or 1.0) for p, row in zip(predicted, timed, strict=True))
+    if _SECONDS[0] < ratio < _SECONDS[1]:
+        raise InvalidMeasurementsError(
+            "the column 'latency_ms' must be in milliseconds",
+            received=f"values near {statistics.median(row.latency_ms or 0.0 for row in timed):.3g}, a {ratio:.0f}th of "
+            f"what the cost model of {target.name} says, which look like seconds",
+            remedy="call the column latency_s, or multiply it by 1000",
+        )
 
 
 def _summary(fit: FitResult, uri: str, run_id: str, target: str, noise_floor: float | None, middle_ms: float) -> str:
