@@ -172,11 +172,13 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     import pandas as pd
 
     try:
+        separator, decimal = _punctuation(Path(path))
         frame = pd.read_csv(
             path,
             dtype={"architecture": str, "device": str, "runtime": str, "latency_source": str},
             encoding="utf-8-sig",
-            **_punctuation(Path(path)),
+            sep=separator,
+            decimal=decimal,
         )
     except OSError as error:
         raise InvalidMeasurementsError("a measurements file must be readable", received=str(path)) from error
@@ -216,17 +218,17 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     return rows
 
 
-def _punctuation(path: Path) -> dict[str, str]:
+def _punctuation(path: Path) -> tuple[str, str]:
     """What separates cells and marks decimals: semicolons, and perhaps commas, as programs of some countries write."""
     import csv
 
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         if header.count(";") <= header.count(","):
-            return {}
+            return ",", "."
         cells = (cell for row in csv.reader(file, delimiter=";") for cell in row)
         commas = any(_DECIMAL_COMMA.fullmatch(cell) for cell in cells)
-    return {"sep": ";", "decimal": "," if commas else "."}
+    return ";", "," if commas else "."
 
 
 def _check_units(rows: Sequence[Measurement], name: str) -> None:
