@@ -134,7 +134,7 @@ def _lead(page: PipelinePage) -> Markup:
         sentence += fill(" and <b>{:.4g} ms</b> median on {}", latency, page.benchmark["device"])
         if limit is not None:
             kept = "within" if latency <= limit else Markup("<b>above</b>")
-            sentence += fill(", {} the asked {:.4g} ms", kept, limit)
+            sentence += fill(", {} the limit of {:.4g} ms", kept, limit)
         sentence += ". "
     if page.refusal and not page.gates:
         return sentence + f"It was not promoted: {page.refusal}"
@@ -156,11 +156,11 @@ def _comparison(page: PipelinePage) -> Markup:
             "not measured"
             if row.latency_ms is None
             else f"{row.latency_ms:.4g}" + ("" if row.latency_valid else " (not to be trusted)"),
-            "" if row.latency_ms is None else f"{100 * (row.latency_ms / row.predicted_latency_ms - 1):+.1f} %",
+            "" if row.latency_ms is None else f"{100 * (row.predicted_latency_ms / row.latency_ms - 1):+.1f} %",
         )
         for row in rows
     ]
-    header = ("network", "px", "predicted %", "int8 %", "points", "predicted ms", "measured ms", "difference")
+    header = ("network", "px", "predicted %", "int8 %", "points", "predicted ms", "measured ms", "predicted is off by")
     plots = plot(
         "accuracies", _identity([(r.predicted_accuracy, r.accuracy) for r in rows], "accuracy (top-1, %)"), 320
     )

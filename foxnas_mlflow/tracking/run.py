@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import sqlite3
 import sys
@@ -182,6 +183,8 @@ def entry_run(
     # A run that `mlflow run` made has its name already.
     named = nested or "MLFLOW_RUN_ID" not in os.environ
     active = _started(_run_name(stage, target) if named else None, nested, values)
+    if not named and _is_random(active.info.run_name):
+        best_effort(MlflowClient().update_run)(active.info.run_id, name=_run_name(stage, target))
     if not nested:
         best_effort(end_dead_runs)(active.info.experiment_id)
     status = "FINISHED"
@@ -225,6 +228,11 @@ def end_dead_runs(experiment_id: str) -> list[str]:
             client.set_terminated(run.info.run_id, "KILLED")
             ended.append(run.info.run_id)
     return ended
+
+
+def _is_random(name: str | None) -> bool:
+    """Whether MLflow drew a run's name, as it does where nobody gives one: nebulous-cat-147."""
+    return bool(re.fullmatch(r"[a-z]+-[a-z]+-\d{1,3}", name or ""))
 
 
 def _run_name(stage: str, target: str | None) -> str:

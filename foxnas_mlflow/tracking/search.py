@@ -21,7 +21,15 @@ from foxnas_mlflow.core.searchers import Candidate, Front, Loop, SearchOutcome, 
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import SubnetModel, log_model
 from foxnas_mlflow.tracking.inputs import MEASUREMENTS
-from foxnas_mlflow.tracking.registry import PICTURE, picture_of, register, registered_name, shortened
+from foxnas_mlflow.tracking.registry import (
+    PICTURE,
+    list_versions,
+    newest,
+    picture_of,
+    register,
+    registered_name,
+    shortened,
+)
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.verification import Verification
 
@@ -302,7 +310,7 @@ def _register_subnet(
     confidence, limit = outcome.objective.confidence, outcome.latency_limit_ms
     following = {
         "trained": "foxnas quantize --subnet {uri} --target " + target.name,
-        "none": f"foxnas search --supernet models:/{name}-supernet/1 --target {target.name}",
+        "none": _with_weights(name, target),
     }[tags["weights"]]
     reason = "" if one.verification is None else one.verification.reason
     return register(
@@ -333,6 +341,15 @@ def _register_subnet(
         },
         command=lambda uri: following.format(uri=uri),
     )
+
+
+def _with_weights(name: str, target: Target) -> str:
+    """What gives a network its weights: a search with the supernet, or first the training of one."""
+    supernet = registered_name(name, "supernet")
+    version = newest(list_versions(supernet))
+    if version is None:
+        return f"foxnas supernet --name {name}"
+    return f"foxnas search --supernet models:/{supernet}/{version} --target {target.name}"
 
 
 def _register_predictors(

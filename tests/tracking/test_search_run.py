@@ -63,6 +63,9 @@ def test_search_logs_what_the_contract_names(tracking: str, tmp_path: Path) -> N
 
     version = client.get_model_version("foxnas-subnet-rpi4", "1")
     assert version.tags["weights"] == "none"
+    # There is no supernet that could give it weights: one is advised to be trained.
+    assert "foxnas supernet --name foxnas" in version.description
+    assert "models:/foxnas-supernet" not in version.description
     assert "| predicted accuracy, % | " in version.description
     assert "Next:" in version.description
     assert "foxnas_mlflow.load_model('models:/foxnas-subnet-rpi4/1')" in version.description
