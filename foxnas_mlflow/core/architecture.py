@@ -146,8 +146,8 @@ class Architecture:
                 raise InvalidFormatError("a stage's blocks must be a list", received=stage["blocks"])
             blocks = []
             for block in stage["blocks"]:
-                _require_keys("a block", block, {"expansion", "kernel"})
-                blocks.append(Block(block["expansion"], block["kernel"]))
+                _require_keys("a block", block, _BLOCK_KEYS)
+                blocks.append(_block(block["expansion"], block["kernel"]))
             stages.append(Stage(stage["width"], tuple(blocks)))
         return cls(data["space"], data["image_size"], tuple(stages))
 
@@ -172,6 +172,18 @@ class Architecture:
         return f"{self.space} @ {self.image_size} px | {stages}"
 
 
+_BLOCK_KEYS = {"expansion", "kernel"}
+_BLOCKS: dict[tuple[int, int], Block] = {}
+"""Blocks that were read: the hundreds of thousands of a table are a few, each once in memory."""
+
+
+def _block(expansion: object, kernel: object) -> Block:
+    if type(expansion) is int and type(kernel) is int:
+        known = _BLOCKS.get((expansion, kernel))
+        return known or _BLOCKS.setdefault((expansion, kernel), Block(expansion, kernel))
+    return Block(expansion, kernel)  # type: ignore[arg-type]
+
+
 def _require_int(what: str, value: object, *, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise InvalidArchitectureError(f"{what} must be an integer >= {minimum}", received=repr(value))
@@ -180,6 +192,8 @@ def _require_int(what: str, value: object, *, minimum: int) -> None:
 def _require_keys(what: str, data: object, keys: set[str]) -> None:
     if not isinstance(data, Mapping):
         raise InvalidFormatError(f"{what} must be a JSON object", received=data)
+    if data.keys() == keys:
+        return
     missing, unknown = keys - set(data), set(data) - keys
     if missing:
         raise InvalidFormatError(f"{what} needs the keys {sorted(keys)}", received=f"without {sorted(missing)}")

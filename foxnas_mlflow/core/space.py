@@ -234,8 +234,10 @@ class SearchSpace:
         for stage in architecture.stages:
             _member(f"the depth of stage {stage.width}", stage.depth, self.depths)
             for block in stage.blocks:
-                _member(f"an expansion ratio in stage {stage.width}", block.expansion, self.expansions)
-                _member(f"a kernel size in stage {stage.width}", block.kernel, self.kernels)
+                # Words are for what breaks a rule: tables have hundreds of thousands of blocks.
+                if block.expansion not in self.expansions or block.kernel not in self.kernels:
+                    _member(f"an expansion ratio in stage {stage.width}", block.expansion, self.expansions)
+                    _member(f"a kernel size in stage {stage.width}", block.kernel, self.kernels)
         return architecture
 
     def architecture(self, image_size: int, blocks: Sequence[Sequence[tuple[int, int]]]) -> Architecture:

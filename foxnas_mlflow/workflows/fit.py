@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from foxnas_mlflow.workflows._request import Request, parameter
-from foxnas_mlflow.workflows._workflow import Result, Workflow
+from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
 
 if TYPE_CHECKING:
     from foxnas_mlflow.core.measurements import Measurement
@@ -97,16 +97,18 @@ def run_fit(request: FitRequest, *, tags: Mapping[str, str] | None = None) -> Fi
         latency_source="measured" if measured else "cost_model",
         tags=tags,
     ) as run:
-        fit = fit_predictors(
-            rows,
-            space,
-            target=target.name,
-            formula=request.formula,
-            ceiling=request.ceiling or None,
-            seed=request.seed,
-            provenance={"source": request.measurements},
-            latency=latency,
-        )
+        with progress_bar("fit", "formula") as show:
+            fit = fit_predictors(
+                rows,
+                space,
+                target=target.name,
+                formula=request.formula,
+                ceiling=request.ceiling or None,
+                seed=request.seed,
+                provenance={"source": request.measurements},
+                latency=latency,
+                progress=show,
+            )
         floor = noise_floor(request.measurements)
         uri, metrics = log_fit(
             run, fit, rows, target=target, source=request.measurements, name=request.name, noise_floor=floor

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.optimize import nnls
+from scipy.stats import t
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import (
@@ -33,6 +35,7 @@ from foxnas_mlflow.core.predictors import (
     FitResult,
     authors_predictor,
     build_reference,
+    cross_validate,
     fit_family,
     fit_predictors,
     get_formula,
@@ -40,6 +43,7 @@ from foxnas_mlflow.core.predictors import (
     reference_predictors,
     widest_formula,
 )
+from foxnas_mlflow.core.random import Stream, stream
 from foxnas_mlflow.core.searchers import search
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
 
@@ -403,6 +407,62 @@ def test_many_rows_of_each_size_may_have_predictors_of_their_own() -> None:
     fit = fit_predictors(_sized(300, sizes=(192, 256)), CPU_SPACE)
     assert {p.formula for p in fit.predictors.accuracy} <= {"calibrated", "calibrated-sizes"}
     assert fit.predictors.image_sizes == (192, 256)
+
+
+@pytest.mark.parametrize(("name", "quantity"), [("calibrated", "accuracy"), ("calibrated-wide", "latency_ms")])
+def test_cross_validation_is_that_of_plain_least_squares_a_fold(
+    rows: list[Measurement], name: str, quantity: str
+) -> None:
+    """Held against NumPy's solver and SciPy's on all rows of a fold, without the shortcuts for large tables."""
+    formula, n, top = get_formula(name, quantity), len(rows), 80.0 if quantity == "accuracy" else None
+    x = formula.design(CPU_SPACE, [row.architecture for row in rows])
+    x = x[:, x.any(axis=0)]
+    y = np.array([row.value(quantity) for row in rows], dtype=np.float64)
+    z = y if top is None else -np.log(top - y)
+    weight = 1 / y if formula.relative else np.ones(n)
+    predicted, inside = np.zeros((2, n)), np.zeros((2, n))
+    for repeat in range(2):
+        order = stream(3, Stream.FOLDS, repeat).permutation(n)
+        for test in (order[fold::5] for fold in range(5)):
+            train = np.setdiff1d(order, test)
+            xw, zw = x[train] * weight[train, None], z[train] * weight[train]
+            used = np.flatnonzero(nnls(xw, zw)[0]) if formula.non_negative else np.arange(x.shape[1])
+            beta = np.linalg.lstsq(xw[:, used], zw)[0]
+            value = x[np.ix_(test, used)] @ beta
+            predicted[repeat, test] = value if top is None else top - np.exp(-value)
+            s2 = np.sum((zw - xw[:, used] @ beta) ** 2) / (len(train) - len(used))
+            cost = np.einsum(
+                "ij,jk,ik->i", x_test := x[np.ix_(test, used)], np.linalg.pinv(xw[:, used].T @ xw[:, used]), x_test
+            )
+            spread = np.sqrt(s2 * (cost + (np.abs(value) if formula.relative else 1.0) ** 2))
+            inside[repeat, test] = np.abs(z[test] - value) <= t.ppf(0.975, len(train) - len(used)) * spread
+    found = cross_validate(formula, x, y, ceiling=top, seed=3, folds=5, repeats=2)
+    np.testing.assert_allclose(found.predicted, predicted.mean(axis=0), rtol=1e-9)
+    assert found.metrics["cv_rmse"] == pytest.approx(float(np.sqrt(np.mean((predicted - y) ** 2))))
+    assert found.metrics["cv_coverage"] == pytest.approx(float(inside.mean()))
+
+
+def test_a_large_table_keeps_every_row_and_the_prices_that_it_was_made_of(tmp_path: Path) -> None:
+    space, rng = CPU_SPACE, np.random.default_rng(0)
+    formula = get_formula("calibrated", "latency_ms")
+    networks = space.sample(rng, n=500, image_size=224)
+    prices = np.array([0.02, 0.1, 1.0, 0.5, 1.0, 0.2, 2.0, 0.5])
+    ms = np.tile(formula.design(space, networks) @ prices, 8) * rng.normal(1, 0.01, 4_000)
+    write_measurements(
+        [Measurement(a, None, float(y), "measured") for a, y in zip(networks * 8, ms, strict=True)],
+        tmp_path / "measurements.csv",
+    )
+    rows = read_measurements(tmp_path / "measurements.csv")
+    assert [row.latency_ms for row in rows] == ms.tolist()
+    told: list[tuple[int, int, str]] = []
+    fit = fit_predictors(rows, space, progress=lambda *step: told.append(step))
+    report = fit.reports["latency_ms"]
+    assert report.metrics["n_samples"] == 4_000
+    assert report.predictor.provenance["n_rows"] == 4_000
+    np.testing.assert_allclose(report.predictor.predict(networks), ms[:500], rtol=0.05)
+    np.testing.assert_allclose(report.predictor.predict(networks), formula.design(space, networks) @ prices, rtol=0.005)
+    assert [done for done, *_ in told] == list(range(1, told[0][1] + 1))
+    assert {quantity for *_, quantity in told} == {"latency_ms"}
 
 
 def test_few_rows_are_fitted_by_a_smaller_formula() -> None:

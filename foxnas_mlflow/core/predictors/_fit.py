@@ -6,7 +6,8 @@ statsmodels and its dependants are imported inside functions: predicting never n
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from foxnas_mlflow.core.errors import (
     import_or_raise,
 )
 from foxnas_mlflow.core.measurements import Measurement, measurements_digest
+from foxnas_mlflow.core.options import KindArray, encode
 from foxnas_mlflow.core.predictors._formulas import FAMILIES, FloatArray, Formula, applicable_formulas, get_formula
 from foxnas_mlflow.core.predictors._linear import LinearPredictor, PredictorSet
 from foxnas_mlflow.core.random import Stream, stream
@@ -108,6 +110,7 @@ def fit_predictors(
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
     latency: PredictorSet | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> FitResult:
     """Fit predictors of accuracy, latency and every further quantity that the rows have, and equation 2 beside them.
 
@@ -123,6 +126,7 @@ def fit_predictors(
         provenance: What to record of the rows' origin.
         latency: The target's cost model in this space (`reference_latency`), to be taken as it is
             where no row has a measured latency: fitting its own estimates would add nothing.
+        progress: Told the formulas tried, all of them, and the quantity, after each.
 
     Raises:
         InvalidMeasurementsError: If values are missing, not finite, or duplicates disagree.
@@ -144,16 +148,30 @@ def fit_predictors(
     chosen: dict[str, list[FitReport]] = {}
     paper: dict[str, FitReport] = {}
     refused: dict[str, str] = {}
-    for quantity in measured_quantities(measurements):
-        if quantity == "latency_ms" and latency is not None and not has_measured_latency(measurements):
-            continue
-        rows = _rows_of(quantity, measurements)
+    rows_of = {
+        quantity: _rows_of(quantity, measurements)
+        for quantity in measured_quantities(measurements)
+        if quantity != "latency_ms" or latency is None or has_measured_latency(measurements)
+    }
+    sizes = {quantity: len({row.architecture.image_size for row in rows}) for quantity, rows in rows_of.items()}
+    total = sum(len(applicable_formulas(family, q, space, n)) for family in FAMILIES for q, n in sizes.items())
+    done = itertools.count(1)
+    for quantity, rows in rows_of.items():
         origin = dict(provenance or {}) | _origin(rows)
         fits: dict[str, list[FitReport]] = {}
         errors: dict[str, FitError] = {}
         for family in FAMILIES:
             try:
-                fits[family] = fit_family(family, quantity, rows, space, ceiling=ceiling, seed=seed, provenance=origin)
+                fits[family] = fit_family(
+                    family,
+                    quantity,
+                    rows,
+                    space,
+                    tried=lambda: progress(next(done), total, quantity),  # noqa: B023 (called before the next one)
+                    ceiling=ceiling,
+                    seed=seed,
+                    provenance=origin,
+                )
             except FitError as error:
                 errors[family] = error
         name = formula
@@ -223,7 +241,13 @@ def measured_quantities(rows: Sequence[Measurement]) -> list[str]:
 
 
 def fit_family(
-    family: str, quantity: str, rows: Sequence[Measurement], space: SearchSpace, **options: Any
+    family: str,
+    quantity: str,
+    rows: Sequence[Measurement],
+    space: SearchSpace,
+    *,
+    tried: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> list[FitReport]:
     """A family's formula with the least cross-validated error, fitted to the rows.
 
@@ -235,6 +259,7 @@ def fit_family(
         quantity: ``accuracy``, ``latency_ms`` or a further quantity of the rows.
         rows: Measured subnets.
         space: Their search space.
+        tried: Called after each formula.
         options: As `fit_formula`.
 
     Returns:
@@ -246,13 +271,20 @@ def fit_family(
     """
     fitted: list[list[FitReport]] = []
     too_few: TooFewSamplesError | None = None
-    n_sizes = len({row.architecture.image_size for row in rows})
+    sizes = np.array([row.architecture.image_size for row in rows])
+    kinds = encode(space, [row.architecture for row in rows])
+    n_sizes = len(np.unique(sizes))
     for recipe in applicable_formulas(family, quantity, space, n_sizes):
-        if recipe.non_negative and bool(fitted) != recipe.launches:
-            continue
         try:
+            if recipe.non_negative and bool(fitted) != recipe.launches:
+                continue
             fitted.append(
-                [fit_formula(recipe, group, space, quantity=quantity, **options) for group in _groups(recipe, rows)]
+                [
+                    fit_formula(
+                        recipe, [rows[i] for i in group], space, quantity=quantity, kinds=kinds[group], **options
+                    )
+                    for group in _groups(recipe, sizes)
+                ]
             )
         except TooFewSamplesError as error:
             too_few = error
@@ -261,6 +293,8 @@ def fit_family(
             # And rows that cannot tell what an extension adds are good for the formula that it extends.
             if not fitted and (n_sizes == 1 or recipe.name != "calibrated" or quantity != "accuracy"):
                 raise
+        finally:
+            tried()
     if too_few is not None and not fitted:
         raise too_few
     return min(fitted, key=lambda reports: _cv_rmse(reports) / (1 - LAUNCH_GAIN * reports[0].predictor.recipe.launches))
@@ -288,6 +322,7 @@ def fit_formula(
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
     spare_rows: int | None = None,
+    kinds: KindArray | None = None,
 ) -> FitReport:
     """Fit one formula to one quantity.
 
@@ -300,13 +335,19 @@ def fit_formula(
         seed: Seed of the cross-validation folds.
         provenance: What to record of the rows' origin.
         spare_rows: Rows beyond the number of coefficients that are needed; None: the formula's.
+        kinds: `encode` of the rows' architectures, where it has been done already.
 
     Raises:
         TooFewSamplesError, RankDeficientError, FitError: As `fit_predictors`.
     """
-    sm = import_or_raise("statsmodels.api", extra="fit", feature="fitting predictors")
+    least_squares = import_or_raise("statsmodels.regression.linear_model", extra="fit", feature="fitting predictors")
     quantity = quantity or formula.quantity
-    all_x, y, sizes, all_columns = design_of(formula, rows, space, quantity)
+    row_sizes = np.array([row.architecture.image_size for row in rows])
+    if kinds is None:
+        kinds = encode(space, [row.architecture for row in rows])
+    all_x, all_columns = formula.design_of_kinds(space, kinds, row_sizes), formula.columns(space)
+    y = np.array([row.value(quantity) for row in rows], dtype=np.float64)
+    sizes = tuple(int(size) for size in np.unique(row_sizes))
     kept = _usable_columns(formula, all_x, space, all_columns)
     x, columns = all_x[:, kept], tuple(all_columns[i] for i in kept)
     p = len(kept)
@@ -325,9 +366,9 @@ def fit_formula(
     linear = y if top is None else -np.log(top - y)
     weights = 1.0 / y**2 if formula.relative else np.ones_like(y)
     cv = cross_validate(formula, x, y, ceiling=top, seed=seed)
-    used, _ = _solve(formula, x * np.sqrt(weights)[:, None], linear * np.sqrt(weights))
+    used = _used(formula, x * np.sqrt(weights)[:, None], linear * np.sqrt(weights))
     kept, x, columns, p = kept[used], x[:, used], tuple(all_columns[i] for i in kept[used]), len(used)
-    model = sm.WLS(linear, _frame(x, columns), weights=weights)
+    model = least_squares.WLS(linear, _frame(x, columns), weights=weights)
     fit = model.fit()
     influence = x * np.sqrt(weights)[:, None]
     leverage = np.einsum("ij,ji->i", influence, np.linalg.pinv(influence))
@@ -410,18 +451,18 @@ def cross_validate(
         for fold in range(folds):
             test = order[fold::folds]
             train = np.setdiff1d(order, test, assume_unique=True)
-            xw = x[train] * root_weights[train, None]
-            used, beta = _solve(formula, xw, linear[train] * root_weights[train])
-            xw, x_test = xw[:, used], x[np.ix_(test, used)]
+            xw, yw = x[train] * root_weights[train, None], linear[train] * root_weights[train]
+            used = _used(formula, xw, yw)
+            beta, half = _least_squares(xw[:, used], yw)
+            x_test = x[np.ix_(test, used)]
             z = x_test @ beta
             predicted[repeat, test] = z if ceiling is None else ceiling - np.exp(-z)
-            projected, _, rank, _ = np.linalg.lstsq(xw.T, x_test.T, rcond=None)
-            dof = len(train) - rank
+            dof = len(train) - half.shape[1]
             if dof < 1:
                 continue
-            s2 = float(np.sum((linear[train] * root_weights[train] - xw @ beta) ** 2)) / dof
+            s2 = float(np.sum((yw - xw[:, used] @ beta) ** 2)) / dof
             scale = np.abs(z) if formula.relative else np.ones_like(z)
-            sd = np.sqrt(s2 * ((projected**2).sum(axis=0) + scale**2))
+            sd = np.sqrt(s2 * (((x_test @ half) ** 2).sum(axis=1) + scale**2))
             covered[repeat, test] = np.abs(linear[test] - z) <= stdtrit(dof, 0.975) * sd
         taus.append(float(kendalltau(predicted[repeat], y).statistic))
     errors = predicted - y
@@ -435,31 +476,28 @@ def cross_validate(
     return CrossValidation(metrics, predicted.mean(axis=0))
 
 
-def _solve(formula: Formula, x: FloatArray, y: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
-    """Least squares: indices of the columns that it uses, and their coefficients.
+def _used(formula: Formula, x: FloatArray, y: FloatArray) -> NDArray[np.int64]:
+    """Indices of the columns that least squares uses, of x (n, p) and y (n,).
 
     Prices below 0 are none. Without the columns whose price would be, the others are those of
     ordinary least squares, so that its errors and intervals hold for them.
     """
     if not formula.non_negative:
-        return np.arange(x.shape[1], dtype=np.int64), np.asarray(np.linalg.lstsq(x, y, rcond=None)[0], np.float64)
+        return np.arange(x.shape[1], dtype=np.int64)
     from scipy.optimize import nnls
 
     scale = np.maximum(np.sqrt((x**2).sum(axis=0)), 1e-300)
-    beta = nnls(x / scale, y)[0] / scale
-    used = np.flatnonzero(beta)
-    positive: FloatArray = beta[used]
-    return used, positive
+    # Of the same sums of squares, in p rows in place of n.
+    q, r = np.linalg.qr(x / scale)
+    return np.flatnonzero(nnls(r, q.T @ y)[0])
 
 
-def design_of(
-    formula: Formula, rows: Sequence[Measurement], space: SearchSpace, quantity: str = ""
-) -> tuple[FloatArray, FloatArray, tuple[int, ...], tuple[str, ...]]:
-    """Design matrix (n, p), observed values (n,) of a quantity (the formula's own), image sizes, column names."""
-    architectures = [m.architecture for m in rows]
-    y = np.array([m.value(quantity or formula.quantity) for m in rows], dtype=np.float64)
-    sizes = tuple(sorted({a.image_size for a in architectures}))
-    return formula.design(space, architectures), y, sizes, formula.columns(space)
+def _least_squares(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Coefficients of least norm (p,), and H (p, rank) with ``H H' = (x'x)^+``: the variance of an x is ``|x'H|^2``."""
+    left, singular, right = np.linalg.svd(x, full_matrices=False)
+    rank = int(np.sum(singular > singular[0] * np.finfo(np.float64).eps * max(x.shape)))
+    half: FloatArray = right[:rank].T / singular[:rank]
+    return half @ (left[:, :rank].T @ y), half
 
 
 def check_rows(rows: Sequence[Measurement], quantity: str) -> None:
@@ -534,12 +572,14 @@ def _spread_out(values: FloatArray, kept: NDArray[np.int64], n: int) -> FloatArr
     return full
 
 
-def _groups(formula: Formula, rows: Sequence[Measurement]) -> list[list[Measurement]]:
-    """Formulas that hold for one image size are fitted once a size (the paper's 7 predictors)."""
+def _groups(formula: Formula, sizes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Rows that are fitted together, by the image sizes (n,) of all.
+
+    Formulas that hold for one image size are fitted once a size (the paper's 7 predictors).
+    """
     if formula.pooled:
-        return [list(rows)]
-    sizes = sorted({m.architecture.image_size for m in rows})
-    return [[m for m in rows if m.architecture.image_size == size] for size in sizes]
+        return [np.arange(len(sizes))]
+    return [np.flatnonzero(sizes == size) for size in np.unique(sizes)]
 
 
 def _ceiling(formula: Formula, x: FloatArray, y: FloatArray, given: float | None) -> float | None:
@@ -556,11 +596,9 @@ def _ceiling(formula: Formula, x: FloatArray, y: FloatArray, given: float | None
         return given
     room = 100.5 - best
     candidates = best + room * np.geomspace(0.02, 1.0, 40)
-    scores = []
-    for c in candidates:
-        z = -np.log(c - y)
-        residual = z - x @ np.linalg.lstsq(x, z, rcond=None)[0]
-        scores.append(-0.5 * len(y) * np.log(np.mean(residual**2)) + z.sum())
+    z = -np.log(candidates - y[:, None])
+    residual = z - x @ np.linalg.lstsq(x, z, rcond=None)[0]
+    scores = -0.5 * len(y) * np.log(np.mean(residual**2, axis=0)) + z.sum(axis=0)
     return round(float(candidates[int(np.argmax(scores))]), 2)
 
 

@@ -93,9 +93,12 @@ class Formula(ABC):
 
     def design(self, space: SearchSpace, architectures: Sequence[Architecture]) -> FloatArray:
         """The design matrix of architectures, shape (n, p)."""
-        kinds = encode(space, architectures)
         sizes = np.array([a.image_size for a in architectures])
-        x = np.zeros((len(architectures), len(self.columns(space))))
+        return self.design_of_kinds(space, encode(space, architectures), sizes)
+
+    def design_of_kinds(self, space: SearchSpace, kinds: KindArray, sizes: NDArray[np.int64]) -> FloatArray:
+        """`design` of encoded architectures, kinds (n, n_stages, max_depth), of the image sizes (n,)."""
+        x = np.zeros((len(kinds), len(self.columns(space))))
         for size in np.unique(sizes):
             rows = np.flatnonzero(sizes == size)
             x[rows] += self.constant(space, int(size))
