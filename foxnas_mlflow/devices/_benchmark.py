@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from foxnas_mlflow.core.errors import InvalidFormatError
+from foxnas_mlflow.core.measurements import Timing
 
 FORMAT = 2
 
@@ -138,6 +139,19 @@ class Benchmark:
                 "a benchmark has exactly its known keys", received=f"missing or unknown {differing}"
             )
         return cls(**{name: _tuple(data[name]) for name in names})
+
+    @property
+    def timing(self) -> Timing:
+        """The median as the latency of a subnet, with what it is and why it is not to be trusted."""
+        return Timing(
+            latency_ms=self.latency_ms_p50,
+            source="measured",
+            device=self.device,
+            runtime=self.runtime,
+            n_runs=self.n_runs,
+            problems=self.invalid_reasons,
+            emulated=self.emulated,
+        )
 
     def metrics(self) -> dict[str, float]:
         """The figures as MLflow metrics, ``benchmark/...``; what the machine does not tell is left out."""

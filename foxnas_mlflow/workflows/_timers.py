@@ -200,15 +200,7 @@ def _open_one(
                 # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.
                 max_output_levels=1.0 if expected is None else max(1.0, float(expected[0].std())),
             )
-            return Timing(
-                latency_ms=benchmark.latency_ms_p50,
-                source="measured",
-                device=benchmark.device,
-                runtime=benchmark.runtime,
-                n_runs=benchmark.n_runs,
-                problems=tuple(benchmark.invalid_reasons),
-                emulated=benchmark.emulated,
-            )
+            return benchmark.timing
 
         yield time
 

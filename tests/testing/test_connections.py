@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import ConnectionLostError
 from foxnas_mlflow.core.measurements import Timing
+from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE, SearchSpace
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.devices import Connection, LocalConnection, connect
-from foxnas_mlflow.testing import ConnectionSuite, TimerSuite
+from foxnas_mlflow.devices import Connection, LocalConnection, connect, host_answer, measure
+from foxnas_mlflow.testing import ConnectionSuite, FakeBoard, TimerSuite
+from foxnas_mlflow.tflite import write_probe
 from foxnas_mlflow.workflows._timers import open_timer
 from tests.devices.sshd import Server, make_key, ssh_server
 
@@ -55,6 +58,44 @@ class TestCostModel(TimerSuite):
     def timer(self) -> Callable[[Architecture], Timing]:
         with open_timer(get_target("rpi4"), CPU_SPACE) as timer:
             return timer.time
+
+
+class TestFakeBoardConnection(ConnectionSuite):
+    def connection(self) -> Connection:
+        return FakeBoard(lambda model: 5.0)
+
+
+class TestMeasured(TimerSuite):
+    """What is measured, by the protocol of real boards on one whose latencies are made up."""
+
+    def space(self) -> SearchSpace:
+        return CPU_SPACE
+
+    def timer(self) -> Callable[[Architecture], Timing]:
+        def time(architecture: Architecture) -> Timing:
+            with FakeBoard(lambda model: len(model) / 1e6) as board:
+                return measure(board, write_probe(build_network(CPU_SPACE, architecture))).timing
+
+        return time
+
+
+def test_a_fake_board_measures_what_it_is_told_and_says_that_it_is_nobodys() -> None:
+    probe = write_probe(build_network(CPU_SPACE, CPU_SPACE.smallest(192)))
+    with FakeBoard(lambda model: 7.0 if model == probe else 1.0, seed=3) as board:
+        benchmark = measure(board, probe, runs=400, expected=host_answer(probe))
+    assert benchmark.latency_ms_p50 == pytest.approx(7.0, rel=0.002)
+    assert (benchmark.emulated, benchmark.timing.emulated, benchmark.valid) == (True, True, True)
+    assert benchmark.output_difference == 0
+    assert benchmark.n_runs == 400
+
+
+def test_a_fake_board_goes_away_when_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foxnas_mlflow.devices._measure.RECONNECT_SECONDS", 0.2)
+    probe = write_probe(build_network(CPU_SPACE, CPU_SPACE.smallest(192)))
+    with FakeBoard(lambda model: 7.0, measurements=2) as board:
+        assert [measure(board, probe).timing.latency_ms for _ in range(2)] == pytest.approx([7.0, 7.0], rel=0.01)
+        with pytest.raises(ConnectionLostError, match="fake board"):
+            measure(board, probe)
 
 
 class LosesAByte(LocalConnection):
