@@ -1,0 +1,127 @@
+"""Folders as people have them: what became of each picture is seen in the data set and in the pixels that it gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.data import FileImages, ImageDataset, Preprocessing, load_dataset
+
+image = pytest.importorskip("PIL.Image")
+
+SIZE = 24
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def picture(seed: int, width: int = 40, height: int = 30) -> Any:
+    low = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return image.fromarray(low).resize((width, height), 3)
+
+
+def folder(root: Path, n: int = 12, suffix: str = ".jpg") -> Path:
+    """Two classes of n pictures."""
+    for k, label in enumerate(("cat", "dog")):
+        (root / label).mkdir(parents=True)
+        for i in range(n):
+            picture(10_000 * k + i).save(root / label / f"{i:03}{suffix}", quality=95)
+    return root
+
+
+def pixels_of(dataset: ImageDataset, name: str) -> np.ndarray:
+    """What training, evaluation and serving see of a file."""
+    for images in (dataset.train, dataset.val):
+        assert isinstance(images, FileImages)
+        for i, path in enumerate(images.paths):
+            if path.name == name:
+                return images.prepared(i, Preprocessing(SIZE))
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_one_file_cut_off_among_many_is_named_before_training(tmp_path: Path, keep: bool) -> None:
+    root = folder(tmp_path / "data", 30)
+    torn = root / "cat/007.jpg"
+    torn.write_bytes(torn.read_bytes()[: int(0.6 * torn.stat().st_size)])
+    dataset = load_dataset(str(root), sizes=(SIZE,), keep=keep)
+    assert dataset.unreadable == (str(torn),)
+    assert len(dataset.train) + len(dataset.val) == 59
+    assert f"1 damaged files are left out: {torn}" in dataset.warnings()
+    # Many of them are no accident.
+    for i in range(4):
+        (root / f"dog/{i:03}.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(InvalidInputError, match=r"at most 5% of the images may be unreadable; received 5 of 60"):
+        load_dataset(str(root), sizes=(SIZE,), keep=keep)
+
+
+def test_all_pictures_of_a_class_in_two_formats_are_trained_on(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", 5)
+    for k, label in enumerate(("cat", "dog")):
+        for i in range(45):
+            picture(20_000 * (k + 1) + i).save(root / label / f"w{i}.webp")
+    dataset = load_dataset(str(root))
+    counts = np.bincount(np.concatenate([dataset.train.targets, dataset.val.targets]))
+    assert counts.tolist() == [50, 50]
+    assert dataset.unread == {}
+
+
+def test_a_turned_photo_a_drawing_without_background_and_sixteen_bits_look_as_a_viewer_shows_them(
+    tmp_path: Path,
+) -> None:
+    root = folder(tmp_path / "data")
+    exif = image.Exif()
+    exif[0x0112] = 6
+    upright = picture(7, 48, 64)
+    upright.save(root / "cat/upright.png")
+    upright.transpose(image.Transpose.ROTATE_90).save(root / "cat/turned.png", exif=exif)
+    drawing = image.new("RGBA", (40, 40))
+    drawing.paste((0, 0, 0, 255), (10, 10, 30, 30))
+    drawing.save(root / "cat/drawing.png")
+    levels = np.arange(40 * 40, dtype=np.uint16).reshape(40, 40) * 40
+    image.fromarray(levels).save(root / "dog/deep.png")
+    dataset = load_dataset(str(root), sizes=(SIZE,), keep=True)
+    assert dataset.unreadable == ()
+    np.testing.assert_array_equal(pixels_of(dataset, "turned.png"), pixels_of(dataset, "upright.png"))
+    seen = pixels_of(dataset, "drawing.png")
+    assert seen[0, 0].tolist() == [255, 255, 255]
+    assert seen[SIZE // 2, SIZE // 2].tolist() == [0, 0, 0]
+    deep = pixels_of(dataset, "deep.png")[..., 0]
+    np.testing.assert_allclose(deep.mean(), (levels / 257).mean(), atol=1)
+    assert np.ptp(deep) > 200
+
+
+def test_photos_larger_than_what_is_decoded_whole_are_read_at_a_reduced_size(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", 9)
+    large = picture(3, 806, 604).resize((8064, 6048), image.Resampling.NEAREST)
+    for label in ("cat", "dog"):
+        large.save(root / label / "large.jpg", quality=50)
+    dataset = load_dataset(str(root), sizes=(SIZE,), keep=True)
+    assert dataset.unreadable == ()
+    assert len(dataset.train) + len(dataset.val) == 20
+    expected = Preprocessing(SIZE).resize(np.asarray(picture(3, 806, 604))).astype(int)
+    assert np.abs(pixels_of(dataset, "large.jpg") - expected).mean() < 4
+
+
+def test_a_rare_class_is_warned_of_and_weighs_as_much_in_balanced_accuracy(tmp_path: Path) -> None:
+    from foxnas_mlflow.core.classification import balanced_percent, majority_percent, no_better_than_majority
+
+    root = folder(tmp_path / "data", 200, suffix=".png")
+    for i in range(5, 200):
+        (root / f"dog/{i:03}.png").unlink()
+    dataset = load_dataset(str(root))
+    assert dataset.warnings() == [
+        "classes are unbalanced: 160 training images of cat, 4 of dog",
+        "classes with fewer than 10 training images: dog (4)",
+    ]
+    # Always "cat": 97.6 % right, and no better than that.
+    counts = np.stack([np.bincount(dataset.val.targets), [0, 0]], axis=1)
+    assert majority_percent(counts) == pytest.approx(100 * 40 / 41)
+    assert balanced_percent(counts) == 50
+    assert "always answering 'cat'" in no_better_than_majority(counts, dataset.labels)
