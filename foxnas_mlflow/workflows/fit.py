@@ -153,7 +153,7 @@ def _summary(fit: FitResult, uri: str, run_id: str, target: str, noise_floor: fl
         lines.append(f"  noise floor of the accuracies: {noise_floor:.2f} points, the standard error of an evaluation")
     if "latency_ms" not in fit.reports and fit.predictors.latency:
         lines.append(f"{'latency_ms':<22}cost model of {target}: no row has a measured latency")
-        lines += [f"  note: {note}" for note in fit.predictors.notes]
+    lines += [f"  note: {note}" for note in fit.predictors.notes]
     lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
     lines.append(f"Registered {uri}; run {run_id}.")
     if fit.predictors.accuracy and fit.predictors.latency:

@@ -254,7 +254,7 @@ def test_rank_deficiency_names_the_columns() -> None:
 def test_constant_targets_missing_targets_and_disagreement_are_refused() -> None:
     rows = _synthetic(60)
     with pytest.raises(FitError, match="must vary"):
-        fit_predictors([dataclasses.replace(m, accuracy=70.0) for m in rows], CPU_SPACE)
+        fit_predictors([dataclasses.replace(m, latency_ms=70.0) for m in rows], CPU_SPACE)
     with pytest.raises(InvalidMeasurementsError, match="rows with accuracy"):
         fit_predictors([dataclasses.replace(m, accuracy=None, latency_ms=None) for m in rows], CPU_SPACE)
     with pytest.raises(InvalidMeasurementsError, match="agree"):
@@ -263,6 +263,23 @@ def test_constant_targets_missing_targets_and_disagreement_are_refused() -> None
         dataclasses.replace(rows[0], latency_ms=float("nan"))
     with pytest.raises(InvalidInputError, match="formula"):
         fit_predictors(rows, CPU_SPACE, formula="magic")
+
+
+@pytest.mark.parametrize("accuracy", [100.0, 98.5])
+def test_where_all_networks_are_as_accurate_the_fastest_is_found(accuracy: float) -> None:
+    from foxnas_mlflow.core.searchers import Objective, fastest, front_of, search
+
+    rows = [dataclasses.replace(m, accuracy=accuracy) for m in _synthetic(60)]
+    predictors = fit_predictors(rows, CPU_SPACE).predictors
+    assert f"all 60 networks that were evaluated are right at {accuracy:.4g} %" in predictors.notes[0]
+    size = rows[0].architecture.image_size
+    objective = Objective(predictors, image_sizes=(size,))
+    quickest = fastest(objective)
+    front = front_of(objective)
+    assert len(front) == 1
+    outcome = search(predictors, latency_ms=3 * quickest.latency_upper_ms, image_sizes=(size,), evaluations=2_000)
+    assert outcome.accuracy == pytest.approx(accuracy)
+    assert outcome.architecture == front.architecture(0)
 
 
 def _with_quantities(rows: Sequence[Measurement]) -> list[Measurement]:

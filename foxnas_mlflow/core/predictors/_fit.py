@@ -132,7 +132,8 @@ def fit_predictors(
         InvalidMeasurementsError: If values are missing, not finite, or duplicates disagree.
         TooFewSamplesError: If there are fewer rows than coefficients plus five.
         RankDeficientError: If the rows cannot tell columns apart.
-        FitError: If a quantity does not vary.
+        FitError: If a quantity other than the accuracy does not vary. Where all networks are as accurate, that is
+            what is predicted, and a note says so.
 
     Examples:
         >>> import numpy as np
@@ -148,6 +149,7 @@ def fit_predictors(
     chosen: dict[str, list[FitReport]] = {}
     paper: dict[str, FitReport] = {}
     refused: dict[str, str] = {}
+    alike: tuple[LinearPredictor, ...] = ()
     rows_of = {
         quantity: _rows_of(quantity, measurements)
         for quantity in measured_quantities(measurements)
@@ -158,6 +160,9 @@ def fit_predictors(
     done = itertools.count(1)
     for quantity, rows in rows_of.items():
         origin = dict(provenance or {}) | _origin(rows)
+        if quantity == "accuracy" and len(rows) > 1 and len({row.accuracy for row in rows}) == 1:
+            alike = (_alike(rows, space, origin),)
+            continue
         fits: dict[str, list[FitReport]] = {}
         errors: dict[str, FitError] = {}
         for family in FAMILIES:
@@ -185,14 +190,14 @@ def fit_predictors(
             paper[quantity] = fits["paper"][0]
         elif "paper" in errors:
             refused[quantity] = str(errors["paper"])
-    if not chosen:
+    if not chosen and not alike:
         raise InvalidMeasurementsError(
             "measurements must have something to fit", received="estimates of a cost model alone"
         )
     reports = {quantity: fitted[0] for quantity, fitted in chosen.items()}
     of = {quantity: tuple(r.predictor for r in fitted) for quantity, fitted in chosen.items()}
     known = () if latency is None else latency.latency
-    predictors = PredictorSet(target, space, of.pop("accuracy", ()), of.pop("latency_ms", known), of)
+    predictors = PredictorSet(target, space, of.pop("accuracy", alike), of.pop("latency_ms", known), of)
     return FitResult(predictors, reports, paper, refused)
 
 
@@ -203,6 +208,32 @@ def _rows_of(quantity: str, measurements: Sequence[Measurement]) -> list[Measure
         rows = [m for m in rows if m.latency_source != "cost_model"]
     check_rows(rows, quantity)
     return rows
+
+
+def _alike(rows: Sequence[Measurement], space: SearchSpace, origin: Mapping[str, Any]) -> LinearPredictor:
+    """The predictor of an accuracy that all rows have."""
+    formula, accuracy = get_formula("calibrated", "accuracy"), rows[0].accuracy or 0.0
+    columns = formula.columns(space)
+    return LinearPredictor(
+        formula=formula.name,
+        quantity="accuracy",
+        space=space,
+        image_sizes=space.image_sizes,
+        fitted_sizes=tuple(sorted({row.architecture.image_size for row in rows})),
+        columns=columns,
+        # On the scale -log(ceiling - accuracy) it is 0.
+        coefficients=np.zeros(len(columns)),
+        covariance=np.zeros((len(columns), len(columns))),
+        sigma=0.0,
+        dof=len(rows) - 1,
+        ceiling=accuracy + 1.0,
+        metrics={"n_samples": float(len(rows))},
+        provenance=dict(origin),
+        notes=(
+            f"all {len(rows)} networks that were evaluated are right at {accuracy:.4g} % of the images: none is better "
+            "than the fastest one",
+        ),
+    )
 
 
 def _origin(rows: Sequence[Measurement]) -> dict[str, Any]:
