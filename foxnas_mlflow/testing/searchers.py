@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.errors import InfeasibleConstraintError, InvalidInputError
 from foxnas_mlflow.core.network import build_network
-from foxnas_mlflow.core.options import IndexArray, KindArray
+from foxnas_mlflow.core.options import IndexArray
 from foxnas_mlflow.core.predictors import PredictorSet, reference_predictors
 from foxnas_mlflow.core.searchers import Problem, Searcher, pose, solve
 from foxnas_mlflow.core.searchers._problem import Scored
@@ -26,10 +27,10 @@ class CountingProblem(Problem):
 
     asked: list[int] = field(default_factory=list)
 
-    def evaluate(self, size_index: IndexArray, kinds: KindArray) -> Scored:
+    def evaluate(self, size_index: NDArray[np.integer], index: IndexArray) -> Scored:
         """As of `Problem`."""
-        self.asked.append(len(kinds))
-        return super().evaluate(size_index, kinds)
+        self.asked.append(len(index))
+        return super().evaluate(size_index, index)
 
 
 class SearcherSuite:

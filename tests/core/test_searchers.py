@@ -32,7 +32,7 @@ from foxnas_mlflow.core.searchers import (
 )
 from foxnas_mlflow.core.searchers._annealing import main_effects
 from foxnas_mlflow.core.searchers._base import GeneSpace
-from foxnas_mlflow.core.space import CPU_SPACE, SearchSpace, StageSpec
+from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace, StageSpec
 
 SMALL = SearchSpace(
     name="small",
@@ -231,6 +231,13 @@ def test_guided_annealing_is_near_the_optimum_after_a_few_points() -> None:
     assert guided[3] <= 0.1
     assert (guided <= evolution).all()
     assert (guided <= unguided).all()
+
+
+@pytest.mark.parametrize("searched", [SMALL, CPU_SPACE, TPU_SPACE], ids=lambda space: space.name)
+def test_genes_name_the_options_that_their_blocks_name(searched: SearchSpace) -> None:
+    space = GeneSpace(pose(random_predictors(1, searched, searched.image_sizes[:2]), 1e9))
+    genes = space.sample(np.random.default_rng(0), 500)
+    assert (space.index(genes) == space.objective.options.lookup(space.kinds(genes))).all()
 
 
 @pytest.mark.parametrize("pose_it", ["latency", "limits", "least"])

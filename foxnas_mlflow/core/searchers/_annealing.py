@@ -294,20 +294,22 @@ def _move(
     Returns:
         The first tries of all individuals, then the second ones, shape (tries * n, n_genes).
     """
-    n = len(genes)
-    cumulative = np.cumsum(space.active(genes) & (space.choices > 1), axis=1)
-    drawn = rng.random((tries, n, temperature, 1)) * cumulative[:, None, -1:]
-    columns = (cumulative[:, None, :] <= drawn).sum(axis=3)
+    n, n_genes = genes.shape
+    movable = space.active(genes) & (space.choices > 1)
+    # Each individual's movable parameters first, in their order.
+    ordered = np.argsort(~movable, axis=1, kind="stable")
+    of = np.arange(0, n * n_genes, n_genes)[:, None]
+    drawn = (rng.random((tries, n, temperature)) * movable.sum(axis=1)[:, None]).astype(np.int64)
+    columns = ordered.take(of + drawn)
     # A parameter drawn twice is changed once: the move is then one parameter smaller.
     n_changes = rng.integers(1, temperature + 1, size=(tries, n, 1))
     columns = np.where(np.arange(temperature) < n_changes, columns, columns[:, :, :1])
-    rows = np.arange(n)[:, None]
-    values = _other(genes[rows, columns], space.choices[columns], rng)
+    values = _other(genes.take(of + columns), space.choices.take(columns), rng)
     if weights is not None:
-        values = np.where(columns < space.n_genes - 1, _draw(weights, genes[:, -1:], columns, rng), values)
-    moved = np.tile(genes, (tries, 1, 1))
-    moved[np.arange(tries)[:, None, None], rows, columns] = values
-    return moved.reshape(tries * n, -1)
+        values = np.where(columns < n_genes - 1, _draw(weights, genes[:, -1:], columns, rng), values)
+    moved = np.tile(genes, (tries, 1))
+    moved.put(np.arange(0, tries * n * n_genes, n_genes).reshape(tries, n, 1) + columns, values)
+    return moved
 
 
 def _other(values: Genes, choices: Genes, rng: np.random.Generator) -> Genes:

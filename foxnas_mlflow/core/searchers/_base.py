@@ -91,6 +91,12 @@ class GeneSpace:
         self.variable = np.flatnonzero(self.choices > 1)
         self._depths = np.array(space.depths, dtype=np.int16)
         self._n_kernels = len(space.kernels)
+        # Codes of all blocks, sleeping ones too, are linear in the genes; what sleeps are their highest digits.
+        weights = objective.options.weights
+        of_stage = np.concatenate([[0], np.column_stack([self._n_kernels * weights, weights]).ravel()])
+        self._codes = np.vstack([np.kron(np.eye(space.n_stages), of_stage[:, None]), np.zeros((1, space.n_stages))])
+        self._code_base = float(weights.sum())
+        self._awake = (len(space.kinds) + 1) ** self._depths.astype(np.int64)
 
     @property
     def n_genes(self) -> int:
@@ -126,9 +132,16 @@ class GeneSpace:
         kinds = stages[:, :, 1::2] * self._n_kernels + stages[:, :, 2::2]
         return np.where(np.arange(self.max_depth) < depth[:, :, None], kinds, -1).astype(np.int16)
 
+    def index(self, genes: Genes) -> IndexArray:
+        """Stage options of individuals, shape (n, n_stages)."""
+        codes = (genes.astype(np.float64) @ self._codes + self._code_base).astype(np.int64)
+        depths = genes[:, : -1 : 1 + 2 * self.max_depth]
+        rows: IndexArray = self.objective.options.rows[codes % self._awake[depths]]
+        return rows
+
     def evaluate(self, genes: Genes) -> Scored:
         """What individuals are worth."""
-        return self.problem.evaluate(genes[:, -1].astype(np.int64), self.kinds(genes))
+        return self.problem.evaluate(genes[:, -1], self.index(genes))
 
     def architecture(self, genes: Genes) -> Architecture:
         """The architecture of one individual, shape (n_genes,)."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.core.options import IndexArray, KindArray
+from foxnas_mlflow.core.options import IndexArray
 from foxnas_mlflow.core.searchers._limits import Limit, describe_limits
 from foxnas_mlflow.core.searchers._objective import FloatArray, Objective
 
@@ -94,15 +94,14 @@ class Problem:
         least = "" if self.min_accuracy is None else f", accuracy >= {self.min_accuracy:g}"
         return f"{wanted} under {describe_limits(self.limits)}{least}"
 
-    def evaluate(self, size_index: IndexArray, kinds: KindArray) -> Scored:
+    def evaluate(self, size_index: NDArray[np.integer], index: IndexArray) -> Scored:
         """Evaluate a population.
 
         Args:
             size_index: Index into the objective's sizes, shape (n,).
-            kinds: Blocks, shape (n, n_stages, max_depth), -1 where there is none.
+            index: Stage options, shape (n, n_stages).
         """
         objective = self.objective
-        index = objective.options.lookup(kinds)
         accuracy, score = np.empty(len(index)), np.empty(len(index))
         amounts = np.empty((len(index), len(objective.quantities)))
         for i, size in enumerate(objective.sizes):
