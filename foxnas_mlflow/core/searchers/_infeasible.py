@@ -25,7 +25,7 @@ def infeasible(problem: Problem, solve: Callable[[Problem], Optimum | None]) -> 
     beside: list[str] = []
     reachable = None
     if not alone:
-        free = replace(problem, goal="accuracy", min_accuracy=None)
+        free = replace(problem, goal="accuracy", min_accuracy=None if problem.limits else 0.0)
         for pair in combinations(problem.limits, 2):
             if solve(replace(free, limits=pair)) is None:
                 clash = (str(pair[0]), str(pair[1]))
