@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import mlflow
 import pandas as pd
 
+from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.core.measurements import Measurement, write_measurements
 from foxnas_mlflow.core.predictors import FitResult
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import log_model
 from foxnas_mlflow.report import write_predictor_files
 from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
-from foxnas_mlflow.tracking.registry import register, registered_name
+from foxnas_mlflow.tracking.registry import PREDICTORS_DIGEST, register, registered_name
 from foxnas_mlflow.tracking.run import EntryRun
 
 
@@ -60,10 +61,11 @@ def log_fit(
         directory = run.directory / "predictor" / label
         directory.mkdir(parents=True)
         write_predictor_files(report, paper, directory)
-    if "latency_ms" not in fit.reports and fit.predictors.latency:
-        model = fit.predictors.latency[0]
-        metrics |= {f"predictor/latency/{key}": value for key, value in model.metrics.items()}
-        run.log_json(model.to_dict(), "predictor/latency/coefficients.json")
+    for quantity, group in fit.predictors.groups.items():
+        if quantity not in fit.reports and group:
+            # The target's cost model of latency, or an accuracy that all networks share.
+            metrics |= {f"predictor/{_label(quantity)}/{key}": value for key, value in group[0].metrics.items()}
+            run.log_json(group[0].to_dict(), f"predictor/{_label(quantity)}/coefficients.json")
     if noise_floor is not None:
         metrics["predictor/accuracy/noise_floor"] = noise_floor
     run.log_artifacts(run.directory)
@@ -76,7 +78,11 @@ def log_fit(
         info.model_uri,
         registered,
         "predictors",
-        tags={"source": source, **_sampled_from(source)},
+        tags={
+            "source": source,
+            PREDICTORS_DIGEST: json_digest(fit.predictors.to_dict()),
+            **_sampled_from(source),
+        },
         facts={
             "target": target.name,
             "fitted on": f"{len(rows)} networks of {source}",

@@ -312,6 +312,9 @@ _INPUT = {
 FACTS = "foxnas.facts"
 """Tag of a version: the rows of its page as a JSON object."""
 
+PREDICTORS_DIGEST = "predictors_digest"
+"""Tag of a version of predictors: the digest of their content, so that the same ones are not registered again."""
+
 PICTURE = "front"
 """Key of the row that is a picture, its value an address from `picture_of`."""
 

@@ -14,6 +14,7 @@ from typing import Any
 from mlflow.models.model import ModelInfo
 
 from foxnas_mlflow.core.cost import network_cost
+from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.core.measurements import Measurement, write_measurements
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
@@ -23,6 +24,7 @@ from foxnas_mlflow.flavor import SubnetModel, log_model
 from foxnas_mlflow.tracking.inputs import MEASUREMENTS
 from foxnas_mlflow.tracking.registry import (
     PICTURE,
+    PREDICTORS_DIGEST,
     list_versions,
     newest,
     picture_of,
@@ -355,6 +357,7 @@ def _with_weights(name: str, target: Target) -> str:
 def _register_predictors(
     run: EntryRun, logged: ModelInfo, predictors: PredictorSet, source: str, target: Target, name: str
 ) -> str:
+    """The registered version of the predictors: one that has the same content, or a new one."""
     metrics = {
         f"predictor/{label}/{key}": value
         for label, group in (("accuracy", predictors.accuracy), ("latency", predictors.latency))
@@ -362,11 +365,16 @@ def _register_predictors(
     }
     if metrics:
         run.log_metrics(metrics, model_id=logged.model_id)
+    registered = registered_name(name, "predictors", target.name)
+    digest = json_digest(predictors.to_dict())
+    for version in list_versions(registered):
+        if version.tags.get(PREDICTORS_DIGEST) == digest:
+            return f"models:/{registered}/{version.version}"
     return register(
         logged.model_uri,
-        registered_name(name, "predictors", target.name),
+        registered,
         "predictors",
-        tags={"source": source},
+        tags={"source": source, PREDICTORS_DIGEST: digest},
         facts={"target": target.name, "source": source, **metrics},
         command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",
     )

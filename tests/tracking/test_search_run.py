@@ -227,6 +227,8 @@ def test_fit_registers_predictors_that_search_uses(tracking: str, shared_data: P
     assert main(["search", "--predictors", uri, "--latency-ms", "90", "--evaluations", "5000"]) == 0
     latest = client.search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
     assert latest.data.tags["foxnas.predictors"] == uri
+    # They are registered already, and so they are not registered again.
+    assert [v.version for v in client.search_model_versions("name='foxnas-predictors-rpi4'")] == [version.version]
 
 
 def test_accuracy_of_ones_own_and_the_boards_cost_model_make_predictors(tracking: str, tmp_path: Path) -> None:
