@@ -27,6 +27,8 @@ from foxnas_mlflow.core.searchers import (
     describe_limits,
     rank_edits,
     spoken,
+    spoken_unit,
+    value_edits,
 )
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.report._page import axes_layout, fill, plot, scatter, table, write_page
@@ -268,8 +270,11 @@ def _limits_table(outcome: SearchOutcome) -> Markup:
     header = ("quantity", "limit", "this network", "at the optimum", "more of it")
     level = outcome.objective.level
     text = ""
+    binding_prices = sorted((price for price in outcome.prices if price.binds), key=lambda price: -price.lost)
+    if len(binding_prices) > 1:
+        text = f" {binding_prices[0].limit.quantity} costs most."
     if level != outcome.objective.confidence:
-        text = f" Each predicted bound is taken at {level:.4g}, so that they hold together."
+        text += f" Each predicted bound is taken at {level:.4g}, so that they hold together."
     told = "Prices are those of the exact optimum: what it would gain without the limit, and with a little more of it."
     return fill("<p>{}{}</p>", told, text) + table(header, rows)
 
@@ -524,8 +529,10 @@ def network_drawing(predictors: PredictorSet, architecture: Architecture) -> Mar
 
 
 def _edits_table(outcome: SearchOutcome) -> Markup:
-    edits = rank_edits(outcome.objective.predictors, outcome.architecture)
     digits = _digits(outcome.latency_ms)
+    if outcome.problem.goal == "accuracy" and {limit.quantity for limit in outcome.limits} != {"latency_ms"}:
+        return _edits_under_limits(outcome, digits)
+    edits = rank_edits(outcome.objective.predictors, outcome.architecture)
     savings = [e for e in edits if e.delta_latency_ms < 0][:10]
     # A gain that costs no time ranks first.
     gains = sorted(
@@ -542,6 +549,32 @@ def _edits_table(outcome: SearchOutcome) -> Markup:
     ]
     header = ("edit", "accuracy (points)", "latency (ms)", "points per ms")
     return Markup("<p>The ten cheapest savings, then the five best gains; 95 % intervals.</p>") + table(header, rows)
+
+
+def _edits_under_limits(outcome: SearchOutcome, digits: int) -> Markup:
+    """Edits by what they are worth: the accuracy that they bring less what they use of the limits at their prices."""
+    known = value_edits(outcome)
+    savings = [valued for valued in known if valued.edit.delta_accuracy <= 0][:10]
+    gains = [valued for valued in known if valued.edit.delta_accuracy > 0][:5]
+    others = [limit.quantity for limit in outcome.limits if limit.quantity != "latency_ms"]
+    rows = [
+        (
+            valued.edit.description,
+            _change(valued.edit.delta_accuracy, valued.edit.delta_accuracy_margin, 3),
+            _change(valued.edit.delta_latency_ms, valued.edit.delta_latency_margin, digits),
+            *(f"{valued.used[quantity] / spoken_unit(quantity)[0]:+,.4g}" for quantity in others),
+            f"{valued.worth:+.3f}",
+            "breaks " + ", ".join(valued.broken) if valued.broken else "all met",
+        )
+        for valued in (*savings, *gains)
+    ]
+    amounts = [f"{quantity.split('_bytes')[0]} ({spoken_unit(quantity)[1]})" for quantity in others]
+    header = ("edit", "accuracy (points)", "latency (ms)", *amounts, "worth (points)", "limits")
+    told = (
+        "The ten savings and the five gains that are worth most: the accuracy that they bring less what they use of "
+        "the limits at the prices above; 95 % intervals."
+    )
+    return fill("<p>{}</p>", told) + table(header, rows)
 
 
 def _effects_table(predictor: LinearPredictor, unit: str) -> Markup:

@@ -28,11 +28,13 @@ from foxnas_mlflow.core.searchers import (
     least,
     parse_limits,
     pose,
+    rank_edits,
     search,
     search_each,
     solve,
+    value_edits,
 )
-from foxnas_mlflow.core.space import SearchSpace, StageSpec
+from foxnas_mlflow.core.space import CPU_SPACE, SearchSpace, StageSpec
 
 SIZES = (32, 48)
 SMALL = SearchSpace(
@@ -250,6 +252,22 @@ def test_infeasible_limits_name_what_each_can_reach_and_the_pair_that_clashes() 
     pytest.fail("no two quantities of this space clash")
 
 
+def test_edits_are_worth_what_they_bring_less_what_they_use_of_the_limits() -> None:
+    found = search(reference_predictors("rpi4"), 80.0, limits="int8_size_bytes<=4.2MB, macs<=1e12", evaluations=500)
+    prices = {price.limit.quantity: price for price in found.prices}
+    assert [prices[q].binds for q in ("latency_ms", "int8_size_bytes", "macs")] == [True, True, False]
+    valued = value_edits(found)
+    assert len(valued) == len(rank_edits(found.objective.predictors, found.architecture))
+    assert [v.worth for v in valued] == sorted((v.worth for v in valued), reverse=True)
+    for v in valued:
+        cost = network_cost(build_network(CPU_SPACE, v.edit.architecture))
+        assert found.amounts["int8_size_bytes"] + v.used["int8_size_bytes"] == cost.int8_size_bytes
+        use = sum(prices[q].per_unit * v.used[q] for q in ("latency_ms", "int8_size_bytes"))
+        np.testing.assert_allclose(v.worth, v.edit.delta_accuracy - use)
+        # The optimum cannot be edited into a better network that meets the limits.
+        assert v.broken or v.edit.delta_accuracy <= 0
+
+
 def test_an_accuracy_beyond_reach_names_the_one_within() -> None:
     predictors = reference_predictors("rpi4")
     best = solve(pose(predictors, 60.0)).accuracy
@@ -257,6 +275,9 @@ def test_an_accuracy_beyond_reach_names_the_one_within() -> None:
         with pytest.raises(InfeasibleLimitsError, match=f"predicted {best:.4f} %"):
             solve(pose(predictors, 60.0, objective=objective, min_accuracy=best + 0.1))
     assert solve(pose(predictors, 60.0, objective="int8_size_bytes", min_accuracy=best)).accuracy == best
+    # With no other limit the most accurate network of all is what can be had.
+    with pytest.raises(InfeasibleLimitsError, match="most accurate network is predicted 76"):
+        solve(pose(predictors, objective="macs", min_accuracy=95))
 
 
 def test_the_knee_lies_on_the_front_within_the_limits() -> None:

@@ -17,7 +17,7 @@ from foxnas_mlflow.core.searchers._exact import Front, Optimum, exact_front, exa
 from foxnas_mlflow.core.searchers._limited import solve
 from foxnas_mlflow.core.searchers._limits import Limit, describe_limits, parse_limits
 from foxnas_mlflow.core.searchers._objective import Objective
-from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices, spoken
+from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices, spoken, spoken_unit
 from foxnas_mlflow.core.searchers._problem import Problem
 from foxnas_mlflow.core.searchers._random import RandomSearch
 from foxnas_mlflow.core.searchers._rounds import Loop, Round, closed_loop, promises_more
@@ -33,7 +33,7 @@ from foxnas_mlflow.core.searchers._search import (
     search_each,
     search_problem,
 )
-from foxnas_mlflow.core.searchers._tweak import Edit, rank_edits
+from foxnas_mlflow.core.searchers._tweak import Edit, ValuedEdit, rank_edits, value_edits
 from foxnas_mlflow.core.searchers._verify import Candidate, Evaluated, Verdict, candidates, choose, verify
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "Signal",
     "SimulatedAnnealing",
     "TracePoint",
+    "ValuedEdit",
     "Verdict",
     "accuracy_signal",
     "candidates",
@@ -89,5 +90,7 @@ __all__ = [
     "search_problem",
     "solve",
     "spoken",
+    "spoken_unit",
+    "value_edits",
     "verify",
 ]

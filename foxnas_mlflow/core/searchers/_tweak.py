@@ -7,14 +7,18 @@ share cancels; it is the confidence interval of the expected change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet
 from foxnas_mlflow.core.searchers._objective import FloatArray
+
+if TYPE_CHECKING:
+    from foxnas_mlflow.core.searchers._search import SearchOutcome
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,44 @@ def rank_edits(predictors: PredictorSet, architecture: Architecture, *, confiden
         for n, *row in zip(neighbours, d_accuracy, m_accuracy, d_latency, m_latency, strict=True)
     ]
     return sorted(edits, key=lambda e: (e.price, -e.delta_accuracy))
+
+
+@dataclass(frozen=True)
+class ValuedEdit:
+    """An edit under all limits of a search.
+
+    Attributes:
+        edit: The edit.
+        used: How much more of each limited quantity the network then has: of its upper bound where it is predicted.
+        worth: Accuracy (points) that it brings less what it uses of the limits at their prices.
+        broken: Limits that the network then exceeds.
+    """
+
+    edit: Edit
+    used: Mapping[str, float]
+    worth: float
+    broken: tuple[str, ...]
+
+
+def value_edits(outcome: SearchOutcome) -> list[ValuedEdit]:
+    """Every edit of a found network that keeps the image size, that of most worth at the prices of the limits first.
+
+    Examples:
+        >>> from foxnas_mlflow import reference_predictors, search
+        >>> from foxnas_mlflow.core.searchers import value_edits
+        >>> found = search(reference_predictors("rpi4"), 60, limits="int8_size_bytes<=4MB", evaluations=2_000)
+        >>> all(valued.broken for valued in value_edits(found) if valued.edit.delta_accuracy > 0)
+        True
+    """
+    prices = {price.limit.quantity: price.per_unit for price in outcome.prices}
+    valued = []
+    for edit in rank_edits(outcome.objective.predictors, outcome.architecture):
+        after = outcome.objective.amounts(edit.architecture)
+        used = {limit.quantity: after[limit.quantity] - outcome.amounts[limit.quantity] for limit in outcome.limits}
+        worth = edit.delta_accuracy - sum(prices.get(quantity, 0.0) * more for quantity, more in used.items())
+        broken = tuple(limit.quantity for limit in outcome.limits if after[limit.quantity] > limit.value)
+        valued.append(ValuedEdit(edit, used, worth, broken))
+    return sorted(valued, key=lambda v: -v.worth)
 
 
 def describe_edit(before: Architecture, after: Architecture) -> str:
