@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from foxnas_mlflow.core.measurements import Measurement, write_measurements
-from foxnas_mlflow.core.predictors import reference_predictors
-from foxnas_mlflow.flavor import PredictorSet, load_model
+from foxnas_mlflow.core.predictors import PredictorSet, reference_predictors
+from foxnas_mlflow.flavor import load_model
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--rows", type=int, default=16_000)
