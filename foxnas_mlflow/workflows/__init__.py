@@ -25,6 +25,7 @@ from foxnas_mlflow.workflows import (
     sample,
     search,
     sign,
+    watch,
 )
 from foxnas_mlflow.workflows import supernet as _supernet
 from foxnas_mlflow.workflows._request import Parameter, Request, parameter
@@ -45,6 +46,7 @@ from foxnas_mlflow.workflows.sample import SampleRequest, SampleResult, run_samp
 from foxnas_mlflow.workflows.search import SearchRequest, SearchResult, run_search
 from foxnas_mlflow.workflows.sign import SignRequest, SignResult, run_sign
 from foxnas_mlflow.workflows.supernet import SupernetRequest, SupernetResult, run_supernet
+from foxnas_mlflow.workflows.watch import WatchRequest, WatchResult, run_watch
 
 WORKFLOWS: tuple[AnyWorkflow, ...] = tuple(
     module.WORKFLOW
@@ -60,6 +62,7 @@ WORKFLOWS: tuple[AnyWorkflow, ...] = tuple(
         sign,
         promote,
         lineage,
+        watch,
         doctor,
         device,
         init,
@@ -105,6 +108,8 @@ __all__ = [
     "SignResult",
     "SupernetRequest",
     "SupernetResult",
+    "WatchRequest",
+    "WatchResult",
     "Workflow",
     "parameter",
     "run_benchmark",
@@ -123,4 +128,5 @@ __all__ = [
     "run_search",
     "run_sign",
     "run_supernet",
+    "run_watch",
 ]

@@ -1,0 +1,117 @@
+"""A deployment that follows an alias of the registry."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from foxnas_mlflow.core.errors import DeviceError, FoxNasError
+from foxnas_mlflow.core.redaction import redacted
+from foxnas_mlflow.deploy._board import RunnerRefusedError
+from foxnas_mlflow.deploy._client import EdgeDeploymentClient
+
+State = Literal["updated", "same", "refused", "away", "none"]
+
+TAG = "foxnas.deployment."
+"""Tag of a version that was deployed or refused, before the deployment's name."""
+
+_NO_ALIAS = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a look at the alias led to.
+
+    Attributes:
+        state: ``updated``; ``same``: the board had that version; ``refused``: it was tried, and the board keeps what it
+            had; ``away``: the registry or the board did not answer, a later look may help; ``none``: the alias
+            names no version.
+        words: What happened, in one line.
+    """
+
+    state: State
+    words: str
+
+
+@dataclass
+class Follower:
+    """Keeps a deployment at the version that an alias names.
+
+    What to deploy is asked of the registry at every look, never taken from a message: a look that is forged, late or
+    repeated does no harm.
+
+    Attributes:
+        target: Target URI, ``edge://...``.
+        deployment: Name of the deployment; it is made if there is none.
+        model: Name of the registered model.
+        alias: Its alias.
+        config: Configuration of the deployment, see `target_help`.
+    """
+
+    target: str
+    deployment: str
+    model: str
+    alias: str
+    config: Mapping[str, str] = field(default_factory=dict)
+    _refused: str = field(default="", init=False)
+
+    def look(self, *, again: bool = False) -> Followed:
+        """Deploy what the alias names, if the board has another version.
+
+        Args:
+            again: Try a version that was refused before too.
+        """
+        registry, board = MlflowClient(), EdgeDeploymentClient(self.target)
+        try:
+            version = str(registry.get_model_version_by_alias(self.model, self.alias).version)
+        except MlflowException as error:
+            if error.error_code in _NO_ALIAS:
+                return Followed("none", f"{self.model}@{self.alias} names no version; the board keeps what it has")
+            return Followed("away", f"the registry did not tell what {self.model}@{self.alias} is: {_first(error)}")
+        wanted = f"models:/{self.model}/{version}"
+        if again:
+            self._refused = ""
+        elif self._refused == wanted:
+            return Followed("same", f"{wanted} was refused before")
+        try:
+            new = False
+            try:
+                has = str(board.get_deployment(self.deployment)["model_uri"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                has, new = "", True
+            if has == wanted:
+                return Followed("same", f"{self.deployment} has {wanted}")
+            deploy = board.create_deployment if new else board.update_deployment
+            done: dict[str, Any] = deploy(self.deployment, wanted, config=dict(self.config))
+        except MlflowException as error:
+            cause = error.__cause__
+            lost = isinstance(cause, DeviceError) and not isinstance(cause, RunnerRefusedError)
+            if lost or not isinstance(cause, FoxNasError):
+                return Followed("away", f"{self.deployment} is not yet {wanted}: {_first(error)}")
+            self._refused = wanted
+            self._note(registry, version, f"refused on {_place(self.target)}: {_first(error)}")
+            kept = f"{self.deployment} stays {has}" if has else "nothing is deployed"
+            return Followed("refused", f"{wanted} is refused, {kept}: {_first(error)}")
+        self._note(registry, version, f"deployed on {_place(self.target)} as version {done['version']}")
+        return Followed("updated", f"{self.deployment} is {wanted} now" + (f", before {has}" if has else ""))
+
+    def _note(self, registry: MlflowClient, version: str, words: str) -> None:
+        # A registry that takes no tag stops no deployment.
+        with contextlib.suppress(MlflowException):
+            registry.set_model_version_tag(self.model, version, TAG + self.deployment, redacted(words)[:4000])
+
+
+def _first(error: Exception) -> str:
+    return redacted((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def _place(target: str) -> str:
+    """A target without its options."""
+    return target.partition("?")[0]

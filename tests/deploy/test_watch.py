@@ -1,0 +1,207 @@
+"""A deployment that follows an alias: real deliveries of a real MLflow server, a board that is a directory."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow.deployments import get_deploy_client
+from mlflow.webhooks.delivery import _generate_hmac_signature as signature_of
+
+from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.deploy import _bundle
+from foxnas_mlflow.deploy.webhook import FRESH_SECONDS, Deliveries, DeliveryRefusedError
+from foxnas_mlflow.flavor import TfliteModel, log_model
+from foxnas_mlflow.workflows import WatchRequest, WatchResult, run_watch
+from tests.colour_model import LABELS
+from tests.servers import free_port, request, tracking_server
+
+pytestmark = pytest.mark.server
+
+SECRET = "a secret of a webhook in a test"
+EVENT = {"entity": "model_version_alias", "action": "created", "data": {"name": "foxnas-rpi4", "alias": "production"}}
+
+
+def signed(body: bytes, secret: str = SECRET, *, name: str = "one", at: float = 1e9) -> dict[str, str]:
+    """Headers as MLflow makes them."""
+    stamp = str(int(at))
+    signature = signature_of(secret, name, stamp, body.decode())
+    return {"X-MLflow-Delivery-Id": name, "X-MLflow-Timestamp": stamp, "X-MLflow-Signature": signature}
+
+
+def test_a_delivery_is_accepted_once_while_it_is_fresh_and_as_it_was_signed() -> None:
+    body = json.dumps(EVENT).encode()
+    assert Deliveries(SECRET).check(signed(body), body, now=1e9 + FRESH_SECONDS) == EVENT
+    # By the definition, without MLflow's code; a sender may sign with an old secret too.
+    by_hand = base64.b64encode(hmac.new(SECRET.encode(), b"one.1000000000." + body, hashlib.sha256).digest()).decode()
+    two = signed(body) | {"X-MLflow-Signature": f"v1,b2xk v1,{by_hand}"}
+    assert Deliveries(SECRET).check({key.lower(): value for key, value in two.items()}, body, now=1e9) == EVENT
+    refused = [
+        (signed(body), body + b" ", 1e9, 401),
+        (signed(body, "another secret"), body, 1e9, 401),
+        (signed(body) | {"X-MLflow-Delivery-Id": "two"}, body, 1e9, 401),
+        (signed(body) | {"X-MLflow-Timestamp": "1000000001"}, body, 1e9, 401),
+        (signed(body) | {"X-MLflow-Signature": "v1," + "A" * 44}, body, 1e9, 401),
+        (signed(body) | {"X-MLflow-Signature": ""}, body, 1e9, 401),
+        ({}, body, 1e9, 401),
+        (signed(body), body, 1e9 + FRESH_SECONDS + 1, 401),
+        (signed(body), body, 1e9 - FRESH_SECONDS - 1, 401),
+        (signed(b"no json"), b"no json", 1e9, 400),
+    ]
+    deliveries = Deliveries(SECRET)
+    for headers, sent, now, status in refused:
+        with pytest.raises(DeliveryRefusedError) as error:
+            deliveries.check(headers, sent, now)
+        assert error.value.status == status
+    # Nothing refused counts as seen.
+    assert deliveries.check(signed(body), body, now=1e9) == EVENT
+    for later in (0, FRESH_SECONDS):
+        with pytest.raises(DeliveryRefusedError, match="is taken once") as error:
+            deliveries.check(signed(body), body, now=1e9 + later)
+        assert error.value.status == 409
+
+
+@contextlib.contextmanager
+def watching(asked: WatchRequest) -> Iterator[list[WatchResult]]:
+    """`run_watch` in a thread, until the block ends; its result then."""
+    stop, results = threading.Event(), list[WatchResult]()
+    thread = threading.Thread(target=lambda: results.append(run_watch(asked, stop=stop)))
+    thread.start()
+    try:
+        yield results
+    finally:
+        stop.set()
+        thread.join()
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.05)
+    return holds()
+
+
+def post(url: str, body: bytes, headers: dict[str, str]) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data=body, headers=headers), timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+def test_a_board_follows_the_alias_that_a_server_tells_of(
+    tracking: str, colour_model: TfliteModel, target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cryptography.fernet import Fernet
+
+    monkeypatch.setenv("FOXNAS_WEBHOOK_SECRET", SECRET)
+    # A server tells only of addresses of the internet, with https, unless it is told otherwise.
+    env = {
+        "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
+        "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+        "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": Fernet.generate_key().decode(),
+    }
+    port = free_port()
+    with tracking_server(tracking, str(tmp_path / "served"), log=tmp_path / "log", env=env) as url:
+        mlflow.set_tracking_uri(url)
+        mlflow.set_registry_uri(url)
+        for labels in (LABELS, ("rouge", "vert", "bleu")):
+            with mlflow.start_run():
+                model = dataclasses.replace(colour_model, labels=labels)
+                log_model(model, name="model", registered_model_name="foxnas-rpi4", code_paths=[])
+        client, board = MlflowClient(), get_deploy_client(target)
+        hook = client.create_webhook(
+            "camera", f"http://127.0.0.1:{port}/", ["model_version_alias.created"], secret=SECRET
+        )
+        client.set_registered_model_alias("foxnas-rpi4", "production", "1")
+
+        def active() -> str:
+            return str(board.get_deployment("camera")["model_uri"])
+
+        def told(version: str) -> str:
+            return str(client.get_model_version("foxnas-rpi4", version).tags.get("foxnas.deployment.camera", ""))
+
+        asked = WatchRequest(
+            model="foxnas-rpi4", target=target, deployment="camera", port=port, every_s=0, config="threads=2"
+        )
+        with watching(asked) as results:
+            # At its start it looks itself: what was told before is not lost.
+            assert wait_for(lambda: told("1") == "deployed on edge://local as version 0001")
+            assert active() == "models:/foxnas-rpi4/1"
+            assert board.get_deployment("camera")["threads"] == 2
+            # The registry's own test of the webhook, of a model that is not ours.
+            assert json.loads(str(client.test_webhook(hook.webhook_id).response_body)) == {
+                "status": "not of this alias"
+            }
+            client.set_registered_model_alias("foxnas-rpi4", "production", "2")
+            assert wait_for(lambda: told("2") == "deployed on edge://local as version 0002")
+            assert active() == "models:/foxnas-rpi4/2"
+            # A board that answers otherwise than this host: the version before stays, and the registry says why.
+            raw = _bundle.Classifier.raw
+            with monkeypatch.context() as patched:
+                patched.setattr(_bundle.Classifier, "raw", lambda self, image: raw(self, image) + np.int8(3))
+                client.set_registered_model_alias("foxnas-rpi4", "production", "1")
+                assert wait_for(lambda: told("1").startswith("refused on edge://local: the board"))
+            assert active() == "models:/foxnas-rpi4/2"
+            # Deliveries that the server did not sign, or did but once, move nothing.
+            body, place = json.dumps(EVENT).encode(), f"http://127.0.0.1:{port}/"
+            assert request(place, EVENT)[0] == 401
+            assert post(place, body, signed(body, "another secret", at=time.time())) == 401
+            assert post(place, body, signed(body, at=time.time() - FRESH_SECONDS - 5)) == 401
+            assert post(place, b"{" + b" " * (1 << 20), signed(body, at=time.time())) == 413
+            assert request(f"{place}ping") == (200, '{"status": "receiving"}')
+            assert active() == "models:/foxnas-rpi4/2"
+            headers = signed(body, at=time.time())
+            assert post(place, body, headers) == 202
+            assert wait_for(lambda: told("1") == "deployed on edge://local as version 0003")
+            assert post(place, body, headers) == 409
+            assert active() == "models:/foxnas-rpi4/1"
+        assert [result.state for result in results] == ["updated"]
+
+        # Once, for a timer; an alias that nobody has changes nothing.
+        client.set_registered_model_alias("foxnas-rpi4", "production", "2")
+        words = ["watch", "--once", "--model", "foxnas-rpi4", "--target", target, "--deployment", "camera"]
+        assert main(words) == 0
+        assert active() == "models:/foxnas-rpi4/2"
+        assert main([*words, "--alias", "nobody"]) == 0
+        assert active() == "models:/foxnas-rpi4/2"
+    # The registry is gone.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert run_watch(WatchRequest(model="foxnas-rpi4", target=target, deployment="camera", once=True)).state == "away"
+    assert active() == "models:/foxnas-rpi4/2"
+
+
+@pytest.mark.parametrize(
+    ("changed", "secret", "words"),
+    [
+        ({"model": "models:/foxnas-rpi4/1"}, SECRET, "without version and alias"),
+        ({"target": "ssh://pi@board"}, SECRET, "target must be a board"),
+        ({"deployment": ""}, SECRET, "deployment must be given"),
+        ({"config": "threads"}, SECRET, "config must be key=value"),
+        ({}, "", "the webhook's secret must be in FOXNAS_WEBHOOK_SECRET, 16 characters or more; received none"),
+        ({}, "short", "received 5 characters"),
+        ({"certificate": __file__}, SECRET, "certificate must be a PEM file"),
+        ({"port": 1, "host": "203.0.113.1"}, SECRET, "an address and a port that are free"),
+    ],
+)
+def test_bad_input(changed: dict[str, str], secret: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOXNAS_WEBHOOK_SECRET", secret)
+    values = {"model": "foxnas-rpi4", "target": "edge://local", "deployment": "camera", "port": 0, **changed}
+    with pytest.raises(InvalidInputError, match=words):
+        run_watch(WatchRequest(**values))
