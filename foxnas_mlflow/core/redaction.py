@@ -8,7 +8,13 @@ from urllib.parse import quote, unquote
 
 MASK = "***"
 
-_ENVIRONMENT = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_ENVIRONMENT = (
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "FOXNAS_WEBHOOK_SECRET",
+)
 _SHORTEST = 8
 """A shorter value of the environment may be an ordinary word of a text."""
 
@@ -50,12 +56,16 @@ def redacted(text: str) -> str:
 def hide_login() -> None:
     """Move user and password of ``MLFLOW_TRACKING_URI`` to the variables that MLflow has for them.
 
-    MLflow prints and keeps that address in many places; without the login it may.
+    MLflow prints and keeps that address in many places; without the login it may. For a token in the user's place it
+    has no variable of the same meaning: the address stays, and its own lines with it are not printed.
     """
     scheme, _, rest = os.environ.get("MLFLOW_TRACKING_URI", "").partition("://")
     login, at, _ = rest.partition("/")[0].rpartition("@")
     user, _, password = login.partition(":")
-    if scheme not in ("http", "https") or not at or not password:
+    if scheme not in ("http", "https") or not at:
+        return
+    if not password:
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         return
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
         if name in os.environ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from urllib.parse import urlsplit
 
 from foxnas_mlflow.core.errors import DeviceError
@@ -11,11 +12,12 @@ def addresses(device: str) -> tuple[str, ...]:
     """The addresses of a comma separated list.
 
     Raises:
-        DeviceError: If one machine is listed twice, under whatever user and options.
+        DeviceError: If one machine is listed twice, under whatever user and options, or an address has a password.
     """
     listed = tuple(part.strip() for part in device.split(",") if part.strip())
     machines: dict[str, str] = {}
     for address in listed:
+        _refuse_password(address)
         machine = _machine(address)
         if machine in machines:
             raise DeviceError(
@@ -25,6 +27,19 @@ def addresses(device: str) -> tuple[str, ...]:
             )
         machines[machine] = address
     return listed
+
+
+def _refuse_password(address: str) -> None:
+    """Before there is a run that would keep the address; one that `mlflow run` has made keeps it already."""
+    login = address.removeprefix("ssh://").partition("?")[0].rpartition("@")[0]
+    if address.startswith("ssh://") and ":" in login:
+        run_id = os.environ.get("MLFLOW_RUN_ID")
+        kept = f"; mlflow has kept the address as a parameter of run {run_id}: change this password" if run_id else ""
+        raise DeviceError(
+            "an ssh address has no password",
+            received=address,
+            remedy=f"use a key: ssh-keygen, then ssh-copy-id user@host{kept}",
+        )
 
 
 def _machine(address: str) -> str:

@@ -84,3 +84,13 @@ def test_the_login_of_a_tracking_server_moves_to_its_variables(
     assert os.environ["MLFLOW_TRACKING_URI"] == os.environ["MLFLOW_REGISTRY_URI"] == left
     assert os.environ.get("MLFLOW_TRACKING_USERNAME") == user
     assert os.environ.get("MLFLOW_TRACKING_PASSWORD") == password
+
+
+def test_a_token_in_the_address_is_kept_from_mlflows_own_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    hide_login()
+    assert os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] == "false"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{SECRET}@host:5000")
+    hide_login()
+    assert os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] == "true"

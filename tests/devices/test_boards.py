@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 
@@ -158,6 +159,20 @@ def test_a_board_is_listed_once(capsys: pytest.CaptureFixture[str], tracking: st
             assert main([command, "--target", "rpi4", "--device", twice]) == 2
             (line,) = capsys.readouterr().err.splitlines()
             assert line.startswith("foxnas: a board is listed once")
+
+
+def test_a_password_is_refused_before_anything_is_kept(
+    capsys: pytest.CaptureFixture[str], tracking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = "ssh://pi@a,ssh://pi:s3cr3t@board:22?python=py"
+    for run_id in ("", "0123abcd"):
+        monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+        for command in (["sample"], ["search"], ["main"], ["benchmark", "--model", "models:/x/1"]):
+            assert main([*command, "--target", "rpi4", "--device", device]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("foxnas: an ssh address has no password; received ssh://pi:***@board:22?python=py; ")
+            assert line.endswith("of run 0123abcd: change this password." if run_id else "ssh-copy-id user@host.")
+    assert mlflow.MlflowClient().search_runs(["0"]) == []
 
 
 def test_what_differs_by_more_than_noise() -> None:
