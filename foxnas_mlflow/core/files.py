@@ -24,6 +24,13 @@ def cache_directory(*parts: str) -> Path:
     return directory
 
 
+def sought(path: str | Path, error: OSError) -> str:
+    """A file that could not be read as an error names it: where it was looked for, and why."""
+    path = Path(path).expanduser()
+    place = str(path) if path.is_absolute() else f"{path} in {Path.cwd()}"
+    return f"{place}: {error.strerror or error}"
+
+
 def json_digest(value: object) -> str:
     """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -18,6 +18,7 @@ from typing import Any
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import FoxNasError, InvalidMeasurementsError
+from foxnas_mlflow.core.files import sought
 from foxnas_mlflow.core.space import CPU_SPACE
 
 COLUMNS: tuple[str, ...] = (
@@ -181,7 +182,7 @@ def read_measurements(path: str | Path) -> list[Measurement]:
             decimal=decimal,
         )
     except OSError as error:
-        raise InvalidMeasurementsError("a measurements file must be readable", received=str(path)) from error
+        raise InvalidMeasurementsError("a measurements file must be readable", received=sought(path, error)) from error
     except (ValueError, UnicodeDecodeError) as error:
         raise InvalidMeasurementsError("a measurements file must be CSV", received=str(path)) from error
     if frame.empty:

@@ -19,7 +19,7 @@ import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture, Block, Stage
 from foxnas_mlflow.core.errors import InvalidArchitectureError, InvalidSpaceError
-from foxnas_mlflow.core.files import json_digest
+from foxnas_mlflow.core.files import json_digest, sought
 
 SPACE_FORMAT = 1
 
@@ -374,7 +374,7 @@ class SearchSpace:
         try:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise InvalidSpaceError("a space file must be readable", received=str(path)) from error
+            raise InvalidSpaceError("a space file must be readable", received=sought(path, error)) from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InvalidSpaceError("a space file must be YAML", received=str(path)) from error
         return cls.from_dict(data)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from foxnas_mlflow.core.errors import UnknownTargetError
+from foxnas_mlflow.core.files import sought
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ def get_target(name_or_path: str) -> Target:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UnknownTargetError("a target file must be readable", received=name_or_path) from error
+        raise UnknownTargetError("a target file must be readable", received=sought(path, error)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UnknownTargetError("a target file must be YAML", received=name_or_path) from error
     target = Target.from_dict(data)

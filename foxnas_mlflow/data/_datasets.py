@@ -17,12 +17,16 @@ import gzip
 import hashlib
 import itertools
 import logging
+import os
+import re
+import shlex
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -296,6 +300,30 @@ class ImageDataset:
         return ArrayImages(pixels[: len(kept)], images.targets[kept])
 
 
+def _local(source: str) -> str:
+    """A source, without ``file://`` before its path."""
+    return unquote(urlsplit(source).path) if source.startswith("file:") else source
+
+
+def _no_source(source: str, path: Path) -> InvalidInputError:
+    """What to say of a source that is not there: where it was looked for, and how to get it here."""
+    remedy = None
+    if "://" in source or re.match(r"(runs|models|mlflow-artifacts|dbfs):/", source):
+        remedy = (
+            f"copy the images to this machine first: mlflow artifacts download --artifact-uri {shlex.quote(source)} "
+            "--dst-path images, and give the absolute path of images"
+        )
+    elif not path.is_absolute():
+        source = f"{source}, which is not in {Path.cwd()}"
+        if "MLFLOW_RUN_ID" in os.environ:
+            remedy = "mlflow run works in the project's directory: give an absolute path"
+    return InvalidInputError(
+        "data must be 'digits', 'glyphs', 'fashion-mnist' or the path of a folder or list",
+        received=source,
+        remedy=remedy,
+    )
+
+
 def load_dataset(
     source: str,
     *,
@@ -310,7 +338,7 @@ def load_dataset(
     """Read a data set; of files, each is looked at once in its life.
 
     Args:
-        source: ``digits``, ``glyphs``, ``fashion-mnist``, or the path of a folder.
+        source: ``digits``, ``glyphs``, ``fashion-mnist``, or the path of a folder or list, also as ``file:///...``.
         val_fraction: Share of each class set aside for validation where the source has no split.
         seed: Seed of the split and of the choice below.
         max_train: Use at most so many training images, drawn by class.
@@ -326,6 +354,7 @@ def load_dataset(
     """
     if not 0 < val_fraction < 1:
         raise InvalidInputError("val_fraction must be between 0 and 1", received=val_fraction)
+    source = _local(source)
     limited = max_train is not None or max_val is not None
     reading = _Reading(val_fraction, seed, tuple(sizes), keep and not limited, keep, digest)
     if source == "digits":
@@ -342,11 +371,7 @@ def load_dataset(
             has_idx = any(is_idx(p) for p in path.iterdir() if p.is_file() and not is_junk(p.name))
             dataset = _idx(path, source, val_fraction, seed) if has_idx else _folder(path, source, reading)
         else:
-            raise InvalidInputError(
-                "data must be 'digits', 'glyphs', 'fashion-mnist' or the path of a folder or list",
-                received=source if path.is_absolute() or "://" in source else f"{source}, which is not in {Path.cwd()}",
-                remedy="copy the images to this machine first" if "://" in source else None,
-            )
+            raise _no_source(source, path)
     if not limited:
         return _slim(dataset)
     rng = np.random.default_rng([seed, 1])

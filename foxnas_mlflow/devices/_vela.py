@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from foxnas_mlflow.core.errors import DeviceError, InvalidInputError, MissingDependencyError
+from foxnas_mlflow.core.files import sought
 
 ACCELERATORS: Mapping[str, tuple[str, str]] = {
     **{f"ethos-u55-{macs}": ("Ethos_U55_High_End_Embedded", "Shared_Sram") for macs in (32, 64, 128, 256)},
@@ -105,7 +106,7 @@ def estimate_latency_vela(
     try:
         data = model if isinstance(model, bytes) else Path(model).read_bytes()
     except OSError as error:
-        raise InvalidInputError("a model file must be readable", received=str(model)) from error
+        raise InvalidInputError("a model file must be readable", received=sought(str(model), error)) from error
     default_system, default_memory = ACCELERATORS[accelerator]
     with tempfile.TemporaryDirectory(prefix="foxnas-vela-") as directory:
         source, output = Path(directory) / "model.tflite", Path(directory) / "output"

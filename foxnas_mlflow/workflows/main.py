@@ -212,7 +212,7 @@ def run_main(request: MainRequest) -> MainResult:
         }
         pipeline = _Pipeline(request, run, target, device, dataset, common)
         if not request.supernet and not pipeline.is_begun():
-            for digest in earlier_digests(request.data, dataset.digest):
+            for digest in earlier_digests(dataset.source, dataset.digest):
                 earlier = _Pipeline(request, run, target, device, read(digest=digest), common | {"data": digest})
                 if earlier.is_begun():
                     pipeline = earlier

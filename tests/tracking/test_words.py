@@ -5,14 +5,23 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
+from click.testing import CliRunner
+from mlflow.store.artifact import cli as artifacts
+from PIL import Image
 
 from foxnas_mlflow.cli.main import main
-from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
+from foxnas_mlflow.core.measurements import read_measurements
+from foxnas_mlflow.core.predictors import load_predictors
+from foxnas_mlflow.core.space import SearchSpace
+from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.data import load_dataset
 from foxnas_mlflow.flavor import get_default_pip_requirements
 from foxnas_mlflow.tracking.registry import registered_name
@@ -29,7 +38,7 @@ def test_a_host_name_that_the_server_does_not_know_is_no_missing_right(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     store = shutil.copy(empty_store, tmp_path / "served.db")
-    options = ["--allowed-hosts", "mlflow.example.org"]
+    options = ["--allowed-hosts", "mlflow.example.org,localhost:*"]
     with tracking_server(f"sqlite:///{store}", str(tmp_path), log=tmp_path / "log", options=options) as url:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         mlflow.set_tracking_uri(url)
@@ -39,14 +48,56 @@ def test_a_host_name_that_the_server_does_not_know_is_no_missing_right(
         assert line == (
             f"foxnas: the tracking server does not know the host name in {url}; start it with --allowed-hosts NAME."
         )
+        # A token in the place of the user is printed nowhere, not by MLflow either, and kept nowhere.
+        token = "t0ken-of-a-server"
+        with_token = url.replace("://127.0.0.1", f"://{token}@localhost")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", with_token)
+        mlflow.set_tracking_uri(with_token)
+        mlflow.set_registry_uri(with_token)
+        assert main(["search", "--latency-ms", "60", "--evaluations", "200"]) == 0
+        captured = capsys.readouterr()
+        assert "Registered models:/foxnas-subnet-rpi4/1" in captured.out
+        assert token not in captured.out + captured.err
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()] == []
 
 
 def test_a_relative_path_is_told_with_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidInputError, match=re.escape(f"received images, which is not in {tmp_path}")):
         load_dataset("images")
-    with pytest.raises(InvalidInputError, match="received s3://bucket/images; copy the images to this machine first"):
-        load_dataset("s3://bucket/images")
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0123abcd")
+    with pytest.raises(InvalidInputError, match="works in the project's directory: give an absolute path"):
+        load_dataset("images")
+    for uri in ("s3://bucket/images", "mlflow-artifacts:/images"):
+        with pytest.raises(InvalidInputError, match=f"received {uri}; copy .*: mlflow artifacts download .* {uri} --"):
+            load_dataset(uri)
+    for read in (get_target, SearchSpace.from_yaml, load_predictors, read_measurements):
+        for name in ("rows.yaml", "/nowhere/rows.yaml"):
+            place = name if name.startswith("/") else f"{name} in {tmp_path}"
+            with pytest.raises(FoxNasError, match=re.escape(f"received {place}: No such file or directory")):
+                read(name)
+
+
+@pytest.mark.server
+def test_data_elsewhere_is_copied_by_the_command_that_the_refusal_names(tracking: str, tmp_path: Path) -> None:
+    folder = tmp_path / "two words"
+    for label in ("dark", "light"):
+        (folder / label).mkdir(parents=True)
+        for i in range(4):
+            level = i + 200 * (label == "light")
+            Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(folder / label / f"{i}.png")
+    with mlflow.start_run() as run:
+        mlflow.log_artifacts(str(folder), "images")
+    dataset = load_dataset(folder.as_uri())
+    assert "%20" in folder.as_uri()
+    assert dataset.labels == ("dark", "light")
+    with pytest.raises(InvalidInputError) as error:
+        load_dataset(f"runs:/{run.info.run_id}/images")
+    (command,) = re.findall(r"mlflow artifacts (download .* images),", str(error.value))
+    done = CliRunner().invoke(artifacts.commands, shlex.split(command))
+    assert done.exit_code == 0, done.output
+    (copied,) = (tmp_path / "images").rglob("dark")
+    assert load_dataset(str(copied.parent)).digest == dataset.digest
 
 
 @pytest.mark.server

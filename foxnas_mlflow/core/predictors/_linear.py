@@ -27,7 +27,7 @@ import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, OutOfDomainError
-from foxnas_mlflow.core.files import write_atomically
+from foxnas_mlflow.core.files import sought, write_atomically
 from foxnas_mlflow.core.predictors._formulas import FloatArray, Formula, get_formula
 from foxnas_mlflow.core.space import SearchSpace
 
@@ -479,7 +479,7 @@ def load_predictors(path: str | Path) -> PredictorSet:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InvalidFormatError("a predictors file must be readable", received=str(path)) from error
+        raise InvalidFormatError("a predictors file must be readable", received=sought(path, error)) from error
     except ValueError as error:
         raise InvalidFormatError("a predictors file must be JSON", received=str(path)) from error
     return PredictorSet.from_dict(data)
