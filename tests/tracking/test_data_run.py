@@ -99,3 +99,55 @@ def test_a_training_goes_on_when_a_broken_file_was_mended_or_removed(
     assert model.config["data_digest"] == before.digest
     # The next step takes the same images.
     assert open_supernet(result.model_uri).dataset.digest == before.digest
+
+
+@pytest.mark.train
+def test_a_pipeline_goes_on_with_the_pictures_that_it_began_with(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    from typing import Any
+
+    from foxnas_mlflow.tracking.steps import DIGEST_TAG
+    from foxnas_mlflow.workflows import main as pipeline
+    from tests.supernets import MINI_SPACE
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "pictures"
+    for label in ("cat", "dog"):
+        (root / label).mkdir(parents=True)
+        for i in range(24):
+            image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / label / f"{i:02}.png")
+    whole = (root / "cat/03.png").read_bytes()
+    (root / "cat/03.png").write_bytes(whole[:-30])
+    (tmp_path / "mini.yaml").write_text(json.dumps(MINI_SPACE.to_dict()))
+    request = pipeline.MainRequest(data=str(root), space=str(tmp_path / "mini.yaml"), target="rpi4", device="none")
+
+    class Stop(BaseException):
+        pass
+
+    begun: list[Any] = []
+
+    def stop(self: Any) -> None:
+        begun.append(self)
+        raise Stop
+
+    # What it would do is known by its steps' identities; minutes of training tell no more.
+    monkeypatch.setattr(pipeline._Pipeline, "run", stop)
+
+    def digest() -> str:
+        with pytest.raises(Stop):
+            pipeline.run_main(request)
+        return str(begun[-1]._dataset.digest)
+
+    before = digest()
+    (root / "cat/03.png").write_bytes(whole)
+    # Nothing was begun with the former pictures, so nothing is lost.
+    mended = digest()
+    assert mended != before
+    former = begun[0]
+    with entry_run(stage="supernet", params={}) as run:
+        run.set_tags({DIGEST_TAG: former._identity("supernet", former._training()[1], ()).digest})
+    assert digest() == before
+    # Other pictures are other data, whatever was begun.
+    (root / "dog/05.png").unlink()
+    assert digest() not in (before, mended)
