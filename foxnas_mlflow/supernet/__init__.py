@@ -8,6 +8,7 @@ from foxnas_mlflow.supernet._init import InitReport, KnownSupernet, load_init
 from foxnas_mlflow.supernet._modes import fastest_mode
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, plain_logits, subnet_weights
 from foxnas_mlflow.supernet._presets import PRESETS, Preset, get_preset
+from foxnas_mlflow.supernet._simulated import SimulatedNetwork
 from foxnas_mlflow.supernet._state import TrainConfig, TrainingState, begun_with, load_checkpoint
 from foxnas_mlflow.supernet._step import Teacher
 from foxnas_mlflow.supernet._teacher import function_teacher, network_teacher
@@ -22,6 +23,7 @@ __all__ = [
     "KnownSupernet",
     "PlainNetwork",
     "Preset",
+    "SimulatedNetwork",
     "SubnetEvaluator",
     "Supernet",
     "Teacher",

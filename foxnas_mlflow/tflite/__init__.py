@@ -1,7 +1,7 @@
 """From a network and its weights to an int8 TensorFlow Lite file, checked and evaluated."""
 
 from foxnas_mlflow.tflite._checks import check_classifier, check_int8
-from foxnas_mlflow.tflite._convert import Conversion, convert
+from foxnas_mlflow.tflite._convert import Conversion, convert, with_weights
 from foxnas_mlflow.tflite._edgetpu_compiler import (
     INSTALL_HINT,
     CompilerOutput,
@@ -15,6 +15,7 @@ from foxnas_mlflow.tflite._edgetpu_compiler import (
 from foxnas_mlflow.tflite._edgetpu_readiness import Readiness, ReadinessIssue, edgetpu_readiness
 from foxnas_mlflow.tflite._evaluate import FloatModel, QuantizationLoss, quantization_loss
 from foxnas_mlflow.tflite._graph import Operator, lower
+from foxnas_mlflow.tflite._grids import grids_of, one_scale_of
 from foxnas_mlflow.tflite._int8 import Int8Model, LayerError, layer_errors
 from foxnas_mlflow.tflite._keras import quiet_tensorflow
 from foxnas_mlflow.tflite._model import OperatorInfo, TensorInfo, TfliteFile, read_tflite
@@ -46,8 +47,10 @@ __all__ = [
     "edgetpu_readiness",
     "find_compiler",
     "fold_weights",
+    "grids_of",
     "layer_errors",
     "lower",
+    "one_scale_of",
     "parse_log",
     "quantization_loss",
     "quiet_tensorflow",
@@ -56,5 +59,6 @@ __all__ = [
     "reference_forward",
     "require_compiler",
     "weight_shapes",
+    "with_weights",
     "write_probe",
 ]

@@ -26,6 +26,7 @@ from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.data.preprocess import Normalization
 from foxnas_mlflow.tflite._checks import Runtime, check_int8
 from foxnas_mlflow.tflite._graph import lower
+from foxnas_mlflow.tflite._grids import Integers, with_integers
 from foxnas_mlflow.tflite._keras import build_keras, quiet_tensorflow
 from foxnas_mlflow.tflite._model import read_tflite, with_metadata
 from foxnas_mlflow.tflite._reference import reference_forward
@@ -159,6 +160,27 @@ def convert(
     result = read_tflite(data)
     check_int8(result, operators, runtime)
     return Conversion(data, result.sha256, parity, result.operator_counts, time.monotonic() - start, metadata)
+
+
+def with_weights(conversion: Conversion, network: Network, integers: Mapping[str, Integers], how: str) -> Conversion:
+    """The same file with weights that were trained on its grids.
+
+    Args:
+        conversion: The file.
+        network: The network that it was converted from.
+        integers: Parameters of every operator that has some, by its name.
+        how: What was done, for the file's metadata.
+
+    Raises:
+        ConversionError: If the result breaks a rule of int8 files.
+    """
+    start = time.monotonic()
+    data = with_integers(read_tflite(conversion.data), network, integers)
+    metadata = {**conversion.metadata, "repaired": how}
+    result = read_tflite(with_metadata(data, metadata))
+    check_int8(result, lower(network), metadata["runtime"])
+    seconds = conversion.seconds + time.monotonic() - start
+    return Conversion(result.data, result.sha256, conversion.parity_error, result.operator_counts, seconds, metadata)
 
 
 def _parity_error(

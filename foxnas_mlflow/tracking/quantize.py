@@ -38,6 +38,7 @@ class Quantized:
         rejection: When the int8 file should answer none of its classes.
         errors: What each operator loses, the worst first.
         provenance: Where subnet and data came from.
+        before: What it lost before it was trained with simulated int8, or None.
     """
 
     subnet: SubnetModel
@@ -49,6 +50,7 @@ class Quantized:
     rejection: Rejection
     errors: tuple[LayerError, ...]
     provenance: Mapping[str, Any]
+    before: QuantizationLoss | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ def log_quantized(
         "eval/majority_share": majority_percent(loss.int8.counts),
         **quantized.rejection.metrics(),
     }
+    if quantized.before is not None:
+        metrics["accuracy/quantization_drop_before_repair"] = quantized.before.drop_points
     tags = {
         "weights": "trained",
         "target": target.name,

@@ -96,7 +96,12 @@ class MainRequest(GoalRequest, ExecutorRequest):
     confidence: float = parameter(
         0.95, "Probability in [0.5, 1) that measurements meet all limits together.", at_least=0.5, below=1
     )
-    max_accuracy_drop: float = parameter(1.0, "Most points of top-1 that int8 may lose for promotion.", at_least=0)
+    max_accuracy_drop: float = parameter(
+        1.0, "Most points of top-1 that int8 may lose, for promotion and before it is repaired.", at_least=0
+    )
+    repair_epochs: int = parameter(
+        3, "Epochs of training with simulated int8 where it loses more than that; 0: none.", at_least=0
+    )
     max_false_accept: float = parameter(
         0.05, "Share of images of none of the classes that may be answered with a class.", above=0, below=1
     )
@@ -475,6 +480,8 @@ class _Pipeline:
             target=main.target,
             seed=main.seed,
             compiler_image=main.compiler_image,
+            max_accuracy_drop=main.max_accuracy_drop,
+            repair_epochs=main.repair_epochs,
             max_false_accept=main.max_false_accept,
             unknown=main.unknown,
             name=main.name,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
-from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
+from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.data import ImageDataset
     from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
     from foxnas_mlflow.flavor import SubnetModel
-    from foxnas_mlflow.tflite import EdgeTpuCompiler
+    from foxnas_mlflow.tflite import Conversion, EdgeTpuCompiler, QuantizationLoss
     from foxnas_mlflow.tracking.quantize import EdgeTpuResult, LoggedQuantization, Quantized
     from foxnas_mlflow.tracking.run import EntryRun
 
@@ -37,6 +37,12 @@ class QuantizeRequest(Request):
     )
     max_val: int = parameter(0, "Evaluate on at most so many validation images, drawn by class; 0: all.", at_least=0)
     input_type: Literal["int8", "uint8"] = parameter("int8", "Type of the network's input.")
+    max_accuracy_drop: float = parameter(
+        1.0, "Points of top-1 that int8 may lose before the network is trained to lose less.", at_least=0
+    )
+    repair_epochs: int = parameter(
+        3, "Epochs of training with simulated int8 where it loses more than that; 0: none.", at_least=0
+    )
     max_false_accept: float = parameter(
         0.05, "Share of images of none of the classes that may be answered with a class.", above=0, below=1
     )
@@ -48,9 +54,8 @@ class QuantizeRequest(Request):
     name: str = parameter("foxnas", "Prefix of the registered model.")
 
 
-MAX_DROP_POINTS = 1.0
-"""A larger drop of top-1 makes the layers be named that lose most."""
-
+REPAIR_LEARNING_RATE = 0.02
+_REPAIR_BATCH = 64
 _NAMED_LAYERS = 5
 _PARITY_IMAGES = 8
 _TABLE_IMAGES = 8
@@ -149,7 +154,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
             edgetpu_model_uri=logged.edgetpu_model_uri,
             metrics=logged.metrics,
             classes=class_table(quantized.loss.int8.counts, labels),
-            summary=_summary(quantized, target, logged, run.run_id, edgetpu),
+            summary=_summary(quantized, target, logged, run.run_id, edgetpu, request.max_accuracy_drop),
         )
 
 
@@ -284,8 +289,22 @@ def _quantize(
                 done += len(images)
                 show(done, len(dataset.val), "evaluating")
 
+        exact = FloatModel(network, weights, normalization)
         int8 = Int8Model(conversion.data)
-        loss = quantization_loss(FloatModel(network, weights, normalization), int8, validation())
+        loss = quantization_loss(exact, int8, validation())
+    repair: QuantizationLoss | None = None
+    if request.repair_epochs and loss.drop_points > request.max_accuracy_drop:
+        logger.info(
+            "int8 loses %.2f points: the network is trained with simulated int8 for %d epochs",
+            *(loss.drop_points, request.repair_epochs),
+        )
+        other, its_weights = _repaired(
+            request, conversion, network, weights, dataset, preprocessing, provenance["seed"]
+        )
+        with progress_bar("quantize", "image") as show:
+            its_loss = quantization_loss(exact, Int8Model(other.data), validation())
+        if its_loss.int8_top1_percent > loss.int8_top1_percent:
+            repair, loss, conversion, weights, int8 = loss, its_loss, other, its_weights, Int8Model(other.data)
     rejection = fit_rejection(
         loss.int8.scores,
         loss.int8.targets,
@@ -293,7 +312,53 @@ def _quantize(
         unknown=None if unknown is None else int8.logits(unknown),
     )
     errors = layer_errors(network, weights, conversion.data, representative[:_TABLE_IMAGES])
-    return Quantized(subnet, network, preprocessing, labels, conversion, loss, rejection, tuple(errors), provenance)
+    return Quantized(
+        subnet, network, preprocessing, labels, conversion, loss, rejection, tuple(errors), provenance, before=repair
+    )
+
+
+def _repaired(
+    request: QuantizeRequest,
+    conversion: Conversion,
+    network: Network,
+    weights: Mapping[str, NDArray[np.floating]],
+    dataset: ImageDataset,
+    preprocessing: Preprocessing,
+    seed: int,
+) -> tuple[Conversion, Mapping[str, NDArray[np.floating]]]:
+    """The file with weights that were trained on its grids, and these weights in floats.
+
+    The float network teaches beside the labels.
+    """
+    from foxnas_mlflow.core.errors import import_or_raise
+    from foxnas_mlflow.tflite import grids_of, one_scale_of, read_tflite, with_weights
+
+    import_or_raise("torch", extra="train", feature="repairing what int8 loses (or give --repair-epochs 0)")
+
+    from foxnas_mlflow.supernet import Batches, PlainNetwork, SimulatedNetwork, network_teacher, subnet_weights
+
+    file, ours = read_tflite(conversion.data), preprocessing.normalization
+    batches = Batches(
+        dataset.train,
+        normalization=ours,
+        image_size=network.image_size,
+        batch_size=_REPAIR_BATCH,
+        flip=dataset.channels == 3 and not dataset.drawn,
+        augment=False,
+        seed=seed,
+    )
+    teacher = network_teacher(PlainNetwork.from_weights(network, weights), its=ours, ours=ours, device="cpu")
+    simulated = SimulatedNetwork(network, weights, grids_of(file, network), one_scale=one_scale_of(file, network))
+    with progress_bar("repair", "step") as show:
+        simulated.trained(
+            batches,
+            epochs=request.repair_epochs,
+            learning_rate=REPAIR_LEARNING_RATE,
+            teacher=teacher,
+            progress=lambda done, n, loss: show(done, n, f"loss {loss:.3f}"),
+        )
+    how = f"{request.repair_epochs} epochs with simulated int8"
+    return with_weights(conversion, network, simulated.parameters_of_file(), how), subnet_weights(simulated)
 
 
 def _unknown_images(folder: str, preprocessing: Preprocessing) -> NDArray[np.uint8] | None:
@@ -331,7 +396,12 @@ def _torch_logits(network: Network, weights: Any, normalization: Normalization, 
 
 
 def _summary(
-    quantized: Quantized, target: Target, logged: LoggedQuantization, run_id: str, edgetpu: EdgeTpuResult | None
+    quantized: Quantized,
+    target: Target,
+    logged: LoggedQuantization,
+    run_id: str,
+    edgetpu: EdgeTpuResult | None,
+    max_drop: float,
 ) -> str:
     from foxnas_mlflow.core.classification import balanced_percent, no_better_than_majority, worst_classes
     from foxnas_mlflow.tracking.quantize import benchmark_command
@@ -349,12 +419,17 @@ def _summary(
         f"{balanced_percent(loss.int8.counts):.2f} %",
         f"  drop                 {loss.drop_points:.2f} +- {loss.standard_error:.2f} points",
     ]
+    if quantized.before is not None:
+        lines.append(
+            f"  repaired             from {quantized.before.drop_points:.2f} +- {quantized.before.standard_error:.2f} "
+            f"points by {conversion.metadata['repaired']}"
+        )
     worst, useless = (say(loss.int8.counts, quantized.labels) for say in (worst_classes, no_better_than_majority))
     lines += [f"  worst classes        {worst}"] if worst else []
     lines.append(f"  none of these        {quantized.rejection.describe()}")
     lines += [f"  {useless}"] if useless else []
-    if loss.drop_points > MAX_DROP_POINTS:
-        lines.append(f"  More than {MAX_DROP_POINTS:g} point; the layers that lose most (all in layer_errors.csv):")
+    if loss.drop_points > max_drop:
+        lines.append(f"  More than {max_drop:g} points; the layers that lose most (all in layer_errors.csv):")
         lines += [
             f"    {row.name:<28} {row.kind:<18} adds {100 * row.own_error:.1f} %, {100 * row.error:.1f} % in all"
             for row in quantized.errors[:_NAMED_LAYERS]
