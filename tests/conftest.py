@@ -51,7 +51,8 @@ GROUPS = {
         "tracking/test_shared_server",
         "deploy/",
     ),
-    # What a module makes once: a board, a trained subnet, a converted network.
+    # What a module makes once: a cluster, a board, a trained subnet, a converted network.
+    "cluster": ("test_ray",),
     "board": ("devices/test_virtual_pi",),
     "subnet": ("tracking/test_quantize_run",),
     "conversion": ("tflite/test_convert",),

@@ -18,7 +18,7 @@ from foxnas_mlflow.cli.main import build_parser, main
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.pins import pins
 from foxnas_mlflow.workflows import WORKFLOWS, AnyWorkflow, Request, parameter
-from foxnas_mlflow.workflows.init import project_files
+from foxnas_mlflow.workflows.init import TORCHRUN, project_files
 
 HEAVY = ("torch", "tensorflow", "statsmodels", "mlflow", "matplotlib", "plotly", "pandas", "scipy")
 
@@ -46,11 +46,17 @@ def test_init_writes_a_project_whose_commands_take_every_parameter(
     assert main(["init", str(tmp_path / "project")]) == 0
     project = yaml.safe_load((tmp_path / "project" / "MLproject").read_text())
     requests = {workflow.name: workflow.request for workflow in WORKFLOWS if workflow.entry_point}
-    assert set(project["entry_points"]) == set(requests)
+    assert set(project["entry_points"]) == {*requests, "supernet_torchrun"}
     for name, entry in project["entry_points"].items():
         declared = {key: value["default"] for key, value in entry["parameters"].items()}
-        assert declared == {p.name: p.default_text for p in requests[name].parameters()}
         filled = [part.format(**declared) for part in entry["command"].split()]  # empty values too
+        if name == "supernet_torchrun":
+            assert filled[:3] == ["python", "-m", "torch.distributed.run"]
+            assert filled[filled.index("--nproc-per-node") + 1] == declared["nproc_per_node"] == "auto"
+            filled = ["python", *filled[filled.index("-m", 3) :]]
+            declared = {key: value for key, value in declared.items() if key not in dict(TORCHRUN)}
+        request = requests[name.removesuffix("_torchrun")]
+        assert declared == {p.name: p.default_text for p in request.parameters()}
         assert filled[:3] == ["python", "-m", "foxnas_mlflow"]
         parsed = vars(build_parser().parse_args(filled[3:]))
         assert {key: parsed[key] for key in declared} == declared

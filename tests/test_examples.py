@@ -8,11 +8,54 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from foxnas_mlflow.cli.main import build_parser, main
+
+KUBERNETES = "1.31"
+
+
+def _only(required: str, **properties: Any) -> dict[str, Any]:
+    """The schema of an object with these properties and no others; a type stands for its schema."""
+    known = {key: {"type": value} if isinstance(value, str) else value for key, value in properties.items()}
+    return {"type": "object", "additionalProperties": False, "required": required.split(), "properties": known}
+
+
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+RAY_JOB = _only(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata="object",
+    spec=_only(
+        "entrypoint rayClusterSpec",
+        entrypoint="string",
+        backoffLimit="integer",
+        shutdownAfterJobFinishes="boolean",
+        ttlSecondsAfterFinished="integer",
+        rayClusterSpec=_only(
+            "headGroupSpec",
+            rayVersion="string",
+            headGroupSpec=_only("template", rayStartParams=_TEXTS, template="object"),
+            workerGroupSpecs={
+                "type": "array",
+                "items": _only(
+                    "groupName minReplicas maxReplicas template",
+                    groupName="string",
+                    replicas="integer",
+                    minReplicas="integer",
+                    maxReplicas="integer",
+                    rayStartParams=_TEXTS,
+                    template="object",
+                ),
+            },
+        ),
+    ),
+)
+"""Of KubeRay's resource `RayJob` (v1) what the example uses, with the names and types of its definition."""
 
 
 def run(root: Path, *argv: str, timeout: float = 300) -> str:
@@ -83,9 +126,53 @@ def test_the_project_for_containers_is_the_pipeline(root: Path) -> None:
     entry, same = variant.get_entry_point("main"), whole.get_entry_point("main")
     assert (entry.command, set(entry.parameters)) == (same.command, set(same.parameters))
     folder = root / "examples" / "06_cluster"
-    job = yaml.safe_load((folder / "job.yaml").read_text())
-    assert len(job["spec"]["template"]["spec"]["containers"]) == 1
     config = json.loads((folder / "kubernetes_config.json").read_text())
     assert (root / config["kube-job-template-path"]).samefile(folder / "job.yaml")
     task = json.loads((folder / "databricks.json").read_text())["tasks"][0]["python_wheel_task"]
     build_parser().parse_args(task["parameters"])
+
+
+def test_the_job_that_mlflow_fills_in_fits_the_schema_of_kubernetes(root: Path) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    folder = root / "examples" / "06_cluster"
+    name = yaml.safe_load((folder / "MLproject").read_text())["name"]
+    job = yaml.safe_load((folder / "job.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    # As mlflow.projects.kubernetes does it.
+    job["metadata"]["name"] = f"{name}-2026-01-01-00-00-00-000000"
+    container |= {
+        "name": name,
+        "image": "registry.example.com/foxnas:1@sha256:0",
+        "command": ["python", "-m", "foxnas"],
+    }
+    container["env"] = [*container.get("env", []), {"name": "MLFLOW_RUN_ID", "value": "0"}]
+    kubernetes_validate.validate(job, KUBERNETES, strict=True)
+    _check_pod(job["spec"]["template"]["spec"])
+
+
+def test_the_ray_job_fits_its_schema_and_runs_the_pipeline(root: Path) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    jsonschema = pytest.importorskip("jsonschema")
+    job = yaml.safe_load((root / "examples" / "06_cluster" / "ray.yaml").read_text())
+    jsonschema.validate(job, RAY_JOB)
+    cluster = job["spec"]["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    for group in (cluster["headGroupSpec"], workers):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": group["template"]["spec"]}
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+        _check_pod(group["template"]["spec"])
+    python, flag, module, *command = job["spec"]["entrypoint"].split()
+    assert (python, flag, module) == ("python", "-m", "foxnas_mlflow")
+    asked = build_parser().parse_args(command)
+    # A processor of the cluster for each worker, none of them the head's.
+    processors = int(cluster["headGroupSpec"]["rayStartParams"]["num-cpus"])
+    processors += workers["replicas"] * int(workers["rayStartParams"]["num-cpus"])
+    assert int(asked.workers) == processors
+
+
+def _check_pod(spec: dict[str, Any]) -> None:
+    """What the API server refuses beyond the schema: names, and mounts of volumes that are not there."""
+    volumes = {volume["name"] for volume in spec["volumes"]}
+    for container in spec["containers"]:
+        assert re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", container["name"])
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.measurements import Timing
 from foxnas_mlflow.core.parallel import as_finished
+from foxnas_mlflow.core.sampling import collect
+from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.core.workers import LocalExecutor
-from foxnas_mlflow.workflows import _ray
+from foxnas_mlflow.devices import Benchmark
+from foxnas_mlflow.workflows import _boards, _ray, _timers
 from tests.core.test_workers import Squares
+from tests.devices.conftest import TINY_CPU
+from tests.devices.sshd import Server, make_key, ssh_server
+from tests.devices.test_boards import address, needs_sshd
 from tests.servers import free_port
 
 NO_RAY = "no Ray here: pip install 'foxnas-mlflow[ray]'"
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
+    """Two boards, to which this user and the cluster's may log in."""
+    home = tmp_path_factory.mktemp("home")
+    (home / ".ssh").mkdir()
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("HOME", str(home))
+        patch.delenv("SSH_AUTH_SOCK", raising=False)
+        public = make_key(home / ".ssh" / "id_ed25519")
+        running = [stack.enter_context(ssh_server(home / name, public)) for name in ("a", "b")]
+        (home / ".ssh" / "known_hosts").write_text("".join(server.known_hosts_line for server in running))
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +57,24 @@ def cluster() -> Iterator[Any]:
         # What the cluster's processes print is in its own logs.
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        head = {"num_cpus": 1, "include_dashboard": False, "resources": {"ssh://pi@board": 1}}
-        running = Cluster(initialize_head=True, head_node_args=head)
+        running = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         yield running
         running.shutdown()
 
 
-def test_workers_share_the_items_and_a_lost_ones_is_done_again(cluster: Any, tmp_path: Path) -> None:
-    cluster.add_node(num_cpus=1)
+@pytest.fixture
+def two_nodes(cluster: Any) -> Any:
+    """The cluster with a second node, of one processor."""
+    if not cluster.worker_nodes:
+        cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
+    return cluster
+
+
+def test_workers_share_the_items_and_a_lost_ones_is_done_again(two_nodes: Any, tmp_path: Path) -> None:
+    cluster = two_nodes
     with _ray.open_ray(cluster.address, workers=2) as executor:
         assert executor.threads(2) == 1
-        assert executor.has("ssh://pi@board")
         assert not executor.has("ssh://pi@other")
         with executor.workers(Squares(tmp_path), 2) as shared:
             # 13 ends the first process that is asked for it.
@@ -55,11 +87,11 @@ def test_workers_share_the_items_and_a_lost_ones_is_done_again(cluster: Any, tmp
             assert {x: shared(x)[0] for x in range(20)} == {x: x * x for x in range(20)}
 
 
-def test_the_work_goes_on_when_a_node_is_killed(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_work_goes_on_when_a_node_is_killed(
+    two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_ray, "START_SECONDS", 10.0)
-    if len(cluster.worker_nodes) == 0:
-        cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
+    cluster = two_nodes
     (node,) = cluster.worker_nodes
     with (
         _ray.open_ray(cluster.address, workers=2) as executor,
@@ -72,6 +104,60 @@ def test_the_work_goes_on_when_a_node_is_killed(cluster: Any, tmp_path: Path, mo
             if len(results) == 10:
                 cluster.remove_node(node, allow_graceful=False)
     assert results == {x: x * x for x in range(40)}
+
+
+@needs_sshd
+def test_boards_are_measured_from_the_nodes_that_reach_them_and_one_dies_with_its_node(
+    cluster: Any,
+    servers: list[Server],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(_ray, "START_SECONDS", 5.0)
+    # Only nodes can reach the boards; how alike and how busy this host is, is not what is asked.
+    monkeypatch.setattr("foxnas_mlflow.devices.connect", None)
+    monkeypatch.setattr(_boards, "compare", lambda *arguments: None)
+    a, b = (address(server).partition("?")[0] for server in servers)
+    options = {"num_cpus": 0, "env_vars": {"HOME": os.environ["HOME"]}}
+    cluster.add_node(**options, resources={a: 1})
+    leaving = cluster.add_node(**options, resources={b: 1})
+    cluster.wait_for_nodes()
+    networks = TINY_CPU.sample(np.random.default_rng(0), n=4, image_size=32)
+    evaluated: list[Architecture] = []
+
+    def evaluate(architecture: Architecture) -> float:
+        evaluated.append(architecture)
+        if len(evaluated) == 3:
+            cluster.remove_node(leaving, allow_graceful=False)
+        return 70.0
+
+    with _ray.open_ray(cluster.address, workers=1) as executor:
+        assert executor.has(a)
+        assert _timers.check_device(address(servers[0]), executor).ready
+        assert _timers.first_answering(",".join(map(address, servers)), executor) == address(servers[0])
+        with _timers.open_measure(address(servers[1]), executor) as measure:
+            probe, expected = _timers._Build(get_target("cpu"), TINY_CPU)()(networks[0])
+            benchmark = measure(probe, runs=20, attempts=1, expected=expected, max_output_levels=99.0)
+            assert isinstance(benchmark, Benchmark)
+            assert benchmark.latency_ms_p50 > 0
+        devices = ",".join(map(address, servers))
+        with _timers.open_device(get_target("cpu"), TINY_CPU, devices, executor=executor) as timer:
+
+            def timed(architecture: Architecture) -> Timing:
+                return dataclasses.replace(timer.time(architecture), problems=())
+
+            rows = collect(networks, tmp_path / "rows.csv", evaluate=evaluate, time=timed, n_at_once=3)
+            for architecture in networks:
+                if not timer.aside:
+                    timed(architecture)
+            assert list(timer.aside) == [address(servers[1])]
+    assert evaluated == networks
+    assert [row.architecture for row in rows] == networks
+    assert all(row.latency_ms is not None for row in rows)
+    assert {row.device.rpartition(" at ")[2] for row in rows} <= {a, b}
+    assert rows[-1].device.endswith(f" at {a}")
+    assert f"{b} is set aside, the other boards go on" in caplog.text
 
 
 def test_a_cluster_that_cannot_do_the_work_is_refused_before_it_begins(

@@ -65,6 +65,16 @@ class FoxNasError(Exception):
             text += f"; {remedy.rstrip('.')}"
         super().__init__(text + ".")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """The same error where a worker's caller reads it, whatever its class is made of."""
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+def _made_again(kind: type[FoxNasError], args: tuple[object, ...], values: Mapping[str, object]) -> FoxNasError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(values)
+    return error
+
 
 class InvalidInputError(FoxNasError):
     """A value given by the user breaks a rule."""

@@ -14,12 +14,12 @@ import socket
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
 from foxnas_mlflow.core.errors import WorkerLostError
-from foxnas_mlflow.core.parallel import Shared
+from foxnas_mlflow.core.parallel import Shared, as_finished
 from foxnas_mlflow.core.processors import n_processors
 
 T = TypeVar("T")
@@ -87,6 +87,44 @@ class Executor(ABC):
         finally:
             for worker in started.values():
                 worker.close()
+
+
+def each(
+    make: Make[T, R],
+    items: Sequence[T],
+    *,
+    executor: Executor | None,
+    n: int = 1,
+    on_result: Callable[[T, R], None] = lambda item, result: None,
+) -> list[R]:
+    """Do all items and wait for them: here, or by several workers at once.
+
+    Args:
+        make: Makes the work.
+        items: What to do it on.
+        executor: Starts the workers; None, or a single item: it is done here, item by item.
+        n: How many, at most.
+        on_result: Told here of each result as it comes.
+
+    Returns:
+        The results, in the items' order.
+
+    Raises:
+        WorkerLostError: If all workers were lost twice in a row.
+        Exception: What the work raised.
+    """
+    n = min(n, len(items))
+    with contextlib.ExitStack() as stack:
+        work: Callable[[T], R]
+        if executor is None or len(items) < 2:
+            n, work = 1, make()
+        else:
+            work = stack.enter_context(executor.workers(make, n))
+        done: dict[int, R] = {}
+        for i, result in as_finished(lambda i: work(items[i]), range(len(items)), n=n):
+            on_result(items[i], result)
+            done[i] = result
+    return [done[i] for i in range(len(items))]
 
 
 def _tell(name: str, error: Exception) -> None:

@@ -421,8 +421,8 @@ def _front_figure(
 
 
 def _searching(outcome: SearchOutcome, comparisons: Sequence[SearchResult]) -> list[tuple[str, str]]:
-    """The chart of the searchers; traces are of accuracy, so there is none where something else was to be best."""
-    if outcome.problem.goal != "accuracy":
+    """The chart of the searchers, if any; traces are of accuracy: none where something else was to be best."""
+    if outcome.problem.goal != "accuracy" or not comparisons:
         return []
     return [("Searching: best so far against evaluations", plot("trace", _trace_figure(outcome, comparisons)))]
 

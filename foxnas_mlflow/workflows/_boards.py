@@ -27,8 +27,7 @@ from foxnas_mlflow.core.errors import DeviceError, FoxNasError, WorkerLostError
 from foxnas_mlflow.core.measurements import Timing
 from foxnas_mlflow.core.parallel import Shared, as_finished
 from foxnas_mlflow.core.space import SearchSpace
-from foxnas_mlflow.devices import connect
-from foxnas_mlflow.workflows._addresses import addresses, shown
+from foxnas_mlflow.workflows._addresses import shown
 
 MAX_DIFFERENCE = 0.03
 """Relative difference of two boards' speeds that may be, whatever the noise: cost models are no better."""
@@ -95,15 +94,6 @@ def open_boards(
                 set_aside(device, error)
         compare(opened, space, set_aside)
         yield Boards(Shared(opened, lost=LOST, on_aside=set_aside), tuple(opened), aside)
-
-
-def first_answering(device: str) -> str:
-    """The first board of a list that answers; the last one where none does."""
-    *others, last = addresses(device)
-    for address in others:
-        with contextlib.suppress(DeviceError), connect(address):
-            return address
-    return last
 
 
 def _named(time: Callable[[Architecture], Timing], device: str) -> Callable[[Architecture], Timing]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.core.workers import Executor, each
 from foxnas_mlflow.data import Preprocessing, calibration_images, evaluate, prepared_batches
 from foxnas_mlflow.flavor import TfliteModel, load_model
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
-from foxnas_mlflow.workflows._boards import first_answering
-from foxnas_mlflow.workflows._evaluation import supernet_evaluator
-from foxnas_mlflow.workflows._timers import open_meter
+from foxnas_mlflow.workflows._evaluation import EvaluatorMaking, evaluator_making
+from foxnas_mlflow.workflows._timers import first_answering, open_meter
 
 CALIBRATION_IMAGES = 200
 """Training images that the ranges of activations are measured on."""
+
+_MADE = ".made"
+"""End of the name of a file that is converted and evaluated, and not yet measured."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,13 @@ def compare(
     target: Target,
     device: str,
     compiler_image: str = "",
+    executor: Executor | None = None,
+    workers: int = 1,
     seed: int,
     directory: Path,
     on_row: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Comparison]:
-    """Convert, evaluate and measure networks; each is on disk before the next one begins.
+    """Convert and evaluate networks, then measure them; what is finished of each is on disk.
 
     Args:
         found: The found network.
@@ -86,6 +92,8 @@ def compare(
         target: The target.
         device: Where to measure; empty: nowhere.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
+        executor, workers: Where networks are converted, and how many at once; None: here, one by one. Boards that the
+            executor has are measured from there.
         seed: Seed of the choice of calibration images.
         directory: Where the results are kept; those that are there are not made again.
         on_row: Told of networks done and all networks.
@@ -94,22 +102,30 @@ def compare(
         ConversionError, DeviceError: If a network cannot be converted or measured.
     """
     plan = [found.architecture, *others]
+    missing = [i for i in range(len(plan)) if not any((directory / f"{i}{end}").exists() for end in (".json", _MADE))]
+
+    def keep(asked: _Asked, made: _Made) -> None:
+        content = json.dumps(made.figures).encode() + b"\n" + made.data
+        write_atomically(directory / f"{asked.place}{_MADE}", content)
+
+    each(
+        _Converting(evaluator_making(supernet, image_sizes=supernet.space.image_sizes, seed=seed), target),
+        [_Asked(i, plan[i], found.data if i == 0 else None) for i in missing],
+        executor=executor,
+        n=workers,
+        on_result=keep,
+    )
     rows = []
     with contextlib.ExitStack() as stack:
-        measure = _measure(stack, target, device, compiler_image)
-        int8 = _Int8(supernet, target, seed)
+        measure = _measure(stack, target, device, compiler_image, executor)
         for i, architecture in enumerate(plan):
             path = directory / f"{i}.json"
             if not path.exists():
-                data = found.data if i == 0 else int8.convert(architecture)
-                correct = int8.evaluate(data, architecture)
-                figures = {
-                    "accuracy": 100 * float(correct.mean()),
-                    "n_images": len(correct),
-                    "correct": np.packbits(correct).tobytes().hex(),
-                }
+                made = directory / f"{i}{_MADE}"
+                figures, _, data = made.read_bytes().partition(b"\n")
                 # Written in one step: a kill leaves all of a network's figures or none.
-                write_atomically(path, json.dumps({**figures, **measure(data)}))
+                write_atomically(path, json.dumps({**json.loads(figures), **measure(data)}))
+                made.unlink()
             kept = json.loads(path.read_text(encoding="utf-8"))
             bits = np.frombuffer(bytes.fromhex(kept.pop("correct")), dtype=np.uint8)
             predicted = predictors.predict_table([architecture], confidence=confidence)
@@ -128,51 +144,90 @@ def compare(
     return rows
 
 
-class _Int8:
-    """Int8 files of a supernet's subnets; what only they need is made when the first is asked for."""
+@dataclass(frozen=True)
+class _Asked:
+    """A network to convert.
 
-    def __init__(self, supernet: TrainedSupernet, target: Target, seed: int) -> None:
-        self._supernet, self._target, self._seed = supernet, target, seed
-        self._evaluator: Any = None
+    Attributes:
+        place: Its number in the comparison.
+        architecture: The network.
+        data: Its int8 file, where there is one already.
+    """
 
-    def convert(self, architecture: Architecture) -> bytes:
+    place: int
+    architecture: Architecture
+    data: bytes | None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """An int8 file, and how often it is right: values of a `Comparison`."""
+
+    data: bytes
+    figures: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Converting:
+    """Converts a supernet's subnets and evaluates their int8 files, where it is asked to."""
+
+    making: EvaluatorMaking
+    target: Target
+
+    def __call__(self) -> Callable[[_Asked], _Made]:
+        evaluator = functools.cache(self.making.evaluator)
+
+        def make(asked: _Asked) -> _Made:
+            # What only conversions need is made when the first is asked for.
+            data = asked.data or self._convert(asked.architecture, evaluator().weights(asked.architecture))
+            correct = self._evaluate(data, asked.architecture)
+            return _Made(
+                data,
+                {
+                    "accuracy": 100 * float(correct.mean()),
+                    "n_images": len(correct),
+                    "correct": np.packbits(correct).tobytes().hex(),
+                },
+            )
+
+        return make
+
+    def _convert(self, architecture: Architecture, weights: Mapping[str, NDArray[Any]]) -> bytes:
         """The int8 file of a subnet with inherited weights."""
         from foxnas_mlflow.tflite import convert
 
-        space, dataset = self._supernet.space, self._supernet.dataset
-        if self._evaluator is None:
-            self._evaluator = supernet_evaluator(self._supernet, image_sizes=space.image_sizes, seed=self._seed)
-        preprocessing = self._preprocessing(architecture)
+        dataset, preprocessing = self.making.dataset, self._preprocessing(architecture)
         conversion = convert(
-            build_network(space, architecture),
-            self._evaluator.weights(architecture),
-            calibration_images(dataset, preprocessing, CALIBRATION_IMAGES, seed=self._seed),
+            build_network(self.making.space, architecture),
+            weights,
+            calibration_images(dataset, preprocessing, CALIBRATION_IMAGES, seed=self.making.seed),
             normalization=dataset.normalization,
             labels=dataset.labels,
             architecture=architecture,
-            runtime="edgetpu" if self._target.runtime == "edgetpu" else "litert",
+            runtime="edgetpu" if self.target.runtime == "edgetpu" else "litert",
         )
         return conversion.data
 
-    def evaluate(self, data: bytes, architecture: Architecture) -> NDArray[np.bool_]:
+    def _evaluate(self, data: bytes, architecture: Architecture) -> NDArray[np.bool_]:
         """Whether each of the validation images is answered right, in their order."""
         from foxnas_mlflow.tflite import Int8Model
 
-        batches = prepared_batches(self._supernet.dataset.val, self._preprocessing(architecture))
+        batches = prepared_batches(self.making.dataset.val, self._preprocessing(architecture))
         (evaluation,) = evaluate(batches, Int8Model(data).logits)
         return evaluation.correct
 
     def _preprocessing(self, architecture: Architecture) -> Preprocessing:
-        return self._supernet.dataset.preprocessing(architecture.image_size)
+        return self.making.dataset.preprocessing(architecture.image_size)
 
 
 def _measure(
-    stack: contextlib.ExitStack, target: Target, device: str, compiler_image: str
+    stack: contextlib.ExitStack, target: Target, device: str, compiler_image: str, executor: Executor | None
 ) -> Callable[[bytes], dict[str, Any]]:
     """Latency of an int8 file on the device, as values of a `Comparison`; nothing without a device."""
     if not device:
         return lambda data: {}
-    measure_int8 = stack.enter_context(open_meter(target, first_answering(device), compiler_image=compiler_image))
+    board = first_answering(device, executor)
+    measure_int8 = stack.enter_context(open_meter(target, board, compiler_image=compiler_image, executor=executor))
 
     def timed(data: bytes) -> dict[str, Any]:
         benchmark = measure_int8(data)

@@ -34,11 +34,13 @@ def supernet_evaluator(
         validation_images: At most so many validation images; 0: as many as memory holds.
         seed: Seed of the choice of calibration and validation images.
     """
-    return _making(trained, image_sizes=image_sizes, validation_images=validation_images, seed=seed).evaluator()
+    return evaluator_making(
+        trained, image_sizes=image_sizes, validation_images=validation_images, seed=seed
+    ).evaluator()
 
 
 @dataclass(frozen=True)
-class _Making:
+class EvaluatorMaking:
     """All that an evaluator is made of, to be sent where it is made.
 
     Attributes:
@@ -73,18 +75,19 @@ class _Making:
         return self.evaluator().evaluate
 
 
-def _making(
+def evaluator_making(
     trained: TrainedSupernet,
     *,
     image_sizes: Sequence[int],
-    validation_images: int,
-    seed: int,
+    validation_images: int = 0,
+    seed: int = 0,
     n_threads: int | None = None,
-) -> _Making:
+) -> EvaluatorMaking:
+    """What an evaluator is made of; the arguments are those of `supernet_evaluator` and `EvaluatorMaking`."""
     n_bytes = sum(size * size * trained.space.in_channels for size in image_sizes)
     limit = max(_CACHED_BYTES // n_bytes, 1)
     images = min(validation_images or limit, limit)
-    return _Making(trained.space, trained.model.weights, trained.dataset, images, seed, n_threads)
+    return EvaluatorMaking(trained.space, trained.model.weights, trained.dataset, images, seed, n_threads)
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,14 @@ class Evaluators:
     Attributes:
         evaluate: Evaluates one; several threads may call it.
         n_images: Number of validation images behind an accuracy.
+        weights: Inherited weights of one.
+        n: How many can be evaluated at once.
     """
 
     evaluate: Callable[[Architecture], Evaluation]
     n_images: int
+    weights: Callable[[Architecture], dict[str, NDArray[Any]]]
+    n: int = 1
 
 
 @contextlib.contextmanager
@@ -117,7 +124,7 @@ def supernet_evaluators(
         n: How many workers.
         executor: Starts them; None: this process alone, one subnet at a time.
     """
-    making = _making(
+    making = evaluator_making(
         trained,
         image_sizes=image_sizes,
         validation_images=validation_images,
@@ -126,7 +133,7 @@ def supernet_evaluators(
     )
     evaluator = making.evaluator()
     if executor is None:
-        yield Evaluators(one_at_a_time(evaluator.evaluate), evaluator.n_images)
+        yield Evaluators(one_at_a_time(evaluator.evaluate), evaluator.n_images, evaluator.weights)
         return
     fewest = evaluator.n_images
 
@@ -140,4 +147,4 @@ def supernet_evaluators(
         return evaluation
 
     with executor.workers(making, n) as shared:
-        yield Evaluators(evaluated, evaluator.n_images)
+        yield Evaluators(evaluated, evaluator.n_images, evaluator.weights, n)

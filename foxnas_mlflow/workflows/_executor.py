@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExecutorRequest(Request):
-    """Where networks are evaluated; base of the requests that evaluate many."""
+class ClusterRequest(Request):
+    """From where boards are reached; base of the requests that measure."""
 
-    workers: int = parameter(1, "Workers that evaluate networks at once; 1: this process alone.", at_least=1)
     executor: Literal["local", "ray"] = parameter("local", "Where workers live: processes of this machine, or Ray.")
     ray_address: str = parameter(
         "", "The Ray cluster: host:port, ray://host:port, auto; empty: RAY_ADDRESS, else one of this machine alone."
@@ -33,8 +32,19 @@ class ExecutorRequest(Request):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExecutorRequest(ClusterRequest):
+    """Where work on networks is done; base of the requests that evaluate, convert or search for many."""
+
+    workers: int = parameter(1, "Workers for networks, several at once; 1: this process alone.", at_least=1)
+
+
+WORKING = ("workers", "executor", "ray_address")
+"""Parameters that say who works and change no result."""
+
+
 @contextlib.contextmanager
-def open_executor(request: ExecutorRequest) -> Iterator[Executor | None]:
+def open_executor(request: ClusterRequest) -> Iterator[Executor | None]:
     """Starts the workers of a step; None: this process does the work.
 
     Raises:
@@ -43,10 +53,11 @@ def open_executor(request: ExecutorRequest) -> Iterator[Executor | None]:
     """
     from foxnas_mlflow.core.workers import LocalExecutor
 
+    workers = request.workers if isinstance(request, ExecutorRequest) else 1
     if request.executor == "ray":
         from foxnas_mlflow.workflows._ray import open_ray
 
-        with open_ray(request.ray_address, workers=request.workers) as executor:
+        with open_ray(request.ray_address, workers=workers) as executor:
             yield executor
     else:
-        yield LocalExecutor() if request.workers > 1 else None
+        yield LocalExecutor() if workers > 1 else None

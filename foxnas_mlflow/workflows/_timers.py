@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.errors import DeviceError, OutOfDomainError, import_or_raise
+from foxnas_mlflow.core.errors import DeviceError, OutOfDomainError, WorkerLostError, import_or_raise
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished
 from foxnas_mlflow.core.network import build_network
-from foxnas_mlflow.core.parallel import as_finished
+from foxnas_mlflow.core.parallel import as_finished, one_at_a_time
 from foxnas_mlflow.core.predictors import PredictorSet, reference_latency
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.core.targets import Target
@@ -26,7 +27,10 @@ from foxnas_mlflow.workflows._boards import open_boards
 
 if TYPE_CHECKING:
     from foxnas_mlflow.core.workers import Executor
-    from foxnas_mlflow.devices import Benchmark
+    from foxnas_mlflow.devices import Benchmark, DeviceCheck
+
+Probe = tuple[bytes, list[NDArray[Any]] | None]
+"""An int8 file with random weights, and what this host answers to it; None where no other is held against it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def open_timer(
     device: str = "",
     compiler_image: str = "",
     executor: Executor | None = None,
+    workers: int = 1,
 ) -> Iterator[Timer]:
     """A device's latencies, or without one those of the target's cost model.
 
@@ -75,7 +80,7 @@ def open_timer(
         space: The space whose subnets are timed.
         device: Connection; empty: none.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
-        executor: Reaches boards that this machine may not reach.
+        executor, workers: As for `open_device`.
 
     Raises:
         OutOfDomainError: If there is neither a device nor a cost model.
@@ -91,13 +96,100 @@ def open_timer(
         else:
             yield Timer(_estimate(predictors), "cost_model", f"cost model of {target.name}", predictors)
             return
-    with open_device(target, space, device, compiler_image=compiler_image, executor=executor) as timer:
+    with open_device(target, space, device, compiler_image=compiler_image, executor=executor, workers=workers) as timer:
         yield timer
 
 
 @contextlib.contextmanager
-def open_meter(target: Target, device: str, *, compiler_image: str = "") -> Iterator[Callable[..., Benchmark]]:
+def open_measure(device: str, executor: Executor | None = None) -> Iterator[Callable[..., Benchmark]]:
+    """Measure files on a device, from here or from the node that reaches it.
+
+    Args:
+        device: Connection.
+        executor: Measures the boards that it has as resources, named by their addresses without options.
+
+    Yields:
+        Takes the bytes of a file and the options of `foxnas_mlflow.devices.measure`.
+
+    Raises:
+        DeviceError: If the device cannot be reached.
+    """
+    from foxnas_mlflow.devices import connect, measure
+
+    if executor is not None and executor.has(shown(device)):
+        with contextlib.closing(executor.start(_Measure(device), resource=shown(device))) as worker:
+            yield lambda data, **options: worker((data, options))
+        return
+    with connect(device) as connection:
+        yield lambda data, **options: measure(connection, data, **options)
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Opens a device where it is asked to, and leaves it open as long as that process lives."""
+
+    device: str
+
+    def __call__(self) -> Callable[[tuple[bytes, Mapping[str, Any]]], Benchmark]:
+        from foxnas_mlflow.devices import connect, measure
+
+        opened = contextlib.ExitStack()
+        connection = opened.enter_context(connect(self.device))
+
+        def work(item: tuple[bytes, Mapping[str, Any]], opened: contextlib.ExitStack = opened) -> Benchmark:
+            data, options = item
+            return measure(connection, data, **options)
+
+        return work
+
+
+def check_device(device: str, executor: Executor | None = None) -> DeviceCheck:
+    """What a machine has and lacks, seen from here or from the node that reaches it.
+
+    Raises:
+        DeviceError: If it cannot be reached.
+        WorkerLostError: If the node that reaches it does not answer.
+    """
+    from foxnas_mlflow.devices import check, connect
+
+    if executor is not None and executor.has(shown(device)):
+        with contextlib.closing(executor.start(_Check(), resource=shown(device))) as worker:
+            return worker(device)
+    with connect(device) as connection:
+        return check(connection)
+
+
+class _Check:
+    def __call__(self) -> Callable[[str], DeviceCheck]:
+        return check_device
+
+
+def first_answering(device: str, executor: Executor | None = None) -> str:
+    """The first board of a list that answers; the last one where none does."""
+    from foxnas_mlflow.devices import connect
+
+    *others, last = addresses(device)
+    for address in others:
+        with contextlib.suppress(DeviceError, WorkerLostError):
+            if executor is not None and executor.has(shown(address)):
+                check_device(address, executor)
+            else:
+                connect(address).close()
+            return address
+    return last
+
+
+@contextlib.contextmanager
+def open_meter(
+    target: Target, device: str, *, compiler_image: str = "", executor: Executor | None = None
+) -> Iterator[Callable[..., Benchmark]]:
     """Measure int8 files on a device as a target runs them: with its threads, compiled first for an Edge TPU.
+
+    Args:
+        target: The target.
+        device: Connection.
+        compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
+        executor: As for `open_measure`.
 
     Yields:
         Takes the bytes of an int8 file and the options of `foxnas_mlflow.devices.measure`.
@@ -105,22 +197,27 @@ def open_meter(target: Target, device: str, *, compiler_image: str = "") -> Iter
     Raises:
         DeviceError: If the device cannot be reached, or there is no compiler for its Edge TPU.
     """
-    from foxnas_mlflow.devices import connect, measure
     from foxnas_mlflow.tflite import require_compiler
 
     compiler = require_compiler(compiler_image) if target.runtime == "edgetpu" else None
-    with connect(device) as connection:
+    with open_measure(device, executor) as measure:
 
         def measure_int8(int8: bytes, **options: Any) -> Benchmark:
             data = int8 if compiler is None else compiler.compile(int8)
-            return measure(connection, data, threads=target.threads, edgetpu=compiler is not None, **options)
+            return measure(data, threads=target.threads, edgetpu=compiler is not None, **options)
 
         yield measure_int8
 
 
 @contextlib.contextmanager
 def open_device(
-    target: Target, space: SearchSpace, device: str, *, compiler_image: str = "", executor: Executor | None = None
+    target: Target,
+    space: SearchSpace,
+    device: str,
+    *,
+    compiler_image: str = "",
+    executor: Executor | None = None,
+    workers: int = 1,
 ) -> Iterator[Timer]:
     """Measure on a device, by networks with random weights: values do not change the time.
 
@@ -132,28 +229,63 @@ def open_device(
         space: The space whose subnets are timed.
         device: Connection, or several of boards that are alike, comma separated: they share the work.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
-        executor: Measures the boards that it has as resources, named by their addresses without options.
+        executor: Measures the boards that it has as resources, named by their addresses without options, and makes
+            the networks for the other boards.
+        workers: How many of its workers make networks.
 
     Raises:
         DeviceError: If the device cannot be reached, or there is no compiler for its Edge TPU; if one of several is
             listed twice, or is faster or slower than another by more than noise.
     """
 
-    def open_one(address: str) -> AbstractContextManager[Callable[[Architecture], Timing]]:
-        if executor is not None and executor.has(shown(address)):
-            board = _Board(target, space, address, compiler_image)
-            return contextlib.closing(executor.start(board, resource=shown(address)))
-        return _open_one(target, space, address, compiler_image)
-
     devices = addresses(device)
-    if len(devices) < 2:
-        with open_one(device) as time:
-            yield Timer(time, "measured", device, here=is_here(device))
-        return
-    with open_boards(open_one, devices, space) as boards:
+    with contextlib.ExitStack() as stack:
+        # This machine's processor would answer with the same runtime.
+        making = _Build(target, space, answered=devices != ("local",) or target.runtime == "edgetpu")
+        build: Callable[[Architecture], Probe] = making()
+        away = [a for a in devices if not is_here(a) and not (executor is not None and executor.has(shown(a)))]
+        if executor is not None and away:
+            build = stack.enter_context(executor.workers(making, workers))
+
+        def open_one(address: str) -> AbstractContextManager[Callable[[Architecture], Timing]]:
+            if executor is not None and executor.has(shown(address)):
+                board = _Board(target, space, address, compiler_image)
+                return contextlib.closing(executor.start(board, resource=shown(address)))
+            return _open_one(target, space, address, compiler_image, build)
+
+        if len(devices) < 2:
+            time = stack.enter_context(open_one(device))
+            # A board measures one network at a time; what is made elsewhere for it does not disturb it.
+            yield Timer(time if away else one_at_a_time(time), "measured", device, here=is_here(device))
+            return
+        boards = stack.enter_context(open_boards(open_one, devices, space))
         where = f"{len(boards.devices)} boards: {', '.join(map(shown, boards.devices))}"
         here = any(map(is_here, boards.devices))
         yield Timer(boards.time, "measured", where, n_boards=len(boards.devices), here=here, aside=boards.aside)
+
+
+@dataclass(frozen=True)
+class _Build:
+    """Makes networks to measure where it is asked to.
+
+    Attributes:
+        answered: Whether this host says what it answers.
+    """
+
+    target: Target
+    space: SearchSpace
+    answered: bool = True
+
+    def __call__(self) -> Callable[[Architecture], Probe]:
+        return self._build
+
+    def _build(self, architecture: Architecture) -> Probe:
+        from foxnas_mlflow.devices import host_answer
+        from foxnas_mlflow.tflite import write_probe
+
+        network = build_network(self.space, architecture)
+        probe = write_probe(network, per_channel_dense=self.target.runtime != "edgetpu")
+        return probe, host_answer(probe) if self.answered else None
 
 
 @dataclass(frozen=True)
@@ -167,7 +299,8 @@ class _Board:
 
     def __call__(self) -> Callable[[Architecture], Timing]:
         opened = contextlib.ExitStack()
-        time = opened.enter_context(_open_one(self.target, self.space, self.device, self.compiler_image))
+        build = _Build(self.target, self.space)()
+        time = opened.enter_context(_open_one(self.target, self.space, self.device, self.compiler_image, build))
 
         def measure(architecture: Architecture, opened: contextlib.ExitStack = opened) -> Timing:
             return time(architecture)
@@ -177,23 +310,18 @@ class _Board:
 
 @contextlib.contextmanager
 def _open_one(
-    target: Target, space: SearchSpace, device: str, compiler_image: str
+    target: Target, space: SearchSpace, device: str, compiler_image: str, build: Callable[[Architecture], Probe]
 ) -> Iterator[Callable[[Architecture], Timing]]:
     """The latencies of one device."""
     if target.runtime == "torch":
         yield _on_gpu(target, space, device)
         return
-    from foxnas_mlflow.devices import host_answer
-    from foxnas_mlflow.tflite import write_probe
-
-    edgetpu = target.runtime == "edgetpu"
     with open_meter(target, device, compiler_image=compiler_image) as measure_int8:
+        measure_one = one_at_a_time(measure_int8)
 
         def time(architecture: Architecture) -> Timing:
-            probe = write_probe(build_network(space, architecture), per_channel_dense=not edgetpu)
-            # This machine's processor would answer with the same runtime.
-            expected = None if device == "local" and not edgetpu else host_answer(probe)
-            benchmark = measure_int8(
+            probe, expected = build(architecture)
+            benchmark = measure_one(
                 probe,
                 expected=expected,
                 # Random weights carry through all layers what kernels round differently: LiteRT with and without

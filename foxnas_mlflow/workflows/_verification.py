@@ -15,19 +15,23 @@ import numpy as np
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InfeasibleConstraintError
 from foxnas_mlflow.core.files import cache_directory, json_digest, worked_on, write_atomically
-from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.measurements import Measurement, Timing
+from foxnas_mlflow.core.parallel import as_finished
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Candidate, Evaluated, SearchOutcome, candidates, verify
+from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.flavor import SubnetModel
 from foxnas_mlflow.tracking.inputs import MEASUREMENTS, TrainedSupernet
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.verification import Verification, log_verification
-from foxnas_mlflow.workflows._evaluation import supernet_evaluator
+from foxnas_mlflow.workflows._evaluation import Evaluators, supernet_evaluators
 from foxnas_mlflow.workflows._timers import open_device, remembered
 
 if TYPE_CHECKING:
-    from foxnas_mlflow.supernet import SubnetEvaluator
+    from numpy.typing import NDArray
+
+    from foxnas_mlflow.core.workers import Executor
 
 
 @contextlib.contextmanager
@@ -54,35 +58,107 @@ def kept_measurements(predictors: PredictorSet, target: Target, request: Mapping
         shutil.rmtree(directory)
 
 
-def verified(
-    run: EntryRun,
-    outcome: SearchOutcome,
-    *,
+@dataclasses.dataclass(frozen=True)
+class Lookers:
+    """Who says of networks how fast and how accurate they are.
+
+    Attributes:
+        supernet: Evaluates accuracies; None: the predicted ones count.
+        device: Measures latencies; empty: the predicted upper bounds count.
+        evaluate: The supernet's answer, or None.
+        time: The device's, or None.
+        weights: A network's inherited weights, or None.
+        ahead: Has networks looked at, several at once where there are several boards or workers, so that who asks
+            for one later has the answer at once.
+    """
+
+    supernet: TrainedSupernet | None
+    device: str
+    evaluate: Callable[[Architecture], Evaluated] | None
+    time: Callable[[Architecture], Timing] | None
+    weights: Callable[[Architecture], Mapping[str, NDArray[Any]]] | None
+    ahead: Callable[[Sequence[Architecture]], None]
+
+
+@contextlib.contextmanager
+def open_lookers(
     target: Target,
+    space: SearchSpace,
+    image_sizes: Sequence[int],
+    *,
     supernet: TrainedSupernet | None,
     device: str,
     compiler_image: str = "",
+    executor: Executor | None = None,
+    workers: int = 1,
+    kept: Path,
+) -> Iterator[Lookers]:
+    """Open what there is of supernet and device.
+
+    Args:
+        target: The target.
+        space: The space of the networks.
+        image_sizes: Image sizes in pixels that may be asked for.
+        supernet, device: As of `Lookers`.
+        compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
+        executor, workers: Where networks are evaluated and made, and by how many at once; None: here, one by one.
+        kept: Directory of what device and supernet said, so that a search that was cut off does not ask again.
+
+    Raises:
+        DeviceError: If the device cannot be reached.
+    """
+    with contextlib.ExitStack() as stack:
+        evaluators = timer = None
+        if supernet is not None:
+            evaluators = stack.enter_context(
+                supernet_evaluators(supernet, image_sizes=image_sizes, n=workers, executor=executor)
+            )
+        if device:
+            opened = open_device(
+                target, space, device, compiler_image=compiler_image, executor=executor, workers=workers
+            )
+            timer = remembered(stack.enter_context(opened), kept / MEASUREMENTS)
+        evaluate = None if evaluators is None else _evaluate(evaluators, kept)
+
+        def ahead(architectures: Sequence[Architecture]) -> None:
+            # One after the other: evaluating here would disturb what is measured here.
+            if evaluate is not None and evaluators is not None and evaluators.n > 1:
+                for _ in as_finished(evaluate, architectures, n=evaluators.n):
+                    pass
+            if timer is not None and timer.n_boards > 1:
+                timer.ahead(architectures)
+
+        yield Lookers(
+            supernet,
+            device,
+            evaluate,
+            None if timer is None else timer.time,
+            None if evaluators is None else evaluators.weights,
+            ahead,
+        )
+
+
+def verified(
+    run: EntryRun,
+    outcome: SearchOutcome,
+    lookers: Lookers,
+    *,
     n: int,
     tolerance_points: float | None = None,
     known: Sequence[Measurement] = (),
     also: Sequence[Architecture] = (),
     beaten: Sequence[Architecture] = (),
     place: str = "",
-    kept: Path,
 ) -> tuple[SearchOutcome, Verification]:
     """Measure and evaluate the candidates of a search and choose among them.
 
     Args:
         run: The open run; it has the table of what was looked at, however the verification ends.
         outcome: The search.
-        target: The target.
-        supernet: Evaluates accuracies; None: the predicted ones count.
-        device: Measures latencies; empty: the predicted upper bounds count.
-        compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
+        lookers: What device and supernet say.
         n: Networks of the front to look at.
         tolerance_points, known, also, beaten: See `foxnas_mlflow.core.searchers.verify`.
         place: Directory of the run that has the table; empty: its root.
-        kept: Directory of what device and supernet said, so that a search that was cut off does not ask again.
 
     Returns:
         The search with the chosen network as its outcome, and the verification.
@@ -90,19 +166,9 @@ def verified(
     Raises:
         InfeasibleConstraintError, DeviceError: As `foxnas_mlflow.core.searchers.verify`.
     """
-    space = outcome.objective.space
-    evaluator: SubnetEvaluator | None = None
-    if supernet is not None:
-        evaluator = supernet_evaluator(supernet, image_sizes=outcome.objective.image_sizes)
     looked: list[Candidate] = []
+    lookers.ahead(candidates(outcome, n, measured=lookers.time is not None))
     with contextlib.ExitStack() as stack:
-        time = None
-        if device:
-            timer = stack.enter_context(open_device(target, space, device, compiler_image=compiler_image))
-            timer = remembered(timer, kept / MEASUREMENTS)
-            if timer.n_boards > 1:
-                timer.ahead(candidates(outcome, n, measured=True))
-            time = timer.time
         stack.callback(lambda: log_verification(run, looked, place))
         verdict = verify(
             outcome,
@@ -111,8 +177,8 @@ def verified(
             known=known,
             also=also,
             beaten=beaten,
-            time=time,
-            evaluate=None if evaluator is None else _evaluate(evaluator, kept),
+            time=lookers.time,
+            evaluate=lookers.evaluate,
             on_candidate=looked.append,
         )
         looked[:] = verdict.candidates
@@ -126,27 +192,27 @@ def verified(
             latency_ms=chosen.predicted_latency_ms,
             amounts=chosen.amounts,
         )
-    model = None
-    if supernet is not None and evaluator is not None:
+    model, supernet = None, lookers.supernet
+    if supernet is not None and lookers.weights is not None:
         model = SubnetModel(
             chosen.architecture,
-            space,
-            weights=evaluator.weights(chosen.architecture),
+            outcome.objective.space,
+            weights=lookers.weights(chosen.architecture),
             preprocessing=supernet.dataset.preprocessing(chosen.architecture.image_size),
             labels=supernet.dataset.labels,
         )
-    return outcome, Verification(verdict.candidates, device, supernet, model, verdict.reason, verdict.dominated)
+    return outcome, Verification(verdict.candidates, lookers.device, supernet, model, verdict.reason, verdict.dominated)
 
 
-def _evaluate(evaluator: SubnetEvaluator, kept: Path) -> Callable[[Architecture], Evaluated]:
-    """The evaluator with its answers kept as they come: no network is evaluated twice, whatever ends the process."""
+def _evaluate(evaluators: Evaluators, kept: Path) -> Callable[[Architecture], Evaluated]:
+    """The evaluators with their answers kept as they come: no network is evaluated twice, whatever ends the process."""
     directory = kept / "evaluations"
     directory.mkdir(exist_ok=True)
 
     def evaluate(architecture: Architecture) -> Evaluated:
         path = directory / f"{json_digest(architecture.to_dict())[:32]}.json"
         if not path.exists():
-            evaluation = evaluator.evaluate(architecture)
+            evaluation = evaluators.evaluate(architecture)
             content = {
                 "accuracy": evaluation.top1_percent,
                 "standard_error": evaluation.standard_error,

@@ -62,6 +62,7 @@ class Workflow(Generic[R, S]):
         request: Class of its request.
         run: Does it.
         entry_point: Whether MLproject has it; a tool that makes no run is none.
+        torchrun: Whether MLproject has it a second time, as several processes that torchrun starts.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Workflow(Generic[R, S]):
     request: type[R]
     run: Callable[[R], S]
     entry_point: bool = True
+    torchrun: bool = False
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from foxnas_mlflow.workflows._request import Request, chosen_device, parameter
+from foxnas_mlflow.workflows._executor import ClusterRequest, open_executor
+from foxnas_mlflow.workflows._request import chosen_device, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ _DEFAULT_TARGET = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkRequest(Request):
+class BenchmarkRequest(ClusterRequest):
     """What to measure; see `run_benchmark`."""
 
     model: str = parameter(
@@ -85,10 +86,10 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
     from pathlib import Path
 
     from foxnas_mlflow.core.targets import get_target
-    from foxnas_mlflow.devices import connect, measure
     from foxnas_mlflow.tracking.benchmark import find_model, log_benchmark
     from foxnas_mlflow.tracking.registry import registered_name
     from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.workflows._timers import open_measure
 
     # What to measure is looked up by the target, and the target, where none is given, by what is measured.
     target = None if request.model and not request.target else get_target(request.target or _DEFAULT_TARGET)
@@ -98,14 +99,15 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
     name = "" if target is None else target.name
     source = request.model or f"models:/{registered_name(request.name, kind, name)}/latest"
     with tempfile.TemporaryDirectory(prefix="foxnas-") as directory, contextlib.ExitStack() as stack:
+        executor = stack.enter_context(open_executor(request))
         # A model that cannot be measured and a machine that does not answer leave no run behind.
         if target is not None:
-            connection = stack.enter_context(connect(_device(request, target)))
+            measure = stack.enter_context(open_measure(_device(request, target), executor))
         model = find_model(source, Path(directory))
         if target is None:
             target = _own_target(model)
             _check_target(target)
-            connection = stack.enter_context(connect(_device(request, target)))
+            measure = stack.enter_context(open_measure(_device(request, target), executor))
         threads = request.threads or target.threads
         data, expected = _read(model)
         with entry_run(
@@ -122,7 +124,6 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
             tags=tags,
         ) as run:
             benchmark = measure(
-                connection,
                 data,
                 threads=threads,
                 runs=request.runs,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
+from foxnas_mlflow.workflows._executor import ExecutorRequest, open_executor
+from foxnas_mlflow.workflows._request import compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareRequest(Request):
+class CompareRequest(ExecutorRequest):
     """What to hold against what; see `run_compare`. A step of `main`, no entry point of its own."""
 
     model: str = parameter("", "Model URI of the int8 file of the found network.")
@@ -71,6 +72,7 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
     target = get_target(request.target)
     params = {key: getattr(request, key) for key in ("model", "predictors", "supernet", "latency_ms")}
     with (
+        open_executor(request) as executor,
         entry_run(stage="compare", params=params, target=target.name, tags=tags) as run,
         worked_on(directory / "lock", "the same comparison"),
         progress_bar("compare", "network") as show,
@@ -90,6 +92,8 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
             target=target,
             device=request.device,
             compiler_image=request.compiler_image,
+            executor=executor,
+            workers=request.workers,
             seed=request.seed,
             directory=directory,
             on_row=lambda done, total: show(done, total, ""),

@@ -108,20 +108,28 @@ torch-backend = "auto"
 def _mlproject(workflows: Sequence[AnyWorkflow]) -> str:
     lines = [f"{_WRITTEN}name: foxnas_mlflow", "", "conda_env: conda.yaml", "", "entry_points:"]
     for workflow in workflows:
-        lines += _entry_point(workflow)
+        lines += _entry_point(workflow.name, f"python -m foxnas_mlflow {workflow.name}", workflow, [])
+        if workflow.torchrun:
+            options = " ".join(f"--{name.replace('_', '-')} {{{name}}}" for name, _ in TORCHRUN)
+            command = f"python -m torch.distributed.run --rdzv-backend c10d {options} -m foxnas_mlflow {workflow.name}"
+            lines += _entry_point(f"{workflow.name}_torchrun", command, workflow, TORCHRUN)
     return "\n".join(lines) + "\n"
 
 
-def _entry_point(workflow: AnyWorkflow) -> Iterator[str]:
+TORCHRUN = (("nnodes", "1"), ("nproc_per_node", "auto"), ("rdzv_endpoint", "localhost:0"))
+"""Parameters of torchrun's own, with what trains on all GPUs, or processors, of one machine."""
+
+
+def _entry_point(name: str, command: str, workflow: AnyWorkflow, before: Sequence[tuple[str, str]]) -> Iterator[str]:
     names = [(p.name, p.default_text) for p in workflow.request.parameters()]
-    yield f"  {workflow.name}:"
+    yield f"  {name}:"
     yield "    parameters:"
-    for name, default in names:
+    for name, default in [*before, *names]:
         yield f"      {name}: {{type: string, default: {_scalar(default)}}}"
     options = " ".join(f"--{name.replace('_', '-')} {{{name}}}" for name, _ in names)
     yield "    command: >-"
     yield textwrap.fill(
-        f"python -m foxnas_mlflow {workflow.name} {options}",
+        f"{command} {options}",
         width=120,
         initial_indent=" " * 6,
         subsequent_indent=" " * 6,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._addresses import addresses
-from foxnas_mlflow.workflows._executor import ExecutorRequest, open_executor
+from foxnas_mlflow.workflows._executor import WORKING, ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
 from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.architecture import Architecture
     from foxnas_mlflow.core.space import SearchSpace
     from foxnas_mlflow.core.targets import Target
+    from foxnas_mlflow.core.workers import Executor
     from foxnas_mlflow.data import ImageDataset
     from foxnas_mlflow.tracking.run import EntryRun
     from foxnas_mlflow.tracking.steps import Step, StepResult
@@ -147,7 +148,7 @@ _NEEDS = (
 _SEARCHED_AGAIN = 3
 """How often the search is done again because the comparison shows a better network."""
 
-_MOVABLE = ("data", "target", "space", "resume", "workers", "executor", "ray_address")
+_MOVABLE = ("data", "target", "space", "resume", *WORKING)
 """Parameters that are no inputs of a step: data, target and space count by their content, what is resumed and who
 works change nothing."""
 
@@ -183,11 +184,10 @@ def run_main(request: MainRequest) -> MainResult:
     from foxnas_mlflow.supernet import get_preset
 
     space = get_space(request.space or target.space)
-    with open_executor(request):
-        pass
-    if not device:
-        reference_latency(target, space)  # refuses a target without a cost model
-    machine = _machine(device, target, space, request.compiler_image)
+    with open_executor(request) as executor:
+        if not device:
+            reference_latency(target, space)  # refuses a target without a cost model
+        machine = _machine(device, target, space, request.compiler_image, executor)
     read = functools.partial(
         load_dataset,
         request.data,
@@ -256,6 +256,11 @@ class _Pipeline:
         self._request, self._run, self._target, self._device = request, run, target, device
         self._dataset, self._common = dataset, common
         self.done: dict[str, StepResult] = {}
+
+    @property
+    def _working(self) -> dict[str, Any]:
+        """Who works, as the steps are told."""
+        return {key: getattr(self._request, key) for key in WORKING}
 
     def run(self) -> MainResult:
         """All steps in order."""
@@ -371,9 +376,7 @@ class _Pipeline:
             device=self._device,
             compiler_image=main.compiler_image,
             n_samples=main.n_samples,
-            workers=main.workers,
-            executor=main.executor,
-            ray_address=main.ray_address,
+            **self._working,
             seed=main.seed,
             name=main.name,
         )
@@ -439,6 +442,7 @@ class _Pipeline:
             compiler_image=main.compiler_image,
             measurements=samples,
             rounds=main.rounds,
+            **self._working,
             seed=main.seed,
             name=main.name,
         )
@@ -496,15 +500,18 @@ class _Pipeline:
 
     def _benchmark(self, model: str) -> BenchmarkResult:
         main = self._request
-        request = BenchmarkRequest(model=model, target=main.target, device=self._device, name=main.name)
+        cluster = {key: value for key, value in self._working.items() if key != "workers"}
+        request = BenchmarkRequest(model=model, target=main.target, device=self._device, name=main.name, **cluster)
 
-        def do(cut_off: Sequence[str]) -> _Do:
-            from foxnas_mlflow.workflows._boards import first_answering
+        def benchmark(*, tags: Mapping[str, str]) -> BenchmarkResult:
+            from foxnas_mlflow.workflows._timers import first_answering
 
             # One model is measured on one board; boards that share work are alike.
-            return lambda *, tags: run_benchmark(request.replace(device=first_answering(self._device)), tags=tags)
+            with open_executor(request) as executor:
+                board = first_answering(self._device, executor)
+            return run_benchmark(request.replace(device=board), tags=tags)
 
-        return self._step("benchmark", BenchmarkResult, _inputs(request), ("quantize",), do)
+        return self._step("benchmark", BenchmarkResult, _inputs(request), ("quantize",), lambda _: benchmark)
 
     def _compare(self, supernet: str, predictors: str, model: str, found: SearchResult) -> CompareResult:
         main = self._request
@@ -520,6 +527,7 @@ class _Pipeline:
             target=main.target,
             device=self._device,
             compiler_image=main.compiler_image,
+            **self._working,
             seed=main.seed,
             name=main.name,
         )
@@ -654,7 +662,7 @@ def _require(module: str, extra: str, feature: str) -> None:
         import_or_raise(module, extra=extra, feature=feature)
 
 
-def _machine(device: str, target: Target, space: SearchSpace, compiler_image: str) -> str:
+def _machine(device: str, target: Target, space: SearchSpace, compiler_image: str, executor: Executor | None) -> str:
     """The machine behind an address, which must be ready to measure for the target; of several boards their kinds.
 
     Raises:
@@ -662,9 +670,8 @@ def _machine(device: str, target: Target, space: SearchSpace, compiler_image: st
             boards that shall share the work are not alike.
     """
     from foxnas_mlflow.core.errors import DeviceError
-    from foxnas_mlflow.devices import check, connect
     from foxnas_mlflow.tflite import require_compiler
-    from foxnas_mlflow.workflows._timers import open_device
+    from foxnas_mlflow.workflows._timers import check_device, open_device
 
     if not device:
         return ""
@@ -672,8 +679,7 @@ def _machine(device: str, target: Target, space: SearchSpace, compiler_image: st
         require_compiler(compiler_image)
     kinds = set()
     for address in addresses(device):
-        with connect(address) as connection:
-            found = check(connection)
+        found = check_device(address, executor)
         if not found.ready:
             raise DeviceError("a device must have what measuring needs", received=f"{address} lacks {found.missing[0]}")
         if target.runtime == "edgetpu" and not found.edgetpu:
@@ -686,7 +692,7 @@ def _machine(device: str, target: Target, space: SearchSpace, compiler_image: st
     # Several are compared when they are opened.
     with contextlib.ExitStack() as stack:
         if len(addresses(device)) > 1:
-            stack.enter_context(open_device(target, space, device, compiler_image=compiler_image))
+            stack.enter_context(open_device(target, space, device, compiler_image=compiler_image, executor=executor))
     return ", ".join(sorted(kinds))
 
 

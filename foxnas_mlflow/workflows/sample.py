@@ -139,7 +139,12 @@ def _sample(
     with (
         worked_on(directory / "lock", "the same samples"),
         open_timer(
-            target, space, device=request.device, compiler_image=request.compiler_image, executor=executor
+            target,
+            space,
+            device=request.device,
+            compiler_image=request.compiler_image,
+            executor=executor,
+            workers=request.workers,
         ) as timer,
         supernet_evaluators(
             supernet,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._executor import WORKING, ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
 from foxnas_mlflow.workflows._request import chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.architecture import Architecture
     from foxnas_mlflow.core.measurements import Measurement
     from foxnas_mlflow.core.predictors import PredictorSet
-    from foxnas_mlflow.core.searchers import Loop, Problem, SearchOutcome
+    from foxnas_mlflow.core.searchers import Limit, Loop, Problem, SearchOutcome, Solved
+    from foxnas_mlflow.core.searchers import SearchResult as SearcherResult
     from foxnas_mlflow.core.targets import Target
+    from foxnas_mlflow.core.workers import Executor
     from foxnas_mlflow.tracking.inputs import TrainedSupernet
     from foxnas_mlflow.tracking.run import EntryRun
     from foxnas_mlflow.tracking.search import LoggedNetwork, Searched
     from foxnas_mlflow.tracking.verification import Verification
+    from foxnas_mlflow.workflows._verification import Lookers
 
 
 DEFAULT_LATENCY_MS = 60.0
@@ -31,7 +35,7 @@ DEFAULT_LATENCY_MS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchRequest(GoalRequest):
+class SearchRequest(GoalRequest, ExecutorRequest):
     """What to search for; see `run_search`."""
 
     target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, gpu, or the path of a target YAML.")
@@ -67,9 +71,9 @@ class SearchRequest(GoalRequest):
     measurements: str = parameter(
         "", "Table of measured networks, to draw, and to look again at those that beat the found one: measurements.csv."
     )
-    algorithm: Literal["annealing", "annealing-unguided", "evolution", "random"] = parameter(
+    algorithm: Literal["annealing", "annealing-unguided", "evolution", "random", "exact"] = parameter(
         "annealing",
-        "Searcher beside the exact method.",
+        "Searcher beside the exact method; exact: none, for many limits.",
     )
     evaluations: int = parameter(1000000, "Budget of the searcher in evaluations.", at_least=1)
     seed: int = parameter(0, "Seed of the searcher.", at_least=0)
@@ -177,14 +181,17 @@ def run_search(
         "data": "" if inputs.supernet is None else inputs.supernet.dataset.source,
     }
     # The run is open while the search works, so that SIGTERM finds it and ends it as KILLED.
-    with entry_run(
-        stage="search",
-        params=resolved,
-        target=inputs.target.name,
-        space=inputs.predictors.space.name,
-        latency_source="cost_model",
-        tags={"foxnas.predictors": inputs.source, **(tags or {})},
-    ) as run:
+    with (
+        open_executor(request) as executor,
+        entry_run(
+            stage="search",
+            params=resolved,
+            target=inputs.target.name,
+            space=inputs.predictors.space.name,
+            latency_source="cost_model",
+            tags={"foxnas.predictors": inputs.source, **(tags or {})},
+        ) as run,
+    ):
         if inputs.supernet is not None:
             from foxnas_mlflow.tracking.supernet import log_dataset
 
@@ -195,11 +202,13 @@ def run_search(
         measurements = open_measurements(request.measurements, run.directory)[0] if request.measurements else []
         with _keeping(request, inputs, run) as kept:
             loop = None
-            predictors, found = inputs.predictors, tuple(Searched(o) for o in _outcomes(request, inputs.problems))
+            outcomes = _outcomes(request, inputs.problems, executor)
+            predictors, found = inputs.predictors, tuple(Searched(o) for o in outcomes)
             if inputs.supernet is not None or request.device:
-                loop = _loop(request, inputs, run, _Looks(tuple(measurements), tuple(also), tuple(beaten)), found, kept)
+                looks = _Looks(tuple(measurements), tuple(also), tuple(beaten))
+                loop = _loop(request, inputs, run, looks, found, kept, executor)
                 predictors, found = loop.predictors, loop.looked
-            found = tuple(_compared(request, one) for one in found)
+            found = _compared(request, found, executor)
             logged = log_search(
                 run,
                 found,
@@ -274,48 +283,94 @@ def _problems(request: SearchRequest, predictors: PredictorSet) -> tuple[Problem
     return (first, *others)
 
 
-def _outcomes(request: SearchRequest, problems: Sequence[Problem]) -> list[SearchOutcome]:
+def _outcomes(request: SearchRequest, problems: Sequence[Problem], executor: Executor | None) -> list[SearchOutcome]:
     """The searches, with one front."""
     import time
 
-    from foxnas_mlflow.core.searchers import front_of, get_searcher, search_problem
+    from foxnas_mlflow.core.searchers import front_of, outcome_of
+    from foxnas_mlflow.core.workers import each
 
     start = time.perf_counter()
     front = front_of(problems[0].objective)
     seconds = time.perf_counter() - start
-    searcher = get_searcher(request.algorithm)
-    return [
-        search_problem(
-            problem,
-            front,
-            front_seconds=seconds,
-            searcher=searcher,
-            evaluations=request.evaluations,
-            seed=request.seed,
-        )
-        for problem in problems
-    ]
+    solving = _Solving(problems[0], request.algorithm, request.evaluations, request.seed)
+    solved = each(solving, [problem.limits for problem in problems], executor=executor, n=request.workers)
+    return [outcome_of(p, front, one, front_seconds=seconds) for p, one in zip(problems, solved, strict=True)]
 
 
-def _compared(request: SearchRequest, found: Searched) -> Searched:
-    """A search with all searchers under one common budget beside it."""
+def _compared(request: SearchRequest, found: Sequence[Searched], executor: Executor | None) -> tuple[Searched, ...]:
+    """The searches with all searchers under one common budget beside each."""
     import dataclasses
 
-    from foxnas_mlflow.core.searchers import SEARCHERS
+    from foxnas_mlflow.core.workers import each
 
-    budget = min(request.evaluations, COMPARISON_EVALUATIONS)
-    results = [s.search(found.outcome.problem, evaluations=budget, seed=request.seed) for s in SEARCHERS.values()]
-    return dataclasses.replace(found, comparisons=tuple(results))
+    if request.algorithm == "exact":
+        return tuple(found)
+    problems = [one.outcome.problem for one in found]
+    comparing = _Comparing(problems[0], min(request.evaluations, COMPARISON_EVALUATIONS), request.seed)
+    results = each(comparing, [problem.limits for problem in problems], executor=executor, n=request.workers)
+    return tuple(dataclasses.replace(one, comparisons=r) for one, r in zip(found, results, strict=True))
+
+
+@dataclass(frozen=True)
+class _Solving:
+    """Solves a problem under other limits, where it is asked to."""
+
+    problem: Problem
+    algorithm: str
+    evaluations: int
+    seed: int
+
+    def __call__(self) -> Callable[[tuple[Limit, ...]], Solved]:
+        return self._solve
+
+    def _solve(self, limits: tuple[Limit, ...]) -> Solved:
+        import dataclasses
+
+        from foxnas_mlflow.core.searchers import get_searcher, solve_both
+
+        problem = dataclasses.replace(self.problem, limits=limits)
+        searcher = get_searcher(self.algorithm)
+        return solve_both(problem, searcher=searcher, evaluations=self.evaluations, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class _Comparing:
+    """Has all searchers solve a problem under other limits, where it is asked to."""
+
+    problem: Problem
+    evaluations: int
+    seed: int
+
+    def __call__(self) -> Callable[[tuple[Limit, ...]], tuple[SearcherResult, ...]]:
+        return self._compare
+
+    def _compare(self, limits: tuple[Limit, ...]) -> tuple[SearcherResult, ...]:
+        import dataclasses
+
+        from foxnas_mlflow.core.searchers import SEARCHERS
+
+        problem = dataclasses.replace(self.problem, limits=limits)
+        return tuple(
+            searcher.search(problem, evaluations=self.evaluations, seed=self.seed) for searcher in SEARCHERS.values()
+        )
 
 
 def _loop(
-    request: SearchRequest, inputs: _Inputs, run: EntryRun, looks: _Looks, first: Sequence[Searched], kept: Path
+    request: SearchRequest,
+    inputs: _Inputs,
+    run: EntryRun,
+    looks: _Looks,
+    first: Sequence[Searched],
+    kept: Path,
+    executor: Executor | None,
 ) -> Loop[Searched]:
     """Search and look, round by round; what was looked at is kept, so that a loop that was cut off goes on."""
     import dataclasses
 
     from foxnas_mlflow.core.predictors import fit_predictors
     from foxnas_mlflow.core.searchers import closed_loop
+    from foxnas_mlflow.workflows._verification import open_lookers
 
     known = inputs.predictors
     model = known.accuracy[-1]
@@ -323,10 +378,10 @@ def _loop(
     def search(predictors: PredictorSet) -> list[SearchOutcome]:
         if predictors is known:
             return [one.outcome for one in first]
-        return _outcomes(request, _problems(request, predictors))
+        return _outcomes(request, _problems(request, predictors), executor)
 
     def look(outcome: SearchOutcome, before: Sequence[Architecture]) -> Searched:
-        return _verified(request, inputs, run, outcome, looks.after(before), kept)
+        return _verified(request, inputs, run, outcome, looks.after(before), lookers)
 
     def refit(rows: Sequence[Measurement]) -> PredictorSet:
         logger.info("Fitting again with %d rows.", len(rows))
@@ -343,7 +398,18 @@ def _loop(
         )
         return dataclasses.replace(fit.predictors, quantities=known.quantities)
 
-    return closed_loop(known, looks.known, rounds=request.rounds, search=search, look=look, refit=refit)
+    with open_lookers(
+        inputs.target,
+        known.space,
+        inputs.problems[0].objective.image_sizes,
+        supernet=inputs.supernet,
+        device=request.device,
+        compiler_image=request.compiler_image,
+        executor=executor,
+        workers=request.workers,
+        kept=kept,
+    ) as lookers:
+        return closed_loop(known, looks.known, rounds=request.rounds, search=search, look=look, refit=refit)
 
 
 def _keeping(request: SearchRequest, inputs: _Inputs, run: EntryRun) -> AbstractContextManager[Path]:
@@ -355,7 +421,9 @@ def _keeping(request: SearchRequest, inputs: _Inputs, run: EntryRun) -> Abstract
     if not request.device and inputs.supernet is None:
         return nullcontext(run.directory)
     weights = {} if inputs.supernet is None else {"supernet_digest": inputs.supernet.digest}
-    return kept_measurements(inputs.predictors, inputs.target, request.values() | weights)
+    # Who works, and where, changes no answer.
+    asked = {key: value for key, value in request.values().items() if key not in WORKING}
+    return kept_measurements(inputs.predictors, inputs.target, asked | weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -372,7 +440,7 @@ class _Looks:
 
 
 def _verified(
-    request: SearchRequest, inputs: _Inputs, run: EntryRun, outcome: SearchOutcome, looks: _Looks, kept: Path
+    request: SearchRequest, inputs: _Inputs, run: EntryRun, outcome: SearchOutcome, looks: _Looks, lookers: Lookers
 ) -> Searched:
     from foxnas_mlflow.tracking.search import Searched
     from foxnas_mlflow.workflows._verification import verified
@@ -380,17 +448,13 @@ def _verified(
     outcome, verification = verified(
         run,
         outcome,
-        target=inputs.target,
-        supernet=inputs.supernet,
-        device=request.device,
-        compiler_image=request.compiler_image,
+        lookers,
         n=request.verify,
         tolerance_points=request.tolerance,
         known=looks.known,
         also=looks.also,
         beaten=looks.beaten,
         place=Searched(outcome).place(len(inputs.problems)),
-        kept=kept,
     )
     return Searched(outcome, verification=verification)
 

@@ -35,6 +35,9 @@ class SupernetRequest(Request):
     strategy: Literal["sandwich", "progressive_shrinking"] = parameter("sandwich", "How to train.")
     epochs: int = parameter(0, "Passes over the training images; 0: the preset's.", at_least=0)
     batch_size: int = parameter(0, "Images a step on each process; 0: the preset's.", at_least=0)
+    accumulate: int = parameter(
+        1, "Parts that a step's batch is computed in, one after another, for the memory of one part.", at_least=1
+    )
     learning_rate: float = parameter(0.0, "Peak learning rate on each process; 0: the preset's.", at_least=0)
     width_mult: float = parameter(0.0, "Width multiplier of all channels; 0: the preset's.", at_least=0)
     init: str = parameter(
@@ -307,6 +310,12 @@ def _begin(
         world_size=worker.world_size,
         device=worker.device,
     )
+    if request.accumulate > batches.batch_size // 2:
+        raise InvalidInputError(
+            f"each part of a batch needs two images at least, for batch norm; the batch has {batches.batch_size}",
+            received=f"accumulate={request.accumulate}",
+            remedy="give fewer parts, or a larger batch_size",
+        )
     if request.resume:
         states = [load_checkpoint(place, space) for place in find_checkpoints(request.resume, directory / "resume")]
         state = max(states, key=lambda s: s.step)
@@ -318,6 +327,7 @@ def _begin(
             learning_rate=(request.learning_rate or preset.learning_rate) * worker.world_size,
             weight_decay=preset.weight_decay,
             ema=request.ema,
+            accumulate=request.accumulate,
             class_weights=_class_weights(request, data),
             head_first=HEAD_FIRST if request.init else 0.0,
             layer_decay=LAYER_DECAY if request.init else 1.0,
@@ -352,8 +362,7 @@ def _begin(
         differing.append("epochs")
     if request.learning_rate not in (0, state.config.learning_rate / worker.world_size):
         differing.append("learning_rate")
-    if request.strategy != state.config.strategy:
-        differing.append("strategy")
+    differing += [key for key in ("strategy", "accumulate") if getattr(request, key) != getattr(state.config, key)]
     if differing:
         raise InvalidInputError(
             "a training is resumed with the parameters that it was begun with",
@@ -485,4 +494,5 @@ WORKFLOW = Workflow(
     "Train a supernet on labelled images: one set of weights for every network of a search space.",
     SupernetRequest,
     run_supernet,
+    torchrun=True,
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from foxnas_mlflow.core.errors import (
     FoxNasError,
     InfeasibleConstraintError,
+    InfeasibleLimitsError,
+    InvalidInputError,
     MissingDependencyError,
     import_or_raise,
 )
@@ -26,6 +30,19 @@ def test_infeasible_keeps_both_latencies() -> None:
     assert (error.latency_ms, error.smallest_latency_ms) == (5.0, 21.5)
     assert "latency_ms=5" in str(error)
     assert "21.5 ms" in str(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidInputError("x must be 1", received=2, remedy="give 1"),
+        InfeasibleConstraintError(5.0, 21.5),
+        InfeasibleLimitsError(["macs <= 1"], smallest={"macs": 3.0}),
+    ],
+)
+def test_errors_reach_who_asked_a_worker_as_they_were(error: FoxNasError) -> None:
+    read = pickle.loads(pickle.dumps(error))
+    assert (type(read), str(read), read.__dict__.keys()) == (type(error), str(error), error.__dict__.keys())
 
 
 def test_a_missing_package_names_its_extra() -> None:

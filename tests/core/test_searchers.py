@@ -28,6 +28,7 @@ from foxnas_mlflow.core.searchers import (
     pose,
     rank_edits,
     search,
+    search_each,
     solve,
 )
 from foxnas_mlflow.core.searchers._annealing import main_effects
@@ -145,6 +146,23 @@ def test_the_front_is_never_beaten_by_a_searcher() -> None:
 
 def under(objective: Objective, latency_ms: float) -> Problem:
     return Problem(objective, (Limit("latency_ms", latency_ms),))
+
+
+def test_many_limits_have_the_optima_of_one_by_one_whatever_was_asked_before() -> None:
+    predictors = reference_predictors("rpi4")
+    limits = [float(ms) for ms in np.linspace(45, 140, 12)]
+    outcomes = search_each(predictors, limits, algorithm="exact")
+    for latency_ms, outcome in zip(limits, outcomes, strict=True):
+        # An objective that nothing is remembered of.
+        alone = exact_optimum(Objective(predictors, confidence=0.95), latency_ms)
+        assert outcome.optimum == alone
+        assert outcome.result.architecture == outcome.architecture == alone.architecture
+        assert (outcome.optimality_gap, outcome.optimum.proof_gap) == (0.0, 0.0)
+        assert outcome.latency_upper_ms <= latency_ms
+    top = max(outcomes[0].front.accuracy)
+    for outcome in outcomes:
+        (price,) = outcome.prices
+        assert price.lost == pytest.approx(top - outcome.accuracy)
 
 
 @pytest.mark.parametrize("name", sorted(SEARCHERS))

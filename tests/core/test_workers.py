@@ -15,7 +15,7 @@ import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError, WorkerLostError
 from foxnas_mlflow.core.parallel import as_finished
-from foxnas_mlflow.core.workers import LocalExecutor
+from foxnas_mlflow.core.workers import LocalExecutor, each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,25 @@ def test_what_the_work_raises_is_raised_here_and_an_item_that_ends_all_ends_the_
         assert shared(3)[0] == 9
         with pytest.raises(WorkerLostError, match=r"must not end before its work; received signal 9; .*fewer workers"):
             shared(666)
+
+
+def test_each_gives_the_results_in_the_items_order_wherever_it_is_done(tmp_path: Path) -> None:
+    told: dict[int, int] = {}
+    numbers = [5, 13, 2, 8]
+    squares = each(
+        Squares(tmp_path),
+        numbers,
+        executor=LocalExecutor(),
+        n=2,
+        on_result=lambda number, result: told.update({number: result[0]}),
+    )
+    assert [square for square, _ in squares] == [25, 169, 4, 64]
+    assert told == {number: number * number for number in numbers}
+    assert os.getpid() not in {pid for _, pid in squares}
+    # Without an executor, and for a single item, nobody is started; 13 has ended a process by now.
+    assert each(Squares(tmp_path), numbers, executor=None) == [(n * n, os.getpid()) for n in numbers]
+    assert each(Squares(tmp_path), [3], executor=LocalExecutor(), n=2) == [(9, os.getpid())]
+    assert each(Squares(tmp_path), [], executor=LocalExecutor(), n=2) == []
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:

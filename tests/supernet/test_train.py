@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
 
 from foxnas_mlflow.core.errors import InvalidInputError, TrainingError
 from foxnas_mlflow.core.space import CPU_SPACE, StageSpec
@@ -27,6 +29,7 @@ from foxnas_mlflow.supernet import (
     recalibrate,
     train_supernet,
 )
+from foxnas_mlflow.supernet._distributed import GradientAverage
 from foxnas_mlflow.supernet._modes import _fastest, _likely, fastest_workers
 from foxnas_mlflow.supernet._optimizer import learning_rate
 from foxnas_mlflow.supernet._step import Workers, set_gradients
@@ -383,12 +386,63 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_keep_the_same_weights(tmp_path) -> None:
-    command = [sys.executable, "-c", _RANK]
-    ranks = [
-        subprocess.Popen([*command, str(r), str(tmp_path / "store"), str(tmp_path / "out")], stderr=subprocess.PIPE)
-        for r in (0, 1)
-    ]
+def _run_ranks(code: str, *arguments: Path) -> None:
+    command = [sys.executable, "-c", code]
+    ranks = [subprocess.Popen([*command, str(r), *map(str, arguments)], stderr=subprocess.PIPE) for r in (0, 1)]
     errors = [process.communicate(timeout=240)[1].decode() for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
+
+
+def gradients_of(state: TrainingState, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """A step's gradients, on this rank's images, with statistics as they are."""
+    network = state.network.eval()
+    with Workers(network, 1) as workers:
+        average = GradientAverage(network) if torch.distributed.is_initialized() else None
+        set_gradients(state, images, targets, workers, average=average)
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def new_step(accumulate: int) -> tuple[TrainingState, Tensor, Tensor]:
+    """A state like every other of its seed, and a batch."""
+
+    state = new_state(epochs=1, accumulate=accumulate, workers=1)
+    return state, torch.randn(16, 1, 12, 12), torch.arange(16) % 10
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_gradients_of_parts_are_those_of_the_whole_batch(accumulate: int) -> None:
+    whole = gradients_of(*new_step(1))
+    parts = gradients_of(*new_step(accumulate))
+    assert whole.keys() == parts.keys()
+    assert max(float(t.abs().max()) for t in whole.values()) > 0.01
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+_RANK_STEP = """
+import sys, torch
+from tests.supernet.test_train import gradients_of, new_step
+rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+state, images, targets = new_step(2)
+mine = slice(8 * rank, 8 * rank + 8)
+torch.save(gradients_of(state, images[mine], targets[mine]), f"{out}.{rank}")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_draw_the_same_networks_and_come_to_the_gradients_of_one_large_batch(tmp_path) -> None:
+    _run_ranks(_RANK_STEP, tmp_path / "store", tmp_path / "gradients")
+    whole = gradients_of(*new_step(1))
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"gradients.{rank}")
+        assert found.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_keep_the_same_weights(tmp_path) -> None:
+    _run_ranks(_RANK, tmp_path / "store", tmp_path / "out")
     assert load_checkpoint(tmp_path / "out").step == len(load_dataset("digits").train) // 128

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -131,6 +130,8 @@ def test_an_interrupted_training_goes_on_from_its_run(tracking: str, cache: Path
         (["--ema", "1"], "ema must be at least 0 and below 1"),
         (["--max-train", "0.5"], "max_train must be an integer"),
         (["--learning-rate", "-1"], "learning_rate must be 0 or more"),
+        (["--accumulate", "0"], "accumulate must be 1 or more"),
+        (["--max-train", "200", "--accumulate", "60"], "two images at least, for batch norm; the batch has 64"),
         (["--width-mult", "100"], "width_mult must be between"),
         (["--init", "/does/not/exist"], "the path of a checkpoint"),
         (["--init", "setup.cfg"], "the path of a checkpoint"),
@@ -185,19 +186,15 @@ def test_once_for_all_weights_begin_a_training(
     assert "first to differ is" in capsys.readouterr().err
 
 
-def test_two_processes_train_one_supernet(tracking: str, tmp_path: Path) -> None:
+def test_two_processes_train_one_supernet_from_a_project(tracking: str, root: Path) -> None:
     import mlflow
 
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "-m", "foxnas_mlflow", "supernet", *SMALL],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    asked = {"nproc_per_node": "2", "max_train": "200", "epochs": "2", "accumulate": "2"}
+    submitted = mlflow.projects.run(
+        str(root), entry_point="supernet_torchrun", parameters=asked, env_manager="local", experiment_id="0"
     )
-    assert done.returncode == 0, done.stderr[-2000:]
     (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert run.info.run_id == submitted.run_id
     assert run.info.status == "FINISHED"
     assert run.data.metrics["eval/top1_max"] > 0
+    assert mlflow.MlflowClient().get_model_version("foxnas-supernet", "1").run_id == submitted.run_id

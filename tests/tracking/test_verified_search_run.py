@@ -59,10 +59,10 @@ def _only_run() -> Any:
     return run
 
 
-def _table(run_id: str, directory: Path) -> list[dict[str, str]]:
+def _table(run_id: str, directory: Path, place: str = ".") -> list[dict[str, str]]:
     import mlflow
 
-    path = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/verification.csv", dst_path=str(directory))
+    path = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{place}/verification.csv", dst_path=str(directory))
     with Path(path).open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -120,6 +120,39 @@ def test_the_found_network_has_weights_whose_accuracy_is_the_evaluators(
     logits = reference_forward(operators, fold_weights(operators, model.weights), normalized)[operators[-1].name]
     right = 100 * np.mean(logits.argmax(1) == dataset.val.targets)
     assert right == pytest.approx(evaluation.top1_percent, abs=0.6)
+
+
+def test_several_workers_search_and_evaluate_with_the_answers_of_one(
+    tracking: str, predictors: Path, tmp_path: Path
+) -> None:
+    import mlflow
+
+    uri = register_mini_supernet()
+    command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "0.6,0.7", "--verify", "3"]
+    for workers in ("1", "2"):
+        assert main([*command, "--supernet", uri, "--evaluations", "2000", "--workers", workers]) == 0
+    several, one = sorted(_runs(), key=lambda run: run.data.params["workers"], reverse=True)
+    assert several.data.params["workers"] == "2"
+    for place in ("0.6ms", "0.7ms"):
+        tables = [_table(run.info.run_id, tmp_path / run.info.run_id, place) for run in (one, several)]
+        assert tables[0] == tables[1]
+        assert all(row["evaluated_accuracy"] for row in tables[0])
+        found = [
+            mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{place}/architecture.json") for run in (one, several)
+        ]
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("latency_ms", ["0.01", "0.7,0.01"])
+def test_what_no_network_meets_is_told_by_a_worker_as_here(
+    tracking: str, predictors: Path, latency_ms: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["search", "--target", "cpu", "--predictors", str(predictors), "--evaluations", "2000", "--workers", "2"]
+    assert main([*command, "--latency-ms", latency_ms]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "foxnas: no architecture meets the latency constraint; received latency_ms=0.01; the smallest"
+    )
 
 
 def test_a_device_has_the_last_word(

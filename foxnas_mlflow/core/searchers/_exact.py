@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,11 +126,15 @@ def front_of(objective: Objective) -> Front:
     """The front of an objective's predicted latency (its confidence plays no part)."""
     parts = []
     for size in objective.sizes:
-        latency, z, index = _size_front(size, size.latency.beta)
+        latency, z, index = _whole_front(size)
         parts.append((latency, size.accuracy.from_linear(z), np.full(len(z), size.image_size), index))
     latency, accuracy, image_size, index = (np.concatenate(column) for column in zip(*parts, strict=True))
     keep = _pareto(latency, accuracy)
     return Front(latency[keep], accuracy[keep], image_size[keep], index[keep], objective)
+
+
+_Part = tuple[FloatArray, FloatArray, IndexArray]
+"""Points of a front by ascending latency: latency, linear scale of accuracy, and stage options (n, n_stages)."""
 
 
 @dataclass(frozen=True)
@@ -181,15 +186,34 @@ def exact_optimum(objective: Objective, latency_ms: float) -> Optimum:
         >>> optimum.latency_upper_ms <= 60
         True
     """
-    found = [_size_optimum(objective, i, latency_ms) for i in range(len(objective.sizes))]
-    feasible = [optimum for optimum, _ in found if optimum is not None]
-    if not feasible:
+    # The prediction itself underestimates its upper bound: what it allows bounds the accuracy of each size.
+    bounds = [_accuracy(size, _points_within(size, latency_ms)[0]) for size in objective.sizes]
+    best: Optimum | None = None
+    tangents = 0
+    for i in sorted(range(len(bounds)), key=lambda i: -bounds[i]):
+        if best is not None and bounds[i] <= best.accuracy:
+            continue
+        optimum, z = _size_optimum(objective, i, latency_ms)
+        # A size where nothing was found still counts with what its proof leaves possible.
+        bounds[i] = _accuracy(objective.sizes[i], np.array([z]))
+        if optimum is not None:
+            tangents += optimum.tangents
+            if best is None or optimum.accuracy > best.accuracy:
+                best = optimum
+    if best is None:
         raise InfeasibleConstraintError(latency_ms, fastest(objective).latency_upper_ms)
-    best = max(feasible, key=lambda optimum: optimum.accuracy)
-    # A size where nothing was found still counts with what its proof leaves possible.
-    bounds = [size.accuracy.from_linear(np.array([z]))[0] for size, (_, z) in zip(objective.sizes, found, strict=True)]
-    tangents = sum(optimum.tangents for optimum in feasible)
-    return replace(best, accuracy_bound=max(*map(float, bounds), best.accuracy), tangents=tangents)
+    return replace(best, accuracy_bound=max(*bounds, best.accuracy), tangents=tangents)
+
+
+def most_accurate_percent(objective: Objective) -> float:
+    """The predicted accuracy of the most accurate network: each stage's best."""
+    tops = [size.accuracy_base + sum(float(z.max()) for z in size.accuracy_stages) for size in objective.sizes]
+    return max(_accuracy(size, np.array([z])) for size, z in zip(objective.sizes, tops, strict=True))
+
+
+def _accuracy(size: SizeObjective, z: FloatArray) -> float:
+    """The accuracy in percent of the last of ascending points on its linear scale; without any -inf."""
+    return float(size.accuracy.from_linear(z[-1:])[0]) if len(z) and z[-1] > -np.inf else -np.inf
 
 
 def _size_least(objective: Objective, i: int, quantity: str) -> Least:
@@ -224,15 +248,17 @@ def _size_optimum(objective: Objective, i: int, limit: float) -> tuple[Optimum |
     best_z, best_index, bound = -np.inf, None, np.inf
     if start.amount <= limit:
         best_z, best_index = float(size.evaluate(start.index[None])[0][0]), start.index
-    weights = size.latency.beta
+    z, index = _points_within(size, limit)
     tangents = 0
     while tangents < _MAX_TANGENTS:
         tangents += 1
-        # The limit's margin is for the rounding of sums in another order than `evaluate` takes.
-        _, z, index = _size_front(size, weights, limit=limit * (1 + 1e-12))
         if not len(z):
-            # The weights underestimate every bound: nothing can meet the constraint.
-            return None, -np.inf
+            # The weights underestimate every bound: nothing can meet the constraint, or nothing better than the best.
+            return (
+                (None, -np.inf)
+                if best_index is None
+                else (optimum_of(objective, i, best_index, bound=best_z, tangents=tangents), best_z)
+            )
         bound = min(bound, float(z[-1]))
         z, values = size.evaluate(index)
         meets = np.flatnonzero(values[:, 0] <= limit)
@@ -242,6 +268,7 @@ def _size_optimum(objective: Objective, i: int, limit: float) -> tuple[Optimum |
             bound = best_z
             break
         weights = size.latency.tangent(size.latency.design(index[-1:])[0])
+        _, z, index = _size_front(size, weights, limit=limit * _MARGIN, floor=best_z)
     if best_index is None:
         return None, bound
     return optimum_of(objective, i, best_index, bound=bound, tangents=tangents), bound
@@ -262,34 +289,57 @@ def optimum_of(objective: Objective, i: int, index: IndexArray, *, bound: float,
     )
 
 
-def _size_front(
-    size: SizeObjective, weights: FloatArray, *, limit: float = np.inf
-) -> tuple[FloatArray, FloatArray, IndexArray]:
-    """Front of a linear form of the latency against the accuracy's linear scale, up to a limit."""
+_MARGIN = 1 + 1e-12
+"""For the rounding of sums in another order than `SizeObjective.evaluate` takes."""
+
+_fronts: WeakKeyDictionary[SizeObjective, _Part] = WeakKeyDictionary()
+
+
+def _whole_front(size: SizeObjective) -> _Part:
+    """The front of predicted latency, which all limits have in common."""
+    if size not in _fronts:
+        _fronts[size] = _size_front(size, size.latency.beta)
+    return _fronts[size]
+
+
+def _points_within(size: SizeObjective, limit: float) -> tuple[FloatArray, IndexArray]:
+    """The points of the front whose predicted latency is within a limit: linear scale of accuracy, and options."""
+    latency, z, index = _whole_front(size)
+    n = int(np.searchsorted(latency, limit * _MARGIN, side="right"))
+    return z[:n], index[:n]
+
+
+def _size_front(size: SizeObjective, weights: FloatArray, *, limit: float = np.inf, floor: float = -np.inf) -> _Part:
+    """Front of a linear form of the latency against the accuracy's linear scale, up to a limit and from a floor."""
     base, tables = size.latency.tables(weights)
+    # What each stage can add at most.
+    most = [float(z.max()) for z in size.accuracy_stages]
+    floor -= size.accuracy_base + 1e-12 * abs(floor) if floor > -np.inf else 0.0
     fronts = []
-    for latency, z in zip(tables, size.accuracy_stages, strict=True):
-        keep = _pareto(latency, z)
+    for j, (latency, z) in enumerate(zip(tables, size.accuracy_stages, strict=True)):
+        enough = np.flatnonzero(z >= floor - (sum(most) - most[j]))
+        keep = enough[_pareto(latency[enough], z[enough])]
+        if not len(keep):
+            return np.empty(0), np.empty(0), np.empty((0, len(tables)), dtype=np.int64)
         fronts.append((latency[keep], z[keep], keep[:, None]))
     # What the stages not yet merged cost at least: a part that leaves no room for them is dropped.
     least = [front[0][0] for front in fronts]
     merged = fronts[0]
     for j in range(1, len(fronts)):
         room = limit - base - sum(least[j + 1 :])
-        merged = _merge(merged, fronts[j], room)
+        merged = _merge(merged, fronts[j], room, floor - sum(most[j + 1 :]))
     latency, z, index = merged
     inside = latency + base <= limit
     return latency[inside] + base, z[inside] + size.accuracy_base, index[inside]
 
 
-_Part = tuple[FloatArray, FloatArray, IndexArray]
-
-
-def _merge(a: _Part, b: _Part, room: float) -> _Part:
-    """Pareto set of all sums of two Pareto sets."""
+def _merge(a: _Part, b: _Part, room: float, floor: float) -> _Part:
+    """Pareto set of all sums of two Pareto sets with a latency of at most `room` and a value of `floor` at least."""
     latency = (a[0][:, None] + b[0][None, :]).ravel()
     z = (a[1][:, None] + b[1][None, :]).ravel()
-    inside = np.flatnonzero(latency <= room) if room < np.inf else np.arange(len(latency))
+    inside = np.arange(len(latency))
+    if room < np.inf or floor > -np.inf:
+        inside = np.flatnonzero((latency <= room) & (z >= floor))
     if not len(inside):
         return latency[:0], z[:0], np.empty((0, a[2].shape[1] + b[2].shape[1]), dtype=np.int64)
     keep = inside[_pareto(latency[inside], z[inside])]

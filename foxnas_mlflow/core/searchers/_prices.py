@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from foxnas_mlflow.core.errors import InfeasibleConstraintError
-from foxnas_mlflow.core.searchers._exact import Optimum, least
+from foxnas_mlflow.core.searchers._exact import Optimum, least, most_accurate_percent
 from foxnas_mlflow.core.searchers._limited import solve
 from foxnas_mlflow.core.searchers._limits import Limit
 from foxnas_mlflow.core.searchers._problem import Problem
@@ -107,8 +107,10 @@ def limit_prices(problem: Problem, optimum: Optimum) -> tuple[LimitPrice, ...]:
     prices = []
     for limit in problem.limits:
         others = tuple(other for other in problem.limits if other is not limit)
-        free = replace(problem, limits=others, min_accuracy=problem.min_accuracy or 0.0)
-        lost = max(solve(free).accuracy - optimum.accuracy, 0.0)
+        free = most_accurate_percent(problem.objective)
+        if others:
+            free = solve(replace(problem, limits=others, min_accuracy=problem.min_accuracy or 0.0)).accuracy
+        lost = max(free - optimum.accuracy, 0.0)
         step, gained = _STEP * limit.value, 0.0
         if lost > _EQUAL:
             more = Limit(limit.quantity, limit.value + step)

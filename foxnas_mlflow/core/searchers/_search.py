@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers._annealing import SimulatedAnnealing
-from foxnas_mlflow.core.searchers._base import Searcher, SearchResult
+from foxnas_mlflow.core.searchers._base import GeneSpace, Recorder, Searcher, SearchResult, TracePoint
 from foxnas_mlflow.core.searchers._evolution import Evolution
 from foxnas_mlflow.core.searchers._exact import Front, Optimum, front_of
 from foxnas_mlflow.core.searchers._limited import solve
@@ -29,6 +29,31 @@ SEARCHERS: Mapping[str, Searcher] = {
     for searcher in (SimulatedAnnealing(), SimulatedAnnealing(guided=False), Evolution(), RandomSearch())
 }
 """Searchers by name."""
+
+
+class ExactAlone(Searcher):
+    """No searcher beside the exact method, whose optimum is the result: what many limits at once are searched with."""
+
+    name = "exact"
+
+    def run(self, space: GeneSpace, recorder: Recorder, rng: np.random.Generator) -> None:
+        """Nothing is searched for."""
+
+    def search(self, problem: Problem, *, evaluations: int, seed: int = 0) -> SearchResult:
+        """The exact optimum, as of one evaluation."""
+        start = time.perf_counter()
+        optimum = solve(problem)
+        return SearchResult(
+            algorithm=self.name,
+            architecture=optimum.architecture,
+            accuracy=optimum.accuracy,
+            amounts=optimum.amounts,
+            evaluations=1,
+            seconds=time.perf_counter() - start,
+            trace=(TracePoint(1, optimum.accuracy, optimum.latency_upper_ms, 0),),
+            seed=seed,
+        )
+
 
 DEFAULT_EVALUATIONS = 1_000_000
 
@@ -157,7 +182,7 @@ class SearchOutcome:
 
 
 def get_searcher(name: str) -> Searcher:
-    """A searcher by name.
+    """A searcher by name: those of `SEARCHERS`, or ``exact`` for none beside the exact method.
 
     Raises:
         InvalidInputError: If there is none.
@@ -167,10 +192,10 @@ def get_searcher(name: str) -> Searcher:
         >>> type(get_searcher("annealing")).__name__
         'SimulatedAnnealing'
     """
-    try:
-        return SEARCHERS[name]
-    except KeyError:
-        raise InvalidInputError(f"algorithm must be one of {sorted(SEARCHERS)}", received=name) from None
+    known = {**SEARCHERS, ExactAlone.name: ExactAlone()}
+    if name not in known:
+        raise InvalidInputError(f"algorithm must be one of {sorted(known)}", received=name)
+    return known[name]
 
 
 def check_budget(latency_ms: float | None, evaluations: int) -> None:
@@ -268,7 +293,7 @@ def search(
         confidence: Probability with which measurements of the found network meet all limits on predicted
             quantities together, in [0.5, 1); 0.5 constrains the point predictions.
         image_sizes: Image sizes to search (px); all that the predictors know when None.
-        algorithm: Heuristic searcher beside the exact method: an object, or a name of `SEARCHERS`.
+        algorithm: Heuristic searcher beside the exact method: an object, or a name of `get_searcher`.
         evaluations: Its budget.
         seed: Its seed.
 
@@ -372,8 +397,34 @@ def search_problem(
     Raises:
         InfeasibleConstraintError: If no architecture meets the limits; it names what can be reached.
     """
+    solved = solve_both(problem, searcher=searcher, evaluations=evaluations, seed=seed)
+    return outcome_of(problem, front, solved, front_seconds=front_seconds)
+
+
+class Solved(NamedTuple):
+    """What is found of a problem, apart from its objective and front.
+
+    Attributes:
+        optimum: The exact optimum.
+        result: What the heuristic searcher found.
+        prices: What each limit costs.
+    """
+
+    optimum: Optimum
+    result: SearchResult
+    prices: tuple[LimitPrice, ...]
+
+
+def solve_both(problem: Problem, *, searcher: Searcher, evaluations: int, seed: int) -> Solved:
+    """Solve a problem exactly and with a searcher; the arguments are those of `search_problem`."""
     optimum = solve(problem)
     result = searcher.search(problem, evaluations=evaluations, seed=seed)
+    return Solved(optimum, result, limit_prices(problem, optimum))
+
+
+def outcome_of(problem: Problem, front: Front, solved: Solved, *, front_seconds: float = 0.0) -> SearchOutcome:
+    """The outcome of a problem that was solved here or elsewhere; the arguments are those of `search_problem`."""
+    optimum, result, prices = solved
     if problem.goal == "accuracy" and result.accuracy > optimum.accuracy:
         # Only possible when the proof is left open (proof_gap > 0).
         architecture, found_by, amounts = result.architecture, result.algorithm, result.amounts
@@ -388,7 +439,7 @@ def search_problem(
         amounts=amounts,
         result=result,
         optimum=optimum,
-        prices=limit_prices(problem, optimum),
+        prices=prices,
         front=front,
         front_seconds=front_seconds,
         problem=problem,
