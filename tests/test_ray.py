@@ -87,10 +87,7 @@ def test_workers_share_the_items_and_a_lost_ones_is_done_again(two_nodes: Any, t
             assert {x: shared(x)[0] for x in range(20)} == {x: x * x for x in range(20)}
 
 
-def test_the_work_goes_on_when_a_node_is_killed(
-    two_nodes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_ray, "START_SECONDS", 10.0)
+def test_the_work_goes_on_when_a_node_is_killed(two_nodes: Any, tmp_path: Path) -> None:
     cluster = two_nodes
     (node,) = cluster.worker_nodes
     with (
@@ -114,7 +111,6 @@ def test_boards_are_measured_from_the_nodes_that_reach_them_and_one_dies_with_it
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(_ray, "START_SECONDS", 5.0)
     # Only nodes can reach the boards; how alike and how busy this host is, is not what is asked.
     monkeypatch.setattr("foxnas_mlflow.devices.connect", None)
     monkeypatch.setattr(_boards, "compare", lambda *arguments: None)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -23,8 +25,11 @@ R = TypeVar("R")
 ANSWER_SECONDS = 10.0
 """How long a cluster may take to accept a connection."""
 
-START_SECONDS = 60.0
-"""How long a worker may take to find room in the cluster; after the loss of a node there may be none."""
+START_SECONDS = 120.0
+"""How long a worker may take to be made: it reads weights and images, or connects to a board."""
+
+NO_ROOM_SECONDS = 5.0
+"""How long the cluster may lack what its workers need, before one that waits for it is lost: a node is gone."""
 
 
 @contextlib.contextmanager
@@ -123,6 +128,7 @@ class RayExecutor(Executor):
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._sent: tuple[Any, Any] = (None, None)
+        self._started: list[_Actor[Any, Any]] = []
 
     def threads(self, n: int) -> int:
         """One: a worker has one processor."""
@@ -138,7 +144,7 @@ class RayExecutor(Executor):
         if self._sent[0] is not make:
             self._sent = make, self._ray.put(make)
         needs = {"num_cpus": 0, "resources": {resource: 1}} if resource else {"num_cpus": 1}
-        return _Actor(self._ray, self._sent[1], needs)
+        return _Actor(self._ray, self._sent[1], needs, self._started)
 
 
 class _Work:
@@ -156,20 +162,18 @@ class _Work:
 
 
 class _Actor(Worker[T, R]):
-    def __init__(self, ray: Any, make: Any, needs: Mapping[str, Any]) -> None:
-        self._ray, self._make, self._needs = ray, make, needs
+    """One of those that are started, all of which need room at the same time."""
+
+    def __init__(self, ray: Any, make: Any, needs: Mapping[str, Any], started: list[_Actor[Any, Any]]) -> None:
+        self._ray, self._make, self._needs, self._started = ray, make, needs, started
         self._handle: Any = None
 
     def __call__(self, item: T) -> R:
         errors = self._ray.exceptions
         try:
             if self._handle is None:
-                self._handle = self._ray.remote(_Work).options(**self._needs).remote(self._make)
-                self._ray.get(self._handle.ready.remote(), timeout=START_SECONDS)
+                self._start()
             result: R = self._ray.get(self._handle.do.remote(item))
-        except errors.GetTimeoutError as error:
-            self.close()
-            raise _lost("no room in the cluster") from error
         except errors.RayTaskError as error:
             # What the work raised, apart from Ray's wrapping.
             raise getattr(error, "cause", None) or error from error
@@ -178,9 +182,33 @@ class _Actor(Worker[T, R]):
             raise _lost(type(error).__name__) from error
         return result
 
+    def _start(self) -> None:
+        self._handle = self._ray.remote(_Work).options(**self._needs).remote(self._make)
+        self._started.append(self)
+        ready = self._handle.ready.remote()
+        begun = fitted = time.monotonic()
+        while not self._ray.wait([ready], timeout=1)[0]:
+            now = time.monotonic()
+            if self._fits():
+                fitted = now
+            if now - fitted > NO_ROOM_SECONDS or now - begun > START_SECONDS:
+                self.close()
+                raise _lost("no room in the cluster" if now - fitted > NO_ROOM_SECONDS else "it was not made in time")
+        self._ray.get(ready)
+
+    def _fits(self) -> bool:
+        """Whether the cluster has what all that are started need."""
+        needed: Counter[str] = Counter()
+        for actor in tuple(self._started):
+            needed["CPU"] += actor._needs["num_cpus"]
+            needed.update(actor._needs.get("resources", {}))
+        there = self._ray.cluster_resources()
+        return all(there.get(name, 0) >= amount for name, amount in needed.items())
+
     def close(self) -> None:
         handle, self._handle = self._handle, None
         if handle is not None:
+            self._started.remove(self)
             with contextlib.suppress(Exception):
                 self._ray.kill(handle)
 
