@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -30,14 +31,16 @@ from scipy.optimize import least_squares
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.measurements import Measurement, Timing
-from foxnas_mlflow.core.parallel import Shared, as_finished
+from foxnas_mlflow.core.parallel import as_finished
 from foxnas_mlflow.core.predictors import PredictorSet, fit_predictors, reference_latency, reference_predictors
+from foxnas_mlflow.core.sampling import collect
 from foxnas_mlflow.core.searchers import Limit, Objective, Problem, front_of, search_each, solve
 from foxnas_mlflow.core.space import CPU_SPACE, SearchSpace
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.core.workers import LocalExecutor
+from foxnas_mlflow.core.workers import Executor, LocalExecutor
+from foxnas_mlflow.workflows._boards import Boards, open_boards
 
-BOARD_SECONDS = 0.05
+BOARD_SECONDS = 0.1
 QUANTITIES = ("latency_ms", "int8_size_bytes", "macs", "peak_activation_bytes")
 
 
@@ -153,17 +156,52 @@ def evaluation_workers() -> Iterator[tuple[float, float]]:
 
 
 def measurement_boards() -> Iterator[tuple[float, float]]:
-    """40 measurements on boards that take 50 ms each, against boards."""
+    """A sampling of 48 networks on boards that take 100 ms each, rows on disk, against boards."""
 
-    def board(item: int) -> int:
-        time.sleep(BOARD_SECONDS)
-        return item
+    @contextlib.contextmanager
+    def open_one(address: str) -> Iterator[Callable[[Architecture], Timing]]:
+        def measure(architecture: Architecture) -> Timing:
+            time.sleep(BOARD_SECONDS)
+            return Timing(BOARD_SECONDS * 1000, "measured", "a stand-in", "none", 1)
 
+        yield measure
+
+    plan = list(dict.fromkeys(CPU_SPACE.sample(np.random.default_rng(0), n=48)))
     for n in (1, 2, 4, 8):
-        shared = Shared({f"board {k}": board for k in range(n)})
-        start = time.perf_counter()
-        assert sorted(item for item, _ in as_finished(shared, range(40), n=n)) == list(range(40))
-        yield n, time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as directory:
+            devices = [f"ssh://board-{k}" for k in range(n)]
+            opened = open_boards(open_one, devices, CPU_SPACE) if n > 1 else open_one(devices[0])
+            with opened as boards:
+                measure = boards.time if isinstance(boards, Boards) else boards
+                start = time.perf_counter()
+                path = Path(directory, "rows.csv")
+                rows = collect(plan, path, evaluate=lambda architecture: 70.0, time=measure, n_at_once=n)
+                yield n, time.perf_counter() - start
+            assert [row.architecture for row in rows] == plan
+
+
+def _tasks(executor: Executor) -> Iterator[tuple[float, float]]:
+    # Makes the least that a worker can do, and can be read in a process that has not this module.
+    with executor.workers(functools.partial(functools.partial, abs), 1) as shared:
+        shared(0)
+        for n in (10, 30, 100, 300):
+            start = time.perf_counter()
+            for i in range(n):
+                shared(i)
+            yield n, time.perf_counter() - start
+
+
+def tasks_locally() -> Iterator[tuple[float, float]]:
+    """Tasks that do nothing, one after another: what the executor adds to each."""
+    yield from _tasks(LocalExecutor())
+
+
+def tasks_on_ray() -> Iterator[tuple[float, float]]:
+    """The same on a Ray cluster of this machine."""
+    from foxnas_mlflow.workflows._ray import open_ray
+
+    with open_ray("", workers=1) as executor:
+        yield from _tasks(executor)
 
 
 def logging_rows(most: int) -> Iterator[tuple[float, float]]:
@@ -243,6 +281,8 @@ MEASUREMENTS: Mapping[str, tuple[str, Callable[..., Iterator[tuple[float, float]
     "evaluation": ("workers", evaluation_workers),
     "measurement": ("boards", measurement_boards),
     "training": ("processes", training_processes),
+    "tasks": ("tasks", tasks_locally),
+    "tasks_on_ray": ("tasks", tasks_on_ray),
 }
 DIVIDES = ("evaluation", "measurement", "training")
 

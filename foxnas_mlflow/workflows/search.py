@@ -480,8 +480,7 @@ def _summary(
         *([f"  rounds               {len(loop.rounds)}: {loop.reason}"] if loop is not None else []),
         *(f"  limit                {limit}: {words}" for limit, words in outcome.limit_words()),
         f"  exact optimum        {exact}, proof gap {optimum.proof_gap:.4g} {unit}",
-        f"  {outcome.result.algorithm:<20} {outcome.result.accuracy:.4f} %, gap {outcome.optimality_gap:.4g} {unit}, "
-        f"{outcome.result.evaluations:,} evaluations in {outcome.result.seconds:.2f} s",
+        *([] if outcome.result.algorithm == "exact" else [_searched(outcome, unit)]),
         f"  registered           {uri} (weights={weights})",
         f"  run                  {run_id}: {place}report.html, {place}certificate.json, front.csv",
     ]
@@ -492,6 +491,14 @@ def _summary(
     else:
         lines.append("Next: mlflow ui, and open report.html of the run.")
     return "\n".join(lines)
+
+
+def _searched(outcome: SearchOutcome, unit: str) -> str:
+    found = outcome.result
+    return (
+        f"  {found.algorithm:<20} {found.accuracy:.4f} %, gap {outcome.optimality_gap:.4g} {unit}, "
+        f"{found.evaluations:,} evaluations in {found.seconds:.2f} s"
+    )
 
 
 def _verified_lines(verification: Verification | None) -> list[str]:

@@ -43,13 +43,17 @@ class ExactAlone(Searcher):
         """The exact optimum, as of one evaluation."""
         start = time.perf_counter()
         optimum = solve(problem)
+        return self.result_of(optimum, seconds=time.perf_counter() - start, seed=seed)
+
+    def result_of(self, optimum: Optimum, *, seconds: float, seed: int) -> SearchResult:
+        """An optimum as a searcher's result."""
         return SearchResult(
             algorithm=self.name,
             architecture=optimum.architecture,
             accuracy=optimum.accuracy,
             amounts=optimum.amounts,
             evaluations=1,
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
             trace=(TracePoint(1, optimum.accuracy, optimum.latency_upper_ms, 0),),
             seed=seed,
         )
@@ -417,8 +421,12 @@ class Solved(NamedTuple):
 
 def solve_both(problem: Problem, *, searcher: Searcher, evaluations: int, seed: int) -> Solved:
     """Solve a problem exactly and with a searcher; the arguments are those of `search_problem`."""
+    start = time.perf_counter()
     optimum = solve(problem)
-    result = searcher.search(problem, evaluations=evaluations, seed=seed)
+    if isinstance(searcher, ExactAlone):
+        result = searcher.result_of(optimum, seconds=time.perf_counter() - start, seed=seed)
+    else:
+        result = searcher.search(problem, evaluations=evaluations, seed=seed)
     return Solved(optimum, result, limit_prices(problem, optimum))
 
 
