@@ -81,7 +81,7 @@ def choose_samples(
         method: ``design`` (D-optimal among random candidates) or ``random`` (the paper).
         measured: Subnets that are measured already; they count for the design and do not come again.
         image_sizes: Image sizes in pixels; None: all of the space.
-        n_candidates: Random subnets to choose among.
+        n_candidates: Random subnets to choose among, at least; there are a quarter more than are chosen.
         seed: Seed of the candidates.
 
     Raises:
@@ -95,6 +95,7 @@ def choose_samples(
     rng = stream(seed, Stream.DESIGN_CANDIDATES)
     known = set(measured)
     candidates: list[Architecture] = []
+    n_candidates = max(n_candidates, n + n // 4)
     # A tiny space may have fewer subnets than are asked for: stop when draws bring nothing new.
     for _ in range(20 * max(n_candidates, n)):
         if len(candidates) >= (n_candidates if method == "design" else n):

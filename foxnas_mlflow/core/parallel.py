@@ -7,10 +7,11 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
+P = ParamSpec("P")
 
 MAX_FAILURES = 2
 """A worker that fails so often in a row is set aside."""
@@ -154,12 +155,12 @@ class Shared(Generic[T, R]):
             _log.info("%s failed, the work goes to the next that is free: %s", name, error)
 
 
-def one_at_a_time(work: Callable[..., Any]) -> Callable[..., Any]:
+def one_at_a_time(work: Callable[P, R]) -> Callable[P, R]:
     """The same work, of which no two calls are in progress at once."""
     lock = threading.Lock()
 
-    def locked(*arguments: Any) -> Any:
+    def locked(*arguments: P.args, **options: P.kwargs) -> R:
         with lock:
-            return work(*arguments)
+            return work(*arguments, **options)
 
     return locked

@@ -56,6 +56,12 @@ def test_samples_are_distinct_new_and_repeatable() -> None:
     assert len({*first, *more}) == 40
 
 
+def test_a_design_of_more_subnets_than_it_usually_chooses_among_has_candidates_enough() -> None:
+    space = CPU_SPACE.replace(stages=CPU_SPACE.stages[:2])
+    samples = choose_samples(space, [get_formula("paper", "latency_ms")], 60, n_candidates=30, image_sizes=[192])
+    assert len(set(samples)) == 60
+
+
 def test_a_space_with_fewer_subnets_is_refused() -> None:
     tiny = CPU_SPACE.replace(
         image_sizes=(32,), kernels=(3,), expansions=(2, 4), depths=(1,), stages=(StageSpec(24, 2, "mbconv"),)
