@@ -77,3 +77,19 @@ def test_known_weights_teachers_and_weights_of_classes_reach_the_training(
         assert "Traceback" not in error
     assert main(["main", "--supernet", known, "--init", known]) == 2
     assert "supernet names a trained one" in capsys.readouterr().err
+
+
+def test_a_teacher_of_other_classes_or_channels_is_refused_by_name(tracking: str) -> None:
+    from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.tracking.teacher import open_teacher
+    from tests.supernets import register_mini_supernet
+
+    uri, digits = register_mini_supernet(), [str(i) for i in range(10)]
+    assert open_teacher(uri, labels=digits, channels=1).network is not None
+    for labels, channels, told in (
+        (digits[:9], 1, "must have the 9 classes of the images; received 10"),
+        ([*digits[:8], "9", "8"], 1, "classes of the images, in order; received '8' instead of '9'"),
+        (digits, 3, f"images of 3 channels, as the training's are; received 1 channels in {uri}"),
+    ):
+        with pytest.raises(InvalidInputError, match=told):
+            open_teacher(uri, labels=labels, channels=channels)
