@@ -484,8 +484,8 @@ def _summary(
         f"  registered           {uri} (weights={weights})",
         f"  run                  {run_id}: {place}report.html, {place}certificate.json, front.csv",
     ]
-    if note:
-        lines.append(f"  note                 {note}")
+    notes = [note, *(told for predictor in inputs.predictors.accuracy for told in predictor.notes)]
+    lines += [f"  note                 {told}" for told in dict.fromkeys(notes) if told]
     if weights == "trained":
         lines.append(f"Next: foxnas quantize --subnet {uri} --target {target}")
     else:

@@ -359,3 +359,26 @@ def test_sigterm_in_the_middle_of_a_search_ends_the_run_as_killed(tracking: str)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     assert client.get_run(runs[0].info.run_id).info.status == "KILLED"
+
+
+def test_where_all_networks_are_as_accurate_the_fastest_is_registered(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from foxnas_mlflow.core.measurements import Measurement, write_measurements
+
+    networks = CPU_SPACE.sample(np.random.default_rng(0), n=45, image_size=192)
+    latencies = reference_predictors("rpi4").predict_table(networks)["latency_ms"]
+    rows = [Measurement(a, 100.0, float(ms), "measured") for a, ms in zip(networks, latencies, strict=True)]
+    write_measurements(rows, tmp_path / "rows.csv")
+    assert main(["fit", "--measurements", str(tmp_path / "rows.csv"), "--target", "rpi4"]) == 0
+    told = "all 45 networks that were evaluated are right at 100 % of the images: none is better than the fastest one"
+    assert told in capsys.readouterr().out
+    uri = "models:/foxnas-predictors-rpi4/1"
+    assert main(["search", "--predictors", uri, "--latency-ms", "60", "--evaluations", "2000"]) == 0
+    assert told in capsys.readouterr().out
+    import mlflow
+
+    run = mlflow.MlflowClient().search_runs(["0"], "tags.`foxnas.stage` = 'search'")[0]
+    assert run.data.metrics["search/predicted_accuracy"] == pytest.approx(100)
+    found = Architecture.from_dict(mlflow.artifacts.load_dict(f"runs:/{run.info.run_id}/architecture.json"))
+    assert found == CPU_SPACE.smallest(CPU_SPACE.image_sizes[0])
