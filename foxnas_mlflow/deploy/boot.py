@@ -62,7 +62,8 @@ def remove(root: Path, name: str) -> None:
     """Take back what `install` did; what is not there is no error."""
     manager = _manager()
     unit = unit_path(root, name)
-    if unit.exists() and manager:
+    # A link to /dev/null is somebody's mask, which stays.
+    if manager and unit.exists() and not unit.is_symlink():
         _run([*manager, "disable", "--now", unit.name])
         unit.unlink()
         _run([*manager, "daemon-reload"])
