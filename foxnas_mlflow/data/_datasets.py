@@ -130,6 +130,7 @@ class FileImages:
         broken: Files that could not be read any more when they were asked for, of all parts of the data set.
         channels: 3 for colour, 1 for grey.
         max_pixels: Largest width x height that is decoded.
+        background: Grey level behind transparent parts; on another than white no pixels are kept.
     """
 
     paths: Paths
@@ -140,12 +141,18 @@ class FileImages:
     broken: set[str] = field(default_factory=set)
     channels: int = 3
     max_pixels: int = MAX_PIXELS
+    background: int = WHITE
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, i: int) -> ImageArray:
-        return decode_image(self.paths[i].read_bytes(), channels=self.channels, max_pixels=self.max_pixels)
+        return decode_image(
+            self.paths[i].read_bytes(),
+            channels=self.channels,
+            max_pixels=self.max_pixels,
+            background=self.background,
+        )
 
     def prepared(self, i: int, preprocessing: Preprocessing) -> ImageArray:
         """Image i as serving decodes its file: uint8 (image_size, image_size, channels)."""
@@ -156,10 +163,14 @@ class FileImages:
 
     def to_vary(self, i: int, size: int) -> Any:
         """The pixels that are kept of image i at this size; all of it, a large photo's at a reduced size, otherwise."""
-        if (kept := self._kept(i, size)) is not None:
+        if self.background == WHITE and (kept := self._kept(i, size)) is not None:
             return _picture(kept)
         return decode_picture(
-            self.paths[i].read_bytes(), channels=self.channels, max_pixels=self.max_pixels, shorter=size
+            self.paths[i].read_bytes(),
+            channels=self.channels,
+            max_pixels=self.max_pixels,
+            shorter=size,
+            background=self.background,
         )
 
     def _kept(self, i: int, size: int) -> ImageArray | None:
@@ -202,6 +213,7 @@ class ImageDataset:
         unread: How many files of each suffix are no pictures that are read here.
         notes: What else a user should know of it.
         drawn_split: Whether the validation images are drawn from the source's by a seed.
+        background: Grey level behind transparent parts of pictures.
     """
 
     source: str
@@ -216,6 +228,7 @@ class ImageDataset:
     unread: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     drawn_split: bool = False
+    background: int = WHITE
 
     @property
     def drawn(self) -> bool:
@@ -269,7 +282,7 @@ class ImageDataset:
 
     def preprocessing(self, size: int) -> Preprocessing:
         """What happens to these images before a network of an image size (px) sees them."""
-        return Preprocessing(size, self.channels, normalization=self.normalization)
+        return Preprocessing(size, self.channels, normalization=self.normalization, background=self.background)
 
     def in_memory(self, size: int) -> ImageDataset:
         """The same data set decoded once, unless it is kept so: shorter side scaled to `size` px, centre cut out.
@@ -334,6 +347,7 @@ def load_dataset(
     sizes: Sequence[int] = (),
     keep: bool = False,
     digest: str = "",
+    background: int = WHITE,
 ) -> ImageDataset:
     """Read a data set; of files, each is looked at once in its life.
 
@@ -347,6 +361,7 @@ def load_dataset(
         keep: Decode and keep those that are not, as far as there is room; see `foxnas_mlflow.data._cache`.
         digest: What it had when work on it began. Where only few files differ since, mended, broken or removed, it
             is the same set still: what is not there any more is skipped, what was not there is left out.
+        background: Grey level, 0 to 255, behind transparent parts of pictures.
 
     Raises:
         InvalidInputError: If there is no such source, or it cannot be trained on; the message
@@ -356,7 +371,7 @@ def load_dataset(
         raise InvalidInputError("val_fraction must be between 0 and 1", received=val_fraction)
     source = _local(source)
     limited = max_train is not None or max_val is not None
-    reading = _Reading(val_fraction, seed, tuple(sizes), keep and not limited, keep, digest)
+    reading = _Reading(val_fraction, seed, tuple(sizes), keep and not limited, keep, digest, background)
     if source == "digits":
         dataset = _digits(val_fraction, seed)
     elif source == "glyphs":
@@ -381,7 +396,7 @@ def load_dataset(
     chosen = _assemble(
         source, dataset.labels, train, val, dataset.channels, dataset.digest, dataset.unreadable, split=None
     )
-    kept = {key: getattr(dataset, key) for key in ("test", "unread", "notes", "drawn_split")}
+    kept = {key: getattr(dataset, key) for key in ("test", "unread", "notes", "drawn_split", "background")}
     return _slim(dataclasses.replace(chosen, **kept))
 
 
@@ -412,6 +427,7 @@ class _Reading:
     keep: bool
     remember: bool
     digest: str
+    background: int
 
 
 def _with_pixels(images: ImageSet, sizes: Sequence[int], keep: bool) -> ImageSet:
@@ -824,7 +840,13 @@ def _of_parts(
     for name, part in looked.items():
         kept, listed_part = np.flatnonzero(part.listed.whole), part.listed
         sets[name] = FileImages(
-            part.paths.take(kept), listed_part.targets[kept], part.facts, part.pixels, listed_part.groups, broken
+            part.paths.take(kept),
+            listed_part.targets[kept],
+            part.facts,
+            part.pixels,
+            listed_part.groups,
+            broken,
+            background=reading.background,
         )
     nothing = FileImages(Paths(Path(), Names()), np.empty(0, np.int64), np.empty(0, FACTS))
     dataset = _assemble(
@@ -837,7 +859,7 @@ def _of_parts(
         unreadable,
         split=(reading.val_fraction, reading.seed),
     )
-    return dataclasses.replace(dataset, test=sets.get("test"))
+    return dataclasses.replace(dataset, test=sets.get("test"), background=reading.background)
 
 
 def _as_begun(now: Listing, digest: str, source: str, reading: _Reading) -> Listing | None:

@@ -78,11 +78,13 @@ def decode_image(
     return decode_each(data, [shorter], channels=channels, max_pixels=max_pixels, background=background)[0]
 
 
-def decode_picture(data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS, shorter: int = 0) -> Any:
+def decode_picture(
+    data: bytes, *, channels: int = 3, max_pixels: int = MAX_PIXELS, shorter: int = 0, background: int = WHITE
+) -> Any:
     """`decode_image`, as a Pillow image of mode RGB or L."""
     with _opened(data, max_pixels) as opened:
         scale = _scale(opened, shorter, max_pixels)
-        return _loaded(opened, scale, channels=channels, max_pixels=max_pixels, background=WHITE)
+        return _loaded(opened, scale, channels=channels, max_pixels=max_pixels, background=background)
 
 
 def decode_each(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.data import ArrayImages, FileImages, ImageSet, Variations
-from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
+from foxnas_mlflow.data.preprocess import WHITE, Normalization, Preprocessing
 
 AUGMENTED_EPOCHS = 12
 """What is seen more often than that is varied: a network that sees its images less often learns them slower varied."""
@@ -140,7 +140,10 @@ class _Source(Dataset[_Read]):
     def __init__(self, images: ImageSet, size: int, normalization: Normalization, augment: bool, flip: bool) -> None:
         self._images, self._size, self._augment, self._flip = images, size, augment, flip
         # Where nothing is cropped at random the pixels are those of serving.
-        self._preprocessing = Preprocessing(size, len(normalization.mean), normalization=normalization)
+        background = images.background if isinstance(images, FileImages) else WHITE
+        self._preprocessing = Preprocessing(
+            size, len(normalization.mean), normalization=normalization, background=background
+        )
 
     def __len__(self) -> int:
         return len(self._images)

@@ -17,6 +17,7 @@ from foxnas_mlflow.core.measurements import Measurement, read_measurements
 from foxnas_mlflow.core.predictors import PredictorSet, load_predictors, reference_predictors
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.data import ImageDataset, load_dataset
+from foxnas_mlflow.data.preprocess import WHITE
 from foxnas_mlflow.flavor import SupernetModel, load_model
 from foxnas_mlflow.tracking.registry import list_versions, newest, registered_name
 
@@ -88,6 +89,7 @@ def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedS
         max_train=config["max_train"] or None,
         sizes=model.space.image_sizes,
         digest=config["data_digest"],
+        background=config.get("background", WHITE),
     )
     if dataset.digest != config["data_digest"]:
         # Other images, or the same ones split otherwise, may have been trained on.

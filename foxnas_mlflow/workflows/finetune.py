@@ -71,6 +71,7 @@ def run_finetune(
     """
     from foxnas_mlflow.core.errors import InvalidFormatError
     from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.data.preprocess import WHITE
     from foxnas_mlflow.flavor import SubnetModel, load_model
     from foxnas_mlflow.tracking.run import entry_run
 
@@ -80,7 +81,13 @@ def run_finetune(
     size = model.architecture.image_size
     begun = str(model.details.get("data_digest", ""))
     dataset = load_dataset(
-        request.data, seed=request.seed, max_train=request.max_train or None, sizes=(size,), keep=True, digest=begun
+        request.data,
+        seed=request.seed,
+        max_train=request.max_train or None,
+        sizes=(size,),
+        keep=True,
+        digest=begun,
+        background=WHITE if model.preprocessing is None else model.preprocessing.background,
     )
     check_images(dataset, begun)
     with (

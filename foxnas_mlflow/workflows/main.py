@@ -83,6 +83,9 @@ class MainRequest(GoalRequest, ExecutorRequest):
         "all",
         "How an epoch draws images: all, each once, or balanced: every class as often, rare ones again and again.",
     )
+    background: int = parameter(
+        255, "Grey level behind transparent parts of pictures, 0 (black) to 255 (white).", at_least=0, below=256
+    )
     max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
     n_samples: int = parameter(55, "Networks to evaluate and measure for the predictors.", at_least=1)
     rounds: int = parameter(
@@ -195,6 +198,7 @@ def run_main(request: MainRequest) -> MainResult:
         max_train=request.max_train or None,
         sizes=get_preset(request.preset).space(space, in_channels=3, n_classes=2).image_sizes,
         keep=not request.supernet,
+        background=request.background,
     )
     dataset = read()
 
@@ -348,6 +352,7 @@ class _Pipeline:
             teacher=main.teacher,
             class_weights=main.class_weights,
             sampling=main.sampling,
+            background=main.background,
             max_train=main.max_train,
             seed=main.seed,
             name=main.name,

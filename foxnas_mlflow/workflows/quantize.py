@@ -98,6 +98,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     from foxnas_mlflow.core.network import build_network
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.data.preprocess import WHITE
 
     target = get_target(request.target)
     if target.runtime == "torch":
@@ -130,7 +131,10 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     seed = int(subnet.details.get("data_seed", 0)) if request.seed is None else request.seed
     size = subnet.architecture.image_size
     begun = str(subnet.details.get("data_digest", ""))
-    dataset = load_dataset(source, seed=seed, max_val=request.max_val or None, sizes=(size,), digest=begun)
+    background = WHITE if subnet.preprocessing is None else subnet.preprocessing.background
+    dataset = load_dataset(
+        source, seed=seed, max_val=request.max_val or None, sizes=(size,), digest=begun, background=background
+    )
     check_images(dataset, begun)
     preprocessing, labels = _fitting(subnet, network, dataset)
     unknown = _unknown_images(request.unknown, preprocessing)

@@ -51,6 +51,9 @@ class SupernetRequest(Request):
         "all",
         "How an epoch draws images: all, each once, or balanced: every class as often, rare ones again and again.",
     )
+    background: int = parameter(
+        255, "Grey level behind transparent parts of pictures, 0 (black) to 255 (white).", at_least=0, below=256
+    )
     max_train: int = parameter(0, "Use at most so many training images, drawn by class; 0: all.", at_least=0)
     flip: Literal["auto", "yes", "no"] = parameter("auto", "Mirror half of the training images; auto: colour only.")
     augment: Literal["auto", "yes", "no"] = parameter(
@@ -128,6 +131,7 @@ def run_supernet(request: SupernetRequest, *, tags: Mapping[str, str] | None = N
         sizes=preset.space(base, in_channels=3, n_classes=2).image_sizes,
         keep=True,
         digest=_begun_with(request.resume) if request.resume else "",
+        background=request.background,
     )
     space = preset.space(base, in_channels=dataset.channels, n_classes=dataset.n_classes)
     if request.width_mult:
@@ -234,6 +238,7 @@ def _train_and_register(
         "init": request.init,
         "teacher": request.teacher,
         "sampling": request.sampling,
+        "background": request.background,
         **dataclasses.asdict(state.config),
     }
     run.log_params({"mode": state.config.mode})
@@ -353,7 +358,7 @@ def _begin(
         "world_size": worker.world_size,
         "seed": request.seed,
     }
-    origin |= {key: getattr(request, key) for key in ("teacher", "class_weights", "sampling")}
+    origin |= {key: getattr(request, key) for key in ("teacher", "class_weights", "sampling", "background")}
     if not request.resume:
         state.origin = origin
         return state, batches
@@ -403,7 +408,7 @@ def _teacher(request: SupernetRequest, dataset: ImageDataset, worker: Worker) ->
     import torch
 
     from foxnas_mlflow.core.network import build_network
-    from foxnas_mlflow.data import Preprocessing, prepared_batches
+    from foxnas_mlflow.data import prepared_batches
     from foxnas_mlflow.flavor import SupernetModel
     from foxnas_mlflow.supernet import PlainNetwork, Supernet, function_teacher, network_teacher
     from foxnas_mlflow.tracking.teacher import open_teacher
@@ -422,7 +427,7 @@ def _teacher(request: SupernetRequest, dataset: ImageDataset, worker: Worker) ->
     if opened.answer is None:
         raise TypeError("a teacher is a network or a function")
     teacher = function_teacher(opened.answer, ours=ours, image_size=opened.image_size, n_classes=dataset.n_classes)
-    preprocessing = Preprocessing(opened.image_size or 32, dataset.channels, normalization=ours)
+    preprocessing = dataset.preprocessing(opened.image_size or 32)
     images, _ = next(prepared_batches(dataset.train, preprocessing, np.arange(2)))
     teacher(torch.from_numpy(ours(images)).permute(0, 3, 1, 2))
     return teacher

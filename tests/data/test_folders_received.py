@@ -125,3 +125,30 @@ def test_a_rare_class_is_warned_of_and_weighs_as_much_in_balanced_accuracy(tmp_p
     assert majority_percent(counts) == pytest.approx(100 * 40 / 41)
     assert balanced_percent(counts) == 50
     assert "always answering 'cat'" in no_better_than_majority(counts, dataset.labels)
+
+
+def test_transparent_parts_show_the_background_that_is_asked_for_in_training_evaluation_and_serving(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("torch")
+    from foxnas_mlflow.data import prepared_batches
+    from foxnas_mlflow.supernet import Batches
+
+    root = tmp_path / "data"
+    for label in ("cat", "dog"):
+        (root / label).mkdir(parents=True)
+        for i in range(10):
+            image.new("RGBA", (30, 30)).save(root / label / f"{i}.png")
+    for background, expected in ((0, 0), (90, 90)):
+        dataset = load_dataset(str(root), sizes=(SIZE,), keep=True, background=background)
+        assert dataset.preprocessing(SIZE).background == background
+        pixels, _ = next(prepared_batches(dataset.val, dataset.preprocessing(SIZE)))
+        assert (pixels == expected).all()
+        assert (dataset.train[0] == expected).all()
+        for augment in (False, True):
+            batches = Batches(
+                dataset.train, normalization=dataset.normalization, image_size=SIZE, batch_size=8, augment=augment
+            )
+            seen = next(batches.epoch(0))[0].permute(0, 2, 3, 1) * np.array(dataset.normalization.std)
+            seen = 255 * (seen + np.array(dataset.normalization.mean))
+            assert abs(float(seen.median()) - expected) <= (0.2 * expected + 1 if augment else 0.5)
