@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.core.measurements import Measurement, read_measurements
+from foxnas_mlflow.core.space import get_space
+from foxnas_mlflow.workflows import SampleRequest
+from foxnas_mlflow.workflows.sample import MIN_LATENCIES, _check_latencies
 from tests.supernets import MINI_SPACE, register_mini_supernet
 
 pytestmark = [pytest.mark.server, pytest.mark.train]
@@ -194,6 +198,22 @@ def test_latencies_are_measured_on_this_machine(tracking: str, tmp_path: Path) -
         assert row.device
         assert row.runtime.startswith("ai-edge-litert")
         assert row.n_runs >= 20
+
+
+def test_a_sample_without_enough_latencies_is_not_done() -> None:
+    """Thirteen of sixteen unusable: the next step could do nothing with it, so the same command goes on from it."""
+    networks = get_space("cpu").sample(np.random.default_rng(0), n=16, image_size=192)
+    rows = [
+        Measurement(a, 70.0, 40.0 if i < MIN_LATENCIES else None, "measured" if i < MIN_LATENCIES else "")
+        for i, a in enumerate(networks)
+    ]
+    few = [Measurement(row.architecture, row.accuracy) if i > 2 else row for i, row in enumerate(rows)]
+    with pytest.raises(DeviceError, match=r"received 3 of 16; quiet and cool .* run the same command again: what is"):
+        _check_latencies(few, SampleRequest(device="local"))
+    _check_latencies(rows, SampleRequest(device="local"))
+    # Without a device there is nothing to wait for, and few that were asked for are what was asked for.
+    _check_latencies(few, SampleRequest())
+    _check_latencies(few, SampleRequest(device="local", n_measurements=3))
 
 
 @pytest.mark.parametrize(

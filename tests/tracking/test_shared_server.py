@@ -153,7 +153,7 @@ def test_no_password_is_written(done: Done) -> None:
     assert "an ssh address has no password; received ssh://pi:***@127.0.0.1:1" in failed.stderr
     debugged = done.foxnas("benchmark", "--model", f"models:/foxnas-{TARGET}/1", "--device", device, "--debug")
     assert "Traceback" in debugged.stderr
-    told = done.foxnas("doctor")
+    told = done.foxnas("doctor", "--timeout-s", "60")
     assert told.returncode == 0
     assert "answers in" in told.stdout, told.stdout
     for result in (failed, debugged, told):
