@@ -116,6 +116,9 @@ def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, tar
     except MlflowException:
         run.log_metrics(benchmark.metrics())
         raise
+    if model.model_id is not None and not benchmark.emulated:
+        # So that models are found by their board; a promotion reads the run's.
+        mlflow.MlflowClient().set_logged_model_tags(model.model_id, {"foxnas.board": benchmark.device})
     if model.version is None:
         return
     # For people: a promotion reads the run's tags, which no copy of a version and no second measurement changes.

@@ -75,6 +75,11 @@ def test_a_registered_model_gets_its_figures(
     names += ("throughput_per_s", "peak_memory_bytes", "valid")
     for name in names:
         assert figures[f"benchmark/{name}"] == run.data.metrics[f"benchmark/{name}"]
+    # Found by its figures and its board in one call.
+    fast = f"model_type = 'tflite' AND metrics.`benchmark/latency_ms_p90` <= {figures['benchmark/latency_ms_p90']}"
+    for board, found in ((tags["foxnas.board"], [info.model_id]), ("another board", [])):
+        query = f"{fast} AND tags.`foxnas.board` = '{board}'"
+        assert [m.model_id for m in mlflow.search_logged_models(filter_string=query, output_format="list")] == found
     benchmark = Benchmark.from_dict(json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/benchmark.json")))
     assert benchmark.latency_ms_p50 == figures["benchmark/latency_ms_p50"]
     assert benchmark.output_difference == 0
