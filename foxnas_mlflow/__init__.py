@@ -120,6 +120,8 @@ if TYPE_CHECKING:
     from foxnas_mlflow.workflows import SignResult as SignResult
     from foxnas_mlflow.workflows import SupernetRequest as SupernetRequest
     from foxnas_mlflow.workflows import SupernetResult as SupernetResult
+    from foxnas_mlflow.workflows import WatchRequest as WatchRequest
+    from foxnas_mlflow.workflows import WatchResult as WatchResult
     from foxnas_mlflow.workflows import run_benchmark as run_benchmark
     from foxnas_mlflow.workflows import run_compare as run_compare
     from foxnas_mlflow.workflows import run_device as run_device
@@ -136,6 +138,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.workflows import run_search as run_search
     from foxnas_mlflow.workflows import run_sign as run_sign
     from foxnas_mlflow.workflows import run_supernet as run_supernet
+    from foxnas_mlflow.workflows import run_watch as run_watch
 
 _PUBLIC = {
     "foxnas_mlflow.core.architecture": ("Architecture",),
@@ -258,6 +261,8 @@ _PUBLIC = {
         "SignResult",
         "SupernetRequest",
         "SupernetResult",
+        "WatchRequest",
+        "WatchResult",
         "run_benchmark",
         "run_compare",
         "run_device",
@@ -274,6 +279,7 @@ _PUBLIC = {
         "run_search",
         "run_sign",
         "run_supernet",
+        "run_watch",
     ),
 }
 """Public names by the module that has them, as the imports above say them for type checkers."""

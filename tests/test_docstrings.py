@@ -21,7 +21,7 @@ EXPLAINED = tuple(
 
 # They need images, a board or a registered model: the README, the notebooks and their own tests run them.
 NEED_MORE = {f"run_{step}" for step in ("benchmark", "compare", "device", "doctor", "estimate", "finetune", "fit")} | {
-    f"run_{step}" for step in ("lineage", "main", "promote", "quantize", "sample", "sign", "supernet")
+    f"run_{step}" for step in ("lineage", "main", "promote", "quantize", "sample", "sign", "supernet", "watch")
 }
 
 
