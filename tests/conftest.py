@@ -46,6 +46,7 @@ GROUPS = {
     "serves": (
         "flavor/test_conformance",
         "flavor/test_serving",
+        "tracking/test_faults",
         "tracking/test_stack",
         "tracking/test_rights",
         "tracking/test_shared_server",

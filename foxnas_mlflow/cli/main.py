@@ -77,12 +77,17 @@ def _one_line(error: Exception) -> str | None:
     # user's mistake in their first line; the classes are named, because importing them is heavy.
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"MlflowException", "SQLAlchemyError"}:
-        from foxnas_mlflow.tracking.registry import UNKNOWN_HOST, reason
+        from foxnas_mlflow.tracking.registry import UNKNOWN_HOST, is_away, reason
 
         first = reason(error).rstrip(".")
         if UNKNOWN_HOST in first.lower():
             host = os.environ.get("MLFLOW_TRACKING_URI", "its address")
             return f"the tracking server does not know the host name in {host}; start it with --allowed-hosts NAME."
+        if is_away(error):
+            return (
+                f"the tracking server does not answer as it should: {first}; check MLFLOW_TRACKING_URI and the server "
+                "(foxnas doctor), then run the same command again: what is finished is kept."
+            )
         remedy = _REMEDIES.get(getattr(error, "error_code", ""), "check MLFLOW_TRACKING_URI, the server and the rights")
         return f"the tracking store refused: {first}; {remedy}."
     if isinstance(error, OSError):

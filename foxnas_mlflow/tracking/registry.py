@@ -123,6 +123,8 @@ def check_rights(run: EntryRun, names: Mapping[str, str]) -> None:
     try:
         client.search_logged_models([run.experiment_id], max_results=1)
     except MlflowException as error:
+        if is_away(error):
+            raise
         raise RegistrationError(
             "the tracking server must keep logged models, as MLflow 3 does",
             received=reason(error),
@@ -183,7 +185,22 @@ def reason(error: Exception) -> str:
     """The first line of a refusal, without the address that a client asked and the status that it expected."""
     first = redacted(str(error).strip().splitlines()[0])
     found = re.fullmatch(r"API request to endpoint (\S+) failed with error code (\d+) .*Response body: '(.*)'", first)
-    return first if found is None else f"{found[1].rpartition('/mlflow/')[2]}: HTTP {found[2]}: {found[3]}"
+    if found is not None:
+        return f"{found[1].rpartition('/mlflow/')[2]}: HTTP {found[2]}: {found[3]}"
+    found = re.match(r"API request to (\S+) failed with exception (.*)", first)
+    if found is None:
+        return first
+    asked = re.sub(r"^\w+://[^/]*(/\S*?)?/(mlflow|mlflow-artifacts)/", "", found[1].partition("?")[0])
+    if (status := re.search(r"too many (\d+) error responses", found[2])) is not None:
+        return f"{asked}: HTTP {status[1]}, also when asked again"
+    cause = re.search(r"Connection (refused|reset|aborted)|timed out|Name or service not known", found[2])
+    return first if cause is None else f"{asked}: {cause[0]}"
+
+
+def is_away(error: Exception) -> bool:
+    """Whether a server failed, or was not reached, rather than refused: asked later it may do it."""
+    text = str(error)
+    return "failed with exception" in text or re.search(r"failed with error code 5\d\d", text) is not None
 
 
 def find_version(model: str) -> ModelVersion:

@@ -1,0 +1,144 @@
+"""The pipeline before a server whose calls fail in turn, each for good until the same command is run again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from foxnas_mlflow.cli.main import main
+from tests.faults import Call, FaultyServer, Kind, Outcome, fail_each, page
+from tests.pipelines import options
+from tests.servers import tracking_server
+
+PAGE = os.environ.get("FOXNAS_FAULTS", "")
+"""Where to write the page of the documentation."""
+
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.train]
+
+
+@pytest.fixture
+def faulty(
+    tracking: str, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[FaultyServer, str]]:
+    """A proxy, and the address of the server behind it."""
+    pytest.importorskip("torch")  # once here, not in every command
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    # Of its own, so that its artifacts go through the server.
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "faults")
+    store = shutil.copy(empty_store, tmp_path / "served.db")
+    with tracking_server(f"sqlite:///{store}", str(tmp_path / "served"), log=tmp_path / "log") as url:
+        proxy = FaultyServer(url)
+        try:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+            mlflow.set_tracking_uri(proxy.url)
+            mlflow.set_registry_uri(proxy.url)
+            yield proxy, url
+        finally:
+            proxy.close()
+
+
+def test_what_fails_before_the_training_stops_it_with_a_word_and_the_same_command_goes_on(
+    faulty: tuple[FaultyServer, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy, url = faulty
+    argv = ["main", *options(tmp_path), "--target", "rpi4", "--device", "none"]
+    # A server without logged models, as before MLflow 3, is refused before anything is trained.
+    proxy.begin(lambda call: "404" if call.what.startswith("logged-models/search") else None)
+    assert main(argv) == 2
+    assert "foxnas: the tracking server must keep logged models, as MLflow 3 does" in capsys.readouterr().err
+    client = mlflow.MlflowClient(url, url)
+    experiment = client.get_experiment_by_name("faults").experiment_id
+    assert [run.data.tags["foxnas.stage"] for run in client.search_runs([experiment])] == ["main"]
+
+    outcomes = []
+    for outcome in fail_each(proxy, argv, ("500",), log=tmp_path / "output"):
+        if outcome.call.step not in ("begin", "main"):
+            break
+        outcomes.append(outcome)
+    assert len({outcome.call for outcome in outcomes}) >= 12
+    calls = {outcome.call.what for outcome in outcomes if not outcome.survived}
+    assert {"runs/create", "upload request.json", "logged-models/search", "registered-models/create"} <= calls
+    for outcome in outcomes:
+        if outcome.survived:
+            # What the work can do without: a sign of life, to look for runs that a kill left behind and to end them.
+            done_without = ("set-tag foxnas.heartbeat", "search attributes.status = 'RUNNING'", "update KILLED")
+            assert outcome.call in [Call("main", f"runs/{what}") for what in done_without]
+            continue
+        assert outcome.status == 2, outcome
+        assert outcome.words.startswith("foxnas: the tracking server does not answer as it should: "), outcome
+    # Nothing was trained, registered or left running by any of them.
+    runs = client.search_runs([experiment])
+    assert {run.data.tags["foxnas.stage"] for run in runs} <= {"main", "supernet"}
+    assert client.search_model_versions() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("500", "does not answer as it should: model-versions/search: HTTP 500, also when asked again; check"),
+        (
+            "reset",
+            "does not answer as it should: model-versions/search: Connection aborted; check MLFLOW_TRACKING_URI",
+        ),
+        ("403", "the tracking store refused: PERMISSION_DENIED: Permission denied; ask for that right"),
+    ],
+)
+def test_a_failure_is_told_in_a_word(
+    kind: Kind, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy = FaultyServer("http://127.0.0.1:9")
+    proxy.choose = lambda call: kind
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+    try:
+        mlflow.set_tracking_uri(proxy.url)
+        mlflow.set_registry_uri(proxy.url)
+        assert main(["promote", "--model", "models:/foxnas-cpu/1"]) == 2
+        assert words in capsys.readouterr().err
+        assert len(proxy.calls) == (1 if kind == "403" else 2)
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+        proxy.close()
+
+
+@pytest.mark.skipif(not PAGE, reason="takes a quarter of an hour: FOXNAS_FAULTS=PAGE writes what becomes of every call")
+def test_whichever_call_fails_nothing_is_lost(faulty: tuple[FaultyServer, str], tmp_path: Path) -> None:
+    """The whole pipeline, once with status 500 at every call, once with resets and status 403."""
+    pytest.importorskip("tensorflow")
+    proxy, url = faulty
+    client = mlflow.MlflowClient(url, url)
+    outcomes: list[Outcome] = []
+    told: list[str] = []
+    passes: tuple[tuple[Kind, ...], ...] = (("500",), ("reset", "403"))
+    for number, kinds in enumerate(passes):
+        os.environ["XDG_CACHE_HOME"] = str(tmp_path / f"cache-{number}")
+        os.environ["MLFLOW_EXPERIMENT_NAME"] = f"faults-{number}"
+        argv = ["main", *options(tmp_path), "--target", "rpi4", "--device", "none", "--name", f"faults{number}"]
+        for outcome in fail_each(proxy, argv, kinds, log=tmp_path / "output"):
+            outcomes.append(outcome)
+            print(outcome.kind, outcome.call, outcome.survived, outcome.status, outcome.words, flush=True)
+        experiment = client.get_experiment_by_name(f"faults-{number}")
+        runs = client.search_runs([experiment.experiment_id], max_results=5000)
+        steps = [run for run in runs if run.info.status == "FINISHED" and "foxnas.step_outputs" in run.data.tags]
+        digests = {run.data.tags["foxnas.step_digest"] for run in steps}
+        models = [
+            model.name for model in client.search_registered_models() if model.name.startswith(f"faults{number}-")
+        ]
+        versions = {name: len(client.search_model_versions(f"name='{name}'")) for name in models}
+        told.append(
+            f"{len(runs)} runs; {len(digests)} steps, finished by {len(steps)} runs; "
+            f"{sum(run.info.status == 'RUNNING' for run in runs)} runs left running; "
+            f"registered versions: {', '.join(f'{n} of {name}' for name, n in sorted(versions.items()))}"
+        )
+        Path(PAGE).write_text(page(outcomes, end=". ".join(told)), encoding="utf-8")
+        assert len(digests) == len(steps) == 6
+    assert len({outcome.call for outcome in outcomes}) >= 60
+    for outcome in outcomes:
+        assert outcome.survived or (outcome.status == 2 and outcome.words.startswith("foxnas: ")), outcome
