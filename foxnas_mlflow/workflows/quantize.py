@@ -263,6 +263,7 @@ def _quantize(
     provenance: dict[str, Any],
 ) -> Quantized:
     """Convert the subnet and evaluate the result."""
+    import importlib.util
 
     from foxnas_mlflow.core.rejection import fit_rejection
     from foxnas_mlflow.data import calibration_images, prepared_batches
@@ -297,7 +298,10 @@ def _quantize(
         int8 = Int8Model(conversion.data)
         loss = quantization_loss(exact, int8, validation())
     repair: QuantizationLoss | None = None
-    if request.repair_epochs and loss.drop_points > request.max_accuracy_drop:
+    too_much = loss.drop_points > request.max_accuracy_drop
+    if request.repair_epochs and too_much and importlib.util.find_spec("torch") is None:
+        logger.warning("int8 loses %.2f points, and without PyTorch nothing can be trained", loss.drop_points)
+    elif request.repair_epochs and too_much:
         logger.info(
             "int8 loses %.2f points: the network is trained with simulated int8 for %d epochs",
             *(loss.drop_points, request.repair_epochs),
@@ -334,12 +338,8 @@ def _repaired(
 
     The float network teaches beside the labels.
     """
-    from foxnas_mlflow.core.errors import import_or_raise
-    from foxnas_mlflow.tflite import grids_of, one_scale_of, read_tflite, with_weights
-
-    import_or_raise("torch", extra="train", feature="repairing what int8 loses (or give --repair-epochs 0)")
-
     from foxnas_mlflow.supernet import Batches, PlainNetwork, SimulatedNetwork, network_teacher, subnet_weights
+    from foxnas_mlflow.tflite import grids_of, one_scale_of, read_tflite, with_weights
 
     file, ours = read_tflite(conversion.data), preprocessing.normalization
     batches = Batches(
