@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import re
 import shutil
 import socket
@@ -11,15 +10,16 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.edgetpu_stand_in import write_stand_in
 
 IMAGE = "foxnas-test-board:latest"
-PROGRAMS = ("sh", "sleep", "mktemp", "rm")
+PROGRAMS = ("sh", "sleep", "mktemp", "rm", "ln")
 PACKAGES = ("numpy", "numpy.libs", "ai_edge_litert", "flatbuffers")
 ENVIRONMENT = "ENV PATH=/usr/local/bin:/bin PYTHONPATH=/opt/packages"
 
@@ -31,6 +31,16 @@ def board_image(directory: Path) -> Iterator[str]:
     Args:
         directory: Scratch space for its archive.
     """
+    with docker_client() as client:
+        compiler = write_stand_in(directory, "/bin/python3")
+        import_image(client, IMAGE, directory / "image.tar", PACKAGES, ENVIRONMENT, compiler)
+        yield IMAGE
+        client.images.remove(IMAGE, force=True)
+
+
+@contextlib.contextmanager
+def docker_client() -> Iterator[Any]:
+    """A client of this host's daemon; a skip without one."""
     docker = pytest.importorskip("docker")
     # Asked first: the SDK leaves sockets open where none answers.
     daemon = socket.socket(socket.AF_UNIX)
@@ -40,23 +50,27 @@ def board_image(directory: Path) -> Iterator[str]:
         pytest.skip("no Docker daemon answers")
     finally:
         daemon.close()
-    archive = directory / "image.tar"
-    _pack(archive, write_stand_in(directory, "/bin/python3"))
-    repository, _, tag = IMAGE.partition(":")
     client = docker.from_env(timeout=600)
     try:
-        client.api.import_image_from_file(str(archive), repository=repository, tag=tag, changes=ENVIRONMENT)
-        archive.unlink()
-        yield IMAGE
-        client.images.remove(IMAGE, force=True)
+        yield client
     finally:
         client.close()
 
 
-def _pack(archive: Path, compiler: Path) -> None:
+def import_image(
+    client: Any, name: str, archive: Path, packages: Sequence[str], environment: str, compiler: Path | None = None
+) -> None:
+    """Make an image of this host's Python with some of its packages, without pulling anything."""
+    _pack(archive, packages, compiler)
+    repository, _, tag = name.partition(":")
+    client.api.import_image_from_file(str(archive), repository=repository, tag=tag, changes=environment)
+    archive.unlink()
+
+
+def _pack(archive: Path, names: Sequence[str], compiler: Path | None) -> None:
     python, library = Path(sys.executable).resolve(), Path(sysconfig.get_path("stdlib"))
-    site = Path(importlib.util.find_spec("numpy").origin).parents[1]  # type: ignore[union-attr,arg-type]
-    packages = [site / name for name in PACKAGES if (site / name).is_dir()]
+    places = [path for name in names for entry in sys.path if (path := Path(entry or ".", name)).is_dir()]
+    packages = list({path.name: path for path in reversed(places)}.values())
     programs = [Path(shutil.which(name) or name).resolve() for name in PROGRAMS]
     binaries = [path for root in (library / "lib-dynload", *packages) for path in root.rglob("*.so*")]
     with tarfile.open(archive, "w") as tar:
@@ -70,7 +84,8 @@ def _pack(archive: Path, compiler: Path) -> None:
             tar.add(path, f"/opt/packages/{path.name}", filter=_without("tests", "__pycache__"))
         for name, path in zip(PROGRAMS, programs, strict=True):
             tar.add(path, f"/bin/{name}")
-        tar.add(compiler, "/usr/local/bin/edgetpu_compiler")
+        if compiler is not None:
+            tar.add(compiler, "/usr/local/bin/edgetpu_compiler")
         link, temporary = tarfile.TarInfo("bin/python3"), tarfile.TarInfo("tmp")
         link.type, link.linkname = tarfile.SYMTYPE, str(python)
         temporary.type, temporary.mode = tarfile.DIRTYPE, 0o1777

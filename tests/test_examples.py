@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import yaml
 
 from foxnas_mlflow.cli.main import build_parser, main
+from tests.containers import docker_client, import_image
 
 KUBERNETES = "1.31"
 
@@ -130,6 +134,48 @@ def test_the_project_for_containers_is_the_pipeline(root: Path) -> None:
     assert (root / config["kube-job-template-path"]).samefile(folder / "job.yaml")
     task = json.loads((folder / "databricks.json").read_text())["tasks"][0]["python_wheel_task"]
     build_parser().parse_args(task["parameters"])
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_image_install_the_project_with_its_extras(root: Path, tmp_path: Path) -> None:
+    import docker.errors
+
+    dockerfile = (root / "examples" / "06_cluster" / "Dockerfile").read_text()
+    base = re.search(r"^FROM (\S+)$", dockerfile, re.M)
+    assert base is not None
+    assert re.fullmatch(r"python:3\.\d+-slim", base[1])
+    # This host's Python stands for the base, and its dependencies are not downloaded; the steps are the file's own.
+    quiet = "ENV PIP_NO_DEPS=1 PIP_NO_INDEX=1 PIP_NO_BUILD_ISOLATION=0 PIP_NO_WARN_SCRIPT_LOCATION=1"
+    for place in ("PATH=/usr/local/bin:/bin", "PYTHONPATH=/opt/packages"):
+        quiet += f" {place}"
+    context = tmp_path / "context.tar"
+    with tarfile.open(context, "w") as tar:
+        for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "foxnas_mlflow"):
+            tar.add(root / name, name, filter=lambda entry: None if "__pycache__" in entry.name else entry)
+        text = dockerfile.replace(base[0], "FROM foxnas-test-python:latest\nRUN /bin/ln -s /bin/python3 /bin/python")
+        text = text.replace("RUN pip ", "RUN python3 -m pip ")
+        (tmp_path / "Dockerfile").write_text(text)
+        tar.add(tmp_path / "Dockerfile", "Dockerfile")
+    with docker_client() as client:
+        # What builds wheels, with the metadata by which it is found.
+        files = [
+            f for name in ("pip", "setuptools", "wheel", "packaging") for f in importlib.metadata.files(name) or ()
+        ]
+        packages = sorted({f.parts[0] for f in files if len(f.parts) > 1} - {".."})
+        import_image(client, "foxnas-test-python:latest", tmp_path / "base.tar", packages, quiet)
+        try:
+            with context.open("rb") as file:
+                log = list(client.api.build(fileobj=file, custom_context=True, tag="foxnas-test-image", decode=True))
+            said = "".join(line.get("stream", "") or line.get("error", "") for line in log)
+            assert "Successfully tagged" in said, said
+            assert "does not provide the extra" not in said
+            asked = "import foxnas_mlflow as f, importlib.metadata as m; print(f.__version__, m.version(f.__name__))"
+            found = client.containers.run("foxnas-test-image:latest", ["python3", "-c", asked], remove=True)
+            assert len(set(found.decode().split())) == 1
+        finally:
+            for name in ("foxnas-test-image:latest", "foxnas-test-python:latest"):
+                with contextlib.suppress(docker.errors.ImageNotFound):
+                    client.images.remove(name, force=True)
 
 
 def test_the_job_that_mlflow_fills_in_fits_the_schema_of_kubernetes(root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import random
 import socket
@@ -205,3 +206,33 @@ def test_ray_makes_the_rows_of_this_process(
         path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/measurements.csv", dst_path=str(directory))
         tables.append(read_measurements(path))
     assert tables[0] == tables[1]
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.train
+@pytest.mark.tflite
+def test_the_command_of_the_ray_job_runs_the_pipeline_on_a_cluster(
+    two_nodes: Any, root: Path, tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    import yaml
+
+    from tests.pipelines import options
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    job = yaml.safe_load((root / "examples" / "06_cluster" / "ray.yaml").read_text())
+    command = job["spec"]["entrypoint"].split()[3:]
+    for option, value in {"--data": "digits", "--ray-address": two_nodes.address, "--workers": "2"}.items():
+        command[command.index(option) + 1] = value
+    assert main([*command, *options(tmp_path)]) == 0
+    client = mlflow.MlflowClient()
+    runs = {run.data.tags["foxnas.stage"]: run for run in client.search_runs(["0"])}
+    assert {"supernet", "sample", "fit", "search", "quantize", "compare", "main"} <= set(runs)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    for stage in ("sample", "search"):
+        assert (runs[stage].data.params["executor"], runs[stage].data.params["workers"]) == ("ray", "2")
+    (steps,) = [json.loads(mlflow.artifacts.load_text(f"runs:/{runs['main'].info.run_id}/pipeline.json"))["steps"]]
+    assert not any(step["reused"] for step in steps)
+    table = mlflow.artifacts.load_text(f"runs:/{runs['main'].info.run_id}/predicted_vs_real.csv").splitlines()
+    assert len(table) == 1 + 2
