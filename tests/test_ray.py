@@ -231,7 +231,7 @@ def test_the_command_of_the_ray_job_runs_the_pipeline_on_a_cluster(
     assert {"supernet", "sample", "fit", "search", "quantize", "compare", "main"} <= set(runs)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     for stage in ("sample", "search"):
-        assert (runs[stage].data.params["executor"], runs[stage].data.params["workers"]) == ("ray", "2")
+        assert (runs[stage].data.params["cfg.executor"], runs[stage].data.params["cfg.workers"]) == ("ray", "2")
     (steps,) = [json.loads(mlflow.artifacts.load_text(f"runs:/{runs['main'].info.run_id}/pipeline.json"))["steps"]]
     assert not any(step["reused"] for step in steps)
     table = mlflow.artifacts.load_text(f"runs:/{runs['main'].info.run_id}/predicted_vs_real.csv").splitlines()

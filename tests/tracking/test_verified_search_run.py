@@ -131,8 +131,8 @@ def test_several_workers_search_and_evaluate_with_the_answers_of_one(
     command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "0.6,0.7", "--verify", "3"]
     for workers in ("1", "2"):
         assert main([*command, "--supernet", uri, "--evaluations", "2000", "--workers", workers]) == 0
-    several, one = sorted(_runs(), key=lambda run: run.data.params["workers"], reverse=True)
-    assert several.data.params["workers"] == "2"
+    several, one = sorted(_runs(), key=lambda run: run.data.params["cfg.workers"], reverse=True)
+    assert several.data.params["cfg.workers"] == "2"
     for place in ("0.6ms", "0.7ms"):
         tables = [_table(run.info.run_id, tmp_path / run.info.run_id, place) for run in (one, several)]
         assert tables[0] == tables[1]
