@@ -12,6 +12,7 @@ import ctypes
 import functools
 import importlib
 import queue
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ RUNTIMES = ("ai_edge_litert", "tflite_runtime")
 """Runtimes in order of preference; full tensorflow is never loaded to run a model."""
 
 EDGETPU_DELEGATE = "libedgetpu.so.1"
+_DEVICE = re.compile(r"@((?:usb|pci)(?::\d+)?|:\d+)$")
 
 
 def load_runtime() -> Any:
@@ -53,22 +55,25 @@ def load_runtime() -> Any:
     )
 
 
-def load_delegate(library: str, load: Callable[[str], Any] | None = None) -> Any:
+def load_delegate(delegate: str, load: Callable[..., Any] | None = None) -> Any:
     """Load a delegate, which runs a model on an accelerator.
 
     Args:
-        library: Its shared library.
+        delegate: Its shared library, and after ``@`` which of several accelerators, in the library's words:
+            ``libedgetpu.so.1@usb:1``.
         load: What loads it; None: the runtime.
 
     Raises:
         MissingDependencyError: If the library is not installed.
         DeviceError: If no accelerator answers.
     """
+    found = _DEVICE.search(delegate)
+    library, device = (delegate[: found.start()], found.group(1)) if found else (delegate, "")
     name = Path(library).name
     try:
         # Tried first: the runtime's own object complains on standard error when it cannot load.
         ctypes.CDLL(library)
-        return (load or load_runtime().load_delegate)(library)
+        return (load or load_runtime().load_delegate)(library, *([{"device": device}] if device else []))
     except OSError as error:
         raise MissingDependencyError(
             "the delegate of this model cannot be loaded",
@@ -79,8 +84,8 @@ def load_delegate(library: str, load: Callable[[str], Any] | None = None) -> Any
     except ValueError as error:
         raise DeviceError(
             "the accelerator of this model must be connected",
-            received=f"no device answered to {name}",
-            remedy="plug it in, check its udev rules and that no other process holds it",
+            received=f"no device answered to {name}" + (f"@{device}" if device else ""),
+            remedy="plug it in, check its udev rules and that no other process holds it: one process has it to itself",
         ) from error
 
 

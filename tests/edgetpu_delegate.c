@@ -6,10 +6,14 @@
    The structures are those of TensorFlow Lite's common.h, as far as they are used. Python's functions
    are declared here, so that its headers are not needed; they come from the process that loads this. */
 
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
+#include <unistd.h>
 
 typedef struct { int size; int data[]; } IntArray;
 
@@ -140,9 +144,32 @@ static int take(Context* context, Delegate* delegate) {
   return status;
 }
 
+/* A process has a stick to itself while it has delegates there; without a name the first free one is taken. */
+static char held[16] = "";
+static int holders = 0, held_file = -1;
+
+static bool hold(const char* wanted) {
+  const char* directory = getenv("STAND_IN_STICKS");
+  if (!directory) return true;
+  if (holders && (!wanted || !strcmp(held, wanted))) return ++holders;
+  for (int i = 0; i < 4 && !holders; i++) {
+    char path[512];
+    snprintf(held, sizeof held, "usb:%d", i);
+    if (wanted && strcmp(held, wanted)) continue;
+    snprintf(path, sizeof path, "%s/%s", directory, held);
+    held_file = open(path, O_RDWR | O_CLOEXEC);
+    if (held_file >= 0 && !flock(held_file, LOCK_EX | LOCK_NB)) return ++holders;
+    if (held_file >= 0) close(held_file);
+  }
+  return false;
+}
+
 Delegate* tflite_plugin_create_delegate(const char* const* keys, const char* const* values, size_t n,
                                         void (*report)(const char*)) {
-  if (getenv("STAND_IN_NO_DEVICE")) {
+  const char* wanted = NULL;
+  for (size_t i = 0; i < n; i++)
+    if (!strcmp(keys[i], "device")) wanted = values[i];
+  if (getenv("STAND_IN_NO_DEVICE") || !hold(wanted)) {
     report("Failed to load delegate");
     return NULL;
   }
@@ -152,4 +179,7 @@ Delegate* tflite_plugin_create_delegate(const char* const* keys, const char* con
   return delegate;
 }
 
-void tflite_plugin_destroy_delegate(Delegate* delegate) { free(delegate); }
+void tflite_plugin_destroy_delegate(Delegate* delegate) {
+  if (holders && !--holders) close(held_file);
+  free(delegate);
+}

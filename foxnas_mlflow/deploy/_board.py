@@ -30,6 +30,11 @@ _ERRORS: Mapping[str, tuple[str, str]] = {
         "install it there: pip install numpy ai-edge-litert Pillow, and name that Python with ?python=/path",
     ),
     "old_python": ("{uri} must have Python 3.7 or newer", "name another one with ?python=/path/to/python"),
+    "accelerator": (
+        "an accelerator of {uri} must be free for the model: one process has it to itself",
+        "plug it in, end what holds it, or name another of several with -C delegate=libedgetpu.so.1@usb:1; "
+        "workers=1 for one accelerator",
+    ),
     "bad_model": ("the runtime on {uri} must be able to open the model", "update ai-edge-litert there"),
     "bad_image": ("an image must be a whole JPEG or PNG, or an array of the network's input shape", "send another one"),
     "port": (
@@ -162,5 +167,11 @@ def split_target(target_uri: str) -> tuple[str, str]:
         if options:
             raise DeviceError("edge://local takes only ?root=", received=target_uri)
         return "local", root
+    if "edgetpu" in options:
+        raise DeviceError(
+            "which of several accelerators a deployment uses is part of it",
+            received=f"edgetpu={options['edgetpu']} in the target",
+            remedy=f"give -C delegate=libedgetpu.so.1@{options['edgetpu']} in its place",
+        )
     query = urlencode(options, safe="/~")
     return f"ssh://{parts.netloc}" + (f"?{query}" if query else ""), root

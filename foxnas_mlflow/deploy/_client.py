@@ -38,7 +38,8 @@ Target URI
 
 Configuration, -C key=value
     threads=1      threads of one inference
-    delegate=PATH  delegate library there; by default libedgetpu.so.1 for a model of kind edgetpu
+    delegate=PATH  delegate library there; by default libedgetpu.so.1 for a model of kind edgetpu. Of several Edge
+                   TPUs that is the first free one; libedgetpu.so.1@usb:1 names one
     tolerance=2    largest difference between the board's output and this host's, in quantization steps
     rollback=true  (update only) back to the version that was active before
     serve=true     whether the board serves it; by default a new deployment is

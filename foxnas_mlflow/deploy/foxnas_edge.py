@@ -13,6 +13,7 @@ It needs a TFLite runtime (ai-edge-litert or tflite-runtime), NumPy and Python 3
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,10 +71,33 @@ class Version:
                 threads=self.deployment["threads"],
                 delegate=self.deployment["delegate"],
             )
-        except (MissingDependencyError, DeviceError) as error:
+        except MissingDependencyError as error:
             raise RunnerError("missing", str(error)) from error
+        except DeviceError as error:
+            raise RunnerError("accelerator", f"no device answered to {self.deployment['delegate']}") from error
         except InvalidFormatError as error:
             raise RunnerError("bad_model", str(error)) from error
+
+    def try_out(self) -> dict[str, Any]:
+        """Compare the answers to some images with those of the host that deployed.
+
+        Raises:
+            RunnerError: If one is another.
+        """
+        with np.load(str(self.directory / "smoke.npz"), allow_pickle=False) as smoke:
+            images, outputs = smoke["images"], smoke["outputs"]
+        start = time.perf_counter()
+        got = np.stack([self.classifier.raw(image) for image in images])
+        milliseconds = 1e3 * (time.perf_counter() - start) / len(images)
+        difference = float(np.abs(got.astype(np.float64) - outputs.astype(np.float64)).max())
+        tolerance = self.deployment["tolerance"]
+        if got.dtype != outputs.dtype or not difference <= tolerance:
+            raise RunnerError("wrong_answer", f"the outputs differ by {difference:g}, tolerance {tolerance:g}")
+        return {
+            "images": len(images),
+            "largest_difference": difference,
+            "milliseconds_an_image": round(milliseconds, 3),
+        }
 
     def pixels(self, image: Any, *, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
         """An image as the network's input: uint8, or float in 0..1, of shape (height, width, channels).

@@ -141,6 +141,7 @@ class Generation:
         self._users = 0
         self._heal_after = 0.0
         self._changed = threading.Condition()
+        self._tending = threading.Lock()
         # None is the place of a worker that died.
         self._free: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         try:
@@ -188,6 +189,10 @@ class Generation:
         """Replace idle workers that died, so that the next request need not wait for that."""
         if time.monotonic() < self._heal_after:
             return
+        with self._tending:
+            self._heal()
+
+    def _heal(self) -> None:
         places = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -220,6 +225,11 @@ class Generation:
             self._changed.wait_for(lambda: self._users == 0, timeout=CLOSE_SECONDS)
         self._end_workers()
 
+    def reopen(self) -> None:
+        """Go on after `close`: workers are started when they are needed, or by `heal`."""
+        for _ in range(self._size):
+            self._free.put(None)
+
     def _take(self) -> Worker:
         worker = self._free.get()
         return worker if worker is not None and worker.alive() else self._replaced(worker)
@@ -235,7 +245,7 @@ class Generation:
             raise
 
     def _end_workers(self) -> None:
-        with contextlib.suppress(queue.Empty):
+        with self._tending, contextlib.suppress(queue.Empty):
             while True:
                 worker = self._free.get_nowait()
                 if worker is not None:
@@ -493,7 +503,9 @@ class Service:
         self._root, self._name = root, name
         self._place = root / name
         self._changing = threading.Lock()
-        self._prepared: tuple[dict[str, Any], Generation, Any, float] | None = None
+        self._prepared: tuple[Path, dict[str, Any], Generation | None, Any, float] | None = None
+        self._open = threading.Event()
+        self._open.set()
         self._refused: tuple[str, str] = ("", "")
         self._stopped = False
         self.stopping = False
@@ -518,7 +530,7 @@ class Service:
             time.sleep(POLL_SECONDS)
             self.active.heal()
             with self._changing:
-                if self._prepared is not None and time.monotonic() > self._prepared[3]:
+                if self._prepared is not None and time.monotonic() > self._prepared[-1]:
                     self._drop()
                 try:
                     self._follow()
@@ -543,10 +555,11 @@ class Service:
     def predict(self, content_type: str, body: bytes) -> tuple[dict[str, Any], bytes, str]:
         """A worker's answer, and the number of the version that gave it."""
         while True:
+            self._open.wait()
             active = self.active
             with active.used():
                 # Not one that was retired between these two lines.
-                if active is self.active:
+                if active is self.active and self._open.is_set():
                     header, answer = active.ask(content_type, body)
                     return header, answer, active.version.name
 
@@ -600,18 +613,21 @@ class Service:
         moved = any(settings[key] != self.settings[key] for key in ("host", "port"))
         listener = self._bound(settings) if moved else None
         try:
-            generation = self._generation(version, settings)
+            # One process has an accelerator to itself: such a version starts when the active one has ended.
+            alone = bool(read_json(version / "deployment.json")["delegate"])
+            generation = None if alone else self._generation(version, settings)
         except BaseException:
             if listener is not None:
                 listener.server_close()
             raise
-        self._prepared = (settings, generation, listener, time.monotonic() + KEEP_SECONDS)
+        self._prepared = (version, settings, generation, listener, time.monotonic() + KEEP_SECONDS)
 
     def _drop(self) -> None:
         if self._prepared is not None:
-            _, generation, listener, _ = self._prepared
+            _, _, generation, listener, _ = self._prepared
             self._prepared = None
-            generation.close()
+            if generation is not None:
+                generation.close()
             if listener is not None:
                 listener.server_close()
 
@@ -621,7 +637,7 @@ class Service:
             version = current(self._root, self._name)
         except RunnerError:
             return  # It is being deleted.
-        if self._prepared is None or self._prepared[1].version != version:
+        if self._prepared is None or self._prepared[0] != version:
             if version == self.active.version or version.name == self._refused[0]:
                 return
             try:
@@ -630,16 +646,43 @@ class Service:
                 self._refused = (version.name, str(error))
                 raise
         assert self._prepared is not None
-        settings, generation, listener, _ = self._prepared
+        _, settings, generation, listener, _ = self._prepared
         self._prepared = None
         old, old_listener = self.active, self._listener
-        self.active, self.settings = generation, settings
+        if generation is None:
+            try:
+                self._take_over(version, settings)
+            except BaseException as error:
+                self._refused = (version.name, str(error))
+                if listener is not None:
+                    listener.server_close()
+                raise
+        else:
+            self.active = generation
+        self.settings = settings
         self.metrics.switches += 1
         if listener is not None:
             self._listener = listener
             self._accept(listener)
             self._close(old_listener)
         threading.Thread(target=self._retire, args=(old,), daemon=True).start()
+
+    def _take_over(self, version: Path, settings: dict[str, Any]) -> None:
+        """Serve a version on the accelerator that the active one holds: requests wait meanwhile.
+
+        Raises:
+            RunnerError: If it cannot be served; the active one is again.
+        """
+        self._open.clear()
+        try:
+            self.active.close()
+            try:
+                self.active = self._generation(version, settings)
+            except BaseException:
+                self.active.reopen()
+                raise
+        finally:
+            self._open.set()
 
     def _retire(self, generation: Generation) -> None:
         generation.close()

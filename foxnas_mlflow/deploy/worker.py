@@ -79,6 +79,9 @@ def run_worker(version: Path, descriptor: int) -> None:
     connection = socket.socket(fileno=descriptor)
     try:
         model = Version(version)
+        if model.deployment["delegate"]:
+            # The runner cannot try what another process holds.
+            model.try_out()
         # What a runtime does at its first inference is done before the first request.
         shape = model.classifier.input_shape
         model.classify([black(shape)])

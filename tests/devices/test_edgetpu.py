@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+from pathlib import Path
+
 import pytest
 
 from foxnas_mlflow.cli.main import main
@@ -52,6 +55,24 @@ def test_no_device_and_no_library(int8: bytes, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("LD_LIBRARY_PATH")
     with connect("local") as connection, pytest.raises(DeviceError, match=r"needs the library libedgetpu\.so\.1"):
         measure(connection, compiled, edgetpu=True)
+
+
+def test_of_several_accelerators_one_is_named(int8: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = require_compiler().compile(int8)
+    for name in ("usb:0", "usb:1"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("STAND_IN_STICKS", str(tmp_path))
+    quick = {"edgetpu": True, "runs": 5, "warmup": 1, "min_seconds": 0.01, "attempts": 1}
+    with (tmp_path / "usb:0").open("rb+") as taken:
+        fcntl.flock(taken, fcntl.LOCK_EX)
+        with connect("local?edgetpu=usb:1") as connection:
+            assert measure(connection, compiled, **quick).edgetpu
+        for stick in ("usb:0", "usb:2"):
+            with (
+                connect(f"local?edgetpu={stick}") as connection,
+                pytest.raises(DeviceError, match=rf"received {stick}: .*no other process holds it; with several, name"),
+            ):
+                measure(connection, compiled, **quick)
 
 
 def test_subnets_are_compiled_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
