@@ -81,6 +81,15 @@ def test_search_logs_what_the_contract_names(tracking: str, tmp_path: Path) -> N
     assert table["latency_ms_lower"][0] < table["latency_ms"][0] < table["latency_ms_upper"][0]
 
 
+def test_a_target_that_was_never_measured_borrows_accuracy_and_says_so(
+    tracking: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", "--target", "ethos-u55-128", "--latency-ms", "20", "--evaluations", "2000"]) == 0
+    said = "".join(capsys.readouterr())
+    assert "milliseconds estimated by Arm's compiler Vela; nothing was measured" in said
+    assert "does not depend on the board" in said
+
+
 def test_limits_are_on_the_version_on_the_page_and_in_the_metrics(
     tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
