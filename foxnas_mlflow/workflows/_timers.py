@@ -218,6 +218,7 @@ def open_device(
     compiler_image: str = "",
     executor: Executor | None = None,
     workers: int = 1,
+    max_seconds: float = 10.0,
 ) -> Iterator[Timer]:
     """Measure on a device, by networks with random weights: values do not change the time.
 
@@ -232,6 +233,7 @@ def open_device(
         executor: Measures the boards that it has as resources, named by their addresses without options, and makes
             the networks for the other boards.
         workers: How many of its workers make networks.
+        max_seconds: As `foxnas_mlflow.devices.measure`.
 
     Raises:
         DeviceError: If the device cannot be reached, or there is no compiler for its Edge TPU; if one of several is
@@ -249,9 +251,9 @@ def open_device(
 
         def open_one(address: str) -> AbstractContextManager[Callable[[Architecture], Timing]]:
             if executor is not None and executor.has(shown(address)):
-                board = _Board(target, space, address, compiler_image)
+                board = _Board(target, space, address, compiler_image, max_seconds)
                 return contextlib.closing(executor.start(board, resource=shown(address)))
-            return _open_one(target, space, address, compiler_image, build)
+            return _open_one(target, space, address, compiler_image, build, max_seconds)
 
         if len(devices) < 2:
             time = stack.enter_context(open_one(device))
@@ -296,11 +298,14 @@ class _Board:
     space: SearchSpace
     device: str
     compiler_image: str
+    max_seconds: float
 
     def __call__(self) -> Callable[[Architecture], Timing]:
         opened = contextlib.ExitStack()
         build = _Build(self.target, self.space)()
-        time = opened.enter_context(_open_one(self.target, self.space, self.device, self.compiler_image, build))
+        time = opened.enter_context(
+            _open_one(self.target, self.space, self.device, self.compiler_image, build, self.max_seconds)
+        )
 
         def measure(architecture: Architecture, opened: contextlib.ExitStack = opened) -> Timing:
             return time(architecture)
@@ -310,7 +315,12 @@ class _Board:
 
 @contextlib.contextmanager
 def _open_one(
-    target: Target, space: SearchSpace, device: str, compiler_image: str, build: Callable[[Architecture], Probe]
+    target: Target,
+    space: SearchSpace,
+    device: str,
+    compiler_image: str,
+    build: Callable[[Architecture], Probe],
+    max_seconds: float,
 ) -> Iterator[Callable[[Architecture], Timing]]:
     """The latencies of one device."""
     if target.runtime == "torch":
@@ -324,6 +334,7 @@ def _open_one(
             benchmark = measure_one(
                 probe,
                 expected=expected,
+                max_seconds=max_seconds,
                 # Random weights carry through all layers what kernels round differently: LiteRT with and without
                 # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.
                 max_output_levels=1.0 if expected is None else max(1.0, float(expected[0].std())),

@@ -49,6 +49,10 @@ class DeviceRequest(Request):
 UNSURE_PERCENT = 5.0
 """Error on other networks above which a calibration is not good."""
 
+PROBE_SECONDS = 1.0
+"""Time of the timed runs of one network (20 runs at least): what a median of more runs would add is nothing beside what
+a cost model misses."""
+
 PREDICTORS, MEASUREMENTS, CHECKS = "predictors.json", "measurements.csv", "checks.csv"
 """What lies beside a target file, after its name and a dash."""
 
@@ -218,7 +222,8 @@ def _measure(
     networks = choose([row.architecture for row in rows])
     unsteady: list[str] = []
     total = len(rows) + len(networks)
-    with open_device(target, space, request.device) as timer, progress_bar("calibrate", "network") as show:
+    opened = open_device(target, space, request.device, max_seconds=PROBE_SECONDS)
+    with opened as timer, progress_bar("calibrate", "network") as show:
         time = remembered(timer, path).time
         for architecture in networks:
             timing = time(architecture)
