@@ -4,7 +4,7 @@
 
 DATA is the folder of ``ofa_mbv3_v100_latency.csv`` (once-for-all's networks on a V100, measured by the authors of
 HELP, NeurIPS 2021) and ``foxnas_rpi4_cpu256.csv``. Each draw fits random rows and predicts all others; medians are
-printed.
+printed, and how many networks keep the bounds of calibrations from such rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from foxnas_mlflow.core.calibration import calibrate
 from foxnas_mlflow.core.measurements import Measurement, read_measurements
 from foxnas_mlflow.core.predictors import fit_family
 from foxnas_mlflow.core.space import CPU_SPACE, SearchSpace
@@ -53,6 +54,24 @@ def held_out(rows: list[Measurement], space: SearchSpace, *, n: int, draws: int)
     return float(np.median(errors)), float(np.median(correlations)), formulas
 
 
+def bounds(rows: list[Measurement], space: SearchSpace, *, draws: int) -> tuple[float, float]:
+    """Of calibrations from 12 random rows, with 20 more that they are held against.
+
+    Returns:
+        Percent of all other rows within the bound at 95 %, and percent that it lies above the prediction.
+    """
+    kept, above = [], []
+    for draw in range(draws):
+        order = np.random.default_rng(draw).permutation(len(rows))
+        known, outside, others = ([rows[i] for i in part] for part in np.split(order, (12, 32)))
+        (latency,) = calibrate(known, space, target="gpu", outside=outside, seed=draw).latency
+        networks = [row.architecture for row in others]
+        bound = latency.upper_bound(networks, 0.95)
+        kept.append(100 * np.mean(np.array([row.latency_ms for row in others]) <= bound))
+        above.append(100 * np.mean(bound / latency.predict(networks) - 1))
+    return float(np.mean(kept)), float(np.mean(above))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -70,6 +89,8 @@ def main() -> None:
         print(
             f"{name:<16} error {error:.2f} %, rank correlation {correlation:.4f}, formulas {dict(formulas)}", flush=True
         )
+        kept, above = bounds(rows, space, draws=max(args.draws // 4, 1))
+        print(f"{'':<16} bound at 95 % kept by {kept:.1f} %, {above:.1f} % above the prediction", flush=True)
     (report,) = fit_family("calibrated", "latency_ms", pi, CPU_SPACE)
     print(f"Raspberry Pi 4, all rows: {report.predictor.formula}, cross-validated {report.metrics['cv_mape']:.3f} %")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.launches import OFA_SPACE, v100_rows
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.calibration import calibrate, choose_checks, choose_probes
 from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError, TooFewSamplesError
@@ -71,6 +72,20 @@ def test_bounds_hold_on_a_board_that_the_terms_do_not_describe() -> None:
         formula_alone.append(np.mean(observed <= design_alone.upper_bound(new, 0.95)))
     assert 0.92 <= np.mean(held) <= 0.995
     assert np.mean(formula_alone) < 0.9
+
+
+@pytest.mark.parametrize(("batch", "error"), [(1, 6.0), (64, 2.0)])
+def test_bounds_hold_on_a_gpu(shared_data: Path, batch: int, error: float) -> None:
+    """600 networks on a V100, which at batch 1 waits for starts of kernels: half of the scatter is no amount's."""
+    pytest.importorskip("statsmodels")
+    rows = v100_rows(shared_data / "ofa_mbv3_v100_latency.csv", batch)
+    order = np.random.default_rng(2).permutation(len(rows))
+    known, outside, new = (([rows[i] for i in part]) for part in np.split(order, (12, 32)))
+    (latency,) = calibrate(known, OFA_SPACE, target="gpu", outside=outside).latency
+    networks, observed = [row.architecture for row in new], np.array([row.latency_ms for row in new])
+    assert 100 * np.mean(np.abs(latency.predict(networks) / observed - 1)) < error
+    assert 0.9 <= np.mean(observed <= latency.upper_bound(networks, 0.95)) <= 1
+    assert latency.stated_confidence == pytest.approx(20 / 21)
 
 
 def test_no_confidence_is_stated_that_was_not_seen() -> None:
