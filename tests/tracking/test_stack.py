@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 
 from foxnas_mlflow.cli.main import main
-from foxnas_mlflow.flavor import model_id_of
+from foxnas_mlflow.flavor import load_model, model_id_of
+from foxnas_mlflow.runtime import Classifier
 from foxnas_mlflow.tracking.holders import StageKeeper
 from tests.colour_model import encoded, image_of
 from tests.servers import listening_on, postgres, request, s3, scoring_server, tracking_server
@@ -59,16 +60,21 @@ def test_a_model_from_its_run_to_a_scoring_server(server: str, tmp_path: Path) -
     assert main(["promote", "--model", NAME, "--stage", "Staging", "--max-latency-ms", "1"]) == 2
     version = client.get_model_version_by_alias(NAME, "production")
     assert (version.version, version.current_stage) == ("1", "Production")
-    frame = pd.DataFrame({"image": [encoded(image_of("red", height=128, width=128))]})
+    image = image_of("red", height=128, width=128)
+    frame = pd.DataFrame({"image": [encoded(image, "PNG")]})
     table = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(frame)
     with scoring_server(f"models:/{NAME}@production", log=tmp_path / "serve.log") as url:
         assert listening_on(urlsplit(url).port or 0) == {"127.0.0.1"}
-        body = {"inputs": image_of("red", height=128, width=128)[None].tolist()}
-        status, text = request(url, body)
+        status, text = request(url, {"inputs": image[None].tolist()})
         assert status == 200, text
     (row,) = json.loads(text)["predictions"]
-    np.testing.assert_allclose(sum(row["probabilities"]), 1, rtol=1e-5)
-    assert set(table["label"]) <= {"a", "b", "c"}
+    # What the runtime itself says of the same pixels, from the registry as from the server.
+    model = load_model(f"models:/{NAME}@production")
+    expected = Classifier(model.path, model.preprocessing.normalization, model.output)(image)
+    assert np.ptp(expected) > 0.01
+    np.testing.assert_allclose(row["probabilities"], expected, rtol=1e-6)
+    np.testing.assert_allclose(table["probabilities"][0], expected, rtol=1e-6)
+    assert row["label"] == table["label"][0] == "abc"[int(np.argmax(expected))]
 
 
 _PROMOTER = """
