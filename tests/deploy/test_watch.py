@@ -5,19 +5,28 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import hmac
+import ipaddress
 import json
+import socket
+import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mlflow
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from mlflow import MlflowClient
 from mlflow.deployments import get_deploy_client
 from mlflow.webhooks.delivery import _generate_hmac_signature as signature_of
@@ -25,7 +34,7 @@ from mlflow.webhooks.delivery import _generate_hmac_signature as signature_of
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.deploy import _bundle
-from foxnas_mlflow.deploy.webhook import FRESH_SECONDS, Deliveries, DeliveryRefusedError
+from foxnas_mlflow.deploy.webhook import FRESH_SECONDS, Deliveries, DeliveryRefusedError, receiving
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from foxnas_mlflow.workflows import WatchRequest, WatchResult, run_watch
 from tests.colour_model import LABELS
@@ -74,6 +83,43 @@ def test_a_delivery_is_accepted_once_while_it_is_fresh_and_as_it_was_signed() ->
         with pytest.raises(DeliveryRefusedError, match="is taken once") as error:
             deliveries.check(signed(body), body, now=1e9 + later)
         assert error.value.status == 409
+
+
+def certificate(path: Path) -> Path:
+    """A PEM file of a certificate of 127.0.0.1 that signs itself, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "watch")])
+    now = datetime.datetime.now(datetime.UTC)
+    built = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .sign(key, hashes.SHA256())
+    )
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    path.write_bytes(built.public_bytes(Encoding.PEM) + secret)
+    return path
+
+
+def test_deliveries_come_through_tls(tmp_path: Path) -> None:
+    pem, told = certificate(tmp_path / "watch.pem"), list[object]()
+
+    def take(value: object) -> str:
+        told.append(value)
+        return "taken"
+
+    context = ssl.create_default_context(cafile=str(pem))
+    body = json.dumps(EVENT).encode()
+    with receiving(SECRET, "127.0.0.1", 0, take, certificate=pem) as url:
+        assert url.startswith("https://127.0.0.1:")
+        # Who does not speak TLS, or says nothing, keeps nobody out.
+        silent = socket.create_connection(("127.0.0.1", urlsplit(url).port or 0))
+        with pytest.raises(OSError):
+            urllib.request.urlopen(url.replace("https", "http"), timeout=10)
+        message = urllib.request.Request(url, data=body, headers=signed(body, at=time.time()))
+        with urllib.request.urlopen(message, timeout=10, context=context) as answer:
+            assert answer.status == 202
+        silent.close()
+    assert told == [EVENT]
 
 
 @contextlib.contextmanager
