@@ -169,7 +169,8 @@ class FaultyServer:
         if call.what == "runs/create":
             tags = {tag["key"]: tag["value"] for tag in json.loads(body).get("tags", [])}
             self._stages.append(tags.get("foxnas.stage", "?"))
-        elif call.what.startswith("runs/update ") and call.what.split()[-1] not in ("RUNNING", "1") and self._stages:
+        elif call.what in ("runs/update FINISHED", "runs/update FAILED") and self._stages:
+            # KILLED are those that an earlier command left behind.
             self._stages.pop()
 
     @staticmethod
