@@ -78,13 +78,22 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(track
     for key in ("accuracy_mean_error", "constraint_met", "latency_mape", "seconds"):
         assert f"pipeline/{key}" in parent.data.metrics
 
-    # One changed parameter: only what depends on it is done.
-    assert main(["main", *argv, "--stage", "none", "--n-compare", "2"]) == 0
+    # Two latencies in place of one: only what depends on them is done, and each has its network.
+    ms = float(parent.data.params["chosen_latency_ms"])
+    assert main(["main", *argv, "--stage", "none", "--latency-ms", f"{ms},{2 * ms}"]) == 0
     parent = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'", order_by=["attributes.start_time DESC"])[0]
     changed = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}
     done = [name for name, step in changed.items() if not step["reused"]]
-    # What is compared anew may show that the found network is beaten: it is searched again then.
-    assert done in (["compare"], ["search", "quantize", "benchmark", "compare"])
+    assert done == ["search", "quantize", "benchmark", "quantize.2", "benchmark.2", "compare"]
+    networks = mlflow.load_table("tables/networks.json", run_ids=[parent.info.run_id])
+    assert list(networks["limit_ms"]) == [ms, 2 * ms]
+    assert list(networks["model_uri"]) == [changed[name]["outputs"]["model_uri"] for name in ("quantize", "quantize.2")]
+    assert networks["model_uri"].nunique() == 2
+    assert list(networks["check"]) == changed["compare"]["outputs"]["checks"]
+    table = list(csv.DictReader(_text(parent.info.run_id, "predicted_vs_real.csv").splitlines()))
+    assert [row["role"] for row in table] == ["found", "found", "front"]
+    page = _text(parent.info.run_id, "report.html")
+    assert all(uri in page for uri in networks["model_uri"])
 
     # Without interruption, from the same weights: the same networks and accuracies.
     shutil.rmtree(cache)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.searchers import Front, paired_difference
 from foxnas_mlflow.core.space import SearchSpace
 
@@ -53,7 +54,7 @@ class Comparison:
         return 100 * math.sqrt(share * (1 - share) / self.n_images)
 
 
-def spread_over(front: Front, n: int, *, without: Architecture) -> list[Architecture]:
+def spread_over(front: Front, n: int, *, without: Sequence[Architecture]) -> list[Architecture]:
     """Networks of a front, evenly spread over the logarithm of their predicted latency.
 
     Args:
@@ -66,7 +67,7 @@ def spread_over(front: Front, n: int, *, without: Architecture) -> list[Architec
     for wanted in np.linspace(latency[0], latency[-1], n):
         for i in np.argsort(np.abs(latency - wanted)):
             architecture = front.architecture(int(i))
-            if architecture != without and architecture not in chosen:
+            if architecture not in without and architecture not in chosen:
                 chosen.append(architecture)
                 break
     return chosen
@@ -100,6 +101,22 @@ def agreement(rows: Sequence[Comparison], latency_ms: float | None) -> dict[str,
 
 
 @dataclass(frozen=True, slots=True)
+class Searched:
+    """What a search measured of the network that it found.
+
+    Attributes:
+        accuracy, standard_error: As the supernet evaluated it, in percent and points.
+        latency_ms: As measured there.
+        device: Where that was.
+    """
+
+    accuracy: float
+    standard_error: float
+    latency_ms: float
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class Check:
     """Whether a found network is beaten by one that it was compared with.
 
@@ -109,23 +126,55 @@ class Check:
         checked: Whether latencies were measured: without them nothing is known.
     """
 
-    beaten_by: Comparison | None
+    beaten_by: Architecture | None
     sentence: str
     checked: bool
 
+    def beside(self, searched: Searched | None, sampled: Sequence[Measurement]) -> Check:
+        """This check with the networks that were sampled before, by what was measured of the found one beside them.
 
-def check_found(rows: Sequence[Comparison], answers: Sequence[bool]) -> Check:
-    """Hold the found network against the others.
+        Args:
+            searched: What the search measured of the found network; None: nothing.
+            sampled: Networks that are within all limits but that on latency, as they were sampled.
+        """
+        if not self.checked or self.beaten_by is not None or searched is None:
+            return self
+        timed = [
+            (row.timing.latency_ms, row.accuracy - searched.accuracy, row.architecture)
+            for row in sampled
+            if row.accuracy is not None and row.timing is not None and row.timing.device == searched.device
+        ]
+        if not timed:
+            return self
+        faster = [row for row in timed if row[0] < searched.latency_ms]
+        # Evaluations of other days err by as much as its own.
+        error = math.sqrt(2) * searched.standard_error
+        ms, more, architecture = max(faster, key=lambda row: row[1], default=(0.0, -math.inf, None))
+        if architecture is not None and more > error:
+            return Check(
+                architecture,
+                f"BEATEN: a sampled network takes {ms:.4g} ms in place of {searched.latency_ms:.4g} ms and was "
+                f"evaluated {more:.2f} points (standard error {error:.2f}) above the found one.",
+                True,
+            )
+        return dataclasses.replace(
+            self, sentence=f"{self.sentence} Nor does any of the {len(timed)} sampled: {len(faster)} are faster."
+        )
+
+
+def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0) -> Check:
+    """Hold a found network against the others.
 
     Args:
-        rows: The networks, the found one first.
+        rows: The networks.
         answers: Whether each of them is within all limits but that on latency, and so could have been found.
+        i: The found network.
     """
-    found = rows[0]
+    found = rows[i]
     timed = [
         (row, row.latency_ms)
-        for row, answer in zip(rows[1:], answers[1:], strict=True)
-        if answer and row.latency_ms is not None and row.latency_valid
+        for j, (row, answer) in enumerate(zip(rows, answers, strict=True))
+        if j != i and answer and row.latency_ms is not None and row.latency_valid
     ]
     if found.latency_ms is None or not found.latency_valid or not timed:
         return Check(None, "Whether another network beats the found one is not known: it needs valid latencies.", False)
@@ -134,7 +183,7 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool]) -> Check:
     if beating:
         row, ms, more, error = max(beating, key=lambda b: b[2])
         return Check(
-            row,
+            row.architecture,
             f"BEATEN: another network takes {ms:.4g} ms in place of {found.latency_ms:.4g} ms and is {more:.2f} points "
             f"(standard error {error:.2f}) more accurate than the found one.",
             True,

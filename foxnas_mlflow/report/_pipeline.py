@@ -57,8 +57,9 @@ class PipelinePage:
         classes: Of each class of the int8 file: label, images, recall, precision, f1, taken_for.
         finetuning: ``inherited_top1`` and ``finetuned_top1`` in percent, or None when it was not asked for.
         benchmark: Content of ``benchmark.json``, or None when nothing was measured.
-        comparisons: Networks predicted and real, the found one first.
-        check: Whether one of these beats the found network on both measured figures, in a sentence.
+        comparisons: Networks predicted and real, the found ones first.
+        checks: For each found network whether one of these beats it on both measured figures, in a sentence.
+        networks: Of each found network: limit_ms, model_uri, int8_top1, quantization_drop, size_bytes, latency_ms.
         agreement: How well these agree, by name.
         gates: Of each gate: gate, passed, text.
         stage: The stage asked for, or empty.
@@ -81,7 +82,8 @@ class PipelinePage:
     finetuning: Mapping[str, Any] | None
     benchmark: Mapping[str, Any] | None
     comparisons: Sequence[Comparison]
-    check: str
+    checks: Sequence[str]
+    networks: Sequence[Mapping[str, Any]]
     agreement: Mapping[str, float]
     gates: Sequence[Mapping[str, Any]]
     stage: str
@@ -98,6 +100,7 @@ def write_pipeline_report(path: Path, page: PipelinePage) -> None:
         page: What it tells.
     """
     sections = [
+        *([("A network for each latency", _networks(page))] if len(page.networks) > 1 else []),
         ("Predicted against real", _comparison(page)),
         ("Front, samples and the found network", plot("front", _front_figure(page))),
         ("The network", network_drawing(page.predictors, page.architecture)),
@@ -136,6 +139,8 @@ def _lead(page: PipelinePage) -> Markup:
             kept = "within" if latency <= limit else Markup("<b>above</b>")
             sentence += fill(", {} the limit of {:.4g} ms", kept, limit)
         sentence += ". "
+    if len(page.networks) > 1:
+        sentence += f"It is the first of {len(page.networks)} networks, one for each latency. "
     if page.refusal and not page.gates:
         return sentence + f"It was not promoted: {page.refusal}"
     if page.refusal:
@@ -143,8 +148,30 @@ def _lead(page: PipelinePage) -> Markup:
     return sentence + (fill("It holds the stage <b>{}</b>.", page.stage) if page.stage else "It was not promoted.")
 
 
+def _networks(page: PipelinePage) -> Markup:
+    """The networks of several latencies side by side."""
+    rows = []
+    for network in page.networks:
+        limit, latency = network["limit_ms"], network["latency_ms"]
+        kept = "" if latency is None else "within" if latency <= limit else "above"
+        rows.append(
+            (
+                f"{limit:.4g}",
+                str(network["model_uri"]),
+                f"{network['int8_top1']:.2f}",
+                f"{network['quantization_drop']:.2f}",
+                "not measured"
+                if latency is None
+                else f"{latency:.4g}, {kept}" + ("" if network["valid"] else " (not to be trusted)"),
+                f"{network['size_bytes'] / 1024:,.1f}",
+            )
+        )
+    header = ("at most, ms", "int8 model", "top-1, %", "lost by int8, points", "measured median, ms", "file, KiB")
+    return table(header, rows) + Markup("<p>What follows tells of the first one where it tells of one.</p>")
+
+
 def _comparison(page: PipelinePage) -> Markup:
-    rows = page.comparisons
+    rows, n_found = page.comparisons, len(page.networks)
     cells = [
         (
             row.role,
@@ -162,12 +189,16 @@ def _comparison(page: PipelinePage) -> Markup:
     ]
     header = ("network", "px", "predicted %", "int8 %", "points", "predicted ms", "measured ms", "predicted is off by")
     plots = plot(
-        "accuracies", _identity([(r.predicted_accuracy, r.accuracy) for r in rows], "accuracy (top-1, %)"), 320
+        "accuracies", _identity([(r.predicted_accuracy, r.accuracy) for r in rows], n_found, "accuracy (top-1, %)"), 320
     )
     timed = [(r.predicted_latency_ms, r.latency_ms) for r in rows if r.latency_ms is not None]
     if timed:
-        plots = plot("latencies", _identity(timed, "latency (ms)"), 320) + plots
-    told = fill("<p><b>{}</b></p><p>{}</p>", page.check, _agreement(page))
+        plots = plot("latencies", _identity(timed, n_found, "latency (ms)"), 320) + plots
+    checks = [
+        check if len(page.checks) == 1 else f"At most {network['limit_ms']:.4g} ms: {check}"
+        for network, check in zip(page.networks, page.checks, strict=True)
+    ]
+    told = fill("<p><b>{}</b></p><p>{}</p>", Markup("<br>").join(checks), _agreement(page))
     return told + table(header, cells) + fill('<div class="pair">{}</div>', plots)
 
 
@@ -194,32 +225,33 @@ def _agreement(page: PipelinePage) -> str:
     return f"{n} networks: " + "; ".join(parts) + f". {caution}"
 
 
-def _identity(pairs: Sequence[tuple[float, float]], what: str) -> dict[str, Any]:
-    """Real against predicted, with the line on which they are equal."""
+def _identity(pairs: Sequence[tuple[float, float]], n_found: int, what: str) -> dict[str, Any]:
+    """Real against predicted, the found ones first, with the line on which they are equal."""
     values = np.array(pairs)
     low, high = float(values.min()), float(values.max())
     margin = 0.05 * (high - low or abs(high) or 1.0)
     ends = [low - margin, high + margin]
     data = [
         {"x": ends, "y": ends, "mode": "lines", "name": "equal", "line": {"color": _GREY, "dash": "dash", "width": 1}},
-        scatter(values[1:, 0], values[1:, 1], "front", _BLUE, 8),
-        scatter(values[:1, 0], values[:1, 1], "found", _RED, 11),
+        scatter(values[n_found:, 0], values[n_found:, 1], "front", _BLUE, 8),
+        scatter(values[:n_found, 0], values[:n_found, 1], "found", _RED, 11),
     ]
     return {"data": data, "layout": axes_layout(f"predicted {what}", f"real {what}")}
 
 
 def _front_figure(page: PipelinePage) -> dict[str, Any]:
     rows = [m for m in page.measurements if m.latency_ms is not None and m.accuracy is not None]
-    front, limit = page.front, page.latency_ms
+    front, n_found = page.front, len(page.networks)
     real = [(c.latency_ms or c.predicted_latency_ms, c.accuracy) for c in page.comparisons]
     accuracies = [*front.accuracy, *(m.accuracy for m in rows if m.accuracy is not None), *(a for _, a in real)]
     data = [
         scatter([m.latency_ms for m in rows], [m.accuracy for m in rows], "samples", _GREY, 5),
         scatter(front.latency_ms, front.accuracy, "front, predicted", _BLUE, 4),
-        scatter([x for x, _ in real[1:]], [y for _, y in real[1:]], "front, real", _GREEN, 9),
-        scatter([real[0][0]], [real[0][1]], "found, real", _RED, 13),
+        scatter([x for x, _ in real[n_found:]], [y for _, y in real[n_found:]], "front, real", _GREEN, 9),
+        scatter([x for x, _ in real[:n_found]], [y for _, y in real[:n_found]], "found, real", _RED, 13),
     ]
-    if limit is not None:
+    limits = [network["limit_ms"] for network in page.networks if network["limit_ms"] is not None]
+    for limit in limits:
         data.append(
             {
                 "x": [limit, limit],
@@ -320,7 +352,7 @@ def _latency(page: PipelinePage) -> Markup:
         ("runtime", f"{benchmark['runtime']}, {benchmark['threads']} thread(s), batch {benchmark['batch']}"),
         ("median", f"{benchmark['latency_ms_p50']:.4g} ms of {benchmark['n_runs']} runs"),
         ("p90, p99", f"{benchmark['latency_ms_p90']:.4g} ms, {benchmark['latency_ms_p99']:.4g} ms"),
-        ("asked for", "any" if page.latency_ms is None else f"at most {page.latency_ms:.4g} ms"),
+        ("limit", "none" if page.latency_ms is None else f"at most {page.latency_ms:.4g} ms"),
         ("peak memory", f"{benchmark['peak_memory_bytes'] / 2**20:.1f} MiB"),
         ("valid", "yes" if benchmark["valid"] else "; ".join(benchmark["invalid_reasons"])),
     ]

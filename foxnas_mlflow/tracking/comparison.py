@@ -13,15 +13,15 @@ COMPARISON = "predicted_vs_real.csv"
 
 
 def log_comparison(
-    run: EntryRun, rows: Sequence[Comparison], latency_ms: float | None, check: Check
+    run: EntryRun, rows: Sequence[Comparison], latency_ms: float | None, checks: Sequence[Check]
 ) -> dict[str, float]:
     """Log ``predicted_vs_real.csv`` and how well it agrees.
 
     Args:
         run: The open run.
-        rows: The networks, the found one first.
-        latency_ms: The limit, or None.
-        check: Whether one of them beats the found one.
+        rows: The networks, the found ones first.
+        latency_ms: The limit of the first one, or None.
+        checks: For each found one whether another beats it.
 
     Returns:
         The figures.
@@ -31,8 +31,8 @@ def log_comparison(
     run.log_artifact(path)
     run.log_table(pd.read_csv(path), "tables/predicted_vs_real.json")
     metrics = agreement(rows, latency_ms)
-    if check.checked:
-        metrics["found_dominated"] = float(check.beaten_by is not None)
-    run.set_tags({"foxnas.check": check.sentence})
+    if all(check.checked for check in checks):
+        metrics["found_dominated"] = float(any(check.beaten_by is not None for check in checks))
+    run.set_tags({"foxnas.check": " ".join(check.sentence for check in checks)})
     run.log_metrics({f"pipeline/{key}": value for key, value in metrics.items()})
     return metrics

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ from foxnas_mlflow.tracking.steps import StepResult
 _SERIES = ("eval/top1_max", "eval/top1_random", "eval/top1_min")
 
 
+@dataclass(frozen=True)
+class PipelineNetwork:
+    """One of the networks of a pipeline.
+
+    Attributes:
+        place: What the names of its steps end with; empty for the first.
+        latency_ms: The limit on its latency, or None.
+        model_uri: Its int8 model that runs on the target.
+    """
+
+    place: str
+    latency_ms: float | None
+    model_uri: str
+
+
 def conclude(
     run: EntryRun,
     done: Mapping[str, StepResult],
@@ -36,7 +52,7 @@ def conclude(
     latency_ms: float | None,
     limits: str,
     confidence: float,
-    model_uri: str,
+    networks: Sequence[PipelineNetwork],
     target: Target,
     dataset: ImageDataset,
     refusal: str,
@@ -48,10 +64,10 @@ def conclude(
         run: The pipeline's run.
         done: What its steps made.
         request: What was asked, with everything resolved, for the page.
-        latency_ms: The limit on latency, or None.
-        limits: All limits, as text.
+        latency_ms: The limit on latency of the first network, or None.
+        limits: All its limits, as text.
         confidence: Of the search.
-        model_uri: The int8 model that runs on the target.
+        networks: A network for each of several latencies; the first is the one that goes on to promotion.
         target: The target.
         dataset: The images.
         refusal: Why the gates refused promotion, or empty.
@@ -60,7 +76,7 @@ def conclude(
     Returns:
         The figures, and the lines that a person reads.
     """
-    client = MlflowClient()
+    client, model_uri = MlflowClient(), networks[0].model_uri
     runs = {name: client.get_run(result.run_id) for name, result in done.items()}
     gates_run = _refused(client, run) if refusal else runs.get("promote")
     quantized = runs["quantize"].data.metrics
@@ -90,6 +106,10 @@ def conclude(
     )
     run.log_artifact(compared)
     comparisons = read_comparisons(compared, predictors.space)
+    checks = [str(check) for check in done["compare"].outputs["checks"]]
+    found = [_figures(network, runs, check) for network, check in zip(networks, checks, strict=True)]
+    if len(found) > 1:
+        run.log_table(found, "tables/networks.json")
     if importlib.util.find_spec("plotly") is not None:
         from foxnas_mlflow.report import PipelinePage, write_pipeline_report
 
@@ -119,7 +139,8 @@ def conclude(
             finetuning=alone,
             benchmark=benchmark,
             comparisons=tuple(comparisons),
-            check=str(done["compare"].outputs["check"]),
+            checks=checks,
+            networks=found,
             agreement={key.removeprefix("pipeline/"): value for key, value in metrics.items()},
             gates=tuple((gates or {}).get("verdicts", ())),
             stage="" if gates is None else str(gates["stage"]),
@@ -130,8 +151,32 @@ def conclude(
         run.log_artifact(path)
     best_effort(lambda: draw(trace(model_uri)))()
     measured = bool(request["device"])
-    check = str(done["compare"].outputs["check"])
-    return metrics, _summary(metrics, latency_ms, check, measured, dataset, model_uri, gates, refusal, run.run_id)
+    lines = _summary(metrics, latency_ms, checks[0], measured, dataset, model_uri, gates, refusal, run.run_id)
+    return metrics, "\n".join([*lines[:-1], *map(_network_line, found[1:]), lines[-1]])
+
+
+def _figures(network: PipelineNetwork, runs: Mapping[str, Run], check: str) -> dict[str, Any]:
+    """What is known of a network, as a row."""
+    quantized = runs[f"quantize{network.place}"].data.metrics
+    benchmark = _artifact(runs.get(f"benchmark{network.place}"), "benchmark.json")
+    return {
+        "limit_ms": network.latency_ms,
+        "model_uri": network.model_uri,
+        "int8_top1": quantized["accuracy/int8_top1"],
+        "quantization_drop": quantized["accuracy/quantization_drop"],
+        "size_bytes": quantized["model/size_bytes"],
+        "latency_ms": None if benchmark is None else benchmark["latency_ms_p50"],
+        "valid": None if benchmark is None else bool(benchmark["valid"]),
+        "check": check,
+    }
+
+
+def _network_line(row: Mapping[str, Any]) -> str:
+    """A further network, for the summary."""
+    limit, latency = row["limit_ms"], row["latency_ms"]
+    took = "not measured" if latency is None else f"{latency:.4g} ms, {'within' if latency <= limit else 'ABOVE'} it"
+    beaten = "; beaten" if str(row["check"]).startswith("BEATEN") else ""
+    return f"  at most {limit:.4g} ms".ljust(23) + f"{row['model_uri']}: {row['int8_top1']:.2f} %, {took}{beaten}"
 
 
 def _refused(client: MlflowClient, run: EntryRun) -> Run | None:
@@ -177,7 +222,7 @@ def _summary(
     gates: Mapping[str, Any] | None,
     refusal: str,
     run_id: str,
-) -> str:
+) -> list[str]:
     lines = [
         f"\nFrom {len(dataset.train):,} images of {dataset.source} to {model_uri} in "
         f"{metrics['pipeline/seconds'] / 60:.1f} minutes:",
@@ -213,4 +258,4 @@ def _summary(
         if alias
         else "Next: mlflow ui, and open report.html of the run."
     )
-    return "\n".join(lines)
+    return lines

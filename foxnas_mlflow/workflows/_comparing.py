@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.comparison import Comparison
+from foxnas_mlflow.core.comparison import Comparison, Searched
 from foxnas_mlflow.core.errors import InvalidFormatError
 from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.core.network import build_network
@@ -22,7 +22,7 @@ from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.core.workers import Executor, each
 from foxnas_mlflow.data import Preprocessing, calibration_images, evaluate, prepared_batches
-from foxnas_mlflow.flavor import TfliteModel, load_model
+from foxnas_mlflow.flavor import SubnetModel, TfliteModel, load_model
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
 from foxnas_mlflow.workflows._evaluation import EvaluatorMaking, evaluator_making
 from foxnas_mlflow.workflows._timers import first_answering, open_meter
@@ -52,11 +52,12 @@ def find_found(model_uri: str, directory: Path) -> Found:
 
     Args:
         model_uri: ``models:/name/version``.
-        directory: Where the model is downloaded to.
+        directory: New directory that the model is downloaded to.
 
     Raises:
         InvalidFormatError: If it is no int8 model of a network of a space.
     """
+    directory.mkdir()
     model = load_model(model_uri, str(directory))
     if not isinstance(model, TfliteModel) or model.architecture is None:
         raise InvalidFormatError("the found network must be an int8 model with its architecture", received=model_uri)
@@ -65,8 +66,28 @@ def find_found(model_uri: str, directory: Path) -> Found:
     return Found(path.read_bytes(), model.architecture)
 
 
+def find_searched(subnet_uri: str, directory: Path) -> Searched | None:
+    """What a search measured of a network that it registered; None where it had no device or no supernet.
+
+    Args:
+        subnet_uri: ``models:/name/version``.
+        directory: New directory that the model is downloaded to.
+    """
+    directory.mkdir()
+    model = load_model(subnet_uri, str(directory))
+    known = model.details if isinstance(model, SubnetModel) else {}
+    if not {"evaluated_accuracy", "measured_latency_ms"} <= set(known):
+        return None
+    return Searched(
+        float(known["evaluated_accuracy"]),
+        float(known["evaluated_accuracy_standard_error"]),
+        float(known["measured_latency_ms"]),
+        str(known["device"]),
+    )
+
+
 def compare(
-    found: Found,
+    found: Sequence[Found],
     others: Sequence[Architecture],
     *,
     supernet: TrainedSupernet,
@@ -84,7 +105,7 @@ def compare(
     """Convert and evaluate networks, then measure them; what is finished of each is on disk.
 
     Args:
-        found: The found network.
+        found: The found networks.
         others: Networks of the front.
         supernet: Gives them weights, and images to evaluate them on.
         predictors: What predicted them.
@@ -101,7 +122,7 @@ def compare(
     Raises:
         ConversionError, DeviceError: If a network cannot be converted or measured.
     """
-    plan = [found.architecture, *others]
+    plan = [*(f.architecture for f in found), *others]
     missing = [i for i in range(len(plan)) if not any((directory / f"{i}{end}").exists() for end in (".json", _MADE))]
 
     def keep(asked: _Asked, made: _Made) -> None:
@@ -110,7 +131,7 @@ def compare(
 
     each(
         _Converting(evaluator_making(supernet, image_sizes=supernet.space.image_sizes, seed=seed), target),
-        [_Asked(i, plan[i], found.data if i == 0 else None) for i in missing],
+        [_Asked(i, plan[i], found[i].data if i < len(found) else None) for i in missing],
         executor=executor,
         n=workers,
         on_result=keep,
@@ -132,7 +153,7 @@ def compare(
             rows.append(
                 Comparison(
                     architecture=architecture,
-                    role="front" if i else "found",
+                    role="found" if i < len(found) else "front",
                     predicted_accuracy=predicted["accuracy"][0],
                     predicted_latency_ms=predicted["latency_ms"][0],
                     predicted_latency_upper_ms=predictors.latency_bound_ms(architecture, confidence),

@@ -1,4 +1,4 @@
-"""Compare: predictions held against int8 files of the found network and of others on the front."""
+"""Compare: predictions held against int8 files of the found networks and of others on the front."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from foxnas_mlflow.workflows._request import compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
 
 if TYPE_CHECKING:
+    from foxnas_mlflow.core.architecture import Architecture
     from foxnas_mlflow.core.comparison import Comparison
+    from foxnas_mlflow.core.measurements import Measurement
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareRequest(ExecutorRequest):
     """What to hold against what; see `run_compare`. A step of `main`, no entry point of its own."""
 
-    model: str = parameter("", "Model URI of the int8 file of the found network.")
-    predictors: str = parameter("", "Model URI of the predictors that it was found with.")
+    models: tuple[str, ...] = parameter((), "Model URIs of the int8 files of the found networks.")
+    subnets: tuple[str, ...] = parameter((), "Model URIs of these networks, as the search registered them.")
+    predictors: str = parameter("", "Model URI of the predictors that they were found with.")
+    measurements: str = parameter("", "Table of the networks that were sampled: measurements.csv.")
     supernet: str = parameter("", "Model URI of the supernet, which gives the other networks their weights.")
     data: str = parameter("", "The images that it was trained on, where they are now.")
-    latency_ms: float | None = parameter(None, "Latency limit of the search in milliseconds; empty: none.", above=0)
-    limits: str = parameter("", "All limits of the search, as text.")
+    latency_ms: float | None = parameter(None, "Latency limit of the first one in milliseconds; empty: none.", above=0)
+    limits: str = parameter("", "All limits of the first one, as text; of the others only that on latency differs.")
     confidence: float = parameter(0.95, "Confidence of the search.", at_least=0.5, below=1)
-    n_compare: int = parameter(5, "Networks of the front beside the found one.", at_least=0)
+    n_compare: int = parameter(5, "Networks of the front beside the found ones.", at_least=0)
     target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")
     device: str = parameter("", "Where to measure; empty: nowhere.")
     compiler_image: str = compiler_image()
@@ -40,13 +44,13 @@ class CompareResult(Result):
 
     Attributes:
         metrics: Rank correlations and errors, without their prefix ``pipeline/``.
-        check: Whether a network that was compared beats the found one on both measured figures, in a sentence.
-        beaten_by: That network, as ``architecture.json``, or None.
+        checks: For each found network whether another one beats it on both measured figures, in a sentence.
+        beaten_by: For each of them that network, as ``architecture.json``, or None.
     """
 
     metrics: Mapping[str, float]
-    check: str
-    beaten_by: Mapping[str, Any] | None
+    checks: Sequence[str]
+    beaten_by: Sequence[Mapping[str, Any] | None]
 
 
 def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, str] | None = None) -> CompareResult:
@@ -65,12 +69,15 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
     from foxnas_mlflow.core.searchers import Objective, front_of, parse_limits
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.tracking.comparison import log_comparison
-    from foxnas_mlflow.tracking.inputs import open_predictors, open_supernet
+    from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors, open_supernet
     from foxnas_mlflow.tracking.run import entry_run
-    from foxnas_mlflow.workflows._comparing import compare, find_found
+    from foxnas_mlflow.workflows._comparing import compare, find_found, find_searched
 
     target = get_target(request.target)
-    params = {key: getattr(request, key) for key in ("model", "predictors", "supernet", "latency_ms")}
+    params = {
+        "model": ",".join(request.models),
+        **{key: getattr(request, key) for key in ("predictors", "supernet", "latency_ms")},
+    }
     with (
         open_executor(request) as executor,
         entry_run(stage="compare", params=params, target=target.name, tags=tags) as run,
@@ -79,13 +86,21 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
     ):
         supernet = open_supernet(request.supernet, data=request.data, name=request.name)
         predictors, _ = open_predictors(request.predictors, target.name)
-        found = find_found(request.model, run.directory)
+        found = [find_found(model, run.directory / f"found{i}") for i, model in enumerate(request.models)]
         limits = parse_limits(request.limits)
         quantities = [limit.quantity for limit in limits] or ["latency_ms"]
         objective = Objective(predictors, confidence=request.confidence, quantities=quantities)
+        others = [limit for limit in limits if limit.quantity != "latency_ms"]
+
+        def answers(architecture: Architecture) -> bool:
+            if architecture.image_size not in objective.image_sizes:
+                return False
+            amounts = objective.amounts(architecture)
+            return all(amounts[limit.quantity] <= limit.value for limit in others)
+
         rows = compare(
             found,
-            spread_over(front_of(objective), request.n_compare, without=found.architecture),
+            spread_over(front_of(objective), request.n_compare, without=[f.architecture for f in found]),
             supernet=supernet,
             predictors=predictors,
             confidence=request.confidence,
@@ -98,16 +113,22 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
             directory=directory,
             on_row=lambda done, total: show(done, total, ""),
         )
-        others = [limit for limit in limits if limit.quantity != "latency_ms"]
-        answers = [all(objective.amounts(r.architecture)[x.quantity] <= x.value for x in others) for r in rows]
-        check = check_found(rows, answers)
-        metrics = log_comparison(run, rows, request.latency_ms, check)
+        answer = [answers(row.architecture) for row in rows]
+        sampled: list[Measurement] = []
+        if request.measurements:
+            sampled = open_measurements(request.measurements, run.directory)[0]
+        sampled = [row for row in sampled if answers(row.architecture)]
+        checks = [
+            check_found(rows, answer, i).beside(find_searched(subnet, run.directory / f"subnet{i}"), sampled)
+            for i, subnet in enumerate(request.subnets)
+        ]
+        metrics = log_comparison(run, rows, request.latency_ms, checks)
         return CompareResult(
             run_id=run.run_id,
             metrics=metrics,
-            check=check.sentence,
-            beaten_by=None if check.beaten_by is None else check.beaten_by.architecture.to_dict(),
-            summary=f"{_summary(rows)}\n{check.sentence}",
+            checks=[check.sentence for check in checks],
+            beaten_by=[None if check.beaten_by is None else check.beaten_by.to_dict() for check in checks],
+            summary="\n".join([_summary(rows), *(check.sentence for check in checks)]),
         )
 
 

@@ -9,7 +9,7 @@
 | finetune  | the same network trained alone, if epochs are given | its weights, data                 |
 | quantize  | its int8 file                                     | the found network                   |
 | benchmark | its latency                                       | the int8 file, device               |
-| compare   | predicted and real of it and others of the front  | all of these                        |
+| compare   | predicted and real of it and others of the front  | all of these, the samples           |
 | promote   | a stage and its alias, if the gates hold          | the int8 version and its figures    |
 """
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.core.workers import Executor
     from foxnas_mlflow.data import ImageDataset
+    from foxnas_mlflow.tracking.pipeline import PipelineNetwork
     from foxnas_mlflow.tracking.run import EntryRun
     from foxnas_mlflow.tracking.steps import Step, StepResult
 
@@ -277,11 +278,11 @@ class _Pipeline:
         supernet = request.supernet or self._supernet().model_uri
         samples = self._sample(supernet).measurements
         predictors = self._fit(samples).model_uri
-        found, model, compared = self._found(predictors, supernet, samples)
-        latency_ms = found.latency_ms
+        found, networks, compared = self._found(predictors, supernet, samples)
+        model, latency_ms = networks[0].model_uri, found.latency_ms
         refusal: PromotionError | None = None
-        if compared.beaten_by is not None and request.stage.lower() != "none":
-            refusal = PromotionError("a network that another one beats is not promoted", received=compared.check)
+        if compared.beaten_by[0] is not None and request.stage.lower() != "none":
+            refusal = PromotionError("a network that another one beats is not promoted", received=compared.checks[0])
         elif self._device and request.stage.lower() != "none":
             try:
                 self._promote(model, latency_ms)
@@ -294,7 +295,7 @@ class _Pipeline:
             latency_ms=latency_ms,
             limits=found.limits,
             confidence=request.confidence,
-            model_uri=model,
+            networks=networks,
             target=self._target,
             dataset=self._dataset,
             refusal=str(refusal or ""),
@@ -306,32 +307,41 @@ class _Pipeline:
             raise refusal
         return result
 
-    def _found(self, predictors: str, supernet: str, samples: str) -> tuple[SearchResult, str, CompareResult]:
-        """Search, make the int8 model, measure and compare it; again while the comparison shows a better network.
+    def _found(
+        self, predictors: str, supernet: str, samples: str
+    ) -> tuple[SearchResult, list[PipelineNetwork], CompareResult]:
+        """Search, make int8 models, measure and compare them; again while the comparison shows better networks.
 
         Returns:
-            The search, the int8 model that runs on the target, and its comparison.
+            The search, the network of each latency with its int8 model, and their comparison.
         """
         from foxnas_mlflow.core.architecture import Architecture
+        from foxnas_mlflow.tracking.pipeline import PipelineNetwork
 
         latencies = self._latencies(predictors)
         also: list[Architecture] = []
         beaten: list[Architecture] = []
-        while True:
+        for again in range(_SEARCHED_AGAIN + 1):
             found = self._search(latencies, predictors, supernet, samples, also, beaten)
-            subnet = found.model_uri
-            if self._request.finetune_epochs:
-                subnet = self._finetune(subnet).better_uri
-            model = self._quantize(subnet).runnable_uri
-            if self._device:
-                self._benchmark(model)
-            compared = self._compare(supernet, found.predictors_uri, model, found)
-            if compared.beaten_by is None or len(beaten) == _SEARCHED_AGAIN:
-                return found, model, compared
-            logger.info("\nThe comparison is a look too: the search is done again without the network that is beaten.")
-            also.append(Architecture.from_dict(compared.beaten_by))
-            beaten.append(Architecture.from_dict(found.architecture))
-            latencies = () if found.latency_ms is None else (found.latency_ms,)
+            networks = []
+            for number, subnet in enumerate(found.model_uris):
+                place = "" if number == 0 else f".{number + 1}"
+                if self._request.finetune_epochs:
+                    subnet = self._finetune(subnet, place).better_uri
+                model = self._quantize(subnet, place).runnable_uri
+                if self._device:
+                    self._benchmark(model, place)
+                limit = latencies[number] if len(latencies) > 1 else found.latency_ms
+                networks.append(PipelineNetwork(place, limit, model))
+            compared = self._compare(supernet, samples, [network.model_uri for network in networks], found)
+            better = [(k, Architecture.from_dict(other)) for k, other in enumerate(compared.beaten_by) if other]
+            if not better or again == _SEARCHED_AGAIN:
+                break
+            logger.info("\nThe comparison is a look too: the search is done again without a network that is beaten.")
+            chosen = found.architectures or [found.architecture]
+            also += [other for _, other in better if other not in also]
+            beaten += [Architecture.from_dict(chosen[k]) for k, _ in better]
+        return found, networks, compared
 
     def is_begun(self) -> bool:
         """Whether its supernet was trained, or its training begun."""
@@ -459,7 +469,7 @@ class _Pipeline:
             lambda _: lambda *, tags: run_search(request, tags=tags, also=also, beaten=beaten),
         )
 
-    def _finetune(self, subnet: str) -> FinetuneResult:
+    def _finetune(self, subnet: str, place: str) -> FinetuneResult:
         main = self._request
         request = FinetuneRequest(
             subnet=subnet,
@@ -479,9 +489,10 @@ class _Pipeline:
                 inputs,
                 ("search",),
                 lambda _: lambda *, tags: run_finetune(request, checkpoint=checkpoint, tags=tags),
+                place=place,
             )
 
-    def _quantize(self, subnet: str) -> QuantizeResult:
+    def _quantize(self, subnet: str, place: str) -> QuantizeResult:
         main = self._request
         request = QuantizeRequest(
             subnet=subnet,
@@ -499,11 +510,12 @@ class _Pipeline:
             "quantize",
             QuantizeResult,
             _inputs(request) | {"unknown": _content_of(main.unknown)},
-            ("search", "finetune"),
+            ("search", f"finetune{place}"),
             lambda _: lambda *, tags: run_quantize(request, tags=tags),
+            place=place,
         )
 
-    def _benchmark(self, model: str) -> BenchmarkResult:
+    def _benchmark(self, model: str, place: str) -> BenchmarkResult:
         main = self._request
         cluster = {key: value for key, value in self._working.items() if key != "workers"}
         request = BenchmarkRequest(model=model, target=main.target, device=self._device, name=main.name, **cluster)
@@ -516,13 +528,17 @@ class _Pipeline:
                 board = first_answering(self._device, executor)
             return run_benchmark(request.replace(device=board), tags=tags)
 
-        return self._step("benchmark", BenchmarkResult, _inputs(request), ("quantize",), lambda _: benchmark)
+        return self._step(
+            "benchmark", BenchmarkResult, _inputs(request), (f"quantize{place}",), lambda _: benchmark, place=place
+        )
 
-    def _compare(self, supernet: str, predictors: str, model: str, found: SearchResult) -> CompareResult:
+    def _compare(self, supernet: str, samples: str, models: Sequence[str], found: SearchResult) -> CompareResult:
         main = self._request
         request = CompareRequest(
-            model=model,
-            predictors=predictors,
+            models=tuple(models),
+            subnets=tuple(found.model_uris),
+            predictors=found.predictors_uri,
+            measurements=samples,
             supernet=supernet,
             data=main.data,
             latency_ms=found.latency_ms,
@@ -572,6 +588,7 @@ class _Pipeline:
         after: Sequence[str],
         do: Callable[[Sequence[str]], _Do],
         *,
+        place: str = "",
         holds: Callable[[Mapping[str, Any]], bool] = lambda outputs: True,
     ) -> S:
         """Find or do a step, or wait for another pipeline that does it.
@@ -582,8 +599,11 @@ class _Pipeline:
             inputs: What its result depends on beside the steps before it and the data.
             after: Steps whose results it depends on.
             do: Given the runs of this step that were cut off, what does it.
+            place: What its name ends with in `done` where several networks were found.
             holds: Whether a result that is found still holds.
         """
+        import dataclasses
+
         from foxnas_mlflow.tracking.steps import run_step
 
         def action(cut_off: Sequence[str], tags: Mapping[str, str]) -> Mapping[str, Any]:
@@ -593,7 +613,7 @@ class _Pipeline:
 
         logger.info("\n== %s (%d of %d)", name, STEPS.index(name) + 1, len(STEPS))
         done = run_step(self._run, self._identity(name, inputs, after), action, holds=holds)
-        self.done[name] = done
+        self.done[name + place] = dataclasses.replace(done, name=name + place)
         how = "found, its inputs are unchanged" if done.reused else f"done in {done.seconds:.0f} s"
         logger.info("== %s: %s; run %s", name, how, done.run_id)
         return result.from_dict(done.outputs)

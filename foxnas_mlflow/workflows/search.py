@@ -112,6 +112,7 @@ class SearchResult(Result):
         model_uris: All of them, in the order of the latencies.
         predictors_uri: The predictors that they were found with, registered beside them.
         architecture: The first network, as ``architecture.json``.
+        architectures: All of them.
         latency_ms: The latency limit that it meets, or None where latency was not limited.
         limits: All limits that it meets, as text.
         confidence: Probability that measurements meet them.
@@ -126,6 +127,7 @@ class SearchResult(Result):
     limits: str
     confidence: float
     metrics: Mapping[str, float]
+    architectures: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +229,7 @@ def run_search(
             model_uris=[network.uri for network in logged.networks],
             predictors_uri=logged.predictors_uri,
             architecture=first.architecture.to_dict(),
+            architectures=[one.outcome.architecture.to_dict() for one in found],
             latency_ms=first.latency_limit_ms,
             limits=describe_limits(first.limits) if first.limits else "",
             confidence=request.confidence,

@@ -10,12 +10,14 @@ import pytest
 
 from foxnas_mlflow.core.comparison import (
     Comparison,
+    Searched,
     agreement,
     check_found,
     read_comparisons,
     spread_over,
     write_comparisons,
 )
+from foxnas_mlflow.core.measurements import Measurement, Timing
 from foxnas_mlflow.core.predictors import reference_predictors
 from foxnas_mlflow.core.searchers import Objective, front_of
 from foxnas_mlflow.core.space import CPU_SPACE
@@ -56,7 +58,7 @@ def test_a_network_that_is_faster_and_beyond_noise_more_accurate_beats_the_found
     faster = dataclasses.replace(rows[1], accuracy=74.0, latency_ms=9.0)
     check = check_found([found, faster, rows[2]], [True] * 3)
     assert check.checked
-    assert check.beaten_by is faster
+    assert check.beaten_by is faster.architecture
     assert "takes 9 ms in place of 10 ms and is 4.00 points (standard error 3.1" in check.sentence
     for other in (
         dataclasses.replace(faster, accuracy=73.0),
@@ -78,8 +80,33 @@ def test_the_same_images_tell_networks_apart_that_two_accuracies_do_not(rows: li
     found = dataclasses.replace(rows[0], accuracy=70.0, latency_ms=10.0, correct=right)
     faster = dataclasses.replace(rows[1], accuracy=72.0, latency_ms=9.0, correct=better)
     # Eight images of 400, none the other way: the difference of 2 points has an error of 0.7.
-    assert check_found([found, faster], [True, True]).beaten_by is faster
+    assert check_found([found, faster], [True, True]).beaten_by is faster.architecture
     assert check_found([found, dataclasses.replace(faster, correct=None)], [True, True]).beaten_by is None
+
+
+def test_each_of_several_found_networks_is_held_against_all_others(rows: list[Comparison]) -> None:
+    first = dataclasses.replace(rows[0], accuracy=70.0, latency_ms=10.0)
+    second = dataclasses.replace(rows[1], accuracy=70.5, latency_ms=20.0)
+    faster = dataclasses.replace(rows[2], accuracy=76.0, latency_ms=15.0)
+    checks = [check_found([first, second, faster], [True] * 3, i) for i in range(2)]
+    assert [check.beaten_by for check in checks] == [None, faster.architecture]
+
+
+def test_sampled_networks_are_held_against_what_the_search_measured(rows: list[Comparison]) -> None:
+    checked = check_found(rows[:2], [True] * 2)
+    searched = Searched(accuracy=90.0, standard_error=1.0, latency_ms=10.0, device="board")
+
+    def sampled(accuracy: float, latency_ms: float, device: str = "board") -> Measurement:
+        return Measurement.of(rows[3].architecture, Timing(latency_ms, "measured", device), accuracy)
+
+    # The difference of two evaluations has an error of 1.41 points.
+    better = checked.beside(searched, [sampled(91.0, 9.0), sampled(91.5, 9.0)])
+    assert better.beaten_by == rows[3].architecture
+    assert "BEATEN: a sampled network takes 9 ms in place of 10 ms and was evaluated 1.50 points" in better.sentence
+    worse = checked.beside(searched, [sampled(91.0, 9.0), sampled(95.0, 11.0), sampled(95.0, 9.0, "another")])
+    assert worse.beaten_by is None
+    assert worse.sentence == f"{checked.sentence} Nor does any of the 2 sampled: 1 are faster."
+    assert checked.beside(None, [sampled(95.0, 9.0)]) == checked
 
 
 def test_the_table_is_read_back(rows: list[Comparison], tmp_path: Path) -> None:
@@ -91,10 +118,10 @@ def test_the_table_is_read_back(rows: list[Comparison], tmp_path: Path) -> None:
 def test_networks_are_spread_over_the_front_without_the_found_one() -> None:
     front = front_of(Objective(reference_predictors("rpi4")))
     found = front.architecture(0)
-    chosen = spread_over(front, 5, without=found)
+    chosen = spread_over(front, 5, without=[found])
     assert len(set(chosen)) == 5
     assert found not in chosen
     latency = reference_predictors("rpi4").predict_table(chosen)["latency_ms"]
     steps = np.diff(np.log(latency))
     np.testing.assert_allclose(steps, steps.mean(), rtol=0.05)
-    assert spread_over(front, 0, without=found) == []
+    assert spread_over(front, 0, without=[found]) == []

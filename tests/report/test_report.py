@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.comparison import Comparison, agreement
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.predictors import marginal_effects, reference_predictors
-from foxnas_mlflow.core.searchers import SEARCHERS, search
+from foxnas_mlflow.core.searchers import SEARCHERS, Objective, front_of, search
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.report import write_search_report
+from foxnas_mlflow.report import PipelinePage, write_pipeline_report, write_search_report
 from foxnas_mlflow.report._pipeline import _classes, _images
 from foxnas_mlflow.report._search import latency_shares, stage_latencies
 
@@ -95,3 +96,87 @@ def test_the_page_of_a_pipeline_has_the_warnings_of_its_images() -> None:
     html = _images({"source": "pictures"}, ["classes without validation images: cat & <dog>"])
     assert "<li>classes without validation images: cat &amp; &lt;dog&gt;</li>" in html
     assert "<ul>" not in _images({"source": "pictures"}, ())
+def pipeline_page(limits_ms: list[float | None], **request: object) -> PipelinePage:
+    """A page of found networks and two others, without training and gates."""
+    predictors = reference_predictors("rpi4")
+    networks = CPU_SPACE.sample(np.random.default_rng(0), n=len(limits_ms) + 2, image_size=256)
+    table = predictors.predict_table(networks)
+    rows = [
+        Comparison(a, "found" if i < len(limits_ms) else "front", acc, ms, 1.1 * ms, acc - 1, 400, 2 * ms)
+        for i, (a, acc, ms) in enumerate(zip(networks, table["accuracy"], table["latency_ms"], strict=True))
+    ]
+    found = [
+        {
+            "limit_ms": limit,
+            "model_uri": f"models:/n-rpi4/{i}",
+            "int8_top1": 70.5,
+            "quantization_drop": 0.25,
+            "size_bytes": 4096,
+            "latency_ms": 30.0,
+            "valid": True,
+        }
+        for i, limit in enumerate(limits_ms, 1)
+    ]
+    quantization = {"accuracy/float_top1": 71.0, "accuracy/int8_top1": 70.5, "accuracy/quantization_drop": 0.5}
+    quantization |= {"model/size_bytes": 4096.0, "model/params": 1e6, "model/macs": 1e7}
+    benchmark = {
+        "device": "a board",
+        "connection": "local",
+        "runtime": "LiteRT",
+        "threads": 1,
+        "batch": 1,
+        "n_runs": 2,
+        "latency_ms_p50": 30.0,
+        "latency_ms_p90": 31.0,
+        "latency_ms_p99": 32.0,
+        "peak_memory_bytes": 2**20,
+        "valid": True,
+        "emulated": False,
+        "samples_ms": [30.0, 30.0],
+    }
+    return PipelinePage(
+        request={"latency_ms": [], "limits": "", "objective": "accuracy", "confidence": 0.95} | request,
+        latency_ms=limits_ms[0],
+        target=get_target("rpi4"),
+        model_uri="models:/n-rpi4/1",
+        steps=[],
+        data={"source": "digits", "training images": "100"},
+        training={},
+        measurements=[],
+        predictors=predictors,
+        front=front_of(Objective(predictors)),
+        architecture=networks[0],
+        quantization=quantization,
+        finetuning=None,
+        benchmark=benchmark,
+        comparisons=rows,
+        checks=[f"check {i}" for i, _ in enumerate(limits_ms, 1)],
+        networks=found,
+        agreement=agreement(rows, limits_ms[0]),
+        gates=[],
+        stage="",
+        refusal="",
+    )
+
+
+def test_the_page_of_a_pipeline_tells_each_of_its_networks(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_pipeline_report(path, pipeline_page([40.0]))
+    page = path.read_text()
+    assert "within the limit of 40 ms" in page
+    assert "A network for each latency" not in page
+    # Every network took twice what was predicted: half of what was measured is missing, in the rows as in the mean.
+    assert page.count("-50.0 %") == 3
+    assert "mean error 50 %" in page
+    write_pipeline_report(path, pipeline_page([20.0, 40.0], latency_ms=[20.0, 40.0]))
+    page = path.read_text()
+    assert "<b>above</b> the limit of 20 ms" in page
+    assert "first of 2 networks, one for each latency" in page
+    assert "At most 40 ms: check 2" in page
+    assert {"20", "models:/n-rpi4/1", "30, above"} <= set(cells(page))
+    assert {"40", "models:/n-rpi4/2", "30, within"} <= set(cells(page))
+
+
+def cells(page: str) -> list[str]:
+    """Texts of all cells of all tables of a page."""
+    return re.findall(r"<td>([^<]*)</td>", page)

@@ -22,6 +22,7 @@ from foxnas_mlflow.core.measurements import Measurement, Timing
 from foxnas_mlflow.core.searchers._evidence import (
     BoolArray,
     Combined,
+    FloatArray,
     combine,
     dominated,
     evaluation_covariance,
@@ -41,6 +42,9 @@ _REACH = 1.1
 
 _AGAIN = 10
 """Most networks that were measured before and are looked at again because they beat the winner."""
+
+_SPACING = 1.0
+"""Standard deviations of a predicted difference between networks of a front that are looked at."""
 
 _FRONT_POINTS = 400
 """Most points of a front among which candidates are chosen."""
@@ -386,8 +390,10 @@ def candidates(outcome: SearchOutcome, n: int, *, measured: bool) -> list[Archit
     found = outcome.architecture
     points = [a for a in _front_within(outcome, n, measured=measured) if a != found]
     # From the most accurate to the fastest; the found one may be anywhere near the top.
-    ordered = sorted([found, *points], key=lambda a: -_accuracy(outcome, a))
-    accuracy = np.array([_accuracy(outcome, a) for a in ordered])
+    points = [found, *points]
+    accuracy = _accuracies(outcome, points)
+    order = np.argsort(-accuracy, kind="stable")
+    ordered, accuracy = [points[i] for i in order], accuracy[order]
     covariance = prediction_covariance(outcome.objective.predictors, ordered)
     sd = np.sqrt(np.diag(covariance)[:, None] + np.diag(covariance) - 2 * covariance)
     chosen = [ordered.index(found)]
@@ -397,7 +403,7 @@ def candidates(outcome: SearchOutcome, n: int, *, measured: bool) -> list[Archit
     for i in range(1, len(ordered)):
         if len(chosen) >= n:
             break
-        if i not in chosen and accuracy[last] - accuracy[i] >= sd[last, i]:
+        if i not in chosen and accuracy[last] - accuracy[i] >= _SPACING * sd[last, i]:
             chosen.append(i)
             last = i
     while len(chosen) < min(n, len(ordered)):
@@ -524,4 +530,15 @@ def _counts_meet(outcome: SearchOutcome, architecture: Architecture) -> bool:
 
 
 def _accuracy(outcome: SearchOutcome, architecture: Architecture) -> float:
-    return float(outcome.objective.predictors.of("accuracy", architecture.image_size).predict([architecture])[0])
+    return float(_accuracies(outcome, [architecture])[0])
+
+
+def _accuracies(outcome: SearchOutcome, architectures: Sequence[Architecture]) -> FloatArray:
+    """Predicted accuracies in percent, shape (k,)."""
+    sizes = np.array([a.image_size for a in architectures])
+    accuracy = np.empty(len(sizes))
+    for size in np.unique(sizes):
+        rows = np.flatnonzero(sizes == size)
+        predictor = outcome.objective.predictors.of("accuracy", int(size))
+        accuracy[rows] = predictor.predict([architectures[int(i)] for i in rows])
+    return accuracy
