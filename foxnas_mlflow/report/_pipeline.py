@@ -172,9 +172,12 @@ def _networks(page: PipelinePage) -> Markup:
 
 def _comparison(page: PipelinePage) -> Markup:
     rows, n_found = page.comparisons, len(page.networks)
+    roles = [row.role for row in rows]
+    if n_found > 1:
+        roles[:n_found] = [f"found, {network['limit_ms']:.4g} ms" for network in page.networks]
     cells = [
         (
-            row.role,
+            role,
             f"{row.architecture.image_size}",
             f"{row.predicted_accuracy:.2f}",
             f"{row.accuracy:.2f} ± {row.standard_error:.2f}",
@@ -185,7 +188,7 @@ def _comparison(page: PipelinePage) -> Markup:
             else f"{row.latency_ms:.4g}" + ("" if row.latency_valid else " (not to be trusted)"),
             "" if row.latency_ms is None else f"{100 * (row.predicted_latency_ms / row.latency_ms - 1):+.1f} %",
         )
-        for row in rows
+        for role, row in zip(roles, rows, strict=True)
     ]
     header = ("network", "px", "predicted %", "int8 %", "points", "predicted ms", "measured ms", "predicted is off by")
     plots = plot(

@@ -173,6 +173,7 @@ def test_the_page_of_a_pipeline_tells_each_of_its_networks(tmp_path: Path) -> No
     assert "<b>above</b> the limit of 20 ms" in page
     assert "first of 2 networks, one for each latency" in page
     assert "At most 40 ms: check 2" in page
+    assert [cell for cell in cells(page) if cell.startswith("found")] == ["found, 20 ms", "found, 40 ms"]
     assert {"20", "models:/n-rpi4/1", "30, above"} <= set(cells(page))
     assert {"40", "models:/n-rpi4/2", "30, within"} <= set(cells(page))
 
