@@ -96,6 +96,8 @@ def test_the_page_of_a_pipeline_has_the_warnings_of_its_images() -> None:
     html = _images({"source": "pictures"}, ["classes without validation images: cat & <dog>"])
     assert "<li>classes without validation images: cat &amp; &lt;dog&gt;</li>" in html
     assert "<ul>" not in _images({"source": "pictures"}, ())
+
+
 def pipeline_page(limits_ms: list[float | None], **request: object) -> PipelinePage:
     """A page of found networks and two others, without training and gates."""
     predictors = reference_predictors("rpi4")
