@@ -44,7 +44,7 @@ from foxnas_mlflow.core.predictors import (
     widest_formula,
 )
 from foxnas_mlflow.core.random import Stream, stream
-from foxnas_mlflow.core.searchers import search
+from foxnas_mlflow.core.searchers import accuracy_signal, search
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
 
 
@@ -272,6 +272,11 @@ def test_where_all_networks_are_as_accurate_the_fastest_is_found(accuracy: float
     rows = [dataclasses.replace(m, accuracy=accuracy) for m in _synthetic(60)]
     predictors = fit_predictors(rows, CPU_SPACE).predictors
     assert f"all 60 networks that were evaluated are right at {accuracy:.4g} %" in predictors.notes[0]
+    # A search says so before anything else.
+    signal = accuracy_signal(predictors)
+    assert signal is not None
+    assert signal.absent
+    assert str(signal) == predictors.notes[0]
     size = rows[0].architecture.image_size
     objective = Objective(predictors, image_sizes=(size,))
     quickest = fastest(objective)

@@ -167,11 +167,13 @@ class Signal:
         kendall_tau: Rank correlation of cross-validated predictions with evaluations.
         n_samples: Networks behind it.
         p_value: Chance of as much without any signal (one-sided).
+        alike: What there is instead, in words, where all networks are as accurate; else empty.
     """
 
     kendall_tau: float
     n_samples: int
     p_value: float
+    alike: str = ""
 
     @property
     def absent(self) -> bool:
@@ -179,6 +181,8 @@ class Signal:
         return self.p_value > _SIGNAL_P
 
     def __str__(self) -> str:
+        if self.alike:
+            return self.alike
         if not self.absent:
             return f"accuracy predictors rank networks with tau {self.kendall_tau:.2f} ({self.n_samples} samples)"
         return (
@@ -199,6 +203,9 @@ def rank_signal(kendall_tau: float, n_samples: int) -> Signal:
 
 def accuracy_signal(predictors: PredictorSet) -> Signal | None:
     """What the cross-validation of the accuracy predictors says of their ranking (the weakest one's), if known."""
+    for p in predictors.accuracy:
+        if p.sigma == 0 and p.notes and not p.coefficients.any():
+            return Signal(0.0, int(p.metrics["n_samples"]), 1.0, p.notes[0])
     signals = [
         rank_signal(p.metrics["kendall_tau"], int(p.metrics["n_samples"]))
         for p in predictors.accuracy
