@@ -47,8 +47,8 @@ from foxnas_mlflow.core.searchers import (
 
 SIZE = 256
 MISFIT_POINTS, MISFIT_LATENCY, TIMING_ERROR, SHARED = 0.15, 0.004, 0.003, 0.8
-ONE_SHOT = (50, 60, 80, 120, 160, 240, 480)
-LOOP = (40, 50, 60, 80, 120)
+ONE_SHOT = (60, 90, 120, 180, 240)
+LOOP = (55,)
 
 
 class Truth:
@@ -157,6 +157,22 @@ def answers(seed: int, args: argparse.Namespace) -> list[Answer]:
     return found
 
 
+def show(found: Sequence[Answer]) -> None:
+    """Print what each method came to."""
+    print(
+        f"{'':<10}{'rows':>6}{'evaluations':>13}{'mean gap':>10}{'median':>8}{'90 %':>7}{'over limit':>12}{'beaten':>8}"
+    )
+    for method in sorted({a.method for a in found}, key=lambda m: (m[0] != "one-shot", m)):
+        same = [a for a in found if a.method == method]
+        gap = [a.gap for a in same]
+        print(
+            f"{method[0]:<10}{method[1]:>6}{np.mean([a.evaluations for a in same]):>13.1f}{np.mean(gap):>10.3f}"
+            f"{np.median(gap):>8.3f}{np.quantile(gap, 0.9):>7.3f}{np.mean([a.exceeds for a in same]):>12.1%}"
+            f"{np.mean([a.beaten for a in same]):>8.1%}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--searches", type=int, default=200)
@@ -167,24 +183,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args()
     start = time.perf_counter()
+    found: list[Answer] = []
     with get_context("spawn").Pool(args.workers) as pool:
         seeds = range(args.first_seed, args.first_seed + args.searches)
-        found = [a for part in pool.imap_unordered(partial(answers, args=args), seeds) for a in part]
-    print(
-        f"{args.searches} searches, {args.candidates} looked at in each of at most {args.rounds} rounds, "
-        f"{args.images:,} images, {time.perf_counter() - start:.0f} s"
-    )
-    print(
-        f"{'':<10}{'rows':>6}{'evaluations':>13}{'mean gap':>10}{'median':>8}{'90 %':>7}{'over limit':>12}{'beaten':>8}"
-    )
-    for method in dict.fromkeys(sorted((a.method for a in found), key=lambda m: (m[0] != "one-shot", m))):
-        same = [a for a in found if a.method == method]
-        gap = [a.gap for a in same]
-        print(
-            f"{method[0]:<10}{method[1]:>6}{np.mean([a.evaluations for a in same]):>13.1f}{np.mean(gap):>10.3f}"
-            f"{np.median(gap):>8.3f}{np.quantile(gap, 0.9):>7.3f}{np.mean([a.exceeds for a in same]):>12.1%}"
-            f"{np.mean([a.beaten for a in same]):>8.1%}"
-        )
+        for n, part in enumerate(pool.imap_unordered(partial(answers, args=args), seeds), start=1):
+            found += part
+            if n % 20 == 0 or n == args.searches:
+                print(f"{n} searches, {time.perf_counter() - start:.0f} s")
+                show(found)
+    print(f"{args.candidates} looked at in each of at most {args.rounds} rounds, {args.images:,} images")
 
 
 if __name__ == "__main__":

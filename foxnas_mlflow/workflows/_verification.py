@@ -167,7 +167,7 @@ def verified(
         InfeasibleConstraintError, DeviceError: As `foxnas_mlflow.core.searchers.verify`.
     """
     looked: list[Candidate] = []
-    lookers.ahead(candidates(outcome, n, measured=lookers.time is not None))
+    lookers.ahead(candidates(outcome, n, measured=lookers.time is not None, seen=also))
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: log_verification(run, looked, place))
         verdict = verify(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -72,7 +73,10 @@ def test_combined_figures_are_calibrated_where_the_best_evaluation_is_not() -> N
 
 
 def test_predictions_of_alike_networks_err_alike() -> None:
-    predictors = reference_predictors("rpi4")
+    packaged = reference_predictors("rpi4")
+    predictors = dataclasses.replace(
+        packaged, accuracy=tuple(dataclasses.replace(p, metrics={}) for p in packaged.accuracy)
+    )
     near = [
         CPU_SPACE.uniform(256, depth=3, expansion=4, kernel=5),
         CPU_SPACE.uniform(256, depth=3, expansion=4, kernel=3),
@@ -91,6 +95,14 @@ def test_predictions_of_alike_networks_err_alike() -> None:
     sd = np.sqrt(np.diag(covariance))
     correlation = covariance / np.outer(sd, sd)
     assert correlation[0, 1] > correlation[0, 2]
+    # A misfit is no smaller near the ceiling than held-out rows say that it is elsewhere.
+    rmse = packaged.of("accuracy", 256).metrics["cv_rmse"]
+    small = predictor.sigma * (78 - predictor.predict(near)) < rmse
+    assert small.any()
+    whole = np.diag(prediction_covariance(packaged, near))
+    shared = np.diag(covariance) - np.square(predictor.sigma * (78 - predictor.predict(near)))
+    np.testing.assert_allclose(whole[small], (shared + rmse**2)[small])
+    np.testing.assert_allclose(whole[~small], np.diag(covariance)[~small])
     less = prediction_covariance(predictors, near, evaluation_error=0.1)
     assert (np.diag(less) < np.diag(covariance)).all()
     np.linalg.cholesky(prediction_covariance(predictors, near, evaluation_error=9.0))

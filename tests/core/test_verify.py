@@ -13,7 +13,17 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import DeviceError, InfeasibleConstraintError
 from foxnas_mlflow.core.measurements import Measurement, Timing
 from foxnas_mlflow.core.predictors import reference_predictors
-from foxnas_mlflow.core.searchers import Candidate, Evaluated, SearchOutcome, choose, paired_difference, search, verify
+from foxnas_mlflow.core.searchers import (
+    Candidate,
+    Evaluated,
+    SearchOutcome,
+    candidates,
+    choose,
+    paired_difference,
+    search,
+    verify,
+)
+from foxnas_mlflow.core.searchers._verify import SPACING
 
 LIMIT_MS = 60.0
 
@@ -56,13 +66,28 @@ def test_measured_latency_decides_not_the_predicted_one(outcome: SearchOutcome) 
 
 
 def test_candidates_lie_as_far_apart_as_the_predictors_can_tell(outcome: SearchOutcome) -> None:
-    seen = verify(outcome, n_candidates=6, time=board(outcome, 0.9)).candidates
-    predicted = sorted((c.predicted_accuracy for c in seen[1:]), reverse=True)
+    seen = candidates(outcome, 6, measured=True)
+    assert len(seen) == 6
+    assert seen[0] == outcome.architecture
     predictors = outcome.objective.predictors
-    # The ceiling of the packaged accuracies is 78 %.
-    sigma = [predictors.of("accuracy", c.architecture.image_size).sigma * (78 - c.predicted_accuracy) for c in seen]
+
+    def gaps(networks: list[Architecture]) -> tuple[float, float]:
+        """The smallest difference of predicted accuracies, and the least misfit of two networks."""
+        of = [predictors.of("accuracy", a.image_size) for a in networks]
+        predicted = [float(p.predict([a])[0]) for p, a in zip(of, networks, strict=True)]
+        # The ceiling of the packaged accuracies is 78 %.
+        sigma = min(p.sigma * (78 - value) for p, value in zip(of, predicted, strict=True))
+        return float(np.diff(sorted(predicted)).min()), 2**0.5 * sigma
+
     # A difference of two networks errs by the misfit of both at least.
-    assert min(np.diff(predicted[::-1])) > min(sigma) * 2**0.5 * 0.99
+    nearest, misfit = gaps(seen)
+    assert nearest > 0.99 * SPACING * misfit
+    # Later rounds look at the found network, and at nothing that is near one that was looked at.
+    again = candidates(outcome, 6, measured=True, seen=seen[:3])
+    assert again[0] == outcome.architecture
+    assert not set(again[1:]) & set(seen[:3])
+    nearest, misfit = gaps([*seen[:3], *again[1:]])
+    assert nearest > 0.99 * SPACING * misfit
 
 
 def evaluations(outcome: SearchOutcome, accuracies: list[float], error: float) -> Callable[[Architecture], Evaluated]:

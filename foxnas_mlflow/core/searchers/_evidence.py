@@ -121,7 +121,8 @@ def prediction_covariance(
         shared = np.zeros((len(rows), len(rows)))
         if predictor.covariance is not None:
             shared = x @ predictor.covariance @ x.T * np.outer(slope, slope)
-        residual = np.square(predictor.sigma * slope)
+        # Near a ceiling the scale shrinks the residuals; networks there miss their predictions as others do.
+        residual = np.square(np.maximum(predictor.sigma * slope, predictor.metrics.get("cv_rmse", 0.0)))
         misfit = np.maximum(residual - evaluation_error**2, 0.5 * residual)
         covariance[np.ix_(rows, rows)] = shared + np.diag(misfit)
     return covariance

@@ -43,8 +43,9 @@ _REACH = 1.1
 _AGAIN = 10
 """Most networks that were measured before and are looked at again because they beat the winner."""
 
-_SPACING = 1.0
-"""Standard deviations of a predicted difference between networks of a front that are looked at."""
+SPACING = 1.5
+"""Standard deviations of a predicted difference between networks of a front that are looked at. The closer they are,
+the more often a faster one that was looked at is truly better than the chosen one (``benchmarks/verification.py``)."""
 
 _FRONT_POINTS = 400
 """Most points of a front among which candidates are chosen."""
@@ -217,7 +218,7 @@ def verify(
         on_candidate(candidate)
         return candidate
 
-    for architecture in candidates(outcome, n_candidates, measured=time is not None):
+    for architecture in candidates(outcome, n_candidates, measured=time is not None, seen=also):
         look(architecture, "found" if architecture == outcome.architecture else "front")
     for architecture in also:
         if all(c.architecture != architecture for c in seen):
@@ -377,41 +378,46 @@ def _goal(candidate: Candidate, goal: str) -> float:
     return candidate.speed_ms if goal == "latency_ms" else candidate.amounts[goal]
 
 
-def candidates(outcome: SearchOutcome, n: int, *, measured: bool) -> list[Architecture]:
+def candidates(
+    outcome: SearchOutcome, n: int, *, measured: bool, seen: Sequence[Architecture] = ()
+) -> list[Architecture]:
     """The found network, and others of the front within the limits, as far apart as predictors can tell them.
 
-    Each next network is the first down the front that is predicted less accurate than the one before by a standard
-    deviation of the difference of the two; where the front ends sooner, its end and what lies between are added. With
-    a device the predicted latency must meet its limit, without one the upper bound. Where least of a quantity
-    was asked for, they are its optima at accuracies higher by such steps.
+    From the most accurate one down, a network is taken that is predicted `SPACING` standard deviations of the
+    difference from every other one that is looked at. Where the front ends sooner, its end and what lies between
+    are added, unless networks were looked at before. With a device the predicted latency must meet its limit, without
+    one the upper bound. Where least of a quantity was asked for, they are its optima at accuracies higher by steps.
+
+    Args:
+        outcome: The search.
+        n: How many, the found one among them.
+        measured: Whether a device measures them.
+        seen: Networks that were looked at before.
     """
     if outcome.problem.goal != "accuracy":
         return _ladder(outcome, n)
     found = outcome.architecture
-    points = [a for a in _front_within(outcome, n, measured=measured) if a != found]
-    # From the most accurate to the fastest; the found one may be anywhere near the top.
-    points = [found, *points]
+    looked = [found, *(a for a in dict.fromkeys(seen) if a != found)]
+    points = [*looked, *(a for a in _front_within(outcome, n, measured=measured) if a not in looked)]
     accuracy = _accuracies(outcome, points)
+    covariance = prediction_covariance(outcome.objective.predictors, points)
+    sd = np.sqrt(np.maximum(np.diag(covariance)[:, None] + np.diag(covariance) - 2 * covariance, 0.0))
     order = np.argsort(-accuracy, kind="stable")
-    ordered, accuracy = [points[i] for i in order], accuracy[order]
-    covariance = prediction_covariance(outcome.objective.predictors, ordered)
-    sd = np.sqrt(np.diag(covariance)[:, None] + np.diag(covariance) - 2 * covariance)
-    chosen = [ordered.index(found)]
-    last = 0
-    if last not in chosen and len(chosen) < n:
-        chosen.append(last)
-    for i in range(1, len(ordered)):
+    chosen, taken = [0], list(range(len(looked)))
+    for i in map(int, order):
         if len(chosen) >= n:
             break
-        if i not in chosen and accuracy[last] - accuracy[i] >= _SPACING * sd[last, i]:
+        if i not in taken and (np.abs(accuracy[i] - accuracy[taken]) >= SPACING * sd[i, taken]).all():
             chosen.append(i)
-            last = i
-    while len(chosen) < min(n, len(ordered)):
-        # The front is spent: its end first, then the middle of the widest stretch without a candidate.
-        free = [i for i in range(len(ordered)) if i not in chosen]
-        distance = [min(abs(i - j) for j in chosen) for i in free]
-        chosen.append(free[int(np.argmax(distance))])
-    return [ordered[i] for i in chosen[:n]]
+            taken.append(i)
+    if len(looked) == 1:
+        rank = np.argsort(order)
+        while len(chosen) < min(n, len(points)):
+            # The front is spent: its end first, then the middle of the widest stretch without a candidate.
+            free = [i for i in map(int, order) if i not in chosen]
+            distance = [min(abs(int(rank[i] - rank[j])) for j in chosen) for i in free]
+            chosen.append(free[int(np.argmax(distance))])
+    return [points[i] for i in chosen[:n]]
 
 
 def _front_within(outcome: SearchOutcome, n: int, *, measured: bool) -> list[Architecture]:
