@@ -133,7 +133,7 @@ def conclude(
             measurements=tuple(rows),
             predictors=predictors,
             front=front_of(Objective(predictors, confidence=confidence)),
-            architecture=Architecture.from_dict(mlflow.artifacts.load_dict(_uri(runs["search"], "architecture.json"))),
+            architecture=Architecture.from_dict(done["search"].outputs["architecture"]),
             quantization=quantized,
             classes=done["quantize"].outputs.get("classes", ()),
             finetuning=alone,

@@ -128,7 +128,7 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
             metrics=metrics,
             checks=[check.sentence for check in checks],
             beaten_by=[None if check.beaten_by is None else check.beaten_by.to_dict() for check in checks],
-            summary="\n".join([_summary(rows), *(check.sentence for check in checks)]),
+            summary="\n".join([_summary(rows), *dict.fromkeys(check.sentence for check in checks)]),
         )
 
 

@@ -611,11 +611,11 @@ class _Pipeline:
             logger.info(made.describe())
             return made.to_dict()
 
-        logger.info("\n== %s (%d of %d)", name, STEPS.index(name) + 1, len(STEPS))
+        logger.info("\n== %s (%d of %d)", name + place, STEPS.index(name) + 1, len(STEPS))
         done = run_step(self._run, self._identity(name, inputs, after), action, holds=holds)
         self.done[name + place] = dataclasses.replace(done, name=name + place)
         how = "found, its inputs are unchanged" if done.reused else f"done in {done.seconds:.0f} s"
-        logger.info("== %s: %s; run %s", name, how, done.run_id)
+        logger.info("== %s: %s; run %s", name + place, how, done.run_id)
         return result.from_dict(done.outputs)
 
     def _identity(self, name: str, inputs: Mapping[str, Any], after: Sequence[str]) -> Step:
