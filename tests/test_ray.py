@@ -174,9 +174,15 @@ def test_an_address_that_does_not_answer(capsys: pytest.CaptureFixture[str], tra
         ):
             with pytest.raises(InvalidInputError, match=message), _ray.open_ray(address, workers=1):
                 pass
-    assert main(["main", "--executor", "ray", "--ray-address", f"127.0.0.1:{free_port()}", "--device", "none"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("foxnas: a Ray cluster must answer at ray_address")
+    import mlflow
+
+    for command in ("main", "search"):
+        asked = ["--executor", "ray", "--ray-address", f"127.0.0.1:{free_port()}", "--device", "none"]
+        assert main([command, "--target", "rpi4", *asked]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("foxnas: a Ray cluster must answer at ray_address")
+    # Before the work begins.
+    assert mlflow.MlflowClient().search_runs(["0"]) == []
 
 
 def test_an_address_of_ray_belongs_to_ray(capsys: pytest.CaptureFixture[str]) -> None:
