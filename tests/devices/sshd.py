@@ -21,7 +21,7 @@ class Server:
     """A running server.
 
     Attributes:
-        port: Where it listens, on 127.0.0.1.
+        port: Where it listens, on 127.0.0.1 and ::1.
         process: The server.
         host_key: Its public host key.
         start: Starts it again after `stop`.
@@ -34,7 +34,7 @@ class Server:
 
     @property
     def known_hosts_line(self) -> str:
-        return f"[127.0.0.1]:{self.port} {self.host_key}\n"
+        return f"[127.0.0.1]:{self.port},[::1]:{self.port} {self.host_key}\n"
 
     def stop(self) -> None:
         """End it and every connection; the commands that they run go on, as after a cut cable."""
@@ -84,6 +84,7 @@ def ssh_server(
     lines = [
         f"Port {port}",
         "ListenAddress 127.0.0.1",
+        *(["ListenAddress ::1"] if socket.has_ipv6 else []),
         f"HostKey {inside / 'host_key'}",
         f"AuthorizedKeysFile {inside / 'authorized_keys'}",
         "StrictModes no",

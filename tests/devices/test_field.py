@@ -227,32 +227,17 @@ def test_quotas_of_both_versions_of_control_groups(
     assert board.n_processors() == expected
 
 
-def test_a_quota_is_named_for_what_it_takes(probe: bytes) -> None:
-    group = Path("/sys/fs/cgroup/cpu" if Path("/sys/fs/cgroup/cpu").is_dir() else "/sys/fs/cgroup", "foxnas-test")
-    try:
-        group.mkdir()
-        if (group / "cpu.cfs_quota_us").exists():
-            (group / "cpu.cfs_quota_us").write_text("50000")
-            (group / "cpu.shares").write_text("262144")
-        else:
-            (group / "cpu.max").write_text("50000 100000")
-            (group / "cpu.weight").write_text("10000")
-    except OSError as error:
-        pytest.skip(f"a control group of its own needs rights ({error})")
-
+def test_a_quota_is_named_for_what_it_takes(probe: bytes, control_group: Path) -> None:
     class Held(LocalConnection):
         """This machine's Python in a control group that others cannot hold back."""
 
         def run(self, argv: list[str], *, timeout_s: float):  # type: ignore[no-untyped-def, override]
-            script = f'echo $$ > {group}/cgroup.procs; exec "$@"'
+            script = f'echo $$ > {control_group}/cgroup.procs; exec "$@"'
             return super().run(["sh", "-c", script, "sh", *argv], timeout_s=timeout_s)
 
-    try:
-        with Held() as connection:
-            found = check(connection)
-            benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=1.0, attempts=1)
-    finally:
-        group.rmdir()
+    with Held() as connection:
+        found = check(connection)
+        benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=1.0, attempts=1)
     assert (found.quota, found.cores) == (0.5, 1)
     assert any("a quota of 0.5 processors" in note for note in found.notes)
     assert not benchmark.valid

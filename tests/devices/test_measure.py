@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,10 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.protocol import in_turns
 from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError
+from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.devices import Benchmark, Completed, LocalConnection, board, check, connect, measure
 from foxnas_mlflow.devices._benchmark import invalid_reasons, median_interval
 from foxnas_mlflow.devices._script import BOARD_ERRORS, read_answer
+from foxnas_mlflow.tflite import write_probe
 
 from .sshd import board_processes
 
@@ -283,3 +288,17 @@ def test_a_working_directory_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TMPDIR", "/proc/nowhere")
     with connect("local") as connection, pytest.raises(DeviceError, match="making a directory on local was refused"):
         check(connection)
+
+
+@pytest.mark.slow
+def test_litert_times_the_same() -> None:
+    """Against LiteRT's own program, in turns; benchmarks/protocol.py tells more.
+
+    What the protocol could get wrong weighs more than the margin: XNNPACK off, or copies that are timed.
+    """
+    if shutil.which("litert-benchmark") is None:
+        pytest.skip("no litert-benchmark here (ai-edge-litert 2.1 and newer)")
+    network = CPU_SPACE.replace(kernels=(3,)).smallest(224)
+    turns = np.array(list(in_turns(write_probe(build_network(CPU_SPACE, network)), turns=4, runs=200)))
+    ours, theirs = turns[:, :, 1].min(axis=0)
+    assert 0.8 < ours / theirs < 1.25

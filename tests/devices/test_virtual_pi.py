@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.devices import check, connect, measure
 
 from .sshd import Server, board_processes, make_key, ssh_server
-from .virtual_pi import CORES, ENVIRONMENT, PYTHON, SMALL, UnavailableError, enter, make_virtual_pi
+from .virtual_pi import CORES, ENVIRONMENT, OLD_PYTHON, PYTHON, SMALL, enter
 
 pytest.importorskip("asyncssh")
 pytestmark = [pytest.mark.board, pytest.mark.slow]
@@ -26,18 +25,9 @@ QUICK = {"runs": 5, "warmup": 1, "min_seconds": 0.01, "max_seconds": 0.5, "attem
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The Pi's root file system; kept in FOXNAS_VIRTUAL_PI where that is set."""
-    kept = os.environ.get("FOXNAS_VIRTUAL_PI")
-    directory = Path(kept) if kept else tmp_path_factory.mktemp("pi") / "root"
-    try:
-        make_virtual_pi(directory)
-    except UnavailableError as error:
-        pytest.skip(str(error))
-    yield directory
-    if not kept:
-        # 350 MB, which pytest would keep for three sessions.
-        shutil.rmtree(directory)
+def root(pi_root: Path) -> Path:
+    """The Pi's root file system."""
+    return pi_root
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +147,105 @@ def test_a_full_disk(pi: Server, probe: bytes, root: Path) -> None:
         measure(connection, probe + bytes(2**17), **QUICK)
     with connect(address(pi)) as connection:
         assert connection.run(["ls", SMALL], timeout_s=60).stdout == ""
+
+
+WELCOME = "'Welcome to your board!'"
+
+
+@pytest.mark.parametrize(
+    ("user", "python", "word"),
+    [
+        ("noisy", PYTHON, f"prints {WELCOME} before every command"),
+        ("fish", PYTHON, ""),
+        ("dash", PYTHON, ""),
+        ("spaced", "~/bin/python", ""),
+    ],
+)
+def test_shells_and_homes_as_they_are_found(
+    pi: Server, user: str, python: str, word: str, probe: bytes, expected: list[np.ndarray], root: Path
+) -> None:
+    with connect(address(pi, user=user, python=python)) as connection:
+        assert measure(connection, probe, expected=expected, **QUICK).output_difference == 0
+        if word:
+            assert any(word in note for note in check(connection).notes)
+    assert not list((root / "tmp").glob("foxnas-board-*"))
+
+
+def test_tflite_runtime_and_numpy_below_2(pi: Server, probe: bytes, expected: list[np.ndarray]) -> None:
+    with connect(address(pi, python=OLD_PYTHON)) as connection:
+        found = check(connection)
+        assert found.ready
+        assert found.runtime == "tflite-runtime 2.14.0"
+        benchmark = measure(connection, probe, expected=expected, **QUICK)
+    # Kernels of 2023 round otherwise, and random weights carry that through all layers.
+    assert benchmark.output_difference is not None
+    assert benchmark.output_difference <= max(2.0, expected[0].std())
+
+
+@pytest.fixture(scope="module")
+def strict(root: Path, pi: Server) -> Iterator[dict[str, Server]]:
+    """The same Pi with a /tmp that cannot be written, and with one from which nothing can be run."""
+    home = Path(os.environ["HOME"])
+    public = (home / ".ssh" / "id_ed25519.pub").read_text()
+    environment = {**ENVIRONMENT, "TMPDIR": "/var/tmp"}
+    with (
+        ssh_server(root / "etc" / "ro-ssh", public, prefix=enter(root, tmp="ro"), root=root, env=environment) as first,
+        ssh_server(
+            root / "etc" / "noexec-ssh", public, prefix=enter(root, tmp="noexec"), root=root, env=ENVIRONMENT
+        ) as second,
+    ):
+        lines = [server.known_hosts_line for server in (pi, first, second)]
+        (home / ".ssh" / "known_hosts").write_text("".join(lines))
+        (home / ".ssh" / "config").write_text(
+            f"Host gate\n  HostName 127.0.0.1\n  Port {pi.port}\n  User root\n"
+            f"Host Inner\n  HostName 127.0.0.1\n  Port {first.port}\n  User root\n  ProxyJump gate\n"
+        )
+        yield {"ro": first, "noexec": second}
+        (home / ".ssh" / "config").unlink()
+
+
+def test_a_read_only_tmp_behind_a_jump_host(
+    strict: dict[str, Server], pi: Server, probe: bytes, expected: list[np.ndarray], root: Path
+) -> None:
+    with connect(f"ssh://Inner?python={PYTHON}") as connection:
+        # It came through the other board.
+        peer = connection.run(["sh", "-c", 'echo "$SSH_CONNECTION"'], timeout_s=60).stdout.split()
+        assert int(peer[3]) == strict["ro"].port
+        assert measure(connection, probe, expected=expected, **QUICK).output_difference == 0
+        assert connection.workspace({}).startswith("/var/tmp/")
+    assert not list((root / "var" / "tmp").glob("foxnas-board-*"))
+    pi.stop()
+    try:
+        with pytest.raises(DeviceError, match=r"must listen at|close the connection|cannot be opened"):
+            connect("ssh://Inner")
+    finally:
+        pi.start()
+
+
+def test_a_tmp_that_runs_nothing_over_ipv6(strict: dict[str, Server], probe: bytes, expected: list[np.ndarray]) -> None:
+    with connect(f"ssh://root@[::1]:{strict['noexec'].port}?python={PYTHON}") as connection:
+        assert measure(connection, probe, expected=expected, **QUICK).output_difference == 0
+        program = f"{connection.workspace({})}/program"
+        connection.put(b"#!/bin/sh\n", program)
+        assert connection.run(["chmod", "+x", program], timeout_s=60).status == 0
+        assert connection.run(["sh", "-c", program], timeout_s=60).status == 126
+
+
+def test_a_quota_of_the_board(
+    pi: Server, root: Path, probe: bytes, control_group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = (Path(os.environ["HOME"]) / ".ssh" / "id_ed25519.pub").read_text()
+    inside = ["sh", "-c", f'echo $$ > {control_group}/cgroup.procs; exec "$@"', "sh", *enter(root)]
+    known = Path(os.environ["HOME"]) / ".ssh" / "known_hosts"
+    before = known.read_text()
+    with ssh_server(root / "etc" / "quota-ssh", public, prefix=inside, root=root, env=ENVIRONMENT) as server:
+        known.write_text(before + server.known_hosts_line)
+        with connect(address(server)) as connection:
+            found = check(connection)
+            benchmark = measure(connection, probe, **(QUICK | {"min_seconds": 1.0, "max_seconds": 2.0, "runs": 20}))
+    known.write_text(before)
+    assert found.ready
+    assert (found.quota, found.cores) == (0.5, 1)
+    assert any("a quota of 0.5 processors" in note for note in found.notes)
+    assert not benchmark.valid
+    assert any("a quota of 0.5 processors held it back" in reason for reason in benchmark.invalid_reasons), benchmark

@@ -19,8 +19,14 @@ SUITE = "bookworm"
 PYTHON = "/opt/foxnas/bin/python"
 """The Python that has LiteRT; plain python3 has NumPy only, python3-bare nothing."""
 
+OLD_PYTHON = "/opt/old/bin/python"
+"""The Python that has tflite-runtime and NumPy 1.26."""
+
 SMALL = "/small"
 """A file system with 64 KiB."""
+
+ACCOUNTS = ("noisy", "fish", "dash", "spaced")
+"""Accounts with root's rights whose shells and homes are those of boards as they are found."""
 
 # qemu 7.2's own "max" computes wrong int8 results.
 ENVIRONMENT = {"QEMU_CPU": "cortex-a72"}
@@ -33,9 +39,11 @@ _ENTER = """
 mount -t proc proc "$1/proc"
 mount --bind "$1/etc/pi-cpuinfo" "$1/proc/cpuinfo"
 mount --rbind /dev "$1/dev"
+mount --rbind /sys/fs/cgroup "$1/sys/fs/cgroup"
 mount -t tmpfs -o size=64k tmpfs "$1/small"
+if test -n "$2"; then mount -t tmpfs -o "$2" tmpfs "$1/tmp"; fi
 root=$1
-shift
+shift 2
 exec chroot "$root" "$@"
 """
 
@@ -44,9 +52,9 @@ class UnavailableError(Exception):
     """Why there is no virtual Pi here."""
 
 
-def enter(root: Path) -> list[str]:
-    """The command that runs another one on the Pi."""
-    return ["unshare", "--mount", "sh", "-euc", _ENTER, "sh", str(root)]
+def enter(root: Path, *, tmp: str = "") -> list[str]:
+    """The command that runs another one on the Pi; `tmp` are options of a /tmp of its own (``ro``)."""
+    return ["unshare", "--mount", "sh", "-euc", _ENTER, "sh", str(root), tmp]
 
 
 def make_virtual_pi(root: Path) -> None:
@@ -61,7 +69,7 @@ def make_virtual_pi(root: Path) -> None:
         return
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    _run("debootstrap", "--download-only", "--arch=arm64", "--variant=minbase", "--include=python3,openssh-server",
+    _run("debootstrap", "--download-only", "--arch=arm64", "--variant=minbase", "--include=python3,openssh-server,fish",
          SUITE, str(root))  # fmt: skip
     packages = sorted((root / "var" / "cache" / "apt" / "archives").glob("*.deb"))
     # With usr merged, as its packages expect.
@@ -72,12 +80,14 @@ def make_virtual_pi(root: Path) -> None:
         with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(package)], stdout=subprocess.PIPE) as archive:
             _run("tar", "-x", "--keep-directory-symlink", "-C", str(root), stdin=archive.stdout)
         package.unlink()
-    for directory in ("run/sshd", "small", "root", "tmp"):
+    for directory in ("run/sshd", "small", "root", "tmp", "var/tmp", "sys/fs/cgroup", "home/my board"):
         (root / directory).mkdir(parents=True, exist_ok=True)
-    (root / "tmp").chmod(0o1777)
+    for directory in ("tmp", "var/tmp"):
+        (root / directory).chmod(0o1777)
     site = "usr/local/lib/python3.11/dist-packages"
     _pip(root / site, "numpy")
     _pip(root / "opt" / "foxnas" / "packages", "ai-edge-litert")
+    _pip(root / "opt" / "old" / "packages", "tflite-runtime==2.14.0", "numpy==1.26.4")
     for path, text in _files().items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(text)
@@ -93,15 +103,24 @@ def _files() -> Mapping[str, str]:
         "CPU architecture: 8\nCPU variant\t: 0x0\nCPU part\t: 0xd08\nCPU revision\t: 3\n\n"
     )
     files = {
-        "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n",
+        "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nsshd:x:100:65534::/run/sshd:/usr/sbin/nologin\n"
+        # Accounts of boards as they are found.
+        "noisy:x:0:0::/home/noisy:/bin/bash\n"
+        "fish:x:0:0::/root:/usr/bin/fish\n"
+        "dash:x:0:0::/root:/bin/dash\n"
+        "spaced:x:0:0::/home/my board:/bin/sh\n",
+        "home/noisy/.bashrc": "echo 'Welcome to your board!'\n",
+        "home/my board/bin/python": f'#!/bin/sh\nexec {PYTHON} "$@"\n',
         "etc/group": "root:x:0:\nnogroup:x:65534:\n",
-        "etc/shadow": "root:*:19000:0:99999:7:::\nsshd:!:19000::::::\n",
+        "etc/shadow": "".join(f"{name}:*:19000:0:99999:7:::\n" for name in ("root", *ACCOUNTS))
+        + "sshd:!:19000::::::\n",
         "etc/pi-cpuinfo": "".join(processor.format(i) for i in range(CORES))
         + "Revision\t: c03114\nModel\t\t: Raspberry Pi 4 Model B Rev 1.4\n",
         "etc/pi-throttled": "0x0\n",
         "usr/bin/vcgencmd": '#!/bin/sh\necho "throttled=$(cat /etc/pi-throttled)"\n',
         "usr/bin/python3-bare": '#!/bin/sh\nexec python3 -S "$@"\n',
         PYTHON[1:]: '#!/bin/sh\nPYTHONPATH=/opt/foxnas/packages exec python3 "$@"\n',
+        OLD_PYTHON[1:]: '#!/bin/sh\nPYTHONPATH=/opt/old/packages exec python3 "$@"\n',
         "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
         "sys/class/thermal/thermal_zone0/temp": "48312\n",
         **{f"sys/devices/system/cpu/{name}": cpus for name in ("possible", "present", "online")},
@@ -114,7 +133,13 @@ def _files() -> Mapping[str, str]:
 
 
 def _pip(target: Path, *packages: str) -> None:
-    platforms = ("manylinux2014_aarch64", "manylinux_2_17_aarch64", "manylinux_2_27_aarch64", "manylinux_2_28_aarch64")
+    platforms = (
+        "manylinux2014_aarch64",
+        "manylinux_2_17_aarch64",
+        "manylinux_2_27_aarch64",
+        "manylinux_2_28_aarch64",
+        "manylinux_2_34_aarch64",
+    )
     _run(
         *(
             sys.executable,
