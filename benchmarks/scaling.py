@@ -2,10 +2,11 @@
 
     python benchmarks/scaling.py [--only NAME ...] [--out DIR] [--rows 16000]
 
-Every measurement is of seconds against a size n. The model is ``a + b n^p`` (for workers, boards and processes Amdahl's
-``a + b / n``), fitted by least squares of the logarithm to all sizes but the largest, and checked on the largest: the
-error is printed. Beyond what was measured the model is all there is to go by. `scaling.json` and `scaling.png` are
-written to DIR; what was measured before stays there, so that single measurements can be taken again.
+Every measurement is of seconds against a size n. The model is ``a + b n^p``, with p = -1 for workers, boards and
+processes (Amdahl's law) and p = 1 for what is done n times. It is fitted by least squares of the logarithm to all sizes
+but the largest and checked on the largest: the error is printed. Beyond what was measured the model is all there is to
+go by. `scaling.json` and `scaling.png` are written to DIR; what was measured before stays there, so that single
+measurements can be taken again.
 
 The tables of made-up rows have a smooth accuracy with noise and the latency of the packaged cost model. Boards are
 stand-ins that wait for a fixed time, so that the scheduling is measured and not this machine.
@@ -243,31 +244,34 @@ def training_processes() -> Iterator[tuple[float, float]]:
             yield n, run.data.metrics["train/seconds"]
 
 
-def growing(n: np.ndarray, a: float, b: float, p: float) -> np.ndarray:
+def curve(n: np.ndarray, a: float, b: float, p: float) -> np.ndarray:
     return np.exp(a) + np.exp(b) * n**p
 
 
-def shared_out(n: np.ndarray, a: float, b: float) -> np.ndarray:
-    return np.exp(a) + np.exp(b) / n
+def model(points: np.ndarray, power: float | None) -> tuple[Callable[[np.ndarray], np.ndarray], str, float | None]:
+    """A model of (n, seconds), its formula, and its error in percent on the largest n, which it has not seen.
 
-
-def model(points: np.ndarray, *, divides: bool) -> tuple[Callable[[np.ndarray], np.ndarray], str, float | None]:
-    """A model of (n, seconds), its formula, and its error in percent on the largest n, which it has not seen."""
-    curve = shared_out if divides else growing
-    n_parameters = 2 if divides else 3
+    Args:
+        points: Shape (n, 2).
+        power: p where it is known; None: it is fitted too.
+    """
+    n_parameters = 2 if power is not None else 3
     known = points[:-1] if len(points) > n_parameters else points
     n, seconds = known.T
-    begin = [
-        np.log(seconds.min() / 2),
-        np.log(seconds.max() / (1 if divides else n.max())),
-        *([] if divides else [1.0]),
-    ]
-    low = [-30.0, -30.0, *([] if divides else [0.0])]
-    high = [10.0, 10.0, *([] if divides else [6.0])]
-    found = least_squares(lambda x: np.log(curve(n, *x) / seconds), np.clip(begin, low, high), bounds=(low, high)).x
-    error = None if known is points else 100 * float(curve(points[-1:, 0], *found)[0] / points[-1, 1] - 1)
-    grows = "/ n" if divides else f"n^{found[2]:.2f}"
-    return lambda x: curve(x, *found), f"{np.exp(found[0]):.3g} + {np.exp(found[1]):.3g} {grows} s", error
+    slope = 1.0 if power is None else power
+
+    def parameters(x: np.ndarray) -> list[float]:
+        return [*x] if power is None else [*x, power]
+
+    begin = [np.log(seconds.min() / 2), np.log(seconds.max()) - max(slope, 0.0) * np.log(n.max())]
+    low, high = [-30.0, -30.0], [10.0, 10.0]
+    if power is None:
+        begin, low, high = [*begin, 1.0], [*low, 0.0], [*high, 6.0]
+    start = np.clip(begin, low, high)
+    found = least_squares(lambda x: np.log(curve(n, *parameters(x)) / seconds), start, bounds=(low, high)).x
+    a, b, p = parameters(found)
+    error = None if known is points else 100 * float(curve(points[-1:, 0], a, b, p)[0] / points[-1, 1] - 1)
+    return lambda x: curve(x, a, b, p), f"{np.exp(a):.3g} + {np.exp(b):.3g} n^{p:.3g} s", error
 
 
 MEASUREMENTS: Mapping[str, tuple[str, Callable[..., Iterator[tuple[float, float]]]]] = {
@@ -284,7 +288,10 @@ MEASUREMENTS: Mapping[str, tuple[str, Callable[..., Iterator[tuple[float, float]
     "tasks": ("tasks", tasks_locally),
     "tasks_on_ray": ("tasks", tasks_on_ray),
 }
-DIVIDES = ("evaluation", "measurement", "training")
+POWERS = dict.fromkeys(("evaluation", "measurement", "training"), -1.0) | dict.fromkeys(
+    ("front_sizes", "limits_in_one_call", "logging", "tasks", "tasks_on_ray"), 1.0
+)
+"""Of what is shared out, and of what is done so many times."""
 
 
 def draw(results: Mapping[str, list[list[float]]], path: Path) -> None:
@@ -299,7 +306,7 @@ def draw(results: Mapping[str, list[list[float]]], path: Path) -> None:
         axis.axis("off")
     for name, axis in zip(names, axes.flat, strict=False):
         points = np.array(results[name])
-        curve, formula, error = model(points, divides=name in DIVIDES)
+        curve, formula, error = model(points, POWERS.get(name))
         x = np.geomspace(points[0, 0], 4 * points[-1, 0], 50)
         axis.plot(x, curve(x), color="#999", linewidth=1, label=formula)
         axis.plot(*points.T, "o", color="#1f77b4")
@@ -325,7 +332,7 @@ def main() -> None:
         given = (args.rows,) if name in ("fit", "logging") else ()
         with contextlib.closing(measure(*given)) as points:
             results[name] = [[float(n), seconds] for n, seconds in points]
-        _, formula, error = model(np.array(results[name]), divides=name in DIVIDES)
+        _, formula, error = model(np.array(results[name]), POWERS.get(name))
         print(f"{name}: {', '.join(f'{n:g} {label}: {s:.3g} s' for n, s in results[name])}")
         print(
             f"  model {formula}" + ("" if error is None else f"; on the largest, which it has not seen, {error:+.1f} %")
