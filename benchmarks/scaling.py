@@ -330,8 +330,7 @@ def main() -> None:
     for name in args.only:
         label, measure = MEASUREMENTS[name]
         given = (args.rows,) if name in ("fit", "logging") else ()
-        with contextlib.closing(measure(*given)) as points:
-            results[name] = [[float(n), seconds] for n, seconds in points]
+        results[name] = [[float(n), seconds] for n, seconds in measure(*given)]
         _, formula, error = model(np.array(results[name]), POWERS.get(name))
         print(f"{name}: {', '.join(f'{n:g} {label}: {s:.3g} s' for n, s in results[name])}")
         print(
