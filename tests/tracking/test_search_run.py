@@ -271,7 +271,10 @@ def test_accuracy_of_ones_own_and_the_boards_cost_model_make_predictors(tracking
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("http://127.0.0.1:9", "does not answer as it should: runs/create: Connection refused; check"),
+        (
+            "http://127.0.0.1:9",
+            "the tracking server does not answer as it should: runs/create: Connection refused; check",
+        ),
         ("sqlite:////proc/x.db", "the tracking store must be a database file that can be opened"),
     ],
 )
