@@ -33,6 +33,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.tracking.claims import Claims
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, is_here
+from foxnas_mlflow.tracking.registry import is_away
 from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
 DIGEST_TAG = "foxnas.step_digest"
@@ -202,7 +203,10 @@ def _exists(client: MlflowClient, value: object) -> bool:
     try:
         client.get_model_version(name, version)
         return any(file.path == MLMODEL_FILE_NAME for file in list_artifacts(artifact_uri=value))
-    except (MlflowException, OSError):
+    except (MlflowException, OSError) as error:
+        # A server that fails does not say that hours of work are gone.
+        if is_away(error):
+            raise
         return False
 
 

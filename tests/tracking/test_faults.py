@@ -9,8 +9,10 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.tracking.steps import _exists
 from tests.faults import Call, FaultyServer, Kind, Outcome, fail_each, page
 from tests.pipelines import options
 from tests.servers import tracking_server
@@ -105,6 +107,22 @@ def test_a_failure_is_told_in_a_word(
     finally:
         mlflow.set_tracking_uri(None)
         mlflow.set_registry_uri(None)
+        proxy.close()
+
+
+@pytest.mark.parametrize("kind", ["500", "reset", "404"])
+def test_only_what_the_server_says_is_gone_is_done_again(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    proxy = FaultyServer("http://127.0.0.1:9")
+    proxy.choose = lambda call: kind
+    try:
+        client = mlflow.MlflowClient(proxy.url, proxy.url)
+        if kind == "404":
+            assert not _exists(client, "models:/foxnas-supernet/1")
+        else:
+            with pytest.raises(MlflowException, match="failed with exception"):
+                _exists(client, "models:/foxnas-supernet/1")
+    finally:
         proxy.close()
 
 
