@@ -140,7 +140,7 @@ def evaluation_workers() -> Iterator[tuple[float, float]]:
     from foxnas_mlflow.workflows._evaluation import EvaluatorMaking
 
     dataset = load_dataset("digits")
-    space = CPU_SPACE.replace(image_sizes=(16, 24), in_channels=1, n_classes=10)
+    space = CPU_SPACE.replace(image_sizes=(32, 48), in_channels=1, n_classes=10)
     weights = Supernet(space).numpy_weights()
     subnets = space.sample(np.random.default_rng(0), n=24)
     answers: list[dict[Architecture, float]] = []
