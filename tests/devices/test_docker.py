@@ -41,6 +41,17 @@ def test_measure_in_a_container(board_image: str, probe: bytes, expected: list[n
         check(connection)
 
 
+def test_a_container_with_half_a_processor(board_image: str, probe: bytes) -> None:
+    with connect(f"docker://{board_image}?cpus=0.5") as connection:
+        found = check(connection)
+        if found.quota is None:
+            pytest.skip("the daemon here keeps no quota")
+        benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=1.0, attempts=1)
+    assert (found.quota, found.cores) == (0.5, 1)
+    assert any("a quota of 0.5 processors held it back" in reason for reason in benchmark.invalid_reasons), benchmark
+    assert not any("other processes" in reason for reason in benchmark.invalid_reasons)
+
+
 def test_a_container_and_this_machine_wait_for_each_other(board_image: str, probe: bytes) -> None:
     descriptor = os.open(board.lock_path(), os.O_RDONLY)
     try:
