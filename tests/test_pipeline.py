@@ -79,7 +79,7 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(track
         assert f"pipeline/{key}" in parent.data.metrics
 
     # Two latencies in place of one: only what depends on them is done, and each has its network.
-    ms = float(parent.data.params["chosen_latency_ms"])
+    ms = float(parent.data.params["cfg.chosen_latency_ms"])
     assert main(["main", *argv, "--stage", "none", "--latency-ms", f"{ms},{2 * ms}"]) == 0
     parent = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'", order_by=["attributes.start_time DESC"])[0]
     changed = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}

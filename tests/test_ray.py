@@ -66,12 +66,13 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture
-def two_nodes(cluster: Any) -> Any:
-    """The cluster with a second node, of one processor."""
-    if not cluster.worker_nodes:
-        cluster.add_node(num_cpus=1)
+def two_nodes(cluster: Any) -> Iterator[Any]:
+    """The cluster with a second node, of one processor, which nothing before has killed."""
+    node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
-    return cluster
+    yield cluster
+    if node in cluster.worker_nodes:
+        cluster.remove_node(node)
 
 
 def test_workers_share_the_items_and_a_lost_ones_is_done_again(two_nodes: Any, tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def log_measurement(
     with mlflow.start_run(tags=tags, nested=True) as run:
         if figures:
             mlflow.log_metrics(dict(figures), model_id=model_id)
+        if not emulated:
+            mlflow.MlflowClient().set_logged_model_tags(model_id, {"foxnas.board": machine})
     return str(run.info.run_id)
 
 

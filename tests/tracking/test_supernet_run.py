@@ -130,7 +130,7 @@ def test_an_interrupted_training_goes_on_from_its_run(tracking: str, cache: Path
         (["--ema", "1"], "ema must be at least 0 and below 1"),
         (["--max-train", "0.5"], "max_train must be an integer"),
         (["--learning-rate", "-1"], "learning_rate must be 0 or more"),
-        (["--accumulate", "0"], "accumulate must be 1 or more"),
+        (["--accumulate", "0"], "accumulate must be positive; received 0"),
         (["--max-train", "200", "--accumulate", "60"], "two images at least, for batch norm; the batch has 64"),
         (["--width-mult", "100"], "width_mult must be between"),
         (["--init", "/does/not/exist"], "the path of a checkpoint"),
