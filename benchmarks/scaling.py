@@ -325,6 +325,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
     path = out / "scaling.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in args.only:

@@ -139,14 +139,14 @@ def _check_latencies(rows: Sequence[Measurement], target: Target, space: SearchS
 
 def _summary(fit: FitResult, uri: str, run_id: str, target: str, noise_floor: float | None, middle_ms: float) -> str:
     """A table of both formulas, and the search to type next."""
-    lines = [f"{'':<22}{'formula':<12}{'n':>5}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
+    lines = [f"{'':<22}{'formula':<16}{'n':>7}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
     for quantity, report in fit.reports.items():
         for which in (report, fit.paper.get(quantity)):
             if which is None or (which is not report and which.predictor.formula == report.predictor.formula):
                 continue
             m = which.metrics
             lines.append(
-                f"{quantity:<22}{which.predictor.formula:<12}{m['n_samples']:>5.0f}{m['r2_adjusted']:>10.4f}"
+                f"{quantity:<22}{which.predictor.formula:<16}{m['n_samples']:>7.0f}{m['r2_adjusted']:>10.4f}"
                 f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
             )
     if noise_floor is not None:
