@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from foxnas_mlflow.workflows._images import images_of
 from foxnas_mlflow.workflows._request import Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
-from foxnas_mlflow.workflows.quantize import check_images
 
 if TYPE_CHECKING:
     from foxnas_mlflow.data import ImageDataset
@@ -70,8 +70,6 @@ def run_finetune(
         InvalidFormatError: If the model is not a subnet with weights.
     """
     from foxnas_mlflow.core.errors import InvalidFormatError
-    from foxnas_mlflow.data import load_dataset
-    from foxnas_mlflow.data.preprocess import WHITE
     from foxnas_mlflow.flavor import SubnetModel, load_model
     from foxnas_mlflow.tracking.run import entry_run
 
@@ -79,17 +77,9 @@ def run_finetune(
     if not isinstance(model, SubnetModel):
         raise InvalidFormatError("only a subnet with weights can be trained further", received=request.subnet)
     size = model.architecture.image_size
-    begun = str(model.details.get("data_digest", ""))
-    dataset = load_dataset(
-        request.data,
-        seed=request.seed,
-        max_train=request.max_train or None,
-        sizes=(size,),
-        keep=True,
-        digest=begun,
-        background=WHITE if model.preprocessing is None else model.preprocessing.background,
+    dataset = images_of(
+        model, request.data, seed=request.seed, max_train=request.max_train or None, sizes=(size,), keep=True
     )
-    check_images(dataset, begun)
     with (
         entry_run(stage="finetune", params=request.texts(), target=request.target or None, tags=tags) as run,
         progress_bar("finetune", "step") as show,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._images import images_of
 from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
@@ -97,8 +98,6 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     from foxnas_mlflow.core.errors import import_or_raise
     from foxnas_mlflow.core.network import build_network
     from foxnas_mlflow.core.targets import get_target
-    from foxnas_mlflow.data import load_dataset
-    from foxnas_mlflow.data.preprocess import WHITE
 
     target = get_target(request.target)
     if target.runtime == "torch":
@@ -130,12 +129,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     # The seed decides which images are validation images where the source has no split of its own.
     seed = int(subnet.details.get("data_seed", 0)) if request.seed is None else request.seed
     size = subnet.architecture.image_size
-    begun = str(subnet.details.get("data_digest", ""))
-    background = WHITE if subnet.preprocessing is None else subnet.preprocessing.background
-    dataset = load_dataset(
-        source, seed=seed, max_val=request.max_val or None, sizes=(size,), digest=begun, background=background
-    )
-    check_images(dataset, begun)
+    dataset = images_of(subnet, source, seed=seed, max_val=request.max_val or None, sizes=(size,))
     preprocessing, labels = _fitting(subnet, network, dataset)
     unknown = _unknown_images(request.unknown, preprocessing)
 
@@ -159,24 +153,6 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
             metrics=logged.metrics,
             classes=class_table(quantized.loss.int8.counts, labels),
             summary=_summary(quantized, target, logged, run.run_id, edgetpu, request.max_accuracy_drop),
-        )
-
-
-def check_images(dataset: ImageDataset, digest: str) -> None:
-    """Refuse images among whose validation images some may be that the network was trained on.
-
-    Args:
-        dataset: The images.
-        digest: Of those that it was trained on; empty if unknown.
-
-    Raises:
-        InvalidInputError: If they are others, and their split is drawn anew.
-    """
-    if digest and dataset.digest != digest and dataset.drawn_split:
-        raise InvalidInputError(
-            "data must be the images that the network was trained on, or be split by folders train and val",
-            received=f"{dataset.source} with the digest {dataset.digest[:12]}, not {digest[:12]}",
-            remedy="give the same images, or put those that it has never seen into a folder val beside train",
         )
 
 

@@ -1,0 +1,38 @@
+"""The images that a registered network was trained on, read again for a step that follows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from foxnas_mlflow.core.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from foxnas_mlflow.data import ImageDataset
+    from foxnas_mlflow.flavor import SubnetModel
+
+
+def images_of(subnet: SubnetModel, source: str, **options: Any) -> ImageDataset:
+    """Read images as a subnet was trained on them: without files that broke since, on the same background.
+
+    Args:
+        subnet: The subnet.
+        source: Where the images are now.
+        options: Further ones of `foxnas_mlflow.data.load_dataset`.
+
+    Raises:
+        InvalidInputError: If they are other images whose split is drawn anew: among the validation images there may be
+            some that it was trained on.
+    """
+    from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.data.preprocess import WHITE
+
+    digest = str(subnet.details.get("data_digest", ""))
+    background = WHITE if subnet.preprocessing is None else subnet.preprocessing.background
+    dataset = load_dataset(source, digest=digest, background=background, **options)
+    if digest and dataset.digest != digest and dataset.drawn_split:
+        raise InvalidInputError(
+            "data must be the images that the network was trained on, or be split by folders train and val",
+            received=f"{dataset.source} with the digest {dataset.digest[:12]}, not {digest[:12]}",
+            remedy="give the same images, or put those that it has never seen into a folder val beside train",
+        )
+    return dataset
