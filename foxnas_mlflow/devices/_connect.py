@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl, urlsplit
 
+from foxnas_mlflow.core.addresses import refuse_password
 from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.devices._base import Connection
 from foxnas_mlflow.devices._local import LocalConnection
@@ -62,12 +63,7 @@ def _ssh_address(device: str) -> tuple[str | None, str, int | None]:
         port = parts.port
     except ValueError as error:
         raise _malformed(device) from error
-    if parts.password is not None:
-        raise DeviceError(
-            "an ssh address has no password",
-            received=device,
-            remedy="use a key: ssh-keygen, then ssh-copy-id user@host",
-        )
+    refuse_password(device)
     _, _, place = parts.netloc.rpartition("@")
     host = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
     if not host or parts.path not in ("", "/") or parts.fragment:

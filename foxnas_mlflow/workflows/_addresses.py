@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from urllib.parse import urlsplit
 
+from foxnas_mlflow.core.addresses import refuse_password
 from foxnas_mlflow.core.errors import DeviceError
 
 
@@ -17,7 +17,7 @@ def addresses(device: str) -> tuple[str, ...]:
     listed = tuple(part.strip() for part in device.split(",") if part.strip())
     machines: dict[str, str] = {}
     for address in listed:
-        _refuse_password(address)
+        refuse_password(address)
         machine = _machine(address)
         if machine in machines:
             raise DeviceError(
@@ -27,19 +27,6 @@ def addresses(device: str) -> tuple[str, ...]:
             )
         machines[machine] = address
     return listed
-
-
-def _refuse_password(address: str) -> None:
-    """Before there is a run that would keep the address; one that `mlflow run` has made keeps it already."""
-    login = address.removeprefix("ssh://").partition("?")[0].rpartition("@")[0]
-    if address.startswith("ssh://") and ":" in login:
-        run_id = os.environ.get("MLFLOW_RUN_ID")
-        kept = f"; mlflow has kept the address as a parameter of run {run_id}: change this password" if run_id else ""
-        raise DeviceError(
-            "an ssh address has no password",
-            received=address,
-            remedy=f"use a key: ssh-keygen, then ssh-copy-id user@host{kept}",
-        )
 
 
 def _machine(address: str) -> str:
