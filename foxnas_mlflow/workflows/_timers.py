@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.workers import Executor
     from foxnas_mlflow.devices import Benchmark, DeviceCheck
 
+_OPENED = contextlib.ExitStack()
+"""What a worker has opened, until its process ends."""
+
 Probe = tuple[bytes, list[NDArray[Any]] | None]
 """An int8 file with random weights, and what this host answers to it; None where no other is held against it."""
 
@@ -126,21 +129,13 @@ def open_measure(device: str, executor: Executor | None = None) -> Iterator[Call
 
 @dataclass(frozen=True)
 class _Measure:
-    """Opens a device where it is asked to, and leaves it open as long as that process lives."""
+    """Opens a device where it is asked to."""
 
     device: str
 
     def __call__(self) -> Callable[[tuple[bytes, Mapping[str, Any]]], Benchmark]:
-        from foxnas_mlflow.devices import connect, measure
-
-        opened = contextlib.ExitStack()
-        connection = opened.enter_context(connect(self.device))
-
-        def work(item: tuple[bytes, Mapping[str, Any]], opened: contextlib.ExitStack = opened) -> Benchmark:
-            data, options = item
-            return measure(connection, data, **options)
-
-        return work
+        measure = _OPENED.enter_context(open_measure(self.device))
+        return lambda item: measure(item[0], **item[1])
 
 
 def check_device(device: str, executor: Executor | None = None) -> DeviceCheck:
@@ -292,7 +287,7 @@ class _Build:
 
 @dataclass(frozen=True)
 class _Board:
-    """Opens a device where it is asked to, and leaves it open as long as that process lives."""
+    """Opens a device where it is asked to, and makes networks for it there."""
 
     target: Target
     space: SearchSpace
@@ -301,16 +296,10 @@ class _Board:
     max_seconds: float
 
     def __call__(self) -> Callable[[Architecture], Timing]:
-        opened = contextlib.ExitStack()
         build = _Build(self.target, self.space)()
-        time = opened.enter_context(
+        return _OPENED.enter_context(
             _open_one(self.target, self.space, self.device, self.compiler_image, build, self.max_seconds)
         )
-
-        def measure(architecture: Architecture, opened: contextlib.ExitStack = opened) -> Timing:
-            return time(architecture)
-
-        return measure
 
 
 @contextlib.contextmanager
