@@ -20,6 +20,15 @@ def lines(run_id: str, name: str) -> list[str]:
     return mlflow.artifacts.load_text(f"runs:/{run_id}/{name}").splitlines()
 
 
+def pictures(root: Path, rng: np.random.Generator) -> Path:
+    """A folder with two classes of 24 pictures each."""
+    for label in ("cat", "dog"):
+        (root / label).mkdir(parents=True)
+        for i in range(24):
+            image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / label / f"{i:02}.png")
+    return root
+
+
 def test_a_run_keeps_the_warnings_of_its_images_and_what_broke_meanwhile(
     tracking: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -64,11 +73,7 @@ def test_a_training_goes_on_when_a_broken_file_was_mended_or_removed(
     from tests.supernets import MINI_SPACE
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    root = tmp_path / "pictures"
-    for label in ("cat", "dog"):
-        (root / label).mkdir(parents=True)
-        for i in range(24):
-            image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / label / f"{i:02}.png")
+    root = pictures(tmp_path / "pictures", rng)
     broken, whole = root / "cat/03.png", (root / "cat/03.png").read_bytes()
     if mended:
         broken.write_bytes(whole[:-30])
@@ -112,11 +117,7 @@ def test_a_pipeline_goes_on_with_the_pictures_that_it_began_with(
     from tests.supernets import MINI_SPACE
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    root = tmp_path / "pictures"
-    for label in ("cat", "dog"):
-        (root / label).mkdir(parents=True)
-        for i in range(24):
-            image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / label / f"{i:02}.png")
+    root = pictures(tmp_path / "pictures", rng)
     whole = (root / "cat/03.png").read_bytes()
     (root / "cat/03.png").write_bytes(whole[:-30])
     (tmp_path / "mini.yaml").write_text(json.dumps(MINI_SPACE.to_dict()))
