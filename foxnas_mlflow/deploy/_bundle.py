@@ -10,6 +10,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ class Options:
         port: Port, or None: as now, at first the first free one from 5001 on.
         workers: Requests that are answered at a time, or None: as now, at first 1.
         account: The board's account that serves, or None: as now, at first the one that deploys.
+        verify_key: Public key that the model must be signed with, or None.
     """
 
     threads: int = 1
@@ -79,6 +81,7 @@ class Options:
     port: int | None = None
     workers: int | None = None
     account: str | None = None
+    verify_key: Path | None = None
 
     @property
     def service(self) -> dict[str, Any]:
@@ -122,6 +125,7 @@ class Options:
             port=port,
             workers=workers,
             account=config.get("account"),
+            verify_key=Path(config["verify_key"]) if config.get("verify_key") else None,
         )
 
 

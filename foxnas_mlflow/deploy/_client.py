@@ -6,7 +6,9 @@ import base64
 import contextlib
 import io
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mlflow.deployments import BaseDeploymentClient, PredictionsResponse
@@ -47,6 +49,7 @@ Configuration, -C key=value
     host=ADDRESS   address to listen at, by default 127.0.0.1: whoever reaches another one is not asked who it is
     workers=1      requests that are answered at a time
     account=NAME   account of the board that serves (deploy as root); by default the one that deploys
+    verify_key=PEM public key, a file of this host: only what it signed (foxnas sign) is deployed
 
 A version is copied aside, its checksums are compared, and it must answer as this host does; then it
 becomes the active one in one step, and no request is lost. The version before stays for a rollback. On the board:
@@ -233,7 +236,7 @@ class EdgeDeploymentClient(BaseDeploymentClient):
         import mlflow
 
         from foxnas_mlflow.deploy._bundle import Options, bundle
-        from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
+        from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, check_signed, load_model
 
         if flavor not in (None, FLAVOR_NAME):
             raise InvalidInputError(f"the target edge deploys the flavor {FLAVOR_NAME!r} only", received=flavor)
@@ -241,14 +244,19 @@ class EdgeDeploymentClient(BaseDeploymentClient):
         _checked(name)
         info = mlflow.models.get_model_info(model_uri)
         kind = info.flavors.get(FLAVOR_NAME, {}).get("kind", "another flavor")
-        model = load_model(model_uri)
-        if not isinstance(model, TfliteModel):
-            raise InvalidInputError(
-                "only a model of kind tflite or edgetpu can be deployed",
-                received=f"{model_uri}: {kind}",
-                remedy="convert a subnet with: foxnas quantize",
-            )
-        files = bundle(model, options, name=name, kind=kind, source=_resolved(model_uri), model_id=info.model_id)
+        with tempfile.TemporaryDirectory() as directory:
+            # What is checked is what is deployed: it is downloaded once.
+            local = mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=directory)
+            if options.verify_key is not None:
+                check_signed(Path(local), info.model_id, options.verify_key)
+            model = load_model(local)
+            if not isinstance(model, TfliteModel):
+                raise InvalidInputError(
+                    "only a model of kind tflite or edgetpu can be deployed",
+                    received=f"{model_uri}: {kind}",
+                    remedy="convert a subnet with: foxnas quantize",
+                )
+            files = bundle(model, options, name=name, kind=kind, source=_resolved(model_uri), model_id=info.model_id)
         with _board(self.target_uri) as board:
             return _public(board.deploy(name, files, options.service, new=new))
 

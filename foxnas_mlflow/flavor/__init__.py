@@ -24,7 +24,7 @@ from foxnas_mlflow.flavor._mlflow import (
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel, main_file
 from foxnas_mlflow.flavor._pyfunc import images_of
 from foxnas_mlflow.flavor._seal import SEAL, check_seal, model_id_of, sealed
-from foxnas_mlflow.flavor._signature import SIGNATURE, check_signature, keep_signature, kept_signature, sign
+from foxnas_mlflow.flavor._signature import SIGNATURE, check_signed, keep_signature, sign
 
 __all__ = [
     "FLAVOR_NAME",
@@ -38,13 +38,12 @@ __all__ = [
     "TfliteModel",
     "_load_pyfunc",
     "check_seal",
-    "check_signature",
+    "check_signed",
     "get_default_conda_env",
     "get_default_pip_requirements",
     "image_signature",
     "images_of",
     "keep_signature",
-    "kept_signature",
     "load_model",
     "log_model",
     "main_file",

@@ -71,14 +71,28 @@ def check_signature(model: Path, signature: str, public_key: Path) -> None:
             ) from error
 
 
+def check_signed(model: Path, model_id: str | None, public_key: Path) -> None:
+    """Verify the files of a logged model with the signature that is kept with it.
+
+    Args:
+        model: Directory of the model.
+        model_id: Id of the logged model, or None.
+        public_key: Elliptic curve key, PEM.
+
+    Raises:
+        InvalidFormatError: If nobody signed it, another key did, or they are not the files that were signed.
+        InvalidInputError: If the key cannot be read.
+        MissingDependencyError: If the package model-signing is not installed.
+    """
+    signature = None if model_id is None else MlflowClient().get_logged_model(model_id).tags.get(SIGNATURE)
+    if signature is None:
+        raise InvalidFormatError("nobody signed it", remedy="run foxnas sign on this version")
+    check_signature(model, signature, public_key)
+
+
 def keep_signature(model_id: str, signature: str) -> None:
     """Keep a signature with its logged model."""
     MlflowClient().set_logged_model_tags(model_id, {SIGNATURE: signature})
-
-
-def kept_signature(model_id: str) -> str | None:
-    """The signature of a logged model, or None."""
-    return MlflowClient().get_logged_model(model_id).tags.get(SIGNATURE)
 
 
 def _module(name: str) -> Any:

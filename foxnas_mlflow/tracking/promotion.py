@@ -23,8 +23,7 @@ from foxnas_mlflow.flavor import (
     FLAVOR_NAME,
     Manifest,
     check_seal,
-    check_signature,
-    kept_signature,
+    check_signed,
     main_file,
     model_id_of,
     read_manifest,
@@ -296,11 +295,8 @@ def _candidate(version: ModelVersion, directory: Path) -> tuple[Candidate, Check
 
 def _signed(files: CheckedFiles, public_key: Path) -> str:
     """What is wrong with the signature of a version's model, or empty."""
-    signature = None if files.model_id is None else kept_signature(files.model_id)
-    if signature is None:
-        return "nobody signed it: run foxnas sign on this version"
     try:
-        check_signature(files.directory, signature, public_key)
+        check_signed(files.directory, files.model_id, public_key)
     except InvalidFormatError as error:
         return str(error)
     return ""

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from mlflow import MlflowClient
 from mlflow.deployments import get_deploy_client
+from mlflow.exceptions import MlflowException
 from mlflow.webhooks.delivery import _generate_hmac_signature as signature_of
 
 from foxnas_mlflow.cli.main import main
@@ -39,6 +40,7 @@ from foxnas_mlflow.deploy.webhook import FRESH_SECONDS, Deliveries, DeliveryRefu
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from foxnas_mlflow.workflows import WatchRequest, WatchResult, run_watch
 from tests.colour_model import LABELS
+from tests.keys import make_key
 from tests.servers import free_port, request, tracking_server
 
 pytestmark = pytest.mark.server
@@ -242,6 +244,34 @@ def test_a_board_follows_the_alias_that_a_server_tells_of(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert run_watch(WatchRequest(model="foxnas-rpi4", target=target, deployment="camera", once=True)).state == "away"
     assert active() == "models:/foxnas-rpi4/2"
+
+
+def test_only_what_the_key_signed_comes_to_the_board(
+    tracking: str, colour_model: TfliteModel, target: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("model_signing", reason="the extra sign is not installed")
+    private, public = make_key(tmp_path, "release")
+    _, other = make_key(tmp_path, "other")
+    client, board = MlflowClient(), get_deploy_client(target)
+    for _ in range(2):
+        with mlflow.start_run():
+            log_model(colour_model, name="model", registered_model_name="foxnas-rpi4", code_paths=[])
+
+    def look(version: str, key: str) -> str:
+        client.set_registered_model_alias("foxnas-rpi4", "production", version)
+        asked = {"model": "foxnas-rpi4", "target": target, "deployment": "camera", "once": True}
+        return run_watch(WatchRequest(**asked, config=f"verify_key={key}")).state
+
+    assert look("1", public) == "refused"
+    assert main(["sign", "--model", "models:/foxnas-rpi4/1", "--signing-key", private]) == 0
+    assert look("1", other) == "refused"
+    assert board.list_deployments() == []
+    assert look("1", public) == "updated"
+    assert look("2", public) == "refused"
+    assert "nobody signed it" in client.get_model_version("foxnas-rpi4", "2").tags["foxnas.deployment.camera"]
+    assert board.get_deployment("camera")["model_uri"] == "models:/foxnas-rpi4/1"
+    with pytest.raises(MlflowException, match="a key must be a PEM file"):
+        board.update_deployment("camera", "models:/foxnas-rpi4/1", config={"verify_key": str(tmp_path / "none.pub")})
 
 
 @pytest.mark.parametrize(

@@ -11,28 +11,11 @@ import pytest
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.flavor import SIGNATURE, model_id_of
+from tests.keys import make_key
 from tests.versions import NAME, register_version, state
 
 pytest.importorskip("model_signing", reason="the extra sign is not installed")
 pytestmark = pytest.mark.server
-
-
-def make_key(directory: Path, name: str) -> tuple[str, str]:
-    """Private and public key, made as the documents say."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    private, public = directory / f"{name}.pem", directory / f"{name}.pub"
-    private.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-        )
-    )
-    public.write_bytes(
-        key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
-    return str(private), str(public)
 
 
 def promote(version: str, public: str, stage: str = "Staging") -> int:
@@ -46,7 +29,7 @@ def test_only_what_the_key_signed_is_promoted(
     _, other = make_key(tmp_path, "other")
     register_version(tmp_path)
     assert promote("1", public) == 2
-    assert "signature: nobody signed it: run foxnas sign" in capsys.readouterr().err
+    assert "signature: nobody signed it; run foxnas sign" in capsys.readouterr().err
     assert main(["sign", "--model", f"models:/{NAME}/1", "--signing-key", private]) == 0
     assert f"Next: foxnas promote --model models:/{NAME}/1 --verify-key" in capsys.readouterr().out
     assert promote("1", other) == 2
