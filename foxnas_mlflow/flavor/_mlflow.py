@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import mlflow
 import numpy as np
 import yaml
+from mlflow.environment_variables import MLFLOW_LOCK_MODEL_DEPENDENCIES
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelInputExample, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
@@ -25,6 +26,7 @@ from mlflow.utils.environment import (
     _CONSTRAINTS_FILE_NAME,
     _PYTHON_ENV_FILE_NAME,
     _REQUIREMENTS_FILE_NAME,
+    _generate_mlflow_version_pinning,
     _mlflow_conda_env,
     _process_conda_env,
     _process_pip_requirements,
@@ -222,13 +224,18 @@ def save_model(
     mlflow_model.save(os.path.join(path, MLMODEL_FILE_NAME))
 
     constraints = None
-    if conda_env is None:
+    if conda_env is not None:
+        conda_env, pip_requirements, constraints = _process_conda_env(conda_env)
+    elif (pip_requirements, extra_pip_requirements) != (None, None) or MLFLOW_LOCK_MODEL_DEPENDENCIES.get():
         defaults = None if pip_requirements else get_default_pip_requirements(kind, weights=weights == "trained")
         conda_env, pip_requirements, constraints = _process_pip_requirements(
             defaults, pip_requirements, extra_pip_requirements
         )
     else:
-        conda_env, pip_requirements, constraints = _process_conda_env(conda_env)
+        # What is installed needs no comparing with what is installed: that takes a second, a process.
+        defaults = get_default_pip_requirements(kind, weights=weights == "trained")
+        pip_requirements = [_generate_mlflow_version_pinning(), *defaults]
+        conda_env = _mlflow_conda_env(additional_pip_deps=pip_requirements, install_mlflow=False)
     Path(path, _CONDA_ENV_FILE_NAME).write_text(yaml.safe_dump(conda_env, default_flow_style=False), encoding="utf-8")
     if constraints:
         write_to(os.path.join(path, _CONSTRAINTS_FILE_NAME), "\n".join(constraints))

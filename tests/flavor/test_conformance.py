@@ -555,6 +555,11 @@ def test_14_15_conda_env_given(subnet: SubnetModel, as_file: bool, tmp_path: Pat
 @pytest.mark.parametrize("kind", SAVED_KINDS)
 def test_16_requirements_match_conda(saved: dict[str, Path], kind: str) -> None:
     assert sorted(requirements_of(saved[kind])) == sorted(pip_section(saved[kind]))
+    # As MLflow itself writes them, which compares them with all that is installed first.
+    requirements = flavor.get_default_pip_requirements(kind)
+    environment, written, _ = mlflow.utils.environment._process_pip_requirements(requirements)
+    assert requirements_of(saved[kind]) == written
+    assert yaml.safe_load((saved[kind] / "conda.yaml").read_text()) == environment
 
 
 def test_17_pip_requirements(subnet: SubnetModel, tmp_path: Path) -> None:
