@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from foxnas_mlflow.core.random import Stream
 from foxnas_mlflow.supernet._distributed import GradientAverage, add_gradient
+from foxnas_mlflow.supernet._optimizer import Sgd
 from foxnas_mlflow.supernet._state import Mode, TrainingState
 from foxnas_mlflow.supernet._strategy import TrainedNetwork, strategy_of
 
@@ -157,7 +158,7 @@ def set_gradients(
     return torch.stack(losses).sum()
 
 
-def update(state: TrainingState, loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
+def update(state: TrainingState, loss: Tensor, optimizer: Sgd) -> float:
     """Change the weights by the gradients that `set_gradients` left.
 
     Args:

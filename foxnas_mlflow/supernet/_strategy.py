@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidInputError
@@ -19,6 +18,7 @@ from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet
 
 if TYPE_CHECKING:
+    from foxnas_mlflow.supernet._optimizer import Sgd
     from foxnas_mlflow.supernet._state import TrainConfig, TrainingState
 
 TrainedNetwork = Supernet | PlainNetwork
@@ -50,9 +50,7 @@ class BaseStrategy(ABC):
         """Phase of a step, counted from 0."""
         return sum(step >= share * n_steps for share in self.phases) - 1
 
-    def begin(  # noqa: B027 - most strategies have one phase
-        self, phase: int, state: TrainingState, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def begin(self, phase: int, state: TrainingState, optimizer: Sgd) -> None:  # noqa: B027 - most have one phase
         """Called before the first step of every phase but the first."""
 
     @abstractmethod
@@ -110,7 +108,7 @@ class ProgressiveShrinking(_Elastic):
     phases = (0.0, 0.4, 0.52, 0.7)
     _KERNELS, _DEPTHS, _EXPANSIONS = 1, 2, 3
 
-    def begin(self, phase: int, state: TrainingState, optimizer: torch.optim.Optimizer) -> None:
+    def begin(self, phase: int, state: TrainingState, optimizer: Sgd) -> None:
         supernet = state.supernet
         if phase == self._KERNELS:
             largest = supernet.extract(supernet.space.largest())
@@ -118,7 +116,7 @@ class ProgressiveShrinking(_Elastic):
         elif phase == self._EXPANSIONS:
             supernet.sort_channels()
             # Its velocities are those of other channels now.
-            optimizer.state.clear()
+            optimizer.velocity.clear()
 
     def draw(self, space: SearchSpace, phase: int, rng: np.random.Generator) -> list[Architecture]:
         limited = space.replace(

@@ -333,10 +333,10 @@ def test_a_smaller_kernel_is_the_supernet_s_own() -> None:
 
 
 def test_activations_move_to_ours_and_a_resumed_training_has_the_same_losses(tmp_path: Path) -> None:
-    digits = load_dataset("digits", max_train=256)
+    digits = load_dataset("digits", max_train=40)
     space = CPU_SPACE.replace(image_sizes=(32,), in_channels=1, n_classes=10, depths=(2, 3, 4))
     batches = Batches(
-        digits.train, normalization=digits.normalization, image_size=32, batch_size=32, flip=False, augment=False
+        digits.train, normalization=digits.normalization, image_size=32, batch_size=5, flip=False, augment=False
     )
     torch.save(published("timm").tensors, tmp_path / "net.pth")
 
@@ -344,7 +344,8 @@ def test_activations_move_to_ours_and_a_resumed_training_has_the_same_losses(tmp
         torch.manual_seed(0)
         supernet = Supernet(space)
         load_init(tmp_path / "net.pth", supernet)
-        return TrainingState(supernet, TrainConfig(epochs=1, learning_rate=0.01, mode="float32", workers=1, anneal=0.5))
+        config = TrainConfig(epochs=1, n_random=1, learning_rate=0.01, mode="float32", workers=1, anneal=0.5)
+        return TrainingState(supernet, config)
 
     shares: list[float] = []
     whole: list[float] = []
