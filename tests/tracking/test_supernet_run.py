@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.cli.main import main
+from tests.pipelines import SPACE
 
 pytestmark = [pytest.mark.server, pytest.mark.train, pytest.mark.slow]
-
-SMALL = ["--max-train", "200", "--epochs", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -24,20 +23,29 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def space(tmp_path: Path) -> str:
+    """Path of a space whose networks have few layers."""
+    path = tmp_path / "two.yaml"
+    path.write_text(SPACE, encoding="utf-8")
+    return str(path)
+
+
 def test_a_training_logs_what_the_contract_names(
-    tracking: str, cache: Path, capsys: pytest.CaptureFixture[str]
+    tracking: str, cache: Path, space: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import mlflow
 
     from foxnas_mlflow.flavor import SupernetModel, load_model, model_id_of
     from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
 
-    assert main(["supernet", *SMALL, "--ema", "0.9", "--seed", "3"]) == 0
+    command = ["supernet", "--space", space, "--max-train", "200", "--epochs", "2"]
+    assert main([*command, "--ema", "0.9", "--seed", "3"]) == 0
     client = mlflow.MlflowClient()
     (run,) = client.search_runs(["0"])
     assert run.info.status == "FINISHED"
     assert run.data.tags["foxnas.stage"] == "supernet"
-    assert run.data.tags["foxnas.space"] == "cpu-tiny"
+    assert run.data.tags["foxnas.space"] == "two"
     for key in ("train/loss", "train/images_per_s", "eval/top1_max", "eval/top1_min", "eval/top1_random"):
         assert key in run.data.metrics
     # One value an epoch, the last of them that of all images, at the step at which the training ended.
@@ -84,10 +92,12 @@ def test_a_training_logs_what_the_contract_names(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_training_goes_on_from_its_run(tracking: str, cache: Path, signum: signal.Signals) -> None:
+def test_an_interrupted_training_goes_on_from_its_run(
+    tracking: str, cache: Path, space: str, signum: signal.Signals
+) -> None:
     import mlflow
 
-    command = ["supernet", "--max-train", "400", "--epochs", "3"]
+    command = ["supernet", "--space", space, "--max-train", "400", "--epochs", "3"]
     process = subprocess.Popen([sys.executable, "-m", "foxnas_mlflow", *command], stderr=subprocess.PIPE)
     client = mlflow.MlflowClient()
     deadline = time.monotonic() + 120
@@ -171,6 +181,7 @@ def test_a_space_too_small_for_its_strides_and_a_class_without_training_images_a
 def test_once_for_all_weights_begin_a_training(
     tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import mlflow
     import torch
 
     from tests.supernet.test_once_for_all import shapes_of, weights_of
@@ -181,15 +192,16 @@ def test_once_for_all_weights_begin_a_training(
     out = capsys.readouterr().out
     assert "once-for-all's MobileNetV3" in out
     assert "one input channel" in out
+    assert mlflow.MlflowClient().search_runs(["0"])[0].data.tags["foxnas.space"] == "cpu-tiny"
     # Weights of other blocks do not fit.
     assert main([*argv, "--space", "proxyless"]) == 2
     assert "first to differ is" in capsys.readouterr().err
 
 
-def test_two_processes_train_one_supernet_from_a_project(tracking: str, root: Path) -> None:
+def test_two_processes_train_one_supernet_from_a_project(tracking: str, root: Path, space: str) -> None:
     import mlflow
 
-    asked = {"nproc_per_node": "2", "max_train": "200", "epochs": "2", "accumulate": "2"}
+    asked = {"nproc_per_node": "2", "space": space, "max_train": "200", "epochs": "2", "accumulate": "2"}
     submitted = mlflow.projects.run(
         str(root), entry_point="supernet_torchrun", parameters=asked, env_manager="local", experiment_id="0"
     )
