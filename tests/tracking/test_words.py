@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlflow.store.artifact import cli as artifacts
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from PIL import Image
 
 from foxnas_mlflow.cli.main import main
@@ -25,7 +26,7 @@ from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.data import load_dataset
 from foxnas_mlflow.flavor import get_default_pip_requirements
 from foxnas_mlflow.tracking.registry import registered_name
-from tests.servers import tracking_server
+from tests.servers import s3, tracking_server
 
 
 @pytest.mark.slow
@@ -79,7 +80,9 @@ def test_a_relative_path_is_told_with_where_it_was_looked_for(tmp_path: Path, mo
 
 
 @pytest.mark.server
-def test_data_elsewhere_is_copied_by_the_command_that_the_refusal_names(tracking: str, tmp_path: Path) -> None:
+def test_data_elsewhere_is_copied_by_the_command_that_the_refusal_names(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "two words"
     for label in ("dark", "light"):
         (folder / label).mkdir(parents=True)
@@ -91,13 +94,19 @@ def test_data_elsewhere_is_copied_by_the_command_that_the_refusal_names(tracking
     dataset = load_dataset(folder.as_uri())
     assert "%20" in folder.as_uri()
     assert dataset.labels == ("dark", "light")
-    with pytest.raises(InvalidInputError) as error:
-        load_dataset(f"runs:/{run.info.run_id}/images")
-    (command,) = re.findall(r"mlflow artifacts (download .* images),", str(error.value))
-    done = CliRunner().invoke(artifacts.commands, shlex.split(command))
-    assert done.exit_code == 0, done.output
-    (copied,) = (tmp_path / "images").rglob("dark")
-    assert load_dataset(str(copied.parent)).digest == dataset.digest
+    with s3(log=tmp_path / "s3.log") as env:
+        for key, value in env.items():
+            monkeypatch.setenv(key, value)
+        get_artifact_repository("s3://models/of/images").log_artifacts(str(folder))
+        for uri in (f"runs:/{run.info.run_id}/images", "s3://models/of/images"):
+            with pytest.raises(InvalidInputError) as error:
+                load_dataset(uri)
+            (command,) = re.findall(r"mlflow artifacts (download .* images),", str(error.value))
+            done = CliRunner().invoke(artifacts.commands, shlex.split(command))
+            assert done.exit_code == 0, done.output
+            (copied,) = (tmp_path / "images").rglob("dark")
+            assert load_dataset(str(copied.parent)).digest == dataset.digest
+            shutil.rmtree(tmp_path / "images")
 
 
 @pytest.mark.server
