@@ -289,14 +289,12 @@ class SearchSpace:
         return drawn[0] if n is None else drawn
 
     def _sample_one(self, rng: np.random.Generator, image_size: int | None) -> Architecture:
-        size = int(rng.choice(self.image_sizes)) if image_size is None else image_size
-        blocks = [
-            [
-                (int(rng.choice(self.expansions)), int(rng.choice(self.kernels)))
-                for _ in range(int(rng.choice(self.depths)))
-            ]
-            for _ in self.stages
-        ]
+        def one(values: Sequence[int]) -> int:
+            # What rng.choice draws, in a fifth of its time.
+            return values[int(rng.integers(len(values)))]
+
+        size = one(self.image_sizes) if image_size is None else image_size
+        blocks = [[(one(self.expansions), one(self.kernels)) for _ in range(one(self.depths))] for _ in self.stages]
         return self.architecture(size, blocks)
 
     def neighbours(self, architecture: Architecture) -> Iterator[Architecture]:
