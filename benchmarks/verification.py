@@ -9,11 +9,11 @@ ease, four fifths of whose variance all networks share, is below its true accura
 part of that noise that networks do not share is 0.13 points, and the residuals of a fit have a standard deviation of
 0.2 points, as in the authors' table (0.187). Latencies are measured within 0.3 %.
 
-`one-shot` fits predictors to rows of random networks and takes the optimum under a random limit. `loop` fits to fewer
-rows, looks at candidates along the front, refits with them and searches again, as `main` does; its evaluations are all
-networks that were evaluated, looked-at ones too. `auto` and `strict` are its choices within one standard error and
-with a tolerance of 0. A gap is to the best network of the model without misfit. A choice is beaten when another
-looked-at network is truly more accurate and truly faster.
+`one-shot` fits predictors to rows of random networks, as the paper does, and takes the optimum under a random limit.
+`loop` fits to fewer rows, chosen by a D-optimal design, looks at candidates along the front, refits with them and
+searches again, as `main` does; its evaluations are all networks that were evaluated, looked-at ones too. `auto` and
+`strict` are its choices within one standard error and with a tolerance of 0. A gap is to the best network of the model
+without misfit. A choice is beaten when another looked-at network is truly more accurate and truly faster.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 from scipy.special import ndtri
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.design import choose_samples
 from foxnas_mlflow.core.measurements import Measurement, Timing
 from foxnas_mlflow.core.predictors import PredictorSet, fit_formula, get_formula, reference_predictors
 from foxnas_mlflow.core.searchers import (
@@ -48,7 +49,7 @@ from foxnas_mlflow.core.searchers import (
 SIZE = 256
 MISFIT_POINTS, MISFIT_LATENCY, TIMING_ERROR, SHARED = 0.15, 0.004, 0.003, 0.8
 ONE_SHOT = (60, 90, 120, 180, 240)
-LOOP = (55,)
+LOOP = (55, 110)
 
 
 class Truth:
@@ -89,9 +90,8 @@ class Truth:
         ms = self.of(architecture)[1] * (1 + TIMING_ERROR * float(self.rng.normal()))
         return Timing(ms, "measured", "simulated", n_runs=100)
 
-    def rows(self, n: int) -> list[Measurement]:
-        """Rows of n random networks."""
-        networks = self.space.sample(self.rng, n=n, image_size=SIZE)
+    def rows(self, networks: Sequence[Architecture]) -> list[Measurement]:
+        """What a board and a supernet say of networks."""
         self.meet(networks)
         return [Measurement.of(a, self.time(a), self.evaluate(a).accuracy) for a in networks]
 
@@ -127,7 +127,9 @@ def answers(seed: int, args: argparse.Namespace) -> list[Answer]:
     truth = Truth(seed, args.images)
     limit = float(truth.rng.uniform(60, 160))
     best = exact_optimum(Objective(truth.known, confidence=0.5, image_sizes=[SIZE]), limit).accuracy
-    rows = truth.rows(max(ONE_SHOT))
+    drawn = truth.rows(truth.space.sample(truth.rng, n=max(ONE_SHOT), image_size=SIZE))
+    formulas = [get_formula("calibrated", quantity) for quantity in ("accuracy", "latency_ms")]
+    designed = truth.rows(choose_samples(truth.space, formulas, max(LOOP), image_sizes=[SIZE], seed=seed))
     found = []
 
     def answer(method: str, n_rows: int, n: int, chosen: Architecture, others: Sequence[Architecture] = ()) -> None:
@@ -142,11 +144,11 @@ def answers(seed: int, args: argparse.Namespace) -> list[Answer]:
         return verify(outcome, n_candidates=args.candidates, time=truth.time, evaluate=truth.evaluate, also=before)
 
     for n in ONE_SHOT:
-        answer("one-shot", n, n, searched(truth.fit(rows[:n]))[0].architecture)
+        answer("one-shot", n, n, searched(truth.fit(drawn[:n]))[0].architecture)
     for n in LOOP:
-        loop = closed_loop(
-            truth.fit(rows[:n]), rows[:n], rounds=args.rounds, search=searched, look=looked, refit=truth.fit
-        )
+        # A design is made one row after the other: its first n are the design of n.
+        rows = designed[:n]
+        loop = closed_loop(truth.fit(rows), rows, rounds=args.rounds, search=searched, look=looked, refit=truth.fit)
         seen = loop.looked[0].candidates
         for method, verdict in (
             ("auto", loop.looked[0]),
