@@ -20,7 +20,7 @@ from foxnas_mlflow.core.predictors import (
     widest_formula,
     with_packaged_accuracy,
 )
-from foxnas_mlflow.core.random import Stream, stream
+from foxnas_mlflow.core.random import Stream, pick, stream
 from foxnas_mlflow.core.space import SearchSpace
 
 SPARE_PROBES = 2
@@ -78,7 +78,7 @@ def _drawn(
     space: SearchSpace, n: int, image_sizes: Sequence[int] | None, rng: np.random.Generator
 ) -> list[Architecture]:
     sizes = tuple(image_sizes or space.image_sizes)
-    return [space.sample(rng, image_size=int(rng.choice(sizes))) for _ in range(n)]
+    return [space.sample(rng, image_size=pick(rng, sizes)) for _ in range(n)]
 
 
 def calibrate(

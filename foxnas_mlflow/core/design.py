@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.predictors._formulas import Formula
-from foxnas_mlflow.core.random import Stream, stream
+from foxnas_mlflow.core.random import Stream, pick, stream
 from foxnas_mlflow.core.space import SearchSpace
 
 FloatArray = NDArray[np.float64]
@@ -95,14 +95,15 @@ def choose_samples(
     rng = stream(seed, Stream.DESIGN_CANDIDATES)
     known = set(measured)
     candidates: list[Architecture] = []
+    parts: dict[tuple[tuple[int, ...], ...], SearchSpace] = {}
     n_candidates = max(n_candidates, n + n // 4)
     # A tiny space may have fewer subnets than are asked for: stop when draws bring nothing new.
     for _ in range(20 * max(n_candidates, n)):
         if len(candidates) >= (n_candidates if method == "design" else n):
             break
         # Every other candidate is of a part of the space, or nearly all would mix all of its kernels and ratios.
-        source = _part(space, rng) if method == "design" and len(candidates) % 2 else space
-        drawn = source.sample(rng, image_size=int(rng.choice(sizes)))
+        source = _part(space, rng, parts) if method == "design" and len(candidates) % 2 else space
+        drawn = source.sample(rng, image_size=pick(rng, sizes))
         if drawn not in known:
             known.add(drawn)
             candidates.append(drawn)
@@ -116,13 +117,18 @@ def choose_samples(
     return [candidates[i] for i in chosen]
 
 
-def _part(space: SearchSpace, rng: np.random.Generator) -> SearchSpace:
-    """The space with a random choice of its kernel sizes, expansion ratios and depths."""
+def _part(
+    space: SearchSpace, rng: np.random.Generator, made: dict[tuple[tuple[int, ...], ...], SearchSpace]
+) -> SearchSpace:
+    """The space with a random choice of its kernel sizes, expansion ratios and depths; each is made once."""
 
     def some(values: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(v for v in values if rng.random() < 0.5) or (int(rng.choice(values)),)
+        return tuple(v for v in values if rng.random() < 0.5) or (pick(rng, values),)
 
-    return space.replace(kernels=some(space.kernels), expansions=some(space.expansions), depths=some(space.depths))
+    key = kernels, expansions, depths = some(space.kernels), some(space.expansions), some(space.depths)
+    if key not in made:
+        made[key] = space.replace(kernels=kernels, expansions=expansions, depths=depths)
+    return made[key]
 
 
 def _information_rows(formula: Formula, space: SearchSpace, architectures: Sequence[Architecture]) -> FloatArray:

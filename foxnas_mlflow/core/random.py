@@ -8,8 +8,12 @@ so that the streams ``[seed, 2]`` and ``[seed, 2, 0]`` would be one.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 @enum.unique
@@ -43,3 +47,8 @@ def stream(seed: int, purpose: Stream, *numbers: int) -> np.random.Generator:
         numbers: Which one of many, each 0 or more: an epoch, a step, a repeat.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(int(purpose), *numbers)))
+
+
+def pick(rng: np.random.Generator, values: Sequence[T]) -> T:
+    """One of some values: what ``rng.choice(values)`` draws, without the array that it makes of them first."""
+    return values[int(rng.integers(len(values)))]

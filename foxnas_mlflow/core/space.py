@@ -20,6 +20,7 @@ import numpy as np
 from foxnas_mlflow.core.architecture import Architecture, Block, Stage
 from foxnas_mlflow.core.errors import InvalidArchitectureError, InvalidSpaceError
 from foxnas_mlflow.core.files import json_digest, sought
+from foxnas_mlflow.core.random import pick
 
 SPACE_FORMAT = 1
 
@@ -289,12 +290,11 @@ class SearchSpace:
         return drawn[0] if n is None else drawn
 
     def _sample_one(self, rng: np.random.Generator, image_size: int | None) -> Architecture:
-        def one(values: Sequence[int]) -> int:
-            # What rng.choice draws, in a fifth of its time.
-            return values[int(rng.integers(len(values)))]
-
-        size = one(self.image_sizes) if image_size is None else image_size
-        blocks = [[(one(self.expansions), one(self.kernels)) for _ in range(one(self.depths))] for _ in self.stages]
+        size = pick(rng, self.image_sizes) if image_size is None else image_size
+        blocks = [
+            [(pick(rng, self.expansions), pick(rng, self.kernels)) for _ in range(pick(rng, self.depths))]
+            for _ in self.stages
+        ]
         return self.architecture(size, blocks)
 
     def neighbours(self, architecture: Architecture) -> Iterator[Architecture]:

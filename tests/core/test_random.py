@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from foxnas_mlflow.core.random import Stream, stream
+from foxnas_mlflow.core.random import Stream, pick, stream
 
 
 def test_streams_differ_by_purpose_number_and_seed_and_repeat_themselves() -> None:
@@ -15,3 +15,12 @@ def test_streams_differ_by_purpose_number_and_seed_and_repeat_themselves() -> No
     np.testing.assert_array_equal(stream(1, Stream.DESIGN_CANDIDATES, 3).random(5), again.random(5))
     # The reason for a key: lists of seeds are filled up with zeros.
     assert np.random.default_rng([0, 2]).integers(2**63) == np.random.default_rng([0, 2, 0]).integers(2**63)
+
+
+def test_a_pick_is_numpys_choice() -> None:
+    ours, theirs = stream(5, Stream.DESIGN_CANDIDATES), stream(5, Stream.DESIGN_CANDIDATES)
+    for n in (1, 2, 3, 4, 7, 1000):
+        values = range(100, 100 + n)
+        for _ in range(50):
+            assert pick(ours, values) == theirs.choice(values)
+    assert ours.random() == theirs.random()
