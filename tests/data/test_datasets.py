@@ -27,6 +27,18 @@ def write_images(folder: Path, n: int, *, seed: int = 0, suffix: str = ".png", s
         image.fromarray(rng.integers(0, 256, (size, size + 4, 3), dtype=np.uint8)).save(folder / f"{i}{suffix}")
 
 
+def test_digits_are_those_of_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.datasets")
+    bunch = sklearn.load_digits()
+    dataset = load_dataset("digits")
+    images = np.concatenate([np.stack([part[i] for i in range(len(part))]) for part in (dataset.train, dataset.val)])
+    theirs = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    targets = np.concatenate([dataset.train.targets, dataset.val.targets])
+    # In another order.
+    ours = sorted((image.tobytes(), target) for image, target in zip(images, targets, strict=True))
+    assert ours == sorted((image.tobytes(), target) for image, target in zip(theirs, bunch.target, strict=True))
+
+
 def test_digits_are_split_by_class() -> None:
     pytest.importorskip("sklearn")
     dataset = load_dataset("digits")
