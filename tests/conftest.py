@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -115,6 +116,14 @@ def mlflow_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def module_path() -> Iterator[None]:
+    """MLflow puts the code of every model that it loads on the module path, where each import looks through it."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
@@ -133,15 +142,20 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once_a_run(tmp_path_factory, "store", make) / "mlflow.db"
 
 
+def copy_store(empty_store: Path, directory: Path) -> str:
+    """A fresh SQLite store in a directory, whose runs keep their files there; its URI."""
+    shutil.copy(empty_store, directory / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(directory / "mlflow.db")) as store, store:
+        store.execute("UPDATE experiments SET artifact_location = ?", (f"{directory}/mlruns/0",))
+    return f"sqlite:///{directory / 'mlflow.db'}"
+
+
 @pytest.fixture
 def tracking(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A fresh SQLite store; MLflow's global state is put back afterwards."""
     import mlflow
 
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store, store:
-        store.execute("UPDATE experiments SET artifact_location = ?", (f"{tmp_path}/mlruns/0",))
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = copy_store(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)

@@ -627,6 +627,16 @@ def test_20_code_paths(subnet: SubnetModel, saved: dict[str, Path], tmp_path: Pa
     assert not (tmp_path / "none" / "code").exists()
 
 
+@pytest.mark.parametrize("kind", SAVED_KINDS)
+@pytest.mark.filterwarnings("ignore:running on the processor:UserWarning")
+def test_20_code_that_runs_already_is_not_looked_for_again(saved: dict[str, Path], kind: str) -> None:
+    before = list(sys.path)
+    load_model(str(saved[kind]))
+    assert sys.path == before
+    mlflow.pyfunc.load_model(str(saved[kind]))
+    assert sys.path == before
+
+
 def test_20_a_model_carries_the_code_that_runs_it(saved: dict[str, Path], tmp_path: Path) -> None:
     import subprocess
 
