@@ -103,10 +103,13 @@ def test_of_three_pipelines_one_works_at_each_step(done: Done, monkeypatch: pyte
     assert len({run.data.tags["foxnas.model"] for run in mains}) == 1
     assert "works on it; waiting for its result" in done.output
     # Another target and another name go on from the same supernet.
-    argv = ["main", *options(done.home / "user"), "--target", "edgetpu", "--device", "none", "--name", "other"]
-    other = done.foxnas(*argv, "--n-compare", "0")
-    assert other.returncode == 0, other.stderr
-    assert "== supernet: found, its inputs are unchanged" in other.stdout
+    argv = [*options(done.home / "user"), "--target", "edgetpu", "--device", "none", "--name", "other"]
+    other = Running(argv, done.env)
+    try:
+        assert other.begins("sample", seconds=300), other.lines[-20:]
+        assert "== supernet: found, its inputs are unchanged" in "\n".join(other.lines)
+    finally:
+        other.kill(after_seconds=0)
 
 
 def test_pages_tell_what_a_version_is(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
