@@ -40,9 +40,12 @@ def reader(server: str, tracking: str, monkeypatch: pytest.MonkeyPatch, tmp_path
     mlflow.set_tracking_uri(server)
     mlflow.set_registry_uri(server)
     log_in(monkeypatch, ADMIN)
-    for _ in range(2):
-        register_version(tmp_path)
-    assert main(["promote", "--model", f"models:/{NAME}/1", "--stage", "Production"]) == 0
+    # Once: no test may change them.
+    if not mlflow.MlflowClient().search_registered_models(f"name = '{NAME}'"):
+        for _ in range(2):
+            register_version(tmp_path)
+        assert main(["promote", "--model", f"models:/{NAME}/1", "--stage", "Production"]) == 0
+    assert state() == {"aliases": {"production": "1"}, "stages": {"1": "Production", "2": "None"}}
     log_in(monkeypatch, READER)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the reader")
     return server

@@ -36,7 +36,8 @@ with entry_run(stage="main", params={}) as parent:
 
 
 TOGETHER = """
-import sys, time
+import os, sys, time
+from mlflow.store.tracking import sqlalchemy_store
 from foxnas_mlflow.tracking import steps
 from foxnas_mlflow.tracking.run import entry_run
 
@@ -47,9 +48,17 @@ def act(cut_off, tags):
         time.sleep(0.3)
         return {"run_id": run.run_id}
 
-with entry_run(stage="main", params={}) as parent:
-    for seed in range(int(sys.argv[1])):
-        print(steps.run_step(parent, steps.Step("sample", {"seed": seed}), act).run_id, flush=True)
+# What is imported is shared; the connections to the store are each process's own.
+n_processes, n_steps = map(int, sys.argv[1:])
+children = []
+for _ in range(n_processes):
+    children.append(os.fork())
+    if not children[-1]:
+        with entry_run(stage="main", params={}) as parent:
+            found = [steps.run_step(parent, steps.Step("sample", {"seed": i}), act).run_id for i in range(n_steps)]
+        os.write(1, f"{' '.join(found)}\\n".encode())
+        os._exit(0)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
 
@@ -195,12 +204,10 @@ def test_of_pipelines_at_once_one_works_and_the_others_wait_for_its_steps(tracki
     import mlflow
 
     n_steps = 4
-    processes = [
-        subprocess.Popen([sys.executable, "-c", TOGETHER, str(n_steps)], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    outputs = [process.communicate(timeout=240)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    command = [sys.executable, "-c", TOGETHER, "3", str(n_steps)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=240, check=True)
+    outputs = [line.split() for line in done.stdout.splitlines()]
+    assert len(outputs) == 3
     assert outputs[0] == outputs[1] == outputs[2]
     assert len(set(outputs[0])) == n_steps
     steps = mlflow.search_runs(filter_string="tags.`foxnas.stage` = 'sample'", output_format="list")
