@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # busy machine they wait for seconds. Torch reads it when it is first imported; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Where it is set, each of hundreds of processes compiles the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # A shell starts background jobs with Ctrl-C ignored, and their processes inherit that: tests send it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -166,6 +169,32 @@ def tracking(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         mlflow.end_run()
     mlflow.set_tracking_uri(None)
     mlflow.set_registry_uri(None)
+
+
+_STEADY = """
+import sys
+
+if any("foxnas_mlflow" in word or "ipykernel" in word for word in sys.orig_argv):
+    from foxnas_mlflow.devices import _benchmark
+
+    _benchmark.MAX_HALVES_DIFFERENCE, _benchmark.MIN_CPU_SHARE = float("inf"), 0.0
+"""
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, and in the commands that are started, measurements count that other tests disturb.
+
+    Each would be done three times, and of those of a sampling too few might be left: how good figures are is asked
+    in tests/devices.
+    """
+    from foxnas_mlflow.devices import _benchmark
+
+    monkeypatch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
+    monkeypatch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)
+    (tmp_path / "steady").mkdir()
+    (tmp_path / "steady" / "sitecustomize.py").write_text(_STEADY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'steady'}", prepend=os.pathsep)
 
 
 @pytest.fixture(scope="session")

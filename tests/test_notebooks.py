@@ -54,7 +54,7 @@ def test_the_search_from_published_measurements_says_what_its_page_says() -> Non
 @pytest.mark.server
 @pytest.mark.train
 @pytest.mark.tflite
-@pytest.mark.usefixtures("kernel")
+@pytest.mark.usefixtures("kernel", "undisturbed")
 def test_own_images_become_a_served_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -15,12 +15,12 @@ import pytest
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import InvalidMeasurementsError
 from foxnas_mlflow.core.measurements import Measurement, read_measurements
-from tests.pipelines import STEPS, Running, options
+from tests.pipelines import N_SAMPLES, STEPS, Running, options
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.train, pytest.mark.tflite]
 
-KILLS = int(os.environ.get("FOXNAS_KILLS", "3"))
-"""How often the pipeline is killed; 20 takes a quarter of an hour."""
+KILLS = int(os.environ.get("FOXNAS_KILLS", "2"))
+"""How often the pipeline is killed; 20 takes a quarter of an hour. Losses within a sampling: tests/kills.py."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "foxnas_mlflow"
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(tracking: str, cache: Path) -> None:
     import mlflow
 
@@ -69,7 +70,7 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(track
 
     final = _rows(steps["sample"]["outputs"]["measurements"], cache.parents[1] / "final")
     assert set(rows) <= set(final)
-    assert len({row.architecture for row in final}) == len(final) == 20
+    assert len({row.architecture for row in final}) == len(final) == N_SAMPLES
     table = list(csv.DictReader(_text(parent.info.run_id, "predicted_vs_real.csv").splitlines()))
     latencies = [float(row["latency_ms"]) for row in table]
     assert {row["latency_ms"] for row in compared} <= set(latencies)
@@ -98,18 +99,20 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(track
     # Without interruption, from the same weights: the same networks and accuracies.
     shutil.rmtree(cache)
     weights = steps["supernet"]["outputs"]["model_uri"]
-    assert main(["sample", "--supernet", weights, "--target", "cpu", "--n-samples", "20"]) == 0
+    command = ["sample", "--supernet", weights, "--target", "cpu", "--n-samples", str(N_SAMPLES), "--device", "none"]
+    assert main(command) == 0
     whole = client.search_runs(["0"], "tags.`foxnas.stage` = 'sample'", order_by=["attributes.start_time DESC"])[0]
     assert whole.info.run_id != steps["sample"]["run_id"]
     undisturbed = _rows(f"runs:/{whole.info.run_id}/measurements.csv", cache.parents[1] / "undisturbed")
     assert [(r.architecture, r.accuracy) for r in undisturbed] == [(r.architecture, r.accuracy) for r in final]
 
 
-@pytest.mark.usefixtures("edgetpu")
+@pytest.mark.usefixtures("edgetpu", "undisturbed")
 def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str, cache: Path) -> None:
     import mlflow
 
-    argv = ["main", *options(cache.parents[1]), "--target", "edgetpu", "--device", "local", "--max-accuracy-drop", "99"]
+    asked = ["--target", "edgetpu", "--device", "local", "--max-accuracy-drop", "99"]
+    argv = ["main", *options(cache.parents[1]), *asked]
     status = main(argv)
     client = mlflow.MlflowClient()
     (parent,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'")
@@ -119,8 +122,7 @@ def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str
     assert number.isdigit()
     assert parent.data.tags["foxnas.model"] == compiled
     rows = _rows(steps["sample"]["outputs"]["measurements"], cache.parents[1] / "rows")
-    # A busy machine leaves the latencies empty that it cannot vouch for; none is an estimate.
-    assert {"measured"} <= {row.latency_source for row in rows} <= {"measured", ""}
+    assert {row.latency_source for row in rows} == {"measured"}
     for name in ("sample", "search", "benchmark"):
         assert client.get_run(steps[name]["run_id"]).data.tags["foxnas.latency_source"] == "measured", name
     measured = json.loads(_text(steps["benchmark"]["run_id"], "benchmark.json"))
