@@ -174,6 +174,25 @@ def with_metadata(data: bytes, metadata: Mapping[str, Any]) -> bytes:
     return pack(model)
 
 
+def with_signature(data: bytes, input_name: str) -> bytes:
+    """The same model with the signature that TensorFlow gives a SavedModel: one input, and ``output_0``."""
+    schema = _schema()
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    (graph,) = model.subgraphs
+    signature = schema.SignatureDefT()
+    signature.signatureKey = "serving_default"
+    signature.inputs, signature.outputs = [], []
+    for maps, name, index in (
+        (signature.inputs, input_name, graph.inputs[0]),
+        (signature.outputs, "output_0", graph.outputs[0]),
+    ):
+        entry = schema.TensorMapT()
+        entry.name, entry.tensorIndex = name, int(index)
+        maps.append(entry)
+    model.signatureDefs = [signature]
+    return pack(model)
+
+
 def set_metadata(schema: Any, model: Any, name: str, payload: bytes) -> None:
     """Set one entry of a model's metadata (object API)."""
     content = schema.BufferT()

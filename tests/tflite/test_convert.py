@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import ConversionError, FoxNasError, InvalidFormatError, InvalidInputError
 from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.runtime import open_interpreter
 from foxnas_mlflow.tflite import (
     Conversion,
     Int8Model,
@@ -74,6 +75,17 @@ def test_conversion_keeps_the_function(conversion: Conversion, weights: dict[str
     assert np.mean(got.argmax(axis=1) == exact.argmax(axis=1)) >= 0.75
 
 
+def test_it_runs_by_its_signature_too(conversion: Conversion) -> None:
+    interpreter = open_interpreter(conversion.data)
+    assert interpreter.get_signature_list() == {"serving_default": {"inputs": ["input"], "outputs": ["output_0"]}}
+    image = np.random.default_rng(0).integers(-128, 128, (1, 32, 32, 3), dtype=np.int8)
+    by_name = interpreter.get_signature_runner()(input=image)["output_0"]
+    interpreter = open_interpreter(conversion.data)
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], image)
+    interpreter.invoke()
+    np.testing.assert_array_equal(by_name, interpreter.get_tensor(interpreter.get_output_details()[0]["index"]))
+
+
 def test_file_tells_where_it_comes_from(conversion: Conversion, tmp_path: Path) -> None:
     conversion.save(tmp_path / "model.tflite")
     assert [p.name for p in tmp_path.iterdir()] == ["model.tflite"]
@@ -106,17 +118,14 @@ def test_trainers_outputs_are_compared(weights: dict[str, np.ndarray]) -> None:
         convert(NETWORK, weights, images, normalization=NORMALIZATION, reference_logits=logits + 0.01)
 
 
-def test_layer_errors_find_the_layer_that_was_spoilt(weights: dict[str, np.ndarray]) -> None:
+def test_layer_errors_find_the_layer_that_was_spoilt(conversion: Conversion, weights: dict[str, np.ndarray]) -> None:
     # One channel of batch norm a thousand times the others: the layer's one scale is lost on it.
     spoilt = {name: value.copy() for name, value in weights.items()}
     spoilt["stage3.block0.project.norm.weight"][0] *= 1000
     images = sample_images(16, 32)
-    conversion = convert(NETWORK, spoilt, images, normalization=NORMALIZATION)
-    rows = layer_errors(NETWORK, spoilt, conversion.data, images[:4])
+    rows = layer_errors(NETWORK, spoilt, convert(NETWORK, spoilt, images, normalization=NORMALIZATION).data, images[:4])
     assert len(rows) == len(lower(NETWORK))
-    clean = layer_errors(
-        NETWORK, weights, convert(NETWORK, weights, images, normalization=NORMALIZATION).data, images[:4]
-    )
+    clean = layer_errors(NETWORK, weights, conversion.data, images[:4])
     assert max(row.own_error for row in clean) < 0.1
     # The relative error of the spoilt layer is small, for its large channel dominates the power;
     # what reads it loses the other channels.
@@ -151,7 +160,8 @@ def float_file() -> bytes:
     operators = lower(NETWORK)
     weights = random_weights(NETWORK, np.random.default_rng(0))
     model = build_keras(operators, fold_weights(operators, weights), (32, 32, 3))
-    return tf.lite.TFLiteConverter.from_keras_model(model).convert()
+    graph = tf.function(model).get_concrete_function(tf.TensorSpec((1, 32, 32, 3)))
+    return tf.lite.TFLiteConverter.from_concrete_functions([graph]).convert()
 
 
 def test_float_file_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
