@@ -14,7 +14,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.devices import host_answer
 
-from .virtual_pi import UnavailableError, make_virtual_pi
+from .virtual_pi import UnavailableError, unpack_virtual_pi
 
 TINY_CPU = CPU_SPACE.replace(image_sizes=(32, 48, 64), width_mult=0.5, n_classes=10)
 
@@ -37,17 +37,15 @@ def expected(probe: bytes) -> list[np.ndarray]:
 
 @pytest.fixture(scope="session")
 def pi_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The root file system of a virtual Pi; kept in FOXNAS_VIRTUAL_PI where that is set."""
-    kept = os.environ.get("FOXNAS_VIRTUAL_PI")
-    directory = Path(kept) if kept else tmp_path_factory.mktemp("pi") / "root"
+    """The root file system of a virtual Pi, unpacked for this session."""
+    directory = tmp_path_factory.mktemp("pi") / "root"
     try:
-        make_virtual_pi(directory)
+        unpack_virtual_pi(directory)
     except UnavailableError as error:
         pytest.skip(str(error))
     yield directory
-    if not kept:
-        # 450 MB, which pytest would keep for three sessions.
-        shutil.rmtree(directory)
+    # 450 MB, which pytest would keep for three sessions.
+    shutil.rmtree(directory)
 
 
 @pytest.fixture
