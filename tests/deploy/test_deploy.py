@@ -429,7 +429,9 @@ def test_a_copy_that_is_cut_off_changes_nothing(
             ("door", "create", "host"),
         ):
             slow.touch()
-            command = [sys.executable, "-m", "mlflow", "deployments", verb, "-t", target, "--name", name]
+            # What `mlflow deployments` runs, without its other commands.
+            run = "from mlflow.deployments.cli import commands; commands()"
+            command = [sys.executable, "-c", run, verb, "-t", target, "--name", name]
             host = subprocess.Popen([*command, "-m", versions[1]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             half = await_half_a_model(board / name, host)
             if cut == "host":

@@ -260,14 +260,14 @@ def busy_workers(root: Path) -> list[int]:
 
 def test_no_request_is_lost_across_switches_and_kills(deployed: tuple[Any, dict[str, Any], Path]) -> None:
     _, deployment, root = deployed
-    clients = storm(root, deployment["service"], switches=4, kills=2, requests=1500)
+    clients = storm(root, deployment["service"], switches=20, kills=5, requests=2000)
     assert clients.wrong == []
-    assert clients.n_answers > 1500
+    assert clients.n_answers > 2000
     assert set(clients.answers) == {"0001", "0002"}
     metrics = counted(deployment["service"]["url"])
     assert metrics['foxnas_requests_total{code="200"}'] == clients.n_answers
-    assert metrics["foxnas_switches_total"] == 6
-    assert metrics["foxnas_worker_restarts_total"] == 2
+    assert metrics["foxnas_switches_total"] == 22
+    assert metrics["foxnas_worker_restarts_total"] == 5
     # Of the versions before no process is left.
     deadline = time.monotonic() + 30
     while len(workers_of(root)) > 1 and time.monotonic() < deadline:
@@ -284,14 +284,6 @@ def workers_of(root: Path) -> list[int]:
             if f" worker {root}/" in line:
                 found.append(int(path.parent.name))
     return found
-
-
-@pytest.mark.slow
-def test_twenty_switches_and_five_kills(deployed: tuple[Any, dict[str, Any], Path]) -> None:
-    _, deployment, root = deployed
-    clients = storm(root, deployment["service"], switches=20, kills=5, requests=10_000)
-    assert clients.wrong == []
-    assert clients.n_answers > 10_000
 
 
 def test_what_cannot_be_served_leaves_the_old_version_serving(
