@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.cli.main import main
-from tests.supernets import MINI_SPACE
+from tests.pipelines import SPACE
 
 pytestmark = [pytest.mark.server, pytest.mark.train, pytest.mark.slow]
 
@@ -47,8 +46,8 @@ def test_known_weights_teachers_and_weights_of_classes_reach_the_training(
 ) -> None:
     from foxnas_mlflow.flavor import load_model
 
-    space = tmp_path / "mini.yaml"
-    space.write_text(json.dumps(MINI_SPACE.to_dict()))
+    space = tmp_path / "two.yaml"
+    space.write_text(SPACE, encoding="utf-8")
     small = [*DIGITS, "--space", str(space)]
     assert main(small) == 0
     known = "models:/foxnas-supernet/1"

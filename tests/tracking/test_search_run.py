@@ -27,7 +27,7 @@ pytestmark = pytest.mark.server
 def test_search_logs_what_the_contract_names(tracking: str, tmp_path: Path) -> None:
     import mlflow
 
-    assert main(["search", "--latency-ms", "60", "--evaluations", "20000"]) == 0
+    assert main(["search", "--latency-ms", "60", "--evaluations", "5000"]) == 0
     client = mlflow.MlflowClient()
     (run,) = client.search_runs(["0"])
     assert run.info.status == "FINISHED"
@@ -142,7 +142,7 @@ def test_several_latencies_register_a_network_each_in_one_run_with_one_front(tra
         assert f"{outcome.accuracy:.2f}" in page
 
 
-def test_the_least_of_a_quantity_and_the_knee_are_searched_from_a_project(tracking: str, root: Path) -> None:
+def test_a_project_searches_the_least_of_a_quantity_and_a_command_the_knee(tracking: str, root: Path) -> None:
     import mlflow
 
     from foxnas_mlflow.core.searchers import pose, solve
@@ -152,7 +152,10 @@ def test_the_least_of_a_quantity_and_the_knee_are_searched_from_a_project(tracki
     submitted = mlflow.projects.run(
         str(root), entry_point="search", parameters={**asked, "evaluations": "2000"}, env_manager="local"
     )
-    metrics = client.get_run(submitted.run_id).data.metrics
+    run = client.get_run(submitted.run_id)
+    assert run.info.status == "FINISHED"
+    metrics = run.data.metrics
+    assert metrics["search/predicted_latency_upper_ms"] <= 80
     problem = pose(predictors, limits="latency_ms<=80, macs<=300e6", objective="int8_size_bytes", min_accuracy=72)
     assert metrics["model/int8_parameter_bytes"] == solve(problem).least
     assert metrics["search/predicted_accuracy"] >= 72
@@ -292,23 +295,6 @@ def test_an_unreachable_store_is_one_line(uri: str, message: str) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_sigterm_ends_the_run_as_killed(tracking: str, tmp_path: Path) -> None:
-    import mlflow
-
-    code = (
-        "import time\nfrom foxnas_mlflow.tracking.run import entry_run\n"
-        "with entry_run(stage='search', params={}):\n    print('ready', flush=True)\n    time.sleep(60)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "ready"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
-    process.stdout.close()
-    (run,) = mlflow.MlflowClient().search_runs(["0"])
-    assert run.info.status == "KILLED"
-
-
 def test_the_next_command_ends_what_sigkill_left_running(tracking: str) -> None:
     import mlflow
 
@@ -330,6 +316,7 @@ def test_the_next_command_ends_what_sigkill_left_running(tracking: str) -> None:
     processes[1].terminate()
     for process in processes:
         process.communicate(timeout=60)
+    assert processes[1].returncode == 143
     assert client.get_run(alive).info.status == "KILLED"
 
 
@@ -342,19 +329,6 @@ def test_an_error_ends_the_run_as_failed(tracking: str) -> None:
         raise RuntimeError("no")
     (run,) = mlflow.MlflowClient().search_runs(["0"])
     assert run.info.status == "FAILED"
-
-
-def test_mlflow_run_from_a_project(tracking: str, root: Path) -> None:
-    import mlflow
-
-    start = time.time()
-    submitted = mlflow.projects.run(
-        str(root), entry_point="search", parameters={"latency_ms": "70", "evaluations": "5000"}, env_manager="local"
-    )
-    run = mlflow.get_run(submitted.run_id)
-    assert run.info.status == "FINISHED"
-    assert run.data.metrics["search/predicted_latency_upper_ms"] <= 70
-    assert run.info.start_time / 1000 >= start - 5
 
 
 def test_sigterm_in_the_middle_of_a_search_ends_the_run_as_killed(tracking: str) -> None:
