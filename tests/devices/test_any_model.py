@@ -44,7 +44,9 @@ def models() -> dict[str, bytes]:
     samples = [np.random.default_rng(0).normal(size=(1, 8, 8, 3)).astype(np.float32) for _ in range(4)]
 
     def convert(model: Any, *, quantized: str = "") -> bytes:
-        converter = tf.lite.TFLiteConverter.from_keras_model(model)
+        call = tf.function(lambda *inputs: model(list(inputs) if len(inputs) > 1 else inputs[0]))
+        graph = call.get_concrete_function(*(tf.TensorSpec(i.shape, i.dtype) for i in model.inputs))
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([graph])
         if quantized:
             converter.optimizations = [tf.lite.Optimize.DEFAULT]
         if quantized in ("int8", "int16"):

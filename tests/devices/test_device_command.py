@@ -11,8 +11,8 @@ from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.predictors import load_predictors
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.devices import _benchmark
 from foxnas_mlflow.workflows.device import UNSURE_PERCENT
+from tests.measuring import shorten
 
 from .conftest import TINY_CPU
 
@@ -51,9 +51,7 @@ def test_calibrate_this_host_and_go_on(
 ) -> None:
     pytest.importorskip("statsmodels")
     monkeypatch.chdir(tmp_path)
-    # Other tests may disturb this one; how good the figures are is not asked here.
-    monkeypatch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
-    monkeypatch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)
+    shorten(monkeypatch)
     Path("small.yaml").write_text(yaml.safe_dump(TINY_CPU.to_dict()))
     Path("base.yaml").write_text("name: base\nspace: small.yaml\n")
     command = ["device", "calibrate", "--target", "base.yaml", "--out", "mine.yaml", "--n-checks", "3"]

@@ -18,6 +18,7 @@ from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.devices import board, check, connect, measure
 from foxnas_mlflow.tflite import EdgeTpuCompiler, find_compiler, read_tflite
 from foxnas_mlflow.tflite._edgetpu_compiler import COMPILER
+from tests.measuring import SHORT
 from tests.servers import free_port
 
 docker = pytest.importorskip("docker")
@@ -26,7 +27,7 @@ docker = pytest.importorskip("docker")
 def test_measure_in_a_container(board_image: str, probe: bytes, expected: list[np.ndarray]) -> None:
     with connect(f"docker://{board_image}") as connection:
         assert check(connection).ready
-        benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=0.1, expected=expected)
+        benchmark = measure(connection, probe, expected=expected, **SHORT)
         assert benchmark.output_difference == 0
         data = bytes(range(256))
         connection.put(data, f"{connection.workspace({})}/file")

@@ -15,6 +15,7 @@ from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import check, connect, host_answer, measure
 from foxnas_mlflow.tflite import require_compiler, write_probe
 from foxnas_mlflow.workflows._timers import open_device
+from tests.measuring import SHORT
 
 pytestmark = [pytest.mark.tflite, pytest.mark.usefixtures("edgetpu")]
 
@@ -30,9 +31,7 @@ def test_a_compiled_model_runs_there_and_answers_as_the_processor_does(int8: byt
     compiled = require_compiler().compile(int8)
     with connect("local") as connection:
         assert check(connection).edgetpu
-        benchmark = measure(
-            connection, compiled, edgetpu=True, expected=host_answer(int8), runs=20, warmup=1, min_seconds=0.01
-        )
+        benchmark = measure(connection, compiled, edgetpu=True, expected=host_answer(int8), **SHORT)
     assert benchmark.edgetpu
     assert benchmark.output_difference == 0
 
@@ -62,7 +61,7 @@ def test_of_several_accelerators_one_is_named(int8: bytes, tmp_path: Path, monke
     for name in ("usb:0", "usb:1"):
         (tmp_path / name).touch()
     monkeypatch.setenv("STAND_IN_STICKS", str(tmp_path))
-    quick = {"edgetpu": True, "runs": 5, "warmup": 1, "min_seconds": 0.01, "attempts": 1}
+    quick = {"edgetpu": True, **SHORT}
     with (tmp_path / "usb:0").open("rb+") as taken:
         fcntl.flock(taken, fcntl.LOCK_EX)
         with connect("local?edgetpu=usb:1") as connection:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from foxnas_mlflow.core.errors import DeviceError
-from foxnas_mlflow.devices import board, connect, measure
+from foxnas_mlflow.devices import LocalConnection, board, connect, measure
 
 
 def tree(root: Path, files: dict[str, str]) -> str:
@@ -127,10 +127,18 @@ def test_a_meter_that_fails_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
+class Hasty(LocalConnection):
+    """This machine with a board script that measures energy for half a second."""
+
+    def workspace(self, files: Mapping[str, bytes]) -> str:
+        long, short = b"\nENERGY_SECONDS = 10.0\n", b"\nENERGY_SECONDS = 0.25\n"
+        assert all(long in data for name, data in files.items() if name == "board.py")
+        return super().workspace({name: data.replace(long, short) for name, data in files.items()})
+
+
 def test_a_users_command_measures(tmp_path: Path, probe: bytes) -> None:
     command = script(tmp_path / "meter", "echo 4.25")
-    with connect("local") as connection:
+    with Hasty() as connection:
         benchmark = measure(connection, probe, runs=3, warmup=1, max_seconds=0.05, attempts=1, energy=command)
     assert benchmark.power_meter == command
     assert benchmark.idle_w == benchmark.load_w == pytest.approx(4.25)

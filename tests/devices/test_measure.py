@@ -24,6 +24,7 @@ from foxnas_mlflow.devices import Benchmark, Completed, LocalConnection, board, 
 from foxnas_mlflow.devices._benchmark import invalid_reasons, median_interval
 from foxnas_mlflow.devices._script import BOARD_ERRORS, read_answer
 from foxnas_mlflow.tflite import write_probe
+from tests.measuring import SHORT
 
 from .sshd import board_processes
 
@@ -39,7 +40,7 @@ def test_measure_here(probe: bytes, expected: list[np.ndarray], tmp_path: Path) 
         directory = connection.workspace({})
         assert (Path(directory) / "board.py").is_file()
         # The next model travels alone.
-        again = measure(connection, probe, runs=20, warmup=1, min_seconds=0.01)
+        again = measure(connection, probe, **SHORT)
         assert connection.workspace({}) == directory
     assert not Path(directory).exists()
     assert benchmark.n_runs == len(benchmark.samples_ms) >= 50
@@ -60,7 +61,7 @@ def test_measure_here(probe: bytes, expected: list[np.ndarray], tmp_path: Path) 
 
 def test_benchmark_json_round_trip(probe: bytes) -> None:
     with connect("local") as connection:
-        benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=0.01)
+        benchmark = measure(connection, probe, **SHORT)
     data = json.loads(json.dumps(benchmark.to_dict()))
     assert Benchmark.from_dict(data) == benchmark
     with pytest.raises(InvalidFormatError, match="format 2"):
@@ -71,13 +72,10 @@ def test_benchmark_json_round_trip(probe: bytes) -> None:
 
 def test_outputs_that_differ_are_found(probe: bytes, expected: list[np.ndarray]) -> None:
     with connect("local") as connection:
-        benchmark = measure(
-            connection, probe, runs=20, warmup=1, min_seconds=0.01, expected=[expected[0] ^ np.int8(16)]
-        )
+        benchmark = measure(connection, probe, expected=[expected[0] ^ np.int8(16)], **SHORT)
         assert not benchmark.valid
         assert any("differs from the host's" in reason for reason in benchmark.invalid_reasons)
-        assert any("differs from the host's" in reason for reason in benchmark.invalid_reasons)
-        other = measure(connection, probe, runs=1, warmup=1, attempts=1, expected=[expected[0][:, :4]])
+        other = measure(connection, probe, expected=[expected[0][:, :4]], **SHORT)
         assert other.output_difference == float("inf")
 
 
@@ -299,6 +297,6 @@ def test_litert_times_the_same() -> None:
     if shutil.which("litert-benchmark") is None:
         pytest.skip("no litert-benchmark here (ai-edge-litert 2.1 and newer)")
     network = CPU_SPACE.replace(kernels=(3,)).smallest(224)
-    turns = np.array(list(in_turns(write_probe(build_network(CPU_SPACE, network)), turns=4, runs=200)))
+    turns = np.array(list(in_turns(write_probe(build_network(CPU_SPACE, network)), turns=4, runs=100)))
     ours, theirs = turns[:, :, 1].min(axis=0)
     assert 0.8 < ours / theirs < 1.25

@@ -25,6 +25,7 @@ from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.devices import check, connect, measure
 from foxnas_mlflow.devices._ssh import SshPlace, lost, unreachable
 from foxnas_mlflow.workflows._timers import open_device
+from tests.measuring import SHORT, shorten
 from tests.supernets import register_mini_supernet
 
 from .conftest import TINY_CPU
@@ -68,7 +69,7 @@ def test_measure_through_ssh(server: Server, probe: bytes, expected: list[np.nda
     with connect(address(server)) as connection:
         assert "?" not in connection.uri
         assert check(connection).ready
-        benchmark = measure(connection, probe, runs=20, warmup=1, min_seconds=0.1, expected=expected)
+        benchmark = measure(connection, probe, expected=expected, **SHORT)
         assert benchmark.connection == connection.uri
         assert benchmark.output_difference == 0
         assert not benchmark.emulated
@@ -315,6 +316,7 @@ def test_a_sampling_whose_board_goes_away_goes_on_when_it_is_back(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(measuring, "RECONNECT_SECONDS", 0.4)
+    shorten(monkeypatch)
     register_mini_supernet()
     command = ["sample", "--n-samples", "6", "--image-size", "8", "--target", "cpu", "--device", address(server)]
 

@@ -20,6 +20,7 @@ from foxnas_mlflow.core.measurements import Measurement, read_finished, read_mea
 from foxnas_mlflow.core.predictors import fit_predictors, reference_latency
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.tracking.registry import version_metrics
+from tests.measuring import shorten
 from tests.supernets import MINI_SPACE, register_mini_supernet
 
 pytestmark = [pytest.mark.server, pytest.mark.train]
@@ -166,19 +167,15 @@ def test_what_no_network_meets_is_told_by_a_worker_as_here(
 
 
 def test_a_device_has_the_last_word(
-    tracking: str, predictors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tracking: str, predictors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
+    shorten(monkeypatch)
     command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "9999", "--verify", "2"]
-    status = main([*command, "--device", "local", "--evaluations", "2000"])
+    assert main([*command, "--device", "local", "--evaluations", "2000"]) == 0
     run = _only_run()
     rows = _table(run.info.run_id, tmp_path)
-    if status == 2:
-        # A machine too busy for any measurement to be trusted chooses nothing, and says so.
-        assert "can be trusted" in capsys.readouterr().err
-        assert all(row["problems"] for row in rows)
-        return
     assert [row["origin"] for row in rows] == ["found", "front"]
     (chosen,) = [row for row in rows if row["chosen"] == "True"]
     assert 0 < float(chosen["measured_latency_ms"]) <= 9999
@@ -236,27 +233,27 @@ def test_rounds_learn_from_what_was_looked_at_and_go_on_where_they_were_cut_off(
 
 
 def test_a_killed_search_asks_the_device_about_no_network_twice(
-    tracking: str, cache: Path, predictors: Path, tmp_path: Path
+    tracking: str, cache: Path, predictors: Path, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shorten(monkeypatch)
     command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "9999", "--verify", "6"]
     command += ["--device", "local", "--evaluations", "2000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "foxnas_mlflow", *command], env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-m", "tests.measuring", *command], env=os.environ | {"PYTHONPATH": str(root)}
     )
     deadline = time.monotonic() + 180
     # The header and one row: the file is there before what is written to it.
     while sum(file.read_bytes().count(b"\n") for file in cache.glob("foxnas_mlflow/verifications/*/*.csv")) < 2:
         assert time.monotonic() < deadline
-        if process.poll() is not None:
-            pytest.skip("the machine was too busy for a measurement that can be trusted")
+        assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait(timeout=60)
     (file,) = cache.glob("foxnas_mlflow/verifications/*/measurements.csv")
     kept = {row.architecture.to_json(): row.latency_ms for row in read_finished(file)}
     assert 1 <= len(kept) < 6
-    if main(command) == 0:
-        assert not list(cache.glob("foxnas_mlflow/verifications/*"))
+    assert main(command) == 0
+    assert not list(cache.glob("foxnas_mlflow/verifications/*"))
     run = max(_runs(), key=lambda run: run.info.start_time)
     table = {row["architecture"]: float(row["measured_latency_ms"]) for row in _table(run.info.run_id, tmp_path)}
     assert len(table) == 6
