@@ -168,8 +168,9 @@ def test_no_python_on_the_machine(server: Server) -> None:
         check(connection)
 
 
-def test_probes_are_held_against_this_host(server: Server, tmp_path: Path) -> None:
+def test_probes_are_held_against_this_host(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A board whose kernels compute something else teaches nothing: its times are left out."""
+    shorten(monkeypatch)
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "sitecustomize.py").write_text(
