@@ -77,22 +77,45 @@ def test_a_model_from_its_run_to_a_scoring_server(server: str, tmp_path: Path) -
     assert row["label"] == table["label"][0] == "abc"[int(np.argmax(expected))]
 
 
-_PROMOTER = """
-import sys, pathlib, time
+_PROMOTERS = """
+import os, sys
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import PromotionError
 from foxnas_mlflow.tracking.holders import StageKeeper
-name, version, go = sys.argv[1:]
-keeper = StageKeeper(name)
-print("ready", flush=True)
-while not pathlib.Path(go).exists():
-    time.sleep(0.005)
-statuses = [main(["promote", "--model", f"models:/{name}/{version}", "--stage", "Production"])]
-for _ in range(3):
-    try:
-        keeper.move(version, "Production", former=keeper.holder("Production"), action="promote", run_id=version)
-    except PromotionError as error:
-        assert "in the meantime" in str(error), error
+import foxnas_mlflow.workflows.promote
+
+def work(name, version):
+    keeper = StageKeeper(name)
+    keeper.holder("Production")
+    os.write(ready, b"r")
+    os.read(go, 1)
+    # Refused where another was first.
+    main(["promote", "--model", f"models:/{name}/{version}", "--stage", "Production"])
+    for _ in range(3):
+        try:
+            keeper.move(version, "Production", former=keeper.holder("Production"), action="promote", run_id=version)
+        except PromotionError as error:
+            assert "in the meantime" in str(error), error
+
+# What is imported is shared; the connections to the store are each process's own.
+name, *versions = sys.argv[1:]
+(told, ready), (go, start) = os.pipe(), os.pipe()
+children = []
+for version in versions:
+    children.append(os.fork())
+    if not children[-1]:
+        os.close(start)
+        try:
+            work(name, version)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+os.close(ready)
+for _ in children:
+    os.read(told, 1)
+os.close(start)  # all begin at once
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
 """
 
 
@@ -105,20 +128,12 @@ def test_promotions_at_once_leave_one_holder(
         # Straight to the database: nothing in between puts the promotions in order.
         _, database = request.getfixturevalue("stack")
         monkeypatch.setenv("MLFLOW_REGISTRY_URI", database)
-    name, go = "foxnas-at-once", tmp_path / "go"
+    name = "foxnas-at-once"
     versions = [register_version(tmp_path, name=name) for _ in range(3)]
-    command = [sys.executable, "-c", _PROMOTER, name]
-    processes = [
-        subprocess.Popen([*command, version, str(go)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for version in versions
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "ready"
-    go.touch()
-    for process in processes:
-        _, error = process.communicate(timeout=180)
-        assert process.returncode == 0, error
+    done = subprocess.run(
+        [sys.executable, "-c", _PROMOTERS, name, *versions], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
     client = mlflow.MlflowClient()
     (holder,) = (str(version) for version in client.get_registered_model(name).aliases.values())
     stages = {str(v.version): v.current_stage for v in client.search_model_versions(f"name='{name}'")}
