@@ -49,7 +49,7 @@ from foxnas_mlflow.core.searchers import (
 SIZE = 256
 MISFIT_POINTS, MISFIT_LATENCY, TIMING_ERROR, SHARED = 0.15, 0.004, 0.003, 0.8
 ONE_SHOT = (60, 90, 120, 180, 240)
-LOOP = (55, 110)
+LOOP = (65,)
 
 
 class Truth:

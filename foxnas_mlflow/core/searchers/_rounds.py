@@ -78,7 +78,10 @@ def closed_loop(
     look: Callable[[SearchOutcome, Sequence[Architecture]], L],
     refit: Callable[[Sequence[Measurement]], PredictorSet],
 ) -> Loop[L]:
-    """Search and learn until the found networks stay, nothing is left to gain beyond noise, or the rounds are spent.
+    """Search and learn until the found networks stay, nothing is left to gain, or the rounds are spent.
+
+    A gain that one evaluation could not tell from noise is no reason to end: networks differ from their predictions by
+    more than that, and every further one that is looked at may be the better one (docs/METHOD.md, section 4).
 
     Args:
         predictors: Those of the first round.
@@ -104,7 +107,7 @@ def closed_loop(
             predictors = refit(list(table.values()))
             found = tuple(search(predictors))
             if all(not promises_more(o, v.chosen) for o, v in zip(found, looked, strict=True)):
-                reason = "refitted predictors promise nothing more that an evaluation could tell"
+                reason = "refitted predictors promise nothing more"
                 break
             outcomes, used = found, predictors
         before = [verdict.chosen.architecture for verdict in looked]
@@ -134,7 +137,7 @@ def _learnt(candidate: Candidate, before: Measurement | None) -> Measurement:
 
 
 def promises_more(outcome: SearchOutcome, chosen: Candidate) -> bool:
-    """Whether predictors expect a network that an evaluation could tell from the chosen one: better by its noise.
+    """Whether predictors expect a network to be more accurate than the chosen one.
 
     Args:
         outcome: A search under the predictors; for a goal other than accuracy the answer is yes.
@@ -143,5 +146,5 @@ def promises_more(outcome: SearchOutcome, chosen: Candidate) -> bool:
     if outcome.problem.goal != "accuracy":
         return True
     predictor = outcome.objective.predictors.of("accuracy", chosen.architecture.image_size)
-    gain = outcome.optimum.accuracy - float(predictor.predict([chosen.architecture])[0])
-    return gain > (chosen.standard_error or 0.0)
+    # The same network is predicted once by sums over stages and once as a whole.
+    return outcome.optimum.accuracy > float(predictor.predict([chosen.architecture])[0]) + 1e-9
