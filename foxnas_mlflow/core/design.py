@@ -98,13 +98,15 @@ def choose_samples(
     parts: dict[tuple[tuple[int, ...], ...], SearchSpace] = {}
     n_candidates = max(n_candidates, n + n // 4)
     # A tiny space may have fewer subnets than are asked for: stop when draws bring nothing new.
-    for _ in range(20 * max(n_candidates, n)):
-        if len(candidates) >= (n_candidates if method == "design" else n):
+    last_new = 0
+    for draw in range(20 * max(n_candidates, n)):
+        if len(candidates) >= (n_candidates if method == "design" else n) or draw - last_new > 1000 + 100 * len(known):
             break
         # Every other candidate is of a part of the space, or nearly all would mix all of its kernels and ratios.
         source = _part(space, rng, parts) if method == "design" and len(candidates) % 2 else space
         drawn = source.sample(rng, image_size=pick(rng, sizes))
         if drawn not in known:
+            last_new = draw
             known.add(drawn)
             candidates.append(drawn)
     if len(candidates) < n:
