@@ -93,7 +93,7 @@ def test_a_training_logs_what_the_contract_names(
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_training_goes_on_from_its_run(
-    tracking: str, cache: Path, space: str, signum: signal.Signals
+    tracking: str, cache: Path, space: str, signum: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import mlflow
 
@@ -119,14 +119,14 @@ def test_an_interrupted_training_goes_on_from_its_run(
     resumed = next(r for r in client.search_runs(["0"]) if r.info.run_id != killed.info.run_id)
     assert int(resumed.data.tags["foxnas.resumed_at_step"]) > 0
     assert resumed.info.status == "FINISHED"
-    for other in (
-        ["--seed", "1"],
-        ["--space", "tpu"],
-        ["--learning-rate", "0.5"],
-        ["--augment", "yes"],
-        ["--flip", "yes"],
-    ):
+    capsys.readouterr()
+    for other, told in (
+        (["--seed", "1", "--learning-rate", "0.5", "--augment", "yes", "--flip", "yes"],
+         "received other augment, flip, seed, learning_rate"),
+        (["--space", "tpu"], "space"),
+    ):  # fmt: skip
         assert main([*command, *other, "--resume", killed.info.run_id]) == 2
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
