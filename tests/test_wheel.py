@@ -50,7 +50,9 @@ def test_the_wheel_works_without_the_checkout(root: Path, tmp_path: Path) -> Non
     )
     assert Path(where.stdout.strip()).is_relative_to(site)
     assert "--finetune-epochs" in foxnas("main", "--help")
-    assert "models:/foxnas-subnet-rpi4/1" in foxnas("search", "--target", "rpi4", "--latency-ms", "60")
+    assert "models:/foxnas-subnet-rpi4/1" in foxnas(
+        "search", "--target", "rpi4", "--latency-ms", "60", "--evaluations", "2000"
+    )
     # Its project, as mlflow run takes it.
     foxnas("init", "project")
     command = [sys.executable, "-m", "mlflow", "run", "project", "-e", "search", "-P", "evaluations=2000"]

@@ -119,24 +119,36 @@ def test_a_gate_that_fails_moves_nothing(
 def test_figures_of_another_machine_never_count(
     tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], made: dict[str, Any], words: str
 ) -> None:
-    """Not by a copy, a second registration or an edited tag either: what a figure is of stays with the figure."""
-    client = mlflow.MlflowClient()
+    """Not by an edited tag either: what a figure is of stays with the figure."""
     register_version(tmp_path, **made)
+    claim_the_board(NAME, "1")
+    assert promote(f"models:/{NAME}/1") == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_copy_has_no_other_figures(tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    client = mlflow.MlflowClient()
+    register_version(tmp_path, machine="AMD EPYC")
     model_id = model_id_of(client.get_model_version(NAME, "1"))
     assert model_id is not None
     mlflow.register_model(f"models:/{model_id}", NAME)
     client.copy_model_version(f"models:/{NAME}/1", "shelf")
-    for name, number in ((NAME, "1"), (NAME, "2"), ("shelf", "1")):
-        for key, value in {"emulated": "false", "benchmark_device": "board", "benchmark_target": "rpi4"}.items():
-            client.set_model_version_tag(name, number, key, value)
-        client.set_model_version_tag(name, number, "weights", "trained")
+    for name, number in ((NAME, "2"), ("shelf", "1")):
+        claim_the_board(name, number)
         assert promote(f"models:/{name}/{number}") == 2
-        assert words in capsys.readouterr().err
+        assert "measured on AMD EPYC, target rpi4, but the version is for target rpi4" in capsys.readouterr().err
     # Measured on the board, all three are what they were registered from.
     log_measurement(model_id, {"benchmark/latency_ms_p90": 40.0, "benchmark/valid": 1.0})
     for name, number in ((NAME, "1"), (NAME, "2"), ("shelf", "1")):
         assert promote(f"models:/{name}/{number}") == 0
         assert str(client.get_model_version_by_alias(name, "production").version) == number
+
+
+def claim_the_board(name: str, number: str) -> None:
+    """Tags of a version as if it had been measured on its board."""
+    claimed = {"emulated": "false", "benchmark_device": "board", "benchmark_target": "rpi4", "weights": "trained"}
+    for key, value in claimed.items():
+        mlflow.MlflowClient().set_model_version_tag(name, number, key, value)
 
 
 def test_a_measurement_that_was_deleted_counts_no_more(
