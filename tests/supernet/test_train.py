@@ -391,30 +391,33 @@ def test_training_learns_digits_and_evaluation_counts_right_answers(tmp_path) ->
 
 _RANK = """
 import sys, torch
-from tests.supernet.test_train import batches_of, few_digits, new_state
+from tests.supernet.test_train import batches_of, few_digits, gradients_of, new_state, new_step
 from foxnas_mlflow.supernet import train_supernet
 from pathlib import Path
-rank, store, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+rank, out = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-net = train_supernet(
-    new_state(epochs=1), batches_of(few_digits(), rank=rank, world_size=2), checkpoints=out
-)
-values = torch.cat([p.detach().flatten() for p in net.parameters()])
-other = values.clone()
-torch.distributed.broadcast(other, 0)
-assert torch.equal(values, other), "ranks differ"
+torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
+state, images, targets = new_step(2)
+mine = slice(8 * rank, 8 * rank + 8)
+torch.save(gradients_of(state, images[mine], targets[mine]), out / f"gradients.{rank}")
+batches = batches_of(few_digits(), rank=rank, world_size=2)
+net = train_supernet(new_state(epochs=1), batches, checkpoints=out / "checkpoints")
+torch.save({name: p.detach() for name, p in net.named_parameters()}, out / f"weights.{rank}")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 assert "torch._dynamo" not in sys.modules, "a compiler of a second and a half was imported"
 """
 
 
-def _run_ranks(code: str, *arguments: Path) -> None:
-    command = [sys.executable, "-c", code]
-    ranks = [subprocess.Popen([*command, str(r), *map(str, arguments)], stderr=subprocess.PIPE) for r in (0, 1)]
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """What two processes leave that compute the gradients of a step together, and then train."""
+    directory = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-c", _RANK]
+    ranks = [subprocess.Popen([*command, str(r), str(directory)], stderr=subprocess.PIPE) for r in (0, 1)]
     errors = [process.communicate(timeout=240)[1].decode() for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], errors
+    return directory
 
 
 def gradients_of(state: TrainingState, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -443,30 +446,16 @@ def test_gradients_of_parts_are_those_of_the_whole_batch(accumulate: int) -> Non
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-_RANK_STEP = """
-import sys, torch
-from tests.supernet.test_train import gradients_of, new_step
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-state, images, targets = new_step(2)
-mine = slice(8 * rank, 8 * rank + 8)
-torch.save(gradients_of(state, images[mine], targets[mine]), f"{out}.{rank}")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_ranks_draw_the_same_networks_and_come_to_the_gradients_of_one_large_batch(tmp_path) -> None:
-    _run_ranks(_RANK_STEP, tmp_path / "store", tmp_path / "gradients")
+def test_two_ranks_draw_the_same_networks_and_come_to_the_gradients_of_one_large_batch(two_ranks: Path) -> None:
     whole = gradients_of(*new_step(1))
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"gradients.{rank}")
+        found = torch.load(two_ranks / f"gradients.{rank}")
         assert found.keys() == whole.keys()
         for name, gradient in whole.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_keep_the_same_weights(tmp_path) -> None:
-    _run_ranks(_RANK, tmp_path / "store", tmp_path / "out")
-    assert load_checkpoint(tmp_path / "out").step == len(few_digits().train) // 64
+def test_two_processes_keep_the_same_weights(two_ranks: Path) -> None:
+    first, second = (torch.load(two_ranks / f"weights.{rank}") for rank in (0, 1))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert load_checkpoint(two_ranks / "checkpoints").step == len(few_digits().train) // 64
