@@ -76,9 +76,9 @@ def unpack_virtual_pi(root: Path) -> None:
         with tempfile.TemporaryDirectory(dir=kept.parent) as directory:
             _make_virtual_pi(Path(directory, "root"))
             _run("tar", "-c", "-f", f"{directory}/pi.tar", "-C", f"{directory}/root", ".")
-            for old in kept.parent.glob("pi-*.tar"):
-                old.unlink()
             Path(directory, "pi.tar").rename(kept)
+        for old in set(kept.parent.glob("pi-*.tar")) - {kept}:
+            old.unlink(missing_ok=True)
     root.mkdir(parents=True)
     _run("tar", "-x", "-f", str(kept), "-C", str(root))
 
