@@ -183,7 +183,13 @@ def lacks_right(error: MlflowException) -> bool:
 
 def reason(error: Exception) -> str:
     """The first line of a refusal, without the address that a client asked and the status that it expected."""
-    first = redacted(str(error).strip().splitlines()[0])
+    first, *others = redacted(str(error)).strip().splitlines()
+    if first.startswith("The following failures occurred while downloading") and len(others) > 1:
+        # A heading of each file, and what became of it.
+        first = others[1]
+    if (missing := re.match(r"Failed to download artifacts from path '(.*?)'", first)) is not None:
+        # MLflow says this of whatever happened when an artifact of a run was asked for.
+        return f"{missing[1]} could not be downloaded: it is not there, or the server failed"
     found = re.fullmatch(r"API request to endpoint (\S+) failed with error code (\d+) .*Response body: '(.*)'", first)
     if found is not None:
         return f"{found[1].rpartition('/mlflow/')[2]}: HTTP {found[2]}: {found[3]}"
