@@ -246,12 +246,9 @@ def _found_out(candidates: Sequence[Candidate], reason: str) -> Markup:
 def _limits_table(outcome: SearchOutcome) -> Markup:
     """Every limit with the network's amount, what it costs, and what more of it would buy."""
     prices = {price.limit: price for price in outcome.prices}
-    predicted = outcome.objective.sizes[0].bounds
     rows = []
     for limit in outcome.limits:
-        amount = outcome.amounts[limit.quantity]
         price = prices.get(limit)
-        bound = "at most " if limit.quantity in predicted else ""
         binding = ""
         if price is not None:
             binding = f"binds, costs {price.lost:.2f} points" if price.binds else "does not bind"
@@ -259,7 +256,7 @@ def _limits_table(outcome: SearchOutcome) -> Markup:
             (
                 limit.quantity,
                 spoken(limit.value),
-                f"{bound}{spoken(amount)} ({100 * amount / limit.value:.0f} %)",
+                f"{outcome.amount_words(limit)} ({100 * outcome.amounts[limit.quantity] / limit.value:.0f} %)",
                 binding,
                 price.buys() if price is not None and price.binds else "",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -23,6 +24,7 @@ from foxnas_mlflow.core.searchers import (
     Limit,
     Objective,
     Problem,
+    RandomSearch,
     exact_front,
     exact_optimum,
     pose,
@@ -306,3 +308,11 @@ def test_guidance_saves_evaluations() -> None:
             hits = [point.evaluation for point in trace if point.best_accuracy >= close]
             spent[name].append(hits[0] if hits else np.inf)
     assert 10 * np.median(spent["annealing"]) < np.median(spent["annealing-unguided"])
+
+
+def test_a_bound_beyond_its_limit_is_told_with_what_overrules_it() -> None:
+    outcome = search(reference_predictors("rpi4"), 60.0, algorithm=RandomSearch(), evaluations=1)
+    ((limit, words),) = outcome.limit_words()
+    assert words.startswith(f"at most {outcome.latency_upper_ms:.6g}; binds")
+    slower = dataclasses.replace(outcome, amounts={**outcome.amounts, "latency_ms": 66.0})
+    assert slower.amount_words(limit) == "at most 66 predicted, within the limit as measured"

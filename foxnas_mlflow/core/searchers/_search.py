@@ -118,14 +118,22 @@ class SearchOutcome:
         """The limit on latency, or None where there is none."""
         return next((limit.value for limit in self.limits if limit.quantity == "latency_ms"), None)
 
+    def amount_words(self, limit: Limit) -> str:
+        """What the network has of a limited quantity."""
+        amount = self.amounts[limit.quantity]
+        if limit.quantity not in self.objective.sizes[0].bounds:
+            return spoken(amount)
+        # A device's word counts more than the predictors' (`verify`).
+        return f"at most {spoken(amount)}" + (
+            " predicted, within the limit as measured" if amount > limit.value else ""
+        )
+
     def limit_words(self) -> list[tuple[Limit, str]]:
         """Every limit, with what the network has of it, whether it binds, and what more of it would buy."""
         prices = {price.limit: price for price in self.prices}
-        predicted = self.objective.sizes[0].bounds
         words = []
         for limit in self.limits:
-            amount = self.amounts[limit.quantity]
-            text = f"{'at most ' if limit.quantity in predicted else ''}{spoken(amount)}"
+            text = self.amount_words(limit)
             if limit in prices:
                 price = prices[limit]
                 text += f"; binds, costs {price.lost:.2f} points, {price.buys()}" if price.binds else "; does not bind"
