@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -78,7 +79,9 @@ def timed(work: Callable[[], object], repeats: int = 3) -> float:
 def front_stages() -> Iterator[tuple[float, float]]:
     """Exact front of one size, against the stages of the space."""
     for n in (2, 3, 4, 5, 7, 9):
-        stages = tuple(CPU_SPACE.stages[i % 5] for i in range(n))
+        # Those beyond the five of the CPU space are wider and leave the image as large as it is.
+        further = (dataclasses.replace(s, width=s.width + 100, stride=1) for s in CPU_SPACE.stages)
+        stages = (*CPU_SPACE.stages, *further)[:n]
         space = CPU_SPACE.replace(name=f"stages{n}", stages=stages, image_sizes=(224,))
         predictors = fitted(space, 60 * n)
         yield n, timed(lambda predictors=predictors: front_of(Objective(predictors, confidence=0.5)))
@@ -86,7 +89,7 @@ def front_stages() -> Iterator[tuple[float, float]]:
 
 def front_options() -> Iterator[tuple[float, float]]:
     """Exact front of one size, against the options of a stage."""
-    for depths, kernels in (((2,), (3, 5)), ((2, 3), (3, 5)), ((2, 3), (3, 5, 7)), ((2, 3, 4), (3, 5, 7))):
+    for depths, kernels in (((2, 3), (3, 5)), ((2, 3, 4), (3, 5)), ((2, 3), (3, 5, 7)), ((2, 3, 4), (3, 5, 7))):
         space = CPU_SPACE.replace(name="options", depths=depths, kernels=kernels, image_sizes=(224,))
         predictors = fitted(space)
         n = len(Objective(predictors, confidence=0.5).options.kinds)
@@ -230,12 +233,12 @@ def logging_rows(most: int) -> Iterator[tuple[float, float]]:
 
 
 def training_processes() -> Iterator[tuple[float, float]]:
-    """Training a supernet on the digits, 8 epochs, against processes of torchrun with a thread each."""
+    """Training a supernet on the digits, 4 epochs, against processes of torchrun with a thread each."""
     for n in (1, 2):
         with tempfile.TemporaryDirectory() as directory:
             store = {"MLFLOW_TRACKING_URI": f"sqlite:///{directory}/mlflow.db", "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-            command += ["-m", "foxnas_mlflow", "supernet", "--epochs", "8"]
+            command += ["-m", "foxnas_mlflow", "supernet", "--epochs", "4"]
             subprocess.run(command, check=True, env=os.environ | store, cwd=directory, stdout=subprocess.DEVNULL)
             import mlflow
 
@@ -299,6 +302,7 @@ def draw(results: Mapping[str, list[list[float]]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     names = [name for name in MEASUREMENTS if name in results]
     figure, axes = plt.subplots(-(-len(names) // 4), 4, figsize=(15, 3.2 * -(-len(names) // 4)), squeeze=False)
@@ -311,6 +315,11 @@ def draw(results: Mapping[str, list[list[float]]], path: Path) -> None:
         axis.plot(x, curve(x), color="#999", linewidth=1, label=formula)
         axis.plot(*points.T, "o", color="#1f77b4")
         axis.set(xscale="log", yscale="log", xlabel=MEASUREMENTS[name][0], ylabel="seconds")
+        for one in (axis.xaxis, axis.yaxis):
+            # The default writes 2 x 10^0 beside 3 x 10^0, over each other.
+            one.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            one.set_major_formatter(EngFormatter(sep="") if one is axis.xaxis else "{x:g}")
+            one.set_minor_formatter(NullFormatter())
         axis.set_title(name.replace("_", " ") + ("" if error is None else f" (largest: {error:+.0f} %)"), fontsize=10)
         axis.legend(fontsize=8, frameon=False)
     figure.tight_layout()
