@@ -234,6 +234,7 @@ class EdgeDeploymentClient(BaseDeploymentClient):
         self, name: str, model_uri: str, flavor: str | None, config: dict[str, Any], *, new: bool
     ) -> dict[str, Any]:
         import mlflow
+        from mlflow.models.model import MLMODEL_FILE_NAME
 
         from foxnas_mlflow.deploy._bundle import Options, bundle
         from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, check_signed, load_model
@@ -245,11 +246,11 @@ class EdgeDeploymentClient(BaseDeploymentClient):
         info = mlflow.models.get_model_info(model_uri)
         kind = info.flavors.get(FLAVOR_NAME, {}).get("kind", "another flavor")
         with tempfile.TemporaryDirectory() as directory:
-            # What is checked is what is deployed: it is downloaded once.
-            local = mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=directory)
+            # What is checked is what is deployed: its files are downloaded once, and its seal looked up by its URI.
+            model = load_model(model_uri, directory)
             if options.verify_key is not None:
-                check_signed(Path(local), info.model_id, options.verify_key)
-            model = load_model(local)
+                (description,) = Path(directory).rglob(MLMODEL_FILE_NAME)
+                check_signed(description.parent, info.model_id, options.verify_key)
             if not isinstance(model, TfliteModel):
                 raise InvalidInputError(
                     "only a model of kind tflite or edgetpu can be deployed",
