@@ -50,6 +50,7 @@ SIZE = 256
 MISFIT_POINTS, MISFIT_LATENCY, TIMING_ERROR, SHARED = 0.15, 0.004, 0.003, 0.8
 ONE_SHOT = (60, 90, 120, 180, 240)
 LOOP = (55, 65)
+FORMULAS = tuple(get_formula("calibrated", quantity) for quantity in ("accuracy", "latency_ms"))
 
 
 class Truth:
@@ -96,10 +97,7 @@ class Truth:
         return [Measurement.of(a, self.time(a), self.evaluate(a).accuracy) for a in networks]
 
     def fit(self, rows: Sequence[Measurement]) -> PredictorSet:
-        accuracy, latency = (
-            fit_formula(get_formula("calibrated", quantity), rows, self.space).predictor
-            for quantity in ("accuracy", "latency_ms")
-        )
+        accuracy, latency = (fit_formula(formula, rows, self.space).predictor for formula in FORMULAS)
         return PredictorSet("simulated", self.space, (accuracy,), (latency,))
 
 
@@ -128,8 +126,7 @@ def answers(seed: int, args: argparse.Namespace) -> list[Answer]:
     limit = float(truth.rng.uniform(60, 160))
     best = exact_optimum(Objective(truth.known, confidence=0.5, image_sizes=[SIZE]), limit).accuracy
     drawn = truth.rows(truth.space.sample(truth.rng, n=max(ONE_SHOT), image_size=SIZE))
-    formulas = [get_formula("calibrated", quantity) for quantity in ("accuracy", "latency_ms")]
-    designed = truth.rows(choose_samples(truth.space, formulas, max(LOOP), image_sizes=[SIZE], seed=seed))
+    designed = truth.rows(choose_samples(truth.space, FORMULAS, max(LOOP), image_sizes=[SIZE], seed=seed))
     found = []
 
     def answer(method: str, n_rows: int, n: int, chosen: Architecture, others: Sequence[Architecture] = ()) -> None:
