@@ -188,10 +188,9 @@ def undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Each would be done three times, and of those of a sampling too few might be left: how good figures are is asked
     in tests/devices.
     """
-    from foxnas_mlflow.devices import _benchmark
+    from tests.measuring import count_disturbed
 
-    monkeypatch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
-    monkeypatch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)
+    count_disturbed(monkeypatch)
     (tmp_path / "steady").mkdir()
     (tmp_path / "steady" / "sitecustomize.py").write_text(_STEADY)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'steady'}", prepend=os.pathsep)

@@ -17,6 +17,12 @@ from foxnas_mlflow.devices import _benchmark, _measure
 SHORT: dict[str, Any] = {"runs": 20, "warmup": 1, "min_seconds": 0.05, "max_seconds": 0.1, "attempts": 1}
 
 
+def count_disturbed(patch: pytest.MonkeyPatch) -> None:
+    """Let measurements count that something disturbs, in this process."""
+    patch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
+    patch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)
+
+
 def shorten(patch: pytest.MonkeyPatch) -> None:
     """Shorten the measurements of commands in this process."""
 
@@ -24,8 +30,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
         return _measure.measure(*arguments, **{**values, **SHORT})
 
     patch.setattr("foxnas_mlflow.devices.measure", measure)
-    patch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
-    patch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)
+    count_disturbed(patch)
 
 
 if __name__ == "__main__":
