@@ -110,9 +110,13 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def mlflow_environment() -> Iterator[None]:
-    """MLflow keeps the stores that it is told in the environment, where the next test's processes would find them."""
+def mlflow_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A test that names no store writes to one of its worker, not to the checkout.
+
+    MLflow keeps the stores that it is told in the environment, where the next test's processes would find them.
+    """
     before = {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")}
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path_factory.getbasetemp() / 'mlflow.db'}"
     yield
     for key in [key for key in os.environ if key.startswith("MLFLOW_")]:
         del os.environ[key]

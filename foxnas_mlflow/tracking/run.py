@@ -33,6 +33,7 @@ from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
+from foxnas_mlflow.core.files import in_turn
 from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.tracking.context import FoxnasRunContext
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, process_identity
@@ -178,7 +179,7 @@ def entry_run(
     # leaves no run without them.
     nested = mlflow.active_run() is not None
     if not nested:
-        _check_database_file(mlflow.get_tracking_uri())
+        _open_database_file(mlflow.get_tracking_uri())
         _check_system_metrics()
     # A run that `mlflow run` made has its name already.
     named = nested or "MLFLOW_RUN_ID" not in os.environ
@@ -257,8 +258,12 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _check_database_file(uri: str) -> None:
-    """Refuse an SQLite file that cannot be opened; MLflow would try it for 100 seconds."""
+def _open_database_file(uri: str) -> None:
+    """Let MLflow make the tables of a new SQLite file, one process at a time: two at once leave it half made for ever.
+
+    Raises:
+        InvalidInputError: If the file cannot be opened, which MLflow would try for 100 seconds.
+    """
     if not uri.startswith("sqlite:///") or not (name := uri.removeprefix("sqlite:///").partition("?")[0]):
         return
     path = Path(name)
@@ -266,6 +271,11 @@ def _check_database_file(uri: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(sqlite3.connect(path, timeout=60)) as store:
             store.execute("PRAGMA schema_version")
+        lock = path.with_name(f".{path.name}.lock")
+        with in_turn(lock):
+            MlflowClient(uri)
+            # Whoever still waits for the lock finds the tables made, and so does whoever makes a lock of that name.
+            lock.unlink(missing_ok=True)
     except (OSError, sqlite3.Error) as error:
         raise InvalidInputError(
             f"the tracking store must be a database file that can be opened ({error})",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -293,6 +295,35 @@ def test_an_unreachable_store_is_one_line(uri: str, message: str) -> None:
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith(f"foxnas: {message}")
     assert "Traceback" not in result.stderr
+
+
+def test_commands_that_begin_together_in_an_empty_directory_make_one_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    code = (
+        "import sys, time\nfrom foxnas_mlflow.tracking.run import entry_run\nprint(flush=True)\nsys.stdin.read(1)\n"
+        "with entry_run(stage='search', params={}):\n    pass\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(".")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=120)
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)] * 3
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".lock"] == []
 
 
 def test_the_next_command_ends_what_sigkill_left_running(tracking: str) -> None:
