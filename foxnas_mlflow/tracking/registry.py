@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -19,6 +20,8 @@ from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
 UNKNOWN_HOST = "invalid host header"
 """What a server says of an address that it was not started for; its status is that of a missing right."""
+
+logger = logging.getLogger("foxnas_mlflow")
 
 _RIGHTS = ("permission", "readonly", "read-only", "denied", "privilege", "forbidden", "unauthor", "not authorized")
 
@@ -87,8 +90,11 @@ def register(
         RegistrationError: If the registry refuses.
     """
     check_name(name)
+    values = {key: redacted(str(value)) for key, value in tags.items()}
+    if (run := mlflow.active_run()) is not None:
+        values[REGISTERED_BY] = run.info.run_id
     try:
-        version = mlflow.register_model(model_uri, name, tags={k: redacted(str(value)) for k, value in tags.items()})
+        version = mlflow.register_model(model_uri, name, tags=values)
     except MlflowException as error:
         kept = f"the run is kept, and the model in it as {model_uri}"
         if lacks_right(error):
@@ -105,6 +111,38 @@ def register(
     uri = f"models:/{name}/{version.version}"
     describe_version(name, version.version, kind, facts=facts, command=command(uri))
     return uri
+
+
+def withdraw(run_id: str, *, is_used: Callable[[str], bool]) -> None:
+    """Delete the versions that a run registered before it was cut off: what does its work again registers its own.
+
+    Their files stay, as models of the run. A version stays too that has an alias or a stage, or is used, and where
+    this user may not delete it.
+
+    Args:
+        run_id: The run.
+        is_used: Whether the version of a URI is part of a finished result.
+
+    Raises:
+        MlflowException: If the registry does not answer.
+    """
+    client = MlflowClient()
+    try:
+        for found in client.search_model_versions(f"tags.`{REGISTERED_BY}` = '{run_id}'"):
+            uri = f"models:/{found.name}/{found.version}"
+            # What a user registered again or copied is the user's; a copy has the tags of the version it is of.
+            if not (found.source or "").startswith("models:/m-"):
+                continue
+            version = client.get_model_version(found.name, str(found.version))
+            if version.aliases or (version.current_stage or "None") != "None" or is_used(uri):
+                logger.info("%s stays: it was registered by a run that was cut off, and is in use", uri)
+                continue
+            client.delete_model_version(found.name, str(found.version))
+            logger.info("%s is withdrawn: the run that registered it was cut off", uri)
+    except MlflowException as error:
+        if is_away(error):
+            raise
+        logger.info("versions of run %s, which was cut off, stay: %s", run_id, reason(error))
 
 
 def check_rights(run: EntryRun, names: Mapping[str, str]) -> None:
@@ -334,6 +372,9 @@ _INPUT = {
 
 FACTS = "foxnas.facts"
 """Tag of a version: the rows of its page as a JSON object."""
+
+REGISTERED_BY = "foxnas.run"
+"""Tag of a version: the run that registered it."""
 
 PREDICTORS_DIGEST = "predictors_digest"
 """Tag of a version of predictors: the digest of their content, so that the same ones are not registered again."""

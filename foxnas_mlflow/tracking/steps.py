@@ -3,7 +3,7 @@
 A step is a nested run that carries the digest of everything that its result depends on. It counts
 as done when its run is FINISHED, says what it made, and all of that is still there: versions with
 their files, artifacts. A run that a kill left behind is ended and offered to the step, which goes on
-from what it left (a checkpoint, measured rows).
+from what it left (a checkpoint, measured rows); a version that it registered is withdrawn before.
 
 | tag of a step's run   | meaning                                                         |
 |-----------------------|-----------------------------------------------------------------|
@@ -15,6 +15,7 @@ from what it left (a checkpoint, measured rows).
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
@@ -33,7 +34,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.tracking.claims import Claims
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, is_here
-from foxnas_mlflow.tracking.registry import is_away
+from foxnas_mlflow.tracking.registry import is_away, withdraw
 from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
 DIGEST_TAG = "foxnas.step_digest"
@@ -142,6 +143,8 @@ def run_step(
         cut_off = [run for run in _runs(client, parent, digest) if not _is_at_work(run)]
         for run in cut_off:
             _adopt(client, run, parent)
+            if OUTPUTS_TAG not in run.data.tags:
+                withdraw(run.info.run_id, is_used=functools.partial(_is_output, client, parent))
         outputs = dict(action([run.info.run_id for run in cut_off], {DIGEST_TAG: digest}))
         run_id = str(outputs["run_id"])
         client.set_tag(run_id, ARTIFACTS_TAG, json.dumps(sorted(_names(client, run_id))))
@@ -208,6 +211,13 @@ def _exists(client: MlflowClient, value: object) -> bool:
         if is_away(error):
             raise
         return False
+
+
+def _is_output(client: MlflowClient, parent: EntryRun, uri: str) -> bool:
+    """Whether a step that is done made or uses the version of a URI."""
+    quote = '"' if "'" in uri else "'"
+    runs = client.search_runs([parent.experiment_id], f"tags.`{OUTPUTS_TAG}` LIKE {quote}%{uri}%{quote}")
+    return any(json.dumps(uri) in run.data.tags[OUTPUTS_TAG] for run in runs)
 
 
 def _names(client: MlflowClient, run_id: str) -> set[str]:

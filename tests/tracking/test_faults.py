@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from foxnas_mlflow.cli.main import main
-from foxnas_mlflow.tracking.registry import reason
-from foxnas_mlflow.tracking.steps import _exists
+from foxnas_mlflow.core.errors import RegistrationError
+from foxnas_mlflow.flavor import TfliteModel, log_model
+from foxnas_mlflow.tracking.registry import reason, register
+from foxnas_mlflow.tracking.run import entry_run
+from foxnas_mlflow.tracking.steps import Step, StepResult, _exists, run_step
 from tests.faults import KINDS, Call, FaultyServer, Kind, Outcome, fail_each, page
 from tests.pipelines import options
 from tests.servers import tracking_server
@@ -155,6 +158,63 @@ def test_only_what_the_server_says_is_gone_is_done_again(kind: Kind, monkeypatch
         proxy.close()
 
 
+def test_what_a_failed_step_registered_is_withdrawn_by_the_next_command(
+    faulty: tuple[FaultyServer, str], colour_model: TfliteModel
+) -> None:
+    proxy, url = faulty
+    client = mlflow.MlflowClient(url, url)
+    mlflow.set_experiment("faults")
+    step = Step("fit", {"seed": 0})
+    with mlflow.start_run():
+        logged = log_model(colour_model, name="model", code_paths=[]).model_uri
+
+    def do(cut_off: Sequence[str], tags: Mapping[str, str]) -> Mapping[str, Any]:
+        with entry_run(stage="fit", params={}, tags=tags) as run:
+            registered = register(logged, "foxnas-rpi4", "tflite", tags={}, facts={}, command=lambda uri: uri)
+            return {"run_id": run.run_id, "model_uri": registered}
+
+    def command(*failing: tuple[str, Kind]) -> StepResult:
+        # What another process would find dead is of this one.
+        for run in mlflow.search_runs(filter_string="attributes.status = 'RUNNING'", output_format="list"):
+            client.set_terminated(run.info.run_id, "KILLED")
+        proxy.begin(lambda call: next((kind for what, kind in failing if what in call.what), None))
+        with entry_run(stage="main", params={}) as parent:
+            return run_step(parent, step, do)
+
+    def versions() -> list[str]:
+        return sorted(f"{v.name} {v.version}" for v in client.search_model_versions())
+
+    # After the version was made: at the end of the run, at the step's own tags, at MLflow's tag of the logged model.
+    for what in ("runs/update FINISHED", "set-tag foxnas.step_outputs"):
+        with pytest.raises(MlflowException, match="failed with exception"):
+            command((what, "500"))
+    assert versions() == ["foxnas-rpi4 2"]
+    with pytest.raises(RegistrationError):
+        command(("PATCH logged-models/ID/tags", "500"))
+    assert versions() == ["foxnas-rpi4 3"]
+    # A registry that does not answer is asked again by the next command; who may not delete goes on.
+    with pytest.raises(MlflowException, match="failed with exception"):
+        command(("DELETE model-versions/delete", "500"))
+    assert versions() == ["foxnas-rpi4 3"]
+    with pytest.raises(MlflowException, match="failed with exception"):
+        command(("DELETE model-versions/delete", "403"), ("set-tag foxnas.step_outputs", "500"))
+    assert versions() == ["foxnas-rpi4 3", "foxnas-rpi4 4"]
+    # What somebody made of a version stays: an alias, a copy, a second registration.
+    client.set_registered_model_alias("foxnas-rpi4", "mine", "4")
+    client.copy_model_version("models:/foxnas-rpi4/3", "shelf")
+    mlflow.register_model(logged, "again")
+    done = command()
+    assert done.outputs["model_uri"] == "models:/foxnas-rpi4/5"
+    assert versions() == ["again 1", "foxnas-rpi4 4", "foxnas-rpi4 5", "shelf 1"]
+    assert command().outputs == done.outputs
+    # A result that is done keeps its versions, even if it was registered by a run that was cut off.
+    client.delete_tag(done.run_id, "foxnas.step_outputs")
+    other = client.create_run(client.get_run(done.run_id).info.experiment_id).info.run_id
+    client.set_tag(other, "foxnas.step_outputs", json.dumps({"model_uris": [done.outputs["model_uri"]]}))
+    assert command().outputs["model_uri"] == "models:/foxnas-rpi4/6"
+    assert "foxnas-rpi4 5" in versions()
+
+
 @pytest.mark.skipif(not PAGE, reason="takes half an hour: FOXNAS_FAULTS=PAGE writes what becomes of every call")
 def test_whichever_call_fails_nothing_is_lost(faulty: tuple[FaultyServer, str], tmp_path: Path) -> None:
     """The whole pipeline, with status 500 at every call, or in the ways that FOXNAS_FAULT_KINDS names (reset,403)."""
@@ -181,11 +241,12 @@ def test_whichever_call_fails_nothing_is_lost(faulty: tuple[FaultyServer, str], 
         versions = {name: len(client.search_model_versions(f"name='{name}'")) for name in models}
         told.append(
             f"Of {len(runs)} runs {len(steps)} finished the {len(digests)} steps and "
-            f"{sum(run.info.status == 'RUNNING' for run in runs)} were left running. A failure after a version was "
-            f"made leaves it behind: {', '.join(f'{n} of {name}' for name, n in sorted(versions.items()))}."
+            f"{sum(run.info.status == 'RUNNING' for run in runs)} were left running. What a failed run had registered "
+            f"was withdrawn: {', '.join(f'{n} version of {name}' for name, n in sorted(versions.items()))} are left."
         )
         Path(PAGE).write_text(page(outcomes, end=" ".join(told)), encoding="utf-8")
         assert len(digests) == len(steps) == 6
+        assert set(versions.values()) == {1}
     assert len({outcome.call for outcome in outcomes}) >= 60
     for outcome in outcomes:
         assert outcome.survived or (outcome.status == 2 and outcome.words.startswith("foxnas: ")), outcome
