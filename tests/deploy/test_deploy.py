@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-import contextlib
+import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +21,15 @@ from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
 import foxnas_mlflow.deploy as plugin
+from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.deploy._board import split_target
 from foxnas_mlflow.deploy._bundle import runner
 from foxnas_mlflow.devices import LocalConnection, check, measure
-from foxnas_mlflow.flavor import TfliteModel
+from foxnas_mlflow.flavor import TfliteModel, model_id_of
 from tests.colour_model import LABELS, SIZE, encoded, image_of
-from tests.deploy.boards import board
-from tests.devices.sshd import Server, make_key, ssh_server
+from tests.deploy.boards import board, needs_sshd, ssh_target
+from tests.flavor.test_seal import deny_its_name, swap_labels
 from tests.servers import request
 
 pytestmark = pytest.mark.server
@@ -358,40 +357,28 @@ def test_a_board_without_a_runtime(
     assert not list(tmp_path.glob("board/camera/.incoming-*"))
 
 
-@contextlib.contextmanager
-def ssh_target(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, slow: Path | None = None
-) -> Iterator[tuple[str, Server]]:
-    """A board behind a real ssh server on loopback.
-
-    While there is a file `slow`, a model stops half a kilobyte after it began to arrive.
-    """
-    pytest.importorskip("asyncssh")
-    home, tools = tmp_path / "home", tmp_path / "tools"
-    (home / ".ssh").mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    public = make_key(home / ".ssh" / "id_ed25519")
-    if slow is not None:
-        tools.mkdir()
-        # Files travel through `cat`.
-        (tools / "cat").write_text(
-            f"""#!/bin/sh
-case $(readlink /proc/$$/fd/1) in */.incoming-*/model.tflite)
-  if test -e {slow}; then head -c 512; while test -e {slow}; do sleep 0.1; done; exit 1; fi
-esac
-exec /bin/cat "$@"
-"""
-        )
-        (tools / "cat").chmod(0o755)
-    with ssh_server(tmp_path / "sshd", public, env={"PATH": f"{tools}:{os.environ['PATH']}"}) as server:
-        (home / ".ssh" / "known_hosts").write_text(server.known_hosts_line)
-        user = os.environ.get("USER") or "root"
-        with board(tmp_path / "board"):
-            yield f"edge://{user}@127.0.0.1:{server.port}?python={sys.executable}&root={tmp_path / 'board'}", server
-
-
-needs_sshd = pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="no OpenSSH server (openssh-server)")
+def test_what_was_changed_with_its_checksums_is_neither_deployed_nor_promoted(
+    versions: tuple[str, str], target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client, board_of = mlflow.MlflowClient(), get_deploy_client(target)
+    version = client.get_model_version("foxnas-rpi4", "1")
+    model_id = model_id_of(version)
+    (file,) = tmp_path.glob(f"mlruns/**/{model_id}/artifacts/MLmodel")
+    swap_labels(file.parent)
+    # Whatever else is edited, in the registry and beside the files: they no longer say which model they are.
+    deny_its_name(file.parent)
+    digest = hashlib.sha256((file.parent / "data" / "foxnas.json").read_bytes()).hexdigest()
+    client.update_model_version(version.name, version.version, description=f"sealed with {digest}")
+    for key in ("foxnas.manifest_sha256", "sha256"):
+        client.set_model_version_tag(version.name, version.version, key, digest)
+        client.set_logged_model_tags(str(model_id), {key: digest})
+    client.copy_model_version("models:/foxnas-rpi4/1", "shelf")
+    for uri in (f"models:/{model_id}", "models:/foxnas-rpi4/1", versions[0], "models:/shelf/1"):
+        with pytest.raises(MlflowException, match="changed together with their checksums"):
+            board_of.create_deployment("camera", uri)
+    assert board_of.list_deployments() == []
+    assert main(["promote", "--model", "models:/foxnas-rpi4/1"]) == 2
+    assert "changed together with their checksums" in capsys.readouterr().err
 
 
 @needs_sshd

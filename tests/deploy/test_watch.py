@@ -40,6 +40,7 @@ from foxnas_mlflow.deploy.webhook import FRESH_SECONDS, Deliveries, DeliveryRefu
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from foxnas_mlflow.workflows import WatchRequest, WatchResult, run_watch
 from tests.colour_model import LABELS
+from tests.deploy.boards import needs_sshd, ssh_target
 from tests.keys import make_key
 from tests.servers import free_port, request, tracking_server
 
@@ -244,6 +245,59 @@ def test_a_board_follows_the_alias_that_a_server_tells_of(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert run_watch(WatchRequest(model="foxnas-rpi4", target=target, deployment="camera", once=True)).state == "away"
     assert active() == "models:/foxnas-rpi4/2"
+
+
+@needs_sshd
+def test_a_board_behind_ssh_follows_and_keeps_what_works(
+    versions: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FOXNAS_WEBHOOK_SECRET", SECRET)
+    client, port = MlflowClient(), free_port()
+
+    def move(number: str) -> None:
+        client.set_registered_model_alias("foxnas-rpi4", "production", number)
+        body = json.dumps(EVENT).encode()
+        assert post(f"http://127.0.0.1:{port}/", body, signed(body, name=f"{time.time()}", at=time.time())) == 202
+
+    def told(number: str, words: str) -> bool:
+        tag = client.get_model_version("foxnas-rpi4", number).tags.get("foxnas.deployment.camera", "")
+        return tag.partition("?")[0].startswith(words)
+
+    with ssh_target(tmp_path, monkeypatch) as (target, server):
+        place, board = target.partition("?")[0], get_deploy_client(target)
+        asked = WatchRequest(model="foxnas-rpi4", target=target, deployment="camera", port=port, every_s=0)
+        with watching(asked) as results:
+            assert wait_for(lambda: told("1", f"deployed on {place} as version 0001"))
+            url = board.get_deployment("camera")["service"]["url"]
+            move("2")
+            assert wait_for(lambda: told("2", f"deployed on {place} as version 0002"))
+            assert version_served(url) == "0002"
+            # The board answers otherwise than this host: the version before is served, and the registry says why.
+            raw = _bundle.Classifier.raw
+            with monkeypatch.context() as patched:
+                patched.setattr(_bundle.Classifier, "raw", lambda self, image: raw(self, image) + np.int8(3))
+                move("1")
+                assert wait_for(lambda: told("1", f"refused on {place}: the board"))
+            assert version_served(url) == "0002"
+            assert board.get_deployment("camera")["model_uri"] == "models:/foxnas-rpi4/2"
+        # A board that is away refuses nothing: its turn comes with the next look.
+        server.stop()
+        client.set_registered_model_alias("foxnas-rpi4", "production", "1")
+        words = ["watch", "--once", "--model", "foxnas-rpi4", "--target", target, "--deployment", "camera"]
+        assert main(words) == 2
+        assert "Camera is not yet models:/foxnas-rpi4/1: " in capsys.readouterr().out
+        assert version_served(url) == "0002"
+        server.start()
+        assert main(words) == 0
+        assert version_served(url) == "0003"
+    assert [result.state for result in results] == ["refused"]
+
+
+def version_served(url: str) -> str:
+    return str(json.loads(request(f"{url}/info")[1])["version"])
 
 
 def test_only_what_the_key_signed_comes_to_the_board(
