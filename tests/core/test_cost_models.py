@@ -48,8 +48,8 @@ def test_shipped_edgetpu_models_are_what_the_script_builds(tmp_path: Path) -> No
         np.testing.assert_allclose(model.coefficients, shipped.coefficients, rtol=1e-9)
         assert model.provenance == shipped.provenance
     metrics = reference_predictors("edgetpu").latency[0].metrics
-    assert metrics["mape"] < 7
-    assert metrics["left_out_mape"] < 11
+    assert metrics["mape"] < 6.5
+    assert metrics["left_out_mape"] < 9
 
 
 @pytest.mark.parametrize("space", [TPU_SPACE, CPU_SPACE, SMALL])
@@ -105,7 +105,7 @@ def test_search_on_the_edgetpu_model_is_exact(rng: np.random.Generator) -> None:
     assert len(everything) == space.n_architectures
     upper = latency[0].upper_bound(everything, 0.9)
     accuracy = predictors.accuracy[0].predict(everything)
-    for limit in np.quantile(upper, [0.2, 0.6]):
+    for limit in np.quantile(upper, [0.2, 0.6]) * (1 + 1e-12):  # a network's own bound, whatever its last digit is
         optimum = exact_optimum(Objective(predictors, confidence=0.9), float(limit))
         assert optimum.accuracy == pytest.approx(accuracy[upper <= limit].max())
         assert optimum.proof_gap == pytest.approx(0, abs=1e-9)
