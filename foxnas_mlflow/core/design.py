@@ -93,7 +93,11 @@ def choose_samples(
         raise InvalidInputError("design must be 'design' or 'random'", received=method)
     sizes = tuple(image_sizes or space.image_sizes)
     rng = stream(seed, Stream.DESIGN_CANDIDATES)
-    known = set(measured)
+    # As numbers: of a small space most that is drawn is known, and an architecture takes longer to make than to draw.
+    known = {
+        (a.image_size, tuple(tuple((block.expansion, block.kernel) for block in stage.blocks) for stage in a.stages))
+        for a in measured
+    }
     candidates: list[Architecture] = []
     parts: dict[tuple[tuple[int, ...], ...], SearchSpace] = {}
     n_candidates = max(n_candidates, n + n // 4)
@@ -104,11 +108,11 @@ def choose_samples(
             break
         # Every other candidate is of a part of the space, or nearly all would mix all of its kernels and ratios.
         source = _part(space, rng, parts) if method == "design" and len(candidates) % 2 else space
-        drawn = source.sample(rng, image_size=pick(rng, sizes))
+        drawn = pick(rng, sizes), source.draw_blocks(rng)
         if drawn not in known:
             last_new = draw
             known.add(drawn)
-            candidates.append(drawn)
+            candidates.append(space.architecture(*drawn))
     if len(candidates) < n:
         raise InvalidInputError("the space must have as many subnets as are sampled", received=f"{n} samples")
     if method == "random":

@@ -291,11 +291,14 @@ class SearchSpace:
 
     def _sample_one(self, rng: np.random.Generator, image_size: int | None) -> Architecture:
         size = pick(rng, self.image_sizes) if image_size is None else image_size
-        blocks = [
-            [(pick(rng, self.expansions), pick(rng, self.kernels)) for _ in range(pick(rng, self.depths))]
+        return self.architecture(size, self.draw_blocks(rng))
+
+    def draw_blocks(self, rng: np.random.Generator) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """(expansion, kernel) of the blocks, stage by stage, of a random architecture."""
+        return tuple(
+            tuple((pick(rng, self.expansions), pick(rng, self.kernels)) for _ in range(pick(rng, self.depths)))
             for _ in self.stages
-        ]
-        return self.architecture(size, blocks)
+        )
 
     def neighbours(self, architecture: Architecture) -> Iterator[Architecture]:
         """Every architecture that differs in one parameter, without repetition.
