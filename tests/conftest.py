@@ -73,6 +73,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
             item.add_marker(pytest.mark.xdist_group(group))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that take long begin first: begun last, one would leave the other workers idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than cores: a third of the time tests wait, for servers, boards and what they kill."""
+    return (os.cpu_count() or 1) + 1
+
+
 def once_a_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
     """A directory that the first test of a run in need of it makes, for all of the run's workers.
 
@@ -175,29 +186,17 @@ def tracking(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     mlflow.set_registry_uri(None)
 
 
-_STEADY = """
-import sys
-
-if any("foxnas_mlflow" in word or "ipykernel" in word for word in sys.orig_argv):
-    from foxnas_mlflow.devices import _benchmark
-
-    _benchmark.MAX_HALVES_DIFFERENCE, _benchmark.MIN_CPU_SHARE = float("inf"), 0.0
-"""
-
-
 @pytest.fixture
 def undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here, and in the commands that are started, measurements count that other tests disturb.
+    """Here, and in the commands that are started, measurements are short, and count although other tests disturb them.
 
     Each would be done three times, and of those of a sampling too few might be left: how good figures are is asked
     in tests/devices.
     """
-    from tests.measuring import count_disturbed
+    from tests.measuring import shorten, shorten_started
 
-    count_disturbed(monkeypatch)
-    (tmp_path / "steady").mkdir()
-    (tmp_path / "steady" / "sitecustomize.py").write_text(_STEADY)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'steady'}", prepend=os.pathsep)
+    shorten(monkeypatch)
+    shorten_started(monkeypatch, tmp_path / "short")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Commands whose measurements take a moment, and are taken as a busy machine gives them.
+"""Measurements that take a moment, and are taken as a busy machine gives them.
 
     python -m tests.measuring search ...    # as `foxnas search ...`
 
@@ -7,7 +7,9 @@ For tests that do not ask how good figures are: a measurement has 20 runs, and i
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +18,29 @@ from foxnas_mlflow.devices import _benchmark, _measure
 
 SHORT: dict[str, Any] = {"runs": 20, "warmup": 1, "min_seconds": 0.05, "max_seconds": 0.1, "attempts": 1}
 
+SITECUSTOMIZE = f"""
+import sys
 
-def count_disturbed(patch: pytest.MonkeyPatch) -> None:
-    """Let measurements count that something disturbs, in this process."""
-    patch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
-    patch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)
+if any(word in " ".join(sys.orig_argv) for word in ("foxnas_mlflow", "ipykernel", "forkserver", "ray")):
+    from foxnas_mlflow import devices
+    from foxnas_mlflow.devices import _benchmark, _measure
+
+    _benchmark.MAX_HALVES_DIFFERENCE, _benchmark.MIN_CPU_SHARE = float("inf"), 0.0
+    devices.measure = lambda *arguments, **values: _measure.measure(*arguments, **{{**values, **{SHORT}}})
+"""
+"""A module that shortens the measurements of commands that are started with it on their module path."""
+
+
+def shorten_started(patch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Shorten the measurements of commands that are started.
+
+    Args:
+        patch: Puts the environment back.
+        directory: Where to write what they import.
+    """
+    directory.mkdir()
+    (directory / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    patch.setenv("PYTHONPATH", str(directory), prepend=os.pathsep)
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
@@ -30,7 +50,8 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
         return _measure.measure(*arguments, **{**values, **SHORT})
 
     patch.setattr("foxnas_mlflow.devices.measure", measure)
-    count_disturbed(patch)
+    patch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
+    patch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from tests.devices.conftest import TINY_CPU
 from tests.devices.sshd import Server, make_key, ssh_server
 from tests.devices.test_boards import address, needs_sshd
 from tests.kills import moment
+from tests.measuring import shorten_started
 from tests.servers import free_port
 
 NO_RAY = "no Ray here: pip install 'foxnas-mlflow[ray]'"
@@ -51,8 +52,8 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head with one processor, and a way to add nodes."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A head with one processor, and a way to add nodes, whose measurements are short."""
     pytest.importorskip("ray", reason=NO_RAY)
     from ray.cluster_utils import Cluster
 
@@ -62,6 +63,7 @@ def cluster() -> Iterator[Any]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         # Beside other tests, Ray's workers would wait for them.
         patch.setenv("RAY_worker_niceness", "0")
+        shorten_started(patch, tmp_path_factory.mktemp("cluster") / "short")
         running = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         yield running
         running.shutdown()
@@ -222,6 +224,7 @@ def test_ray_makes_the_rows_of_this_process(
 @pytest.mark.server
 @pytest.mark.train
 @pytest.mark.tflite
+@pytest.mark.usefixtures("undisturbed")
 def test_the_command_of_the_ray_job_runs_the_pipeline_on_a_cluster(
     two_nodes: Any, root: Path, tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,7 +79,7 @@ def done(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         # Three at once, as from three hosts: with nothing in common but the server.
         running = [
             Running(
-                [*options(user), "--target", TARGET, "--device", "none"],
+                ["main", *options(user), "--target", TARGET, "--device", "none"],
                 {**env, "XDG_CACHE_HOME": str(user / f"cache-{i}")},
             )
             for i in range(3)
@@ -103,7 +103,7 @@ def test_of_three_pipelines_one_works_at_each_step(done: Done, monkeypatch: pyte
     assert len({run.data.tags["foxnas.model"] for run in mains}) == 1
     assert "works on it; waiting for its result" in done.output
     # Another target and another name go on from the same supernet.
-    argv = [*options(done.home / "user"), "--target", "edgetpu", "--device", "none", "--name", "other"]
+    argv = ["main", *options(done.home / "user"), "--target", "edgetpu", "--device", "none", "--name", "other"]
     other = Running(argv, done.env)
     try:
         assert other.begins("sample", seconds=300), other.lines[-20:]
