@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import mlflow
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data.preprocess import Preprocessing
+from foxnas_mlflow.devices import Benchmark
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from foxnas_mlflow.tflite import write_probe
 
@@ -52,13 +54,15 @@ def register_version(
     """
     path = directory / "probe.tflite"
     path.write_bytes(probe())
-    details = {"target": target} if target else {}
+    values = {key: value for key, value in {**FIGURES, **figures}.items() if value is not None}
+    quality = {key: value for key, value in values.items() if key.startswith("accuracy/")}
+    details: dict[str, Any] = {"figures": quality}
+    if target:
+        details["target"] = target
     model = TfliteModel(path, ("a", "b", "c"), Preprocessing(128, 3), weights=weights, details=details)  # type: ignore[arg-type]
     client = mlflow.MlflowClient()
-    values = {key: value for key, value in {**FIGURES, **figures}.items() if value is not None}
     with mlflow.start_run(nested=True):
         info = log_model(model, name="model", registered_model_name=name, code_paths=[])
-        quality = {key: value for key, value in values.items() if key.startswith("accuracy/")}
         mlflow.log_metrics(quality, model_id=info.model_id)
     log_measurement(
         info.model_id,
@@ -82,8 +86,9 @@ def log_measurement(
     machine: str = "Raspberry Pi 4 Model B Rev 1.4",
     emulated: bool = False,
     latency_source: str = "measured",
+    data: bytes | None = None,
 ) -> str:
-    """A run with latencies of a model, as `benchmark` leaves it; returns its id."""
+    """A run with latencies of a model, whose file is `data`, as `benchmark` leaves it; returns its id."""
     tags = {
         "foxnas.stage": "benchmark",
         "foxnas.latency_source": latency_source,
@@ -92,11 +97,45 @@ def log_measurement(
         "foxnas.emulated": str(emulated).lower(),
     }
     with mlflow.start_run(tags=tags, nested=True) as run:
+        if "benchmark/latency_ms_p90" in figures:
+            document = benchmark(figures, probe() if data is None else data, machine, emulated)
+            mlflow.log_dict(document.to_dict(), "benchmark.json")
         if figures:
             mlflow.log_metrics(dict(figures), model_id=model_id)
         if not emulated:
             mlflow.MlflowClient().set_logged_model_tags(model_id, {"foxnas.board": machine})
     return str(run.info.run_id)
+
+
+def benchmark(figures: Mapping[str, float], data: bytes, machine: str, emulated: bool) -> Benchmark:
+    """What was measured, for its figures."""
+    p90 = figures["benchmark/latency_ms_p90"]
+    valid = figures.get("benchmark/valid", 0.0) == 1
+    times = dict.fromkeys(("p50", "p99", "mean", "std", "p50_low", "p50_high"), p90)
+    return Benchmark(
+        **{f"latency_ms_{part}": ms for part, ms in times.items()},
+        latency_ms_p90=p90,
+        throughput_per_s=1.0,
+        peak_memory_bytes=1,
+        valid=valid,
+        invalid_reasons=() if valid else ("the machine was throttled",),
+        emulated=emulated,
+        **dict.fromkeys(("n_runs", "asked_runs", "attempts", "threads", "batch", "warmup"), 1),
+        runtime="LiteRT",
+        device=machine,
+        connection="local",
+        governor="performance",
+        temperature_c_start=None,
+        temperature_c_end=None,
+        throttled=None,
+        load_ms=1.0,
+        first_invoke_ms=1.0,
+        edgetpu=False,
+        output_difference=0.0,
+        sustained_p90_ms=figures.get("benchmark/sustained_p90_ms"),
+        model_sha256=hashlib.sha256(data).hexdigest(),
+        samples_ms=(p90,),
+    )
 
 
 def state(name: str = NAME) -> dict[str, Any]:

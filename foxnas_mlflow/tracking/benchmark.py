@@ -18,6 +18,9 @@ from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
 from foxnas_mlflow.tracking.registry import describe_version, find_version, lacks_right, reason, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
+BENCHMARK_FILE = "benchmark.json"
+"""Artifact of a measurement: all of it, also what a promotion asks for."""
+
 
 @dataclass(frozen=True)
 class MeasuredModel:
@@ -86,7 +89,7 @@ def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, 
     Raises:
         RegistrationError: If this user may not change the model; the run keeps the measurement.
     """
-    run.log_json(benchmark.to_dict(), "benchmark.json")
+    run.log_json(benchmark.to_dict(), BENCHMARK_FILE)
     run.set_tags(
         {
             "foxnas.device": benchmark.connection,

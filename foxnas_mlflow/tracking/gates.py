@@ -1,18 +1,21 @@
 """Gates: what a version must show before it is promoted.
 
 A gate judges figures of the logged model itself, found by its id, and the files that were logged.
-What a latency is of (target, machine, emulated, valid) is a fact of the run that logged it, and is
-taken from there: tags of a version can be edited, and travel with copies. It says what it saw: the
-verdict, the numbers, and what to run when a number is missing.
+A latency, and what it is of (file, machine, emulated, valid), is taken from the document that the
+measurement left in its run: metrics and tags can be written by anybody to any run, and travel with
+copies. An accuracy is that of the model's own sealed description. It says what it saw: the verdict,
+the numbers, and what to run when a number is missing.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 LATENCY = "benchmark/latency_ms_p90"
+SUSTAINED = "benchmark/sustained_p90_ms"
 VALID = "benchmark/valid"
 THROTTLED = "benchmark/throttled"
 ACCURACY = "accuracy/int8_top1"
@@ -25,11 +28,12 @@ class Measured:
 
     Attributes:
         run_id: The run.
-        figures: Its metrics of the model.
+        figures: What it measured, as metrics.
         target: Name of the target that was measured for, or empty.
         machine: The machine in one line, or empty where nothing tells.
         emulated: Whether its processor was emulated.
         source: ``measured`` or ``cost_model``, or empty where nothing tells.
+        sha256: Checksum of the file that was measured.
     """
 
     run_id: str
@@ -38,11 +42,17 @@ class Measured:
     machine: str = ""
     emulated: bool = False
     source: str = ""
+    sha256: str = ""
 
     @property
     def is_measured(self) -> bool:
         """Whether it was measured, on hardware that exists."""
         return self.source == "measured" and bool(self.machine) and not self.emulated
+
+    @property
+    def latency_ms(self) -> float | None:
+        """The 90th percentile that is judged: of the last minute under load, where that was asked for."""
+        return self.figures.get(SUSTAINED, self.figures.get(LATENCY))
 
     def __str__(self) -> str:
         """What it is of, for people."""
@@ -56,7 +66,7 @@ class Candidate:
 
     Attributes:
         version: The version's number.
-        figures: Latest value of every metric of its model; latencies count from `benchmarks` alone.
+        figures: Figures of its model; latencies count from `benchmarks` alone.
         benchmarks: Runs that logged a latency of its model, the newest first.
         tags: Tags of the version.
         kind: Kind of the model.
@@ -81,8 +91,16 @@ class Candidate:
     signature: str | None = None
 
     def suits(self, measured: Measured) -> bool:
-        """Whether a latency is of what the version is for."""
-        return (not self.target or measured.target == self.target) and bool(re.search(self.machine, measured.machine))
+        """Whether a latency is of the version's file, and of what the version is for."""
+        return (
+            self.is_of_file(measured)
+            and (not self.target or measured.target == self.target)
+            and bool(re.search(self.machine, measured.machine))
+        )
+
+    def is_of_file(self, measured: Measured) -> bool:
+        """Whether a latency is of the version's file; of a holder, whose file may be gone, that is not known."""
+        return not self.sha256 or not measured.sha256 or measured.sha256 == self.sha256
 
     @property
     def benchmark(self) -> Measured | None:
@@ -101,7 +119,12 @@ class Candidate:
     @property
     def latency_ms(self) -> float | None:
         """The 90th percentile that counts."""
-        return None if self.benchmark is None else self.benchmark.figures.get(LATENCY)
+        return None if self.benchmark is None else self.benchmark.latency_ms
+
+    def like(self, measured: Measured) -> Measured | None:
+        """Its newest latency that is of the same target and machine as another version's, and valid."""
+        real = (m for m in self.benchmarks if m.is_measured and m.figures.get(VALID) == 1)
+        return next((m for m in real if str(m) == str(measured)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +198,10 @@ def _weights(candidate: Candidate) -> Verdict:
 
 def _measured(candidate: Candidate) -> Verdict:
     found = candidate.benchmark
+    if found is None and candidate.benchmarks and not any(map(candidate.is_of_file, candidate.benchmarks)):
+        run_id = candidate.benchmarks[0].run_id
+        text = f"run {run_id} measured another file than the version's: run foxnas benchmark on this version"
+        return Verdict("measured", False, text)
     if found is None and candidate.benchmarks:
         made_for = f"target {candidate.target or 'any'}{f' ({candidate.machine})' if candidate.machine else ''}"
         text = f"measured on {candidate.benchmarks[0]}, but the version is for {made_for}: run foxnas benchmark there"
@@ -202,12 +229,16 @@ def _valid(candidate: Candidate) -> Verdict:
 
 def _latency(candidate: Candidate, limit: float) -> Verdict:
     value = candidate.latency_ms
-    if value is None:
+    if value is None or candidate.benchmark is None:
         return Verdict("latency", False, "no p90 latency: run foxnas benchmark on this version", limit=limit or None)
+    if not 0 < value < math.inf:
+        text = f"p90 {value:g} ms is no latency: run foxnas benchmark on this version"
+        return Verdict("latency", False, text, limit=limit or None)
+    words = f"p90 {value:.4g} ms{' of a minute under load' if SUSTAINED in candidate.benchmark.figures else ''}"
     if not limit:
-        return Verdict("latency", True, f"p90 {value:.4g} ms, no limit given", value)
+        return Verdict("latency", True, f"{words}, no limit given", value)
     passed = value <= limit
-    return Verdict("latency", passed, f"p90 {value:.4g} ms {'<=' if passed else '>'} {limit:g} ms", value, limit)
+    return Verdict("latency", passed, f"{words} {'<=' if passed else '>'} {limit:g} ms", value, limit)
 
 
 def _drop(candidate: Candidate, limit: float) -> Verdict:
@@ -216,7 +247,7 @@ def _drop(candidate: Candidate, limit: float) -> Verdict:
         return Verdict(
             "quantization", False, "no quantization drop: run foxnas quantize with labelled images", limit=limit
         )
-    passed = value <= limit
+    passed = -100 <= value <= limit
     text = f"int8 loses {value:.3g} points of top-1 {'<=' if passed else '>'} {limit:g}"
     return Verdict("quantization", passed, text, value, limit)
 
@@ -226,13 +257,15 @@ def _holder(candidate: Candidate, holder: Candidate | None) -> Verdict:
         return Verdict("holder", True, "nobody holds the stage")
     if holder.version == candidate.version:
         return Verdict("holder", True, "it holds the stage itself")
-    pairs = [(c.figures.get(ACCURACY), c.latency_ms) for c in (candidate, holder)]
-    (accuracy, latency), (held_accuracy, held_latency) = pairs
-    who = f"version {holder.version}"
+    who, measured = f"version {holder.version}", candidate.benchmark
+    # Whatever the holder's tags say it is for: milliseconds of one machine are compared.
+    held = None if measured is None else holder.like(measured)
+    if measured is not None and held is None and holder.benchmarks:
+        return Verdict("holder", True, f"not comparable: {who} was measured on {holder.benchmarks[0]}")
+    accuracy, latency = candidate.figures.get(ACCURACY), candidate.latency_ms
+    held_accuracy, held_latency = holder.figures.get(ACCURACY), None if held is None else held.latency_ms
     if accuracy is None or latency is None or held_accuracy is None or held_latency is None:
         return Verdict("holder", True, f"not comparable: {who} or this one lacks accuracy or latency")
-    if str(candidate.benchmark) != str(holder.benchmark):
-        return Verdict("holder", True, f"not comparable: {who} was measured on {holder.benchmark}")
     numbers = f"{accuracy:.2f} %, {latency:.4g} ms against {held_accuracy:.2f} %, {held_latency:.4g} ms of {who}"
     if held_accuracy > accuracy and held_latency < latency:
         return Verdict("holder", False, f"beaten on both: {numbers}")

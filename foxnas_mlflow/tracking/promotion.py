@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,13 +14,14 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import LifecycleStage, Metric
+from mlflow.entities import LifecycleStage, Metric, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
 from foxnas_mlflow.core.errors import InvalidFormatError, PromotionError
 from foxnas_mlflow.core.targets import BUILTIN_TARGETS
+from foxnas_mlflow.devices import Benchmark
 from foxnas_mlflow.flavor import (
     FLAVOR_NAME,
     Manifest,
@@ -29,11 +32,13 @@ from foxnas_mlflow.flavor import (
     read_manifest,
     sealed,
 )
+from foxnas_mlflow.tracking.benchmark import BENCHMARK_FILE
 from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, Candidate, Measured, Verdict, judge, passed
 from foxnas_mlflow.tracking.history import former_versions
 from foxnas_mlflow.tracking.holders import ARCHIVED, STAGES, StageKeeper
 from foxnas_mlflow.tracking.registry import describe_version, metrics_of
 from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.steps import has_artifact
 
 PROMOTION_FORMAT = 1
 PROMOTION_FILE = "promotion.json"
@@ -141,7 +146,8 @@ def promote(
 def rollback(run: EntryRun, name: str, stage: str, *, leaving: str | None, dry_run: bool) -> Promotion:
     """Give a stage back to the version that held it before.
 
-    No gate is asked: that version passed them, and a rollback must not wait for figures.
+    No gate is asked: that version passed them, and a rollback must not wait for figures. Only its files must be as they
+    were.
 
     Args:
         run: The open run.
@@ -170,6 +176,14 @@ def rollback(run: EntryRun, name: str, stage: str, *, leaving: str | None, dry_r
             received=f"{name} has none for {stage}",
             remedy="see foxnas promote --history",
         )
+    try:
+        checked_files(MlflowClient().get_model_version(name, former), run.directory)
+    except (InvalidFormatError, PromotionError) as error:
+        raise PromotionError(
+            "a rollback goes to a version whose files are as they were logged",
+            received=f"{name} version {former}: {error.received}",
+            remedy="nothing was moved; promote a version that is whole",
+        ) from error
     return _carry_out(run, keeper, Promotion(name, former, stage, "rollback", holder, holder, (), dry_run))
 
 
@@ -279,10 +293,13 @@ def _candidate(version: ModelVersion, directory: Path) -> tuple[Candidate, Check
     files = checked_files(version, directory)
     manifest = files.manifest
     details = manifest.metadata.get("details", {})
-    target = str(details.get("target", ""))
+    known = held(version.name, str(version.version))
+    # Sealed, unless it was made for no target in particular and is registered for one.
+    target = str(details.get("target", "")) or known.target
     builtin = BUILTIN_TARGETS.get(target)
     candidate = dataclasses.replace(
-        held(version.name, str(version.version)),
+        known,
+        figures={**known.figures, **{key: float(value) for key, value in details.get("figures", {}).items()}},
         kind=manifest.kind,
         weights=str(manifest.metadata.get("weights", "none")),
         sha256=manifest.files[main_file(manifest.kind)],
@@ -312,9 +329,11 @@ def held(name: str, number: str) -> Candidate:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         metrics = []  # a holder whose model was deleted keeps nobody out
+    # What other runs say of the model is not what was found when it was made.
+    own = None if model_id is None or not metrics else MlflowClient().get_logged_model(model_id).source_run_id
     return Candidate(
         number,
-        {metric.key: metric.value for metric in metrics},
+        {metric.key: metric.value for metric in metrics if own in (None, metric.run_id)},
         _benchmarks(metrics),
         dict(version.tags),
         target=version.tags.get("target", ""),
@@ -322,7 +341,7 @@ def held(name: str, number: str) -> Candidate:
 
 
 def _benchmarks(metrics: Sequence[Metric]) -> tuple[Measured, ...]:
-    """The runs that logged a latency, the newest first; one that was deleted counts no more."""
+    """The measurements of a model, the newest first; one whose run was deleted counts no more."""
     client = MlflowClient()
     found = []
     for run_id in dict.fromkeys(m.run_id for m in reversed(metrics) if m.key == LATENCY and m.run_id):
@@ -332,20 +351,34 @@ def _benchmarks(metrics: Sequence[Metric]) -> tuple[Measured, ...]:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             continue
-        if run.info.lifecycle_stage != LifecycleStage.ACTIVE:
-            continue
-        tags = run.data.tags
-        found.append(
-            Measured(
-                run_id,
-                {m.key: m.value for m in metrics if m.run_id == run_id},
-                tags.get("foxnas.target", ""),
-                tags.get("foxnas.board", ""),
-                tags.get("foxnas.emulated", "false").lower() == "true",
-                tags.get("foxnas.latency_source", ""),
-            )
-        )
+        if run.info.lifecycle_stage == LifecycleStage.ACTIVE:
+            found.append(_measured(run))
     return tuple(found)
+
+
+def _measured(run: Run) -> Measured:
+    """What a run's document says that was measured; without one nothing was."""
+    target, source = (run.data.tags.get(f"foxnas.{key}", "") for key in ("target", "latency_source"))
+    unknown = Measured(run.info.run_id, {}, target, run.data.tags.get("foxnas.board", ""))
+    if not has_artifact(run.info.run_id, BENCHMARK_FILE):
+        return unknown
+    with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
+        path = mlflow.artifacts.download_artifacts(
+            run_id=run.info.run_id, artifact_path=BENCHMARK_FILE, dst_path=directory
+        )
+        try:
+            benchmark = Benchmark.from_dict(json.loads(Path(path).read_bytes()))
+        except (ValueError, InvalidFormatError):
+            return unknown
+    return Measured(
+        run.info.run_id,
+        benchmark.metrics(),
+        target,
+        benchmark.device,
+        benchmark.emulated,
+        source,
+        benchmark.model_sha256,
+    )
 
 
 def _is_ready(name: str, number: str) -> bool:

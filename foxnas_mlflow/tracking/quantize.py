@@ -18,6 +18,7 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, log_model
 from foxnas_mlflow.tflite import CompilerReport, Conversion, LayerError, QuantizationLoss, Readiness
+from foxnas_mlflow.tracking.gates import ACCURACY, DROP
 from foxnas_mlflow.tracking.registry import PICTURE, picture_of, register, registered_name, shortened
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.search import FRONT_PICTURE
@@ -150,6 +151,8 @@ def log_quantized(
             "provenance": dict(quantized.provenance),
             "operators": dict(conversion.operator_counts),
             "rejection": quantized.rejection.to_dict(),
+            # Sealed with the model: what a promotion asks for.
+            "figures": {key: metrics[key] for key in (ACCURACY, DROP)},
         },
     )
     facts = {} if edgetpu is None else edgetpu.readiness.metrics

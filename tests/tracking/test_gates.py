@@ -72,6 +72,8 @@ def test_throttling_that_nobody_saw_is_unknown(throttled: dict[str, float], told
         (changed({VALID: 0.0}), {"valid"}, "benchmark.json"),
         (changed({VALID: None}), {"valid"}, "run foxnas benchmark"),
         (changed({DROP: 1.5}), {"quantization"}, "1.5 points of top-1 > 1"),
+        (changed({DROP: float("nan")}), {"quantization"}, "nan points of top-1"),
+        (changed({DROP: float("-inf")}), {"quantization"}, "-inf points of top-1"),
         (changed({DROP: None}), {"quantization"}, "run foxnas quantize"),
         (changed(benchmarks=(measured(source="cost_model"),)), {"measured"}, "cost model"),
         (changed(benchmarks=(measured(emulated=True),)), {"measured"}, f"measured on {PI} (emulated), target rpi4"),

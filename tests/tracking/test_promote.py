@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,143 @@ def test_a_copy_has_no_other_figures(tracking: str, tmp_path: Path, capsys: pyte
     for name, number in ((NAME, "1"), (NAME, "2"), ("shelf", "1")):
         assert promote(f"models:/{name}/{number}") == 0
         assert str(client.get_model_version_by_alias(name, "production").version) == number
+
+
+def fast_figures_in_the_run_of_another(slow: str) -> None:
+    """As after a call of `log_metrics` with the wrong model's id."""
+    log_measurement(slow, {"benchmark/latency_ms_p90": 20.0, "benchmark/valid": 1.0}, data=b"another file")
+
+
+def fast_figures_without_a_measurement(slow: str) -> None:
+    tags = {"foxnas.latency_source": "measured", "foxnas.target": "rpi4", "foxnas.emulated": "false"}
+    with mlflow.start_run(tags={**tags, "foxnas.board": "Raspberry Pi 4 Model B Rev 1.4"}):
+        mlflow.log_metrics({"benchmark/latency_ms_p90": 20.0, "benchmark/valid": 1.0}, model_id=slow)
+
+
+def fast_figures_after_the_measurement(slow: str) -> None:
+    with mlflow.start_run(run_id=benchmark_run()):
+        mlflow.log_metrics({"benchmark/latency_ms_p90": 20.0}, model_id=slow)
+
+
+def sustained(slow: str) -> None:
+    """Fast for a moment; under load it is not."""
+    figures = {"benchmark/latency_ms_p90": 20.0, "benchmark/sustained_p90_ms": 90.0, "benchmark/valid": 1.0}
+    log_measurement(slow, figures)
+
+
+def benchmark_run() -> str:
+    (run,) = mlflow.MlflowClient().search_runs(["0"], "tags.`foxnas.stage` = 'benchmark'", max_results=1)
+    return str(run.info.run_id)
+
+
+@pytest.mark.parametrize(
+    ("trick", "words"),
+    [
+        (fast_figures_in_the_run_of_another, "latency: p90 90 ms > 60 ms"),
+        (fast_figures_without_a_measurement, "latency: p90 90 ms > 60 ms"),
+        (fast_figures_after_the_measurement, "latency: p90 90 ms > 60 ms"),
+        (sustained, "latency: p90 90 ms of a minute under load > 60 ms"),
+    ],
+)
+def test_a_latency_is_what_its_own_measurement_says(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], trick: Callable[[str], None], words: str
+) -> None:
+    register_version(tmp_path, {"benchmark/latency_ms_p90": 90.0})
+    trick(str(model_id_of(mlflow.MlflowClient().get_model_version(NAME, "1"))))
+    assert promote(NAME) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("figures", "trick", "words"),
+    [
+        ({}, fast_figures_in_the_run_of_another, "measured another file than the version's"),
+        ({}, fast_figures_without_a_measurement, "does not say what was measured"),
+        ({"benchmark/latency_ms_p90": float("nan")}, None, "p90 nan ms is no latency"),
+        ({"benchmark/latency_ms_p90": -5.0}, None, "p90 -5 ms is no latency"),
+    ],
+)
+def test_figures_that_are_none(
+    tracking: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    figures: dict[str, float],
+    trick: Callable[[str], None] | None,
+    words: str,
+) -> None:
+    register_version(tmp_path, {"benchmark/latency_ms_p90": None, **figures})
+    if trick is not None:
+        trick(str(model_id_of(mlflow.MlflowClient().get_model_version(NAME, "1"))))
+    assert promote(NAME) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_tags_of_a_measurement_make_no_other_machine_of_it(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path, machine="AMD EPYC", emulated=True)
+    for key, value in {"board": "Raspberry Pi 4 Model B Rev 1.4", "emulated": "false"}.items():
+        mlflow.MlflowClient().set_tag(benchmark_run(), f"foxnas.{key}", value)
+    assert promote(NAME) == 2
+    assert "measured on AMD EPYC (emulated), target rpi4, but the version is for" in capsys.readouterr().err
+    # Neither does a file that nothing reads.
+    mlflow.MlflowClient().log_text(benchmark_run(), "{", "benchmark.json")
+    assert promote(NAME) == 2
+    assert "does not say what was measured" in capsys.readouterr().err
+
+
+def test_an_accuracy_is_what_the_model_was_sealed_with(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path, {"accuracy/quantization_drop": 5.0})
+    client = mlflow.MlflowClient()
+    model_id = model_id_of(client.get_model_version(NAME, "1"))
+    maker = str(client.get_logged_model(str(model_id)).source_run_id)
+    for run_id in (None, maker):
+        with mlflow.start_run(run_id=run_id):
+            mlflow.log_metrics({"accuracy/quantization_drop": 0.1, "accuracy/int8_top1": 99.0}, model_id=model_id)
+        assert promote(NAME) == 2
+        assert "int8 loses 5 points of top-1 > 1" in capsys.readouterr().err
+
+
+def test_a_target_in_the_tag_alone_counts_too(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path, target="", tags={"target": "rpi4"}, measured_for="cpu", machine="AMD EPYC")
+    assert promote(NAME) == 2
+    assert "measured on AMD EPYC, target cpu, but the version is for target rpi4" in capsys.readouterr().err
+
+
+def test_the_holder_is_compared_whatever_its_tags_say(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path, {"accuracy/int8_top1": 80.0, "benchmark/latency_ms_p90": 20.0})
+    assert promote(NAME) == 0
+    client = mlflow.MlflowClient()
+    client.set_model_version_tag(NAME, "1", "target", "cpu")
+    log_measurement(
+        str(model_id_of(client.get_model_version(NAME, "1"))),
+        {"benchmark/latency_ms_p90": 900.0, "benchmark/valid": 1.0},
+        target="cpu",
+        machine="AMD EPYC",
+    )
+    register_version(tmp_path, {"accuracy/int8_top1": 70.0, "benchmark/latency_ms_p90": 30.0})
+    assert promote(NAME) == 2
+    assert "beaten on both: 70.00 %, 30 ms against 80.00 %, 20 ms of version 1" in capsys.readouterr().err
+
+
+def test_no_rollback_to_files_that_were_changed(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for top1 in (75.0, 76.0):
+        register_version(tmp_path, {"accuracy/int8_top1": top1})
+        assert promote(NAME) == 0
+    model_id = model_id_of(mlflow.MlflowClient().get_model_version(NAME, "1"))
+    (file,) = tmp_path.glob(f"**/{model_id}/artifacts/data/model.tflite")
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert promote(NAME, "Production", "--rollback") == 2
+    assert "a rollback goes to a version whose files are as they were logged" in capsys.readouterr().err
+    assert state()["aliases"] == {"production": "2"}
 
 
 def claim_the_board(name: str, number: str) -> None:
