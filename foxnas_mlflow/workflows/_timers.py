@@ -42,6 +42,7 @@ class Timer:
 
     Attributes:
         time: Latency of a subnet of the space.
+        again: Latency of a subnet, measured once more where `time` remembers; None: `time` does.
         source: ``measured`` or ``cost_model``.
         where: The device's address, or what the cost model is of.
         predictors: The cost model, if it is one.
@@ -57,6 +58,7 @@ class Timer:
     n_boards: int = 1
     here: bool = False
     aside: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    again: Callable[[Architecture], Timing] | None = None
 
     def ahead(self, architectures: Iterable[Architecture]) -> None:
         """Time networks on all boards at once, so that who asks for one later finds it `remembered`."""
@@ -365,24 +367,33 @@ def _on_gpu(target: Target, space: SearchSpace, device: str) -> Callable[[Archit
 def remembered(timer: Timer, path: Path) -> Timer:
     """The timer with its measurements kept in a table as they finish: none is made twice, whatever ends the process.
 
+    Of a network that was measured `again` the mean is remembered.
+
     Args:
         timer: Measures.
         path: ``measurements.csv``; rows that are there count.
     """
-    known = {row.architecture: row.timing for row in read_finished(path)}
+    known: dict[Architecture, list[Timing]] = {}
+    for row in read_finished(path):
+        if row.timing is not None:
+            known.setdefault(row.architecture, []).append(row.timing)
     writing = threading.Lock()
 
-    def time(architecture: Architecture) -> Timing:
-        timing = known.get(architecture)
-        if timing is None:
-            timing = timer.time(architecture)
-            if not timing.problems:
-                with writing:
-                    append_measurement(Measurement.of(architecture, timing), path)
-                known[architecture] = timing
+    def again(architecture: Architecture) -> Timing:
+        timing = timer.time(architecture)
+        if not timing.problems:
+            with writing:
+                append_measurement(Measurement.of(architecture, timing), path)
+            known.setdefault(architecture, []).append(timing)
         return timing
 
-    return dataclasses.replace(timer, time=time)
+    def time(architecture: Architecture) -> Timing:
+        if architecture not in known:
+            return again(architecture)
+        first, *others = known[architecture]
+        return first.with_others(others)
+
+    return dataclasses.replace(timer, time=time, again=again)
 
 
 def _estimate(predictors: PredictorSet) -> Callable[[Architecture], Timing]:

@@ -67,6 +67,7 @@ class Lookers:
         device: Measures latencies; empty: the predicted upper bounds count.
         evaluate: The supernet's answer, or None.
         time: The device's, or None.
+        again: The device's once more: `time` remembers.
         weights: A network's inherited weights, or None.
         ahead: Has networks looked at, several at once where there are several boards or workers, so that who asks
             for one later has the answer at once.
@@ -76,6 +77,7 @@ class Lookers:
     device: str
     evaluate: Callable[[Architecture], Evaluated] | None
     time: Callable[[Architecture], Timing] | None
+    again: Callable[[Architecture], Timing] | None
     weights: Callable[[Architecture], Mapping[str, NDArray[Any]]] | None
     ahead: Callable[[Sequence[Architecture]], None]
 
@@ -133,6 +135,7 @@ def open_lookers(
             device,
             evaluate,
             None if timer is None else timer.time,
+            None if timer is None else timer.again,
             None if evaluators is None else evaluators.weights,
             ahead,
         )
@@ -178,6 +181,7 @@ def verified(
             also=also,
             beaten=beaten,
             time=lookers.time,
+            again=lookers.again,
             evaluate=lookers.evaluate,
             on_candidate=looked.append,
         )

@@ -22,6 +22,7 @@ from foxnas_mlflow.core.searchers import (
     search,
     verify,
 )
+from foxnas_mlflow.core.searchers._rounds import LEAST_GAIN
 from foxnas_mlflow.core.space import CPU_SPACE
 
 LIMIT_MS = 60.0
@@ -122,3 +123,6 @@ def test_predictors_promise_more_than_any_network_but_the_one_that_they_find() -
     verdict = verify(outcome, n_candidates=1, evaluate=lambda a: Evaluated(70.0, 0.35), also=[near])
     assert promises_more(outcome, next(c for c in verdict.candidates if c.architecture == near))
     assert not promises_more(outcome, verdict.candidates[0])
+    # Where an evaluation is wrong by points, a third of one is not worth another round.
+    noisy = verify(outcome, n_candidates=1, evaluate=lambda a: Evaluated(70.0, 0.31 / LEAST_GAIN), also=[near])
+    assert not any(promises_more(outcome, c) for c in noisy.candidates)

@@ -151,6 +151,51 @@ def test_the_fastest_of_those_that_the_evidence_cannot_tell_apart_wins(outcome: 
     assert "most accurate" in verdicts[0.0].reason
 
 
+def test_networks_whose_latencies_are_a_tie_are_measured_again(outcome: SearchOutcome) -> None:
+    """The first measurement is kind to one of two networks of the same latency."""
+    fast, slow = candidates(outcome, 2, measured=True)
+    first, truth = {fast: 50.2, slow: 50.0}, {fast: 49.9, slow: 50.3}
+    asked: list[Architecture] = []
+
+    def time(architecture: Architecture) -> Timing:
+        asked.append(architecture)
+        return Timing((truth if architecture in asked[:-1] else first)[architecture], "measured", "board", n_runs=100)
+
+    verdict = verify(outcome, n_candidates=2, time=time, evaluate=by_name({}, 72.0), tolerance_points=50.0)
+    assert verdict.chosen.architecture == fast
+    for candidate in verdict.candidates:
+        assert candidate.timing is not None
+        network = candidate.architecture
+        assert candidate.timing.latency_ms == pytest.approx((first[network] + 2 * truth[network]) / 3)
+        assert candidate.timing.n_runs == 300
+    assert asked[2:] == [fast, slow] * 2
+    # Where the latencies are no tie, or do not decide, once is enough.
+    for latencies, tolerance in (({fast: 50.0, slow: 52.0}, 50.0), (first, 0.0)):
+        asked.clear()
+        first = latencies
+        verify(outcome, n_candidates=2, time=time, evaluate=by_name({slow: 80.0}, 72.0), tolerance_points=tolerance)
+        assert len(asked) == 2
+
+
+def test_where_no_tied_network_meets_the_limit_once_it_was_measured_again_an_edited_one_wins(
+    outcome: SearchOutcome,
+) -> None:
+    pair = candidates(outcome, 2, measured=True)
+    asked: list[Architecture] = []
+
+    def time(architecture: Architecture) -> Timing:
+        asked.append(architecture)
+        if architecture not in pair:
+            return board(outcome, 1.0)(architecture)
+        again = architecture in asked[:-1]
+        return Timing(LIMIT_MS * (1.01 if again else 0.999), "measured", "board")
+
+    verdict = verify(outcome, n_candidates=2, time=time, tolerance_points=50.0)
+    assert verdict.chosen.architecture not in pair
+    assert verdict.chosen.meets
+    assert not any(c.meets for c in verdict.candidates if c.architecture in pair)
+
+
 def test_a_network_that_is_beaten_on_both_measured_figures_never_wins(outcome: SearchOutcome) -> None:
     """Whatever is predicted, whatever the tolerance."""
     rng = np.random.default_rng(0)

@@ -225,6 +225,19 @@ def test_networks_are_timed_ahead_on_all_boards_and_then_remembered(tmp_path: Pa
     assert len(read_measurements(tmp_path / "rows.csv")) == 4
 
 
+def test_the_mean_of_all_measurements_is_remembered(tmp_path: Path) -> None:
+    latencies = iter((1.0, 4.0, 9.0))
+    network = NETWORKS[0]
+    timer = remembered(Timer(lambda a: Timing(next(latencies), "measured", n_runs=5), "measured", "x"), tmp_path / "x")
+    assert timer.again is not None
+    assert timer.time(network).latency_ms == 1.0
+    assert timer.again(network).latency_ms == 4.0
+    assert timer.time(network).latency_ms == 2.5
+    # Another process goes on from there.
+    later = remembered(Timer(lambda a: Timing(next(latencies), "measured", n_runs=5), "measured", "x"), tmp_path / "x")
+    assert later.time(network) == Timing(2.5, "measured", n_runs=10)
+
+
 @needs_sshd
 @pytest.mark.slow
 @pytest.mark.server

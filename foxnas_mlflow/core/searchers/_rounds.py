@@ -18,6 +18,9 @@ from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers._search import SearchOutcome
 from foxnas_mlflow.core.searchers._verify import Candidate
 
+LEAST_GAIN = 0.1
+"""Least gain that another round is done for, in standard errors of an evaluation (``benchmarks/verification.py``)."""
+
 
 class Looked(Protocol):
     """Networks that were looked at; one of them is chosen."""
@@ -81,7 +84,9 @@ def closed_loop(
     """Search and learn until the found networks stay, nothing is left to gain, or the rounds are spent.
 
     A gain that one evaluation could not tell from noise is no reason to end: networks differ from their predictions by
-    more than that, and every further one that is looked at may be the better one (docs/METHOD.md, section 4).
+    more than that, and every further one that is looked at may be the better one. One of less than a tenth of that
+    noise is: it brings another network of the same latency, of which the better one is found by chance (docs/METHOD.md,
+    section 4).
 
     Args:
         predictors: Those of the first round.
@@ -107,7 +112,7 @@ def closed_loop(
             predictors = refit(list(table.values()))
             found = tuple(search(predictors))
             if all(not promises_more(o, v.chosen) for o, v in zip(found, looked, strict=True)):
-                reason = "refitted predictors promise nothing more"
+                reason = "refitted predictors promise no gain worth another round"
                 break
             outcomes, used = found, predictors
         before = [verdict.chosen.architecture for verdict in looked]
@@ -137,7 +142,7 @@ def _learnt(candidate: Candidate, before: Measurement | None) -> Measurement:
 
 
 def promises_more(outcome: SearchOutcome, chosen: Candidate) -> bool:
-    """Whether predictors expect a network to be more accurate than the chosen one.
+    """Whether predictors expect a network to be more accurate than the chosen one, by `LEAST_GAIN` at least.
 
     Args:
         outcome: A search under the predictors; for a goal other than accuracy the answer is yes.
@@ -146,5 +151,6 @@ def promises_more(outcome: SearchOutcome, chosen: Candidate) -> bool:
     if outcome.problem.goal != "accuracy":
         return True
     predictor = outcome.objective.predictors.of("accuracy", chosen.architecture.image_size)
+    gain = outcome.optimum.accuracy - float(predictor.predict([chosen.architecture])[0])
     # The same network is predicted once by sums over stages and once as a whole.
-    return outcome.optimum.accuracy > float(predictor.predict([chosen.architecture])[0]) + 1e-9
+    return gain > max(LEAST_GAIN * (chosen.standard_error or 0.0), 1e-9)

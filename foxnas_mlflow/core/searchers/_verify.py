@@ -47,6 +47,10 @@ SPACING = 1.5
 """Standard deviations of a predicted difference between networks of a front that are looked at. The closer they are,
 the more often a faster one that was looked at is truly better than the chosen one (``benchmarks/verification.py``)."""
 
+_TIE, _TIED_AGAIN = 0.01, 2
+"""Measured latencies closer than this share are a tie: each of the tied networks is measured so many times more. The
+fastest of several alike is else the one that a measurement was kind to."""
+
 _FRONT_POINTS = 400
 """Most points of a front among which candidates are chosen."""
 
@@ -157,11 +161,13 @@ class Verdict:
         reason: One sentence: what the winner was chosen by, and what slower networks would have bought.
         beaten_by: The network that beats the winner on measured latency and, beyond noise, on evaluated accuracy, of
             all that were looked at now or before; None where no network does.
+        tied: Candidates among which the measured latency decided, and too little of it; fewer than two: none did.
     """
 
     candidates: tuple[Candidate, ...]
     reason: str
     beaten_by: Architecture | None = None
+    tied: tuple[Candidate, ...] = ()
 
     @property
     def dominated(self) -> bool:
@@ -180,6 +186,7 @@ def verify(
     n_candidates: int = 5,
     tolerance_points: float | None = None,
     time: Callable[[Architecture], Timing] | None = None,
+    again: Callable[[Architecture], Timing] | None = None,
     evaluate: Callable[[Architecture], Evaluated] | None = None,
     known: Sequence[Measurement] = (),
     also: Sequence[Architecture] = (),
@@ -188,7 +195,8 @@ def verify(
 ) -> Verdict:
     """Measure the best candidates of a search and choose among them.
 
-    A network of `known` whose figures beat the winner's is looked at again, and the choice made anew.
+    A network of `known` whose figures beat the winner's is looked at again, and networks among which the choice is one
+    of latencies that lie too close are measured again; the choice is then made anew.
 
     Args:
         outcome: The search; its limits are what the winner meets.
@@ -196,6 +204,7 @@ def verify(
         tolerance_points: The fastest network that is at most so much less accurate than the best one wins; None: one
             standard error of the difference of the two; 0: the best one itself.
         time: Measures a network on the device.
+        again: Measures a network once more, where `time` remembers what it measured; None: `time` does.
         evaluate: Evaluates a network with the supernet.
         known: Networks that were measured and evaluated before; those of the device that `time` measures on count.
         also: Networks to look at beside those of the front.
@@ -223,23 +232,38 @@ def verify(
     for architecture in also:
         if all(c.architecture != architecture for c in seen):
             look(architecture, "compared before")
-    if time is not None and not seen[0].meets and np.isfinite(outcome.problem.room[0]):
-        # Slower than predicted: what the limit still allows lies between the networks that were looked at.
-        _mend(outcome, float(outcome.problem.room[0]), seen, look)
-    if not any(c.meets for c in seen):
-        raise InfeasibleConstraintError(
-            float(outcome.problem.room[0]),
-            min(c.timing.latency_ms for c in seen if c.timing is not None and not c.timing.problems),
-            context=f" among {len(seen)} measured on the device",
-        )
-    verdict = choose(outcome, seen, tolerance_points=tolerance_points, known=known, beaten=beaten)
-    for _ in range(_AGAIN):
-        better = verdict.beaten_by
-        if better is None or any(c.architecture == better for c in seen):
-            break
-        look(better, "measured before")
+
+    def mend() -> None:
+        if time is not None and not seen[0].meets and np.isfinite(outcome.problem.room[0]):
+            # Slower than predicted: what the limit still allows lies between the networks that were looked at.
+            _mend(outcome, float(outcome.problem.room[0]), seen, look)
+        if not any(c.meets for c in seen):
+            raise InfeasibleConstraintError(
+                float(outcome.problem.room[0]),
+                min(c.timing.latency_ms for c in seen if c.timing is not None and not c.timing.problems),
+                context=f" among {len(seen)} measured on the device",
+            )
+
+    mend()
+    most, settled = len(seen) + _AGAIN, set[Architecture]()
+    while True:
         verdict = choose(outcome, seen, tolerance_points=tolerance_points, known=known, beaten=beaten)
-    return verdict
+        better = verdict.beaten_by
+        tied = [c.architecture for c in verdict.tied if c.architecture not in settled]
+        if better is not None and len(seen) < most and all(c.architecture != better for c in seen):
+            look(better, "measured before")
+        elif time is not None and tied:
+            # In turn, so that what changes on the device meanwhile is the same for all.
+            more = [[(again or time)(architecture) for architecture in tied] for _ in range(_TIED_AGAIN)]
+            others = dict(zip(tied, zip(*more, strict=True), strict=True))
+            for i, candidate in enumerate(seen):
+                if candidate.architecture in others and candidate.timing is not None:
+                    seen[i] = _timed(outcome, candidate, candidate.timing.with_others(others[candidate.architecture]))
+            settled.update(tied)
+            if not any(c.meets for c in seen):
+                mend()
+        else:
+            return verdict
 
 
 def choose(
@@ -261,6 +285,7 @@ def choose(
     ]
     standing = [i for i in standing if seen[i].architecture not in beaten] or standing
     problem = outcome.problem
+    tied: list[int] = []
     accuracy = [seen[i].predicted_accuracy if evidence is None else float(evidence.mean[i]) for i in range(len(seen))]
     if problem.goal != "accuracy" and problem.min_accuracy is not None:
         enough = [i for i in standing if accuracy[i] >= problem.min_accuracy]
@@ -275,7 +300,7 @@ def choose(
             )
     else:
         best = max(standing, key=lambda i: (accuracy[i], seen[i].predicted_accuracy))
-        winner, reason = _fastest_alike(seen, standing, best, evidence, tolerance_points)
+        winner, reason, tied = _fastest_alike(seen, standing, best, evidence, tolerance_points)
     chosen = [
         dataclasses.replace(
             candidate,
@@ -285,7 +310,8 @@ def choose(
         )
         for i, candidate in enumerate(seen)
     ]
-    return Verdict(tuple(chosen), reason, _beaten_by(outcome, seen, seen[winner], known))
+    beaten_by = _beaten_by(outcome, seen, seen[winner], known)
+    return Verdict(tuple(chosen), reason, beaten_by, tuple(chosen[i] for i in tied))
 
 
 def _beaten_by(
@@ -329,22 +355,25 @@ def _beaten_by(
 
 def _fastest_alike(
     seen: Sequence[Candidate], standing: Sequence[int], best: int, evidence: Combined | None, tolerance: float | None
-) -> tuple[int, str]:
-    """The fastest network that cannot be told from the best one, and the sentence that says so."""
+) -> tuple[int, str, list[int]]:
+    """The fastest network that cannot be told from the best one, the sentence that says so, and what it ties with."""
     if evidence is None:
         gaps = {i: (seen[best].predicted_accuracy - seen[i].predicted_accuracy, 0.0) for i in standing}
     else:
         gaps = {i: evidence.difference(best, i) for i in standing}
     alike = [i for i in standing if i == best or gaps[i][0] <= (gaps[i][1] if tolerance is None else tolerance)]
     winner = min(alike, key=lambda i: (seen[i].speed_ms, -seen[i].predicted_accuracy))
+    tied = [i for i in alike if seen[i].timing is not None and seen[i].speed_ms <= (1 + _TIE) * seen[winner].speed_ms]
+    tied = tied if len(tied) > 1 else []
     if winner == best:
-        return winner, f"of {len(seen)} networks it is the most accurate that meets the limits"
+        return winner, f"of {len(seen)} networks it is the most accurate that meets the limits", tied
     gap, error = gaps[winner]
     width = "one standard error" if tolerance is None else f"{tolerance:g} points"
-    return winner, (
+    reason = (
         f"the fastest within {width} of the most accurate of {len(seen)} networks, which would have bought "
         f"{gap:.2f} points (standard error {error:.2f}) for {seen[best].speed_ms - seen[winner].speed_ms:.3g} ms more"
     )
+    return winner, reason, tied
 
 
 def _combined(outcome: SearchOutcome, seen: Sequence[Candidate]) -> Combined | None:
@@ -514,19 +543,24 @@ def _look(
         timing = time(architecture)
         if timing.problems:
             timing = time(architecture)
-    amounts = outcome.objective.amounts(architecture)
-    judged = amounts if timing is None else {**amounts, "latency_ms": timing.latency_ms}
-    meets = all(judged[limit.quantity] <= limit.value for limit in outcome.limits)
-    return Candidate(
+    candidate = Candidate(
         architecture=architecture,
         origin=origin,
         predicted_accuracy=_accuracy(outcome, architecture),
         predicted_latency_ms=float(predictors.of("latency_ms", size).predict([architecture])[0]),
-        amounts=amounts,
-        timing=timing,
+        amounts=outcome.objective.amounts(architecture),
+        timing=None,
         evaluated=None if evaluate is None else evaluate(architecture),
-        meets=meets and (timing is None or not timing.problems),
+        meets=False,
     )
+    return _timed(outcome, candidate, timing)
+
+
+def _timed(outcome: SearchOutcome, candidate: Candidate, timing: Timing | None) -> Candidate:
+    """The candidate with a latency, and whether it meets the limits with it."""
+    judged = candidate.amounts if timing is None else {**candidate.amounts, "latency_ms": timing.latency_ms}
+    meets = all(judged[limit.quantity] <= limit.value for limit in outcome.limits)
+    return dataclasses.replace(candidate, timing=timing, meets=meets and (timing is None or not timing.problems))
 
 
 def _counts_meet(outcome: SearchOutcome, architecture: Architecture) -> bool:
