@@ -91,7 +91,7 @@ def run_watch(request: WatchRequest, *, stop: threading.Event | None = None) -> 
     follower = Follower(request.target, request.deployment, model, request.alias, request.settings())
     if request.once:
         done = follower.look(again=True)
-        return WatchResult(run_id="", state=done.state, summary=done.words[0].upper() + done.words[1:] + ".")
+        return WatchResult(run_id="", state=done.state, summary=done.words + ".")
     secret = os.environ.get(SECRET, "")
     if len(secret) < 16:
         raise InvalidInputError(

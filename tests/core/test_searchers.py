@@ -213,6 +213,8 @@ def test_bad_requests() -> None:
     for latency in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InvalidInputError, match="latency_ms"):
             search(predictors, latency)
+    with pytest.raises(InvalidInputError, match=r"one number of milliseconds; received \[40, 60\]; .*search_each"):
+        search(predictors, [40, 60])  # type: ignore[arg-type]
     with pytest.raises(OutOfDomainError, match="224 px"):
         search(predictors, 60.0, image_sizes=[224])
 

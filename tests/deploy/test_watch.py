@@ -288,7 +288,7 @@ def test_a_board_behind_ssh_follows_and_keeps_what_works(
         client.set_registered_model_alias("foxnas-rpi4", "production", "1")
         words = ["watch", "--once", "--model", "foxnas-rpi4", "--target", target, "--deployment", "camera"]
         assert main(words) == 2
-        assert "Camera is not yet models:/foxnas-rpi4/1: " in capsys.readouterr().out
+        assert "camera is not yet models:/foxnas-rpi4/1: " in capsys.readouterr().out
         assert version_served(url) == "0002"
         server.start()
         assert main(words) == 0
