@@ -56,11 +56,14 @@ GROUPS = {
         "tracking/test_shared_server",
         "deploy/",
     ),
-    # What a module makes once: a cluster, a board, a trained subnet, a converted network.
+    # What a module makes once: a cluster, a board, a trained subnet, converted networks, a fit, predictors, two ranks.
     "cluster": ("test_ray",),
     "board": ("devices/test_virtual_pi",),
     "subnet": ("tracking/test_quantize_run",),
-    "conversion": ("tflite/test_convert",),
+    "conversion": ("tflite/", "test_pixels"),
+    "fit": ("core/test_predictors", "core/test_rounds", "core/test_verify"),
+    "predictors": ("tracking/test_verified_search_run",),
+    "ranks": ("supernet/test_train",),
 }
 """Tests that one worker runs one after the other, by the beginning of their path."""
 
@@ -160,12 +163,23 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once_a_run(tmp_path_factory, "store", make) / "mlflow.db"
 
 
-def copy_store(empty_store: Path, directory: Path) -> str:
-    """A fresh SQLite store in a directory, whose runs keep their files there; its URI."""
-    shutil.copy(empty_store, directory / "mlflow.db")
-    with contextlib.closing(sqlite3.connect(directory / "mlflow.db")) as store, store:
-        store.execute("UPDATE experiments SET artifact_location = ?", (f"{directory}/mlruns/0",))
+def copy_store(store: Path, directory: Path) -> str:
+    """A copy of an SQLite store in a directory, whose runs keep their files there; its URI."""
+    shutil.copy(store, directory / "mlflow.db")
+    with contextlib.closing(sqlite3.connect(directory / "mlflow.db")) as copy, copy:
+        copy.execute("UPDATE experiments SET artifact_location = ?", (f"{directory}/mlruns/0",))
+        for table, column in _PLACES:
+            copy.execute(f"UPDATE {table} SET {column} = REPLACE({column}, ?, ?)", (str(store.parent), str(directory)))
     return f"sqlite:///{directory / 'mlflow.db'}"
+
+
+_PLACES = (
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Where a store says in which directory files are."""
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from importlib.metadata import EntryPoint
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -48,16 +49,19 @@ def options(directory: Path) -> list[str]:
 
 
 class Running:
-    """`foxnas` in a process group of its own, its output read as it comes.
+    """A command, `foxnas` unless another is named, in a process group of its own, its output read as it comes.
 
     The process is forked from one that has imported everything once, which would take each ten seconds.
     """
 
-    def __init__(self, argv: list[str], env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, argv: list[str], env: Mapping[str, str] | None = None, command: str = "foxnas_mlflow.cli.main:main"
+    ) -> None:
         self.lines: list[str] = []
         self._heard = threading.Condition()
         self._output, output = _CONTEXT.Pipe(duplex=False)
-        self.process = _CONTEXT.Process(target=_foxnas, args=(argv, {**os.environ, **(env or {})}, os.getcwd(), output))
+        arguments = (command, argv, {**os.environ, **(env or {})}, os.getcwd(), output)
+        self.process = _CONTEXT.Process(target=_run, args=arguments)
         self.process.start()
         output.close()
         self._reader = threading.Thread(target=self._read)
@@ -105,12 +109,14 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-def _foxnas(argv: Sequence[str], env: Mapping[str, str], directory: str, output: Connection) -> None:
-    """What `python -m foxnas_mlflow` does, in a process that was forked."""
+def _run(command: str, argv: Sequence[str], env: Mapping[str, str], directory: str, output: Connection) -> None:
+    """What the script of an entry point does, in a process that was forked."""
     os.setsid()
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.clear()
     os.environ.update(env)
     os.chdir(directory)
@@ -118,6 +124,4 @@ def _foxnas(argv: Sequence[str], env: Mapping[str, str], directory: str, output:
     for place in map(Path, env.get("PYTHONPATH", "").split(os.pathsep)):
         if (place / "sitecustomize.py").is_file():
             runpy.run_path(str(place / "sitecustomize.py"))
-    from foxnas_mlflow.cli.main import main
-
-    sys.exit(main(argv))
+    sys.exit(EntryPoint("", command, "").load()(argv))

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import copy_store
+
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
-def test_the_wheel_works_without_the_checkout(root: Path, tmp_path: Path) -> None:
+def test_the_wheel_works_without_the_checkout(root: Path, empty_store: Path, tmp_path: Path) -> None:
     # A copy: setuptools builds in the source's folder, and what an earlier build left there would be packed too.
     source = tmp_path / "source"
     shutil.copytree(root / "foxnas_mlflow", source / "foxnas_mlflow", ignore=shutil.ignore_patterns("__pycache__"))
@@ -26,7 +28,7 @@ def test_the_wheel_works_without_the_checkout(root: Path, tmp_path: Path) -> Non
     subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True, timeout=300)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    env = {**os.environ, "PYTHONPATH": str(site), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    env = {**os.environ, "PYTHONPATH": str(site), "MLFLOW_TRACKING_URI": copy_store(empty_store, tmp_path)}
 
     def foxnas(*argv: str) -> str:
         done = subprocess.run(

@@ -66,7 +66,10 @@ def test_a_space_with_fewer_subnets_is_refused() -> None:
     tiny = CPU_SPACE.replace(
         image_sizes=(32,), kernels=(3,), expansions=(2, 4), depths=(1,), stages=(StageSpec(24, 2, "mbconv"),)
     )
-    assert len(choose_samples(tiny, FORMULAS, 2)) == 2
+    both = choose_samples(tiny, FORMULAS, 2)
+    assert len(set(both)) == 2
+    for known, other in (both, both[::-1]):
+        assert choose_samples(tiny, FORMULAS, 1, measured=[known], method="random") == [other]
     for n in (0, 3):
         with pytest.raises(InvalidInputError):
             choose_samples(tiny, FORMULAS, n)

@@ -30,6 +30,7 @@ from foxnas_mlflow.flavor import TfliteModel, model_id_of
 from tests.colour_model import LABELS, SIZE, encoded, image_of
 from tests.deploy.boards import board, needs_sshd, ssh_target
 from tests.flavor.test_seal import deny_its_name, swap_labels
+from tests.pipelines import Running
 from tests.servers import request
 
 pytestmark = pytest.mark.server
@@ -416,21 +417,18 @@ def test_a_copy_that_is_cut_off_changes_nothing(
             ("door", "create", "host"),
         ):
             slow.touch()
-            # What `mlflow deployments` runs, without its other commands.
-            run = "from mlflow.deployments.cli import commands; commands()"
-            command = [sys.executable, "-c", run, verb, "-t", target, "--name", name]
-            host = subprocess.Popen([*command, "-m", versions[1]], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            # What `mlflow deployments` runs.
+            argv = [verb, "-t", target, "--name", name, "-m", versions[1]]
+            host = Running(argv, command="mlflow.deployments.cli:commands")
             half = await_half_a_model(board / name, host)
             if cut == "host":
-                host.kill()
-                host.communicate(timeout=60)
+                assert host.kill(after_seconds=0)
             else:
                 server.stop()
-                _, error = host.communicate(timeout=120)
-                assert host.returncode != 0
+                assert host.end() != 0
                 # Where it was cut, or, if the host asked once more, that nobody listens there.
-                said = error.splitlines()[-1]
-                assert b"the connection to ssh://" in said or b"an ssh server must listen at ssh://" in said
+                said = host.lines[-1]
+                assert "the connection to ssh://" in said or "an ssh server must listen at ssh://" in said
                 server.start()
             slow.unlink()
             # On the board itself nothing but whole versions is found.
@@ -455,12 +453,12 @@ def test_a_copy_that_is_cut_off_changes_nothing(
         assert not list(board.glob("*/.incoming-*"))
 
 
-def await_half_a_model(place: Path, host: subprocess.Popen[bytes]) -> Path:
+def await_half_a_model(place: Path, host: Running) -> Path:
     """The newest model that is being copied to a deployment."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and host.poll() is None:
+    while time.monotonic() < deadline and host.process.is_alive():
         for path in place.glob(".incoming-*/model.tflite"):
             if path.stat().st_mtime > 0 and path.stat().st_size == 512:
                 return path
         time.sleep(0.02)
-    raise AssertionError(host.communicate())
+    raise AssertionError(host.lines)

@@ -86,7 +86,7 @@ def test_a_sampling_killed_in_the_middle_goes_on_by_the_same_command(
     tracking: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_mini_supernet()
-    command = ["sample", "--n-samples", "40", "--n-measurements", "30", "--image-size", "8"]
+    command = ["sample", "--n-samples", "24", "--n-measurements", "18", "--image-size", "8"]
     process = subprocess.Popen(
         [sys.executable, "-m", "foxnas_mlflow", *command], env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -99,7 +99,7 @@ def test_a_sampling_killed_in_the_middle_goes_on_by_the_same_command(
     process.wait(timeout=60)
     kept = files[0].read_bytes()
     n_kept = kept.count(b"\n") - 1
-    assert 4 <= n_kept < 40
+    assert 4 <= n_kept < 24
     # A torn last row, as a power cut leaves it.
     files[0].write_bytes(kept + kept.splitlines()[1][:40])
 
@@ -109,8 +109,8 @@ def test_a_sampling_killed_in_the_middle_goes_on_by_the_same_command(
     rows = _rows(tmp_path, resumed)
     (tmp_path / "kept.csv").write_bytes(kept)
     assert rows[:n_kept] == read_measurements(tmp_path / "kept.csv")
-    assert len({row.architecture for row in rows}) == len(rows) == 40
-    assert [row.latency_ms is None for row in rows] == [i >= 30 for i in range(40)]
+    assert len({row.architecture for row in rows}) == len(rows) == 24
+    assert [row.latency_ms is None for row in rows] == [i >= 18 for i in range(24)]
 
     # An uninterrupted sampling finds the same rows; its first ones are those of a shorter sampling.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))

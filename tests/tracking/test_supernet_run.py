@@ -97,7 +97,7 @@ def test_an_interrupted_training_goes_on_from_its_run(
 ) -> None:
     import mlflow
 
-    command = ["supernet", "--space", space, "--max-train", "400", "--epochs", "3"]
+    command = ["supernet", "--space", space, "--max-train", "200", "--epochs", "3"]
     process = subprocess.Popen([sys.executable, "-m", "foxnas_mlflow", *command], stderr=subprocess.PIPE)
     client = mlflow.MlflowClient()
     deadline = time.monotonic() + 120
