@@ -41,7 +41,11 @@ class WatchRequest(Request):
                 remedy="give the alias with --alias",
             )
         if not self.target.startswith("edge://"):
-            raise InvalidInputError("target must be a board, edge://...", received=self.target)
+            raise InvalidInputError(
+                "target must be a board, edge://...",
+                received=self.target,
+                remedy="edge://user@host is a board behind ssh, edge://local this machine",
+            )
         self.settings()
 
     def settings(self) -> dict[str, str]:

@@ -332,7 +332,7 @@ def test_only_what_the_key_signed_comes_to_the_board(
     ("changed", "secret", "words"),
     [
         ({"model": "models:/foxnas-rpi4/1"}, SECRET, "without version and alias"),
-        ({"target": "ssh://pi@board"}, SECRET, "target must be a board"),
+        ({"target": "ssh://pi@board"}, SECRET, "target must be a board, .*; edge://user@host is a board behind ssh"),
         ({"deployment": ""}, SECRET, "deployment must be given"),
         ({"config": "threads"}, SECRET, "config must be key=value"),
         ({}, "", "the webhook's secret must be in FOXNAS_WEBHOOK_SECRET, 16 characters or more; received none"),
