@@ -54,6 +54,7 @@ GROUPS = {
         "tracking/test_stack",
         "tracking/test_rights",
         "tracking/test_shared_server",
+        "tracking/test_words",
         "deploy/",
     ),
     # What a module makes once: a cluster, a board, a trained subnet, converted networks, a fit, predictors, two ranks.
@@ -191,6 +192,8 @@ def tracking(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    # What a test sets is of its own store.
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     yield uri

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
-import runpy
 import signal
-import sys
 import threading
-from collections.abc import Mapping, Sequence
-from importlib.metadata import EntryPoint
-from multiprocessing.connection import Connection
+from collections.abc import Mapping
 from pathlib import Path
+
+from tests.forked import CONTEXT, forked
 
 SPACE = """\
 format: 1
@@ -59,10 +56,8 @@ class Running:
     ) -> None:
         self.lines: list[str] = []
         self._heard = threading.Condition()
-        self._output, output = _CONTEXT.Pipe(duplex=False)
-        arguments = (command, argv, {**os.environ, **(env or {})}, os.getcwd(), output)
-        self.process = _CONTEXT.Process(target=_run, args=arguments)
-        self.process.start()
+        self._output, output = CONTEXT.Pipe(duplex=False)
+        self.process = forked(command, argv, {**os.environ, **(env or {})}, output)
         output.close()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -101,27 +96,3 @@ class Running:
         self._output.close()
         with self._heard:
             self._heard.notify_all()
-
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["mlflow", "torch", "tensorflow", "statsmodels.api", "matplotlib.figure", "sklearn.datasets"]
-)
-
-
-def _run(command: str, argv: Sequence[str], env: Mapping[str, str], directory: str, output: Connection) -> None:
-    """What the script of an entry point does, in a process that was forked."""
-    os.setsid()
-    for descriptor in (1, 2):
-        os.dup2(output.fileno(), descriptor)
-    output.close()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(directory)
-    # As Python does when it starts.
-    for place in map(Path, env.get("PYTHONPATH", "").split(os.pathsep)):
-        if (place / "sitecustomize.py").is_file():
-            runpy.run_path(str(place / "sitecustomize.py"))
-    sys.exit(EntryPoint("", command, "").load()(argv))

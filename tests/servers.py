@@ -24,7 +24,10 @@ from typing import Any
 
 import pytest
 
+from tests.forked import forked
+
 ADMIN = ("admin", "password of the admin")
+MLFLOW = [sys.executable, "-m", "mlflow"]
 
 
 def free_port() -> int:
@@ -50,34 +53,55 @@ def request(url: str, body: Any = None, *, timeout: float = 60, user: tuple[str,
 def running(
     command: Sequence[str], url: str, *, log: Path, env: Mapping[str, str] | None = None, seconds: float = 180
 ) -> Iterator[str]:
-    """Run a server until the block ends; yields once `url` answers 200."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **(env or {})}
-        )
+    """Run a server until the block ends; yields once `url` answers 200. MLflow's own commands are forked."""
+    environment = {**os.environ, **(env or {})}
+    if list(command[:3]) == MLFLOW:
+        process: _Forked | subprocess.Popen[bytes] = _Forked(command[3:], environment, log)
+    else:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+            )
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            if process.poll() is not None:
+                raise RuntimeError(f"{command} ended with {process.poll()}:\n{log.read_text()[-4000:]}")
+            with contextlib.suppress(OSError):
+                if request(url, timeout=5)[0] == 200:
+                    break
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{command} did not answer:\n{log.read_text()[-4000:]}")
+            time.sleep(0.1)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
-            deadline = time.monotonic() + seconds
-            while True:
-                if process.poll() is not None:
-                    raise RuntimeError(f"{command} ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-                with contextlib.suppress(OSError):
-                    if request(url, timeout=5)[0] == 200:
-                        break
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"{command} did not answer:\n{log.read_text()[-4000:]}")
-                time.sleep(0.1)
-            yield url
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            # Workers that outlived their server.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        # Workers that outlived their server.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+class _Forked:
+    """`mlflow` with the methods of `subprocess.Popen` that are used here."""
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        log.touch()
+        self._process = forked("mlflow.cli:cli", argv, env, log)
+        self.pid = self._process.pid or 0
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("mlflow", timeout or 0)
 
 
 def listening_on(port: int) -> set[str]:
@@ -176,7 +200,7 @@ def tracking_server(
 ) -> Iterator[str]:
     """`mlflow server` on loopback that hands artifacts through; yields its URL."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [*MLFLOW, "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", store, "--serve-artifacts", "--artifacts-destination", artifacts, *options]
     with running(
         command,
@@ -220,7 +244,7 @@ def scoring_server(
 ) -> Iterator[str]:
     """`mlflow models serve`; yields the URL of its invocations."""
     port = free_port()
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", model_uri, "-h", "127.0.0.1"]
+    command = [*MLFLOW, "models", "serve", "-m", model_uri, "-h", "127.0.0.1"]
     command += ["-p", str(port), "--env-manager", env_manager]
     with running(command, f"http://127.0.0.1:{port}/ping", log=log, env=env):
         yield f"http://127.0.0.1:{port}/invocations"
