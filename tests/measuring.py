@@ -21,7 +21,7 @@ SHORT: dict[str, Any] = {"runs": 20, "warmup": 1, "min_seconds": 0.05, "max_seco
 SITECUSTOMIZE = f"""
 import sys
 
-if any(word in " ".join(sys.orig_argv) for word in ("foxnas_mlflow", "ipykernel", "forkserver", "ray")):
+if any(word in " ".join(sys.orig_argv) for word in ("foxnas_mlflow", "ipykernel", "forkserver", "/ray/")):
     from foxnas_mlflow import devices
     from foxnas_mlflow.devices import _benchmark, _measure
 
