@@ -213,7 +213,8 @@ def test_of_pipelines_at_once_one_works_and_the_others_wait_for_its_steps(tracki
     steps = mlflow.search_runs(filter_string="tags.`foxnas.stage` = 'sample'", output_format="list")
     assert {run.info.run_id for run in steps} == set(outputs[0])
     mains = mlflow.search_runs(filter_string="tags.`foxnas.stage` = 'main'", output_format="list")
-    assert [run.data.tags["foxnas.claim"] for run in mains] == ["", "", ""]
+    # Who began when all was done has claimed nothing.
+    assert [run.data.tags.get("foxnas.claim", "") for run in mains] == ["", "", ""]
 
 
 def test_what_fails_is_gone_on_with_by_who_waited(tracking: str) -> None:
