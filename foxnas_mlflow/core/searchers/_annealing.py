@@ -71,11 +71,11 @@ class SimulatedAnnealing(Searcher):
     first_run: int = 400
     growth: int = 4
     n_chains: int = 32
-    tries: int = 16
+    tries: int = 24
     max_temperature: float = 5.0
     min_changes: int = 3
     boltzmann: float = 0.015
-    rounds: int = 32
+    rounds: int = 16
     guided_runs: int = 3
 
     @property
