@@ -21,6 +21,9 @@ from foxnas_mlflow.supernet._strategy import TrainedNetwork, strategy_of
 
 _T = TypeVar("_T")
 
+_SHORT = 100
+"""A training of fewer steps is done before it could gain what the timing takes, that of about ten steps."""
+
 _FAR = 3.0
 """A number format that takes as many times the fastest's with few images is not timed with a whole batch."""
 
@@ -29,12 +32,13 @@ _FEW = 8
 
 
 def resolved(
-    state: TrainingState, batch: Callable[[], tuple[Tensor, Tensor]], teacher: Teacher | None, device: str
+    state: TrainingState, n_steps: int, batch: Callable[[], tuple[Tensor, Tensor]], teacher: Teacher | None, device: str
 ) -> TrainConfig:
-    """The configuration with what it leaves open measured: ``mode`` and ``workers``.
+    """The configuration with what it leaves open measured, ``mode`` and ``workers``, where the training is long enough.
 
     Args:
         state: What is trained, on the device.
+        n_steps: Steps of the whole training.
         batch: Gives a batch to measure with.
         teacher: Of the present phase.
         device: Where to compute.
@@ -43,6 +47,10 @@ def resolved(
     if distributed():
         # A gradient is averaged while others are computed, in one order on all ranks.
         config = dataclasses.replace(config, workers=1)
+    if n_steps < _SHORT:
+        return dataclasses.replace(
+            config, mode="float32" if config.mode == "auto" else config.mode, workers=config.workers or 1
+        )
     if config.mode != "auto" and config.workers:
         return config
     images, targets = batch()

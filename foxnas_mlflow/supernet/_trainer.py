@@ -121,7 +121,7 @@ class Trainer:
             TrainingError: If the loss is not finite; the last good checkpoint stays.
         """
         state = self._state
-        state.config = resolved(state, lambda: next(self._batches.epoch(0)), self._teacher, self._device)
+        state.config = resolved(state, self._n_steps, lambda: next(self._batches.epoch(0)), self._teacher, self._device)
         with held_signals() as arrived, Workers(self._network, state.config.workers) as workers:
             stopped = self._run_epochs(workers, arrived)
             self._checkpoint()

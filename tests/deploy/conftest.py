@@ -24,19 +24,23 @@ def registered(empty_store: Path, colour_model: TfliteModel, tmp_path_factory: p
     def make(directory: Path) -> None:
         uri = copy_store(empty_store, directory)
         rejection = Rejection(1.5, 0.6, 0.05, "unknown images", 40, 0.05, 0.9, ((0.0, 1.0, 1.0), (1.0, 0.0, 0.0)))
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri)
-        for labels in (LABELS, ("rouge", "vert", "bleu")):
-            with mlflow.start_run():
-                log_model(
-                    dataclasses.replace(colour_model, labels=labels, details={"rejection": rejection.to_dict()}),
-                    name="model",
-                    registered_model_name="foxnas-rpi4",
-                    code_paths=[],
-                )
-        mlflow.MlflowClient().set_registered_model_alias("foxnas-rpi4", "production", "1")
-        mlflow.set_tracking_uri(None)
-        mlflow.set_registry_uri(None)
+        with pytest.MonkeyPatch.context() as patch:
+            # MLflow tells the processes of later tests its stores in the environment.
+            for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+                patch.setenv(name, uri)
+            mlflow.set_tracking_uri(uri)
+            mlflow.set_registry_uri(uri)
+            for labels in (LABELS, ("rouge", "vert", "bleu")):
+                with mlflow.start_run():
+                    log_model(
+                        dataclasses.replace(colour_model, labels=labels, details={"rejection": rejection.to_dict()}),
+                        name="model",
+                        registered_model_name="foxnas-rpi4",
+                        code_paths=[],
+                    )
+            mlflow.MlflowClient().set_registered_model_alias("foxnas-rpi4", "production", "1")
+            mlflow.set_tracking_uri(None)
+            mlflow.set_registry_uri(None)
 
     return once_a_run(tmp_path_factory, "registered", make)
 

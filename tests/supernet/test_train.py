@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -30,7 +31,7 @@ from foxnas_mlflow.supernet import (
     train_supernet,
 )
 from foxnas_mlflow.supernet._distributed import GradientAverage
-from foxnas_mlflow.supernet._modes import _fastest, _likely, fastest_workers
+from foxnas_mlflow.supernet._modes import _fastest, _likely, fastest_workers, resolved
 from foxnas_mlflow.supernet._optimizer import Sgd, learning_rate
 from foxnas_mlflow.supernet._step import Workers, set_gradients
 from foxnas_mlflow.supernet._strategy import Sandwich
@@ -244,6 +245,23 @@ def test_a_subnet_that_fails_ends_the_step(digits) -> None:
     images, targets = next(batches_of(digits).epoch(0))
     with Workers(state.supernet, 2) as workers, pytest.raises(RuntimeError, match="channels"):
         set_gradients(state, images.repeat(1, 2, 1, 1), targets, workers)
+
+
+def test_a_short_training_times_nothing() -> None:
+    class AskedError(Exception):
+        pass
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        raise AskedError
+
+    state = new_state()
+    config = resolved(state, 99, batch, None, "cpu")
+    assert (config.mode, config.workers) == ("float32", 1)
+    with pytest.raises(AskedError):
+        resolved(state, 100, batch, None, "cpu")
+    # What was asked for is done.
+    state.config = dataclasses.replace(state.config, mode="bfloat16", workers=2)
+    assert resolved(state, 99, batch, None, "cpu") == state.config
 
 
 def test_timing_of_workers_leaves_no_trace(digits, request) -> None:
