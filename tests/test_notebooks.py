@@ -61,8 +61,8 @@ def test_own_images_become_a_served_model(tmp_path: Path, monkeypatch: pytest.Mo
     kept, fresh = executed("own_images")
     for notebook in (kept, fresh):
         said = printed(notebook)
-        # Where the comparison finds a better network, the search is done again: a second version.
-        assert re.search(r"^models:/foxnas-cpu/[12]$", said, re.M)
+        # Where the comparison finds a better network, the search is done again: another version.
+        assert re.search(r"^models:/foxnas-cpu/[1-4]$", said, re.M)
         accuracy = re.search(r"^accuracy/int8_top1: (\S+)$", said, re.M)
         assert accuracy is not None
         assert float(accuracy[1]) > 40  # of ten classes, after a minute of training
