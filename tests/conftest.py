@@ -183,6 +183,21 @@ _PLACES = (
 """Where a store says in which directory files are."""
 
 
+@contextlib.contextmanager
+def mlflow_at(uri: str) -> Iterator[None]:
+    """Let MLflow use a store for all, in this process and, by the environment, in those that it starts."""
+    import mlflow
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+            patch.setenv(name, uri)
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        yield
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+
+
 @pytest.fixture
 def tracking(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A fresh SQLite store; MLflow's global state is put back afterwards."""
@@ -190,17 +205,13 @@ def tracking(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     uri = copy_store(empty_store, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
     # What a test sets is of its own store.
     monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    yield uri
-    while mlflow.active_run() is not None:
-        mlflow.end_run()
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
+    with mlflow_at(uri):
+        yield uri
+        while mlflow.active_run() is not None:
+            mlflow.end_run()
 
 
 @pytest.fixture

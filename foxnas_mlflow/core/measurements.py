@@ -80,8 +80,8 @@ class Timing:
     def with_others(self, others: Sequence[Timing]) -> Timing:
         """The mean of this measurement and others of the same network; those with problems do not count."""
         good = [timing for timing in (self, *others) if not timing.problems]
-        if len(good) < 2:
-            return good[0] if good else self
+        if not good:
+            return self
         mean = sum(timing.latency_ms for timing in good) / len(good)
         return dataclasses.replace(good[0], latency_ms=mean, n_runs=sum(timing.n_runs for timing in good))
 

@@ -48,7 +48,7 @@ class TrainConfig:
         clip_norm: Largest norm of the gradient.
         n_random: Random subnets in a sandwich step.
         ema: Decay of the averaged weights that training returns; 0 returns the last weights.
-        mode: Number format and memory layout; ``auto`` times them at the start.
+        mode: Number format and memory layout; ``auto`` times them at the start of a training of 100 steps or more.
         workers: Subnets of a step that are computed at the same time, on threads of their own; 0
             times it at the start.
         anneal: Share of the steps over which activations move from those of the network that the weights come

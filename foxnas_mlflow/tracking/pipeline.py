@@ -19,6 +19,7 @@ from foxnas_mlflow.core.comparison import read_comparisons
 from foxnas_mlflow.core.searchers import Objective, front_of
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.data import ImageDataset
+from foxnas_mlflow.tracking.benchmark import BENCHMARK_FILE
 from foxnas_mlflow.tracking.comparison import COMPARISON
 from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
 from foxnas_mlflow.tracking.lineage import draw, page_of_run, trace
@@ -80,7 +81,7 @@ def conclude(
     runs = {name: client.get_run(result.run_id) for name, result in done.items()}
     gates_run = _refused(client, run) if refusal else runs.get("promote")
     quantized = runs["quantize"].data.metrics
-    benchmark = _artifact(runs.get("benchmark"), "benchmark.json")
+    benchmark = _artifact(runs.get("benchmark"), BENCHMARK_FILE)
     gates = _artifact(gates_run, PROMOTION_FILE)
     metrics = {key: value for key, value in runs["compare"].data.metrics.items() if key.startswith("pipeline/")}
     metrics |= {key: quantized[key] for key in ("accuracy/int8_top1", "accuracy/quantization_drop")}
@@ -158,7 +159,7 @@ def conclude(
 def _figures(network: PipelineNetwork, runs: Mapping[str, Run], check: str) -> dict[str, Any]:
     """What is known of a network, as a row."""
     quantized = runs[f"quantize{network.place}"].data.metrics
-    benchmark = _artifact(runs.get(f"benchmark{network.place}"), "benchmark.json")
+    benchmark = _artifact(runs.get(f"benchmark{network.place}"), BENCHMARK_FILE)
     return {
         "limit_ms": network.latency_ms,
         "model_uri": network.model_uri,

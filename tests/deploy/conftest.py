@@ -13,7 +13,7 @@ import pytest
 from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from tests.colour_model import LABELS
-from tests.conftest import copy_store, once_a_run
+from tests.conftest import copy_store, mlflow_at, once_a_run
 from tests.deploy.boards import board
 
 
@@ -24,12 +24,7 @@ def registered(empty_store: Path, colour_model: TfliteModel, tmp_path_factory: p
     def make(directory: Path) -> None:
         uri = copy_store(empty_store, directory)
         rejection = Rejection(1.5, 0.6, 0.05, "unknown images", 40, 0.05, 0.9, ((0.0, 1.0, 1.0), (1.0, 0.0, 0.0)))
-        with pytest.MonkeyPatch.context() as patch:
-            # MLflow tells the processes of later tests its stores in the environment.
-            for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-                patch.setenv(name, uri)
-            mlflow.set_tracking_uri(uri)
-            mlflow.set_registry_uri(uri)
+        with mlflow_at(uri):
             for labels in (LABELS, ("rouge", "vert", "bleu")):
                 with mlflow.start_run():
                     log_model(
@@ -39,8 +34,6 @@ def registered(empty_store: Path, colour_model: TfliteModel, tmp_path_factory: p
                         code_paths=[],
                     )
             mlflow.MlflowClient().set_registered_model_alias("foxnas-rpi4", "production", "1")
-            mlflow.set_tracking_uri(None)
-            mlflow.set_registry_uri(None)
 
     return once_a_run(tmp_path_factory, "registered", make)
 
