@@ -226,7 +226,7 @@ class ClassifierPool:
     """Classifiers of one model, lent to one caller at a time, opened when first needed.
 
     Args:
-        path: The flatbuffer.
+        model: The flatbuffer, or its path.
         normalization: Mean and std of training.
         output: ``logits`` or ``probabilities``.
         size: Most interpreters open at once; callers beyond it wait.
@@ -236,7 +236,7 @@ class ClassifierPool:
 
     def __init__(
         self,
-        path: Path,
+        model: Path | bytes,
         normalization: Normalization,
         output: Literal["logits", "probabilities"],
         *,
@@ -248,7 +248,7 @@ class ClassifierPool:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidInputError(f"a pool's {name} must be a positive integer", received=repr(value))
         self._open: Callable[[], Classifier] = functools.partial(
-            Classifier, path, normalization, output, threads=threads, delegate=delegate
+            Classifier, model, normalization, output, threads=threads, delegate=delegate
         )
         # The first one is opened now, so that a missing runtime or delegate shows when a model is
         # loaded and not at its first request. Last in, first out keeps a warm one busy.

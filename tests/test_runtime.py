@@ -18,6 +18,7 @@ from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data import Normalization, evaluate
 from foxnas_mlflow.runtime import RUNTIMES, ClassifierPool, open_interpreter, open_pool
 from foxnas_mlflow.tflite import Int8Model, write_probe
+from foxnas_mlflow.tflite import _int8 as int8_models
 from tests.conftest import ROOT
 
 NORMALIZATION = Normalization()
@@ -86,6 +87,19 @@ def test_a_file_and_its_bytes_are_one_model(probe: Path, rng: np.random.Generato
         evaluated.logits(images[:, :64])
     with pytest.raises(InvalidInputError, match="must be uint8"):
         evaluated.logits(images[:0])
+
+
+def test_many_images_are_divided_among_interpreters_and_answered_in_their_order(
+    probe: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = rng.integers(0, 256, (11, 128, 128, 3), dtype=np.uint8)
+    alone = Int8Model(probe, normalization=NORMALIZATION)
+    monkeypatch.setattr(int8_models, "n_processors", lambda: 3)
+    monkeypatch.setattr(int8_models, "_PART_IMAGES", 3)
+    np.testing.assert_array_equal(
+        Int8Model(probe, normalization=NORMALIZATION).logits(images),
+        np.concatenate([alone.logits(images[i : i + 1]) for i in range(len(images))]),
+    )
 
 
 def test_what_is_no_model_is_refused_with_its_name_only(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.network import Network
+from foxnas_mlflow.core.processors import n_processors
 from foxnas_mlflow.data.preprocess import Normalization
-from foxnas_mlflow.runtime import Classifier, open_interpreter
+from foxnas_mlflow.runtime import ClassifierPool, open_interpreter
 from foxnas_mlflow.tflite._checks import body_operators, check_classifier
 from foxnas_mlflow.tflite._graph import INPUT, lower
 from foxnas_mlflow.tflite._model import TensorInfo, TfliteFile, read_tflite
 from foxnas_mlflow.tflite._reference import reference_forward, run_operator
 from foxnas_mlflow.tflite._weights import FloatArray, Weights, fold_weights
+
+_PART_IMAGES = 50
+"""Images for which another interpreter is worth its opening."""
 
 
 class Int8Model:
@@ -47,18 +52,30 @@ class Int8Model:
                 tuple(metadata["normalization"]["mean"]), tuple(metadata["normalization"]["std"])
             )
         self.labels: tuple[str, ...] | None = tuple(metadata["labels"]) if metadata.get("labels") else None
-        self._classifier = Classifier(self.model.data, normalization)
+        self._classifiers = ClassifierPool(self.model.data, normalization, "logits", size=n_processors())
 
     def quantize(self, images: NDArray[np.uint8]) -> NDArray[np.int8] | NDArray[np.uint8]:
         """The model's input for uint8 images of shape (n, height, width, channels)."""
-        return np.stack([self._classifier.quantize(image) for image in self._checked(images)])
+        with self._classifiers.lend() as classifier:
+            return np.stack([classifier.quantize(image) for image in self._checked(images)])
 
     def logits(self, images: NDArray[np.uint8]) -> FloatArray:
-        """Dequantized logits, shape (n, n_classes), of uint8 images (n, height, width, channels)."""
-        return np.stack([self._classifier.last_layer(image) for image in self._checked(images)])
+        """Dequantized logits, shape (n, n_classes), of uint8 images (n, height, width, channels).
+
+        Each processor answers a part of many images.
+        """
+        n = min(n_processors(), max(len(self._checked(images)) // _PART_IMAGES, 1))
+        if n == 1:
+            return self._answers(images)
+        with ThreadPoolExecutor(n, "foxnas") as threads:
+            return np.concatenate(list(threads.map(self._answers, np.array_split(images, n))))
+
+    def _answers(self, images: NDArray[np.uint8]) -> FloatArray:
+        with self._classifiers.lend() as classifier:
+            return np.stack([classifier.last_layer(image) for image in images])
 
     def _checked(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        height, width, channels = self._classifier.input_shape
+        height, width, channels = self._classifiers.input_shape
         if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] != channels or not len(images):
             raise InvalidInputError(
                 f"images must be uint8 of shape (n, height, width, {channels})",
