@@ -26,8 +26,8 @@ from foxnas_mlflow.core.measurements import Measurement, read_finished
 from foxnas_mlflow.core.predictors import LinearPredictor
 from foxnas_mlflow.core.space import get_space
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.workflows._timers import open_device, remembered
-from foxnas_mlflow.workflows.device import CHECKS, MEASUREMENTS, PROBE_SECONDS, DeviceRequest, run_device
+from foxnas_mlflow.workflows._timers import PROBE_SECONDS, open_device, remembered
+from foxnas_mlflow.workflows.device import CHECKS, MEASUREMENTS, DeviceRequest, run_device
 
 CONFIDENCE = 0.95
 TEST_SEED = 1000

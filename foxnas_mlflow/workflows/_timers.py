@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 _OPENED = contextlib.ExitStack()
 """What a worker has opened, until its process ends."""
 
+PROBE_SECONDS = 1.0
+"""Time of the timed runs of a network that teaches a cost model (20 runs at least): what a median of more runs would
+add is nothing beside what the model misses."""
+
 Probe = tuple[bytes, list[NDArray[Any]] | None]
 """An int8 file with random weights, and what this host answers to it; None where no other is held against it."""
 
@@ -101,7 +105,15 @@ def open_timer(
         else:
             yield Timer(_estimate(predictors), "cost_model", f"cost model of {target.name}", predictors)
             return
-    with open_device(target, space, device, compiler_image=compiler_image, executor=executor, workers=workers) as timer:
+    with open_device(
+        target,
+        space,
+        device,
+        compiler_image=compiler_image,
+        executor=executor,
+        workers=workers,
+        max_seconds=PROBE_SECONDS,
+    ) as timer:
         yield timer
 
 

@@ -49,10 +49,6 @@ class DeviceRequest(Request):
 UNSURE_PERCENT = 5.0
 """Error on other networks above which a calibration is not good."""
 
-PROBE_SECONDS = 1.0
-"""Time of the timed runs of one network (20 runs at least): what a median of more runs would add is nothing beside what
-a cost model misses."""
-
 PREDICTORS, MEASUREMENTS, CHECKS = "predictors.json", "measurements.csv", "checks.csv"
 """What lies beside a target file, after its name and a dash."""
 
@@ -207,7 +203,7 @@ def _measure(
     """
     from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
     from foxnas_mlflow.core.measurements import Measurement, read_finished
-    from foxnas_mlflow.workflows._timers import open_device, remembered
+    from foxnas_mlflow.workflows._timers import PROBE_SECONDS, open_device, remembered
 
     rows = read_finished(path)
     others = sorted({f"{row.device}, {row.runtime}" for row in rows} - {f"{found.device}, {found.runtime}"})
