@@ -41,7 +41,8 @@ def options(directory: Path) -> list[str]:
     """Options of `foxnas main` for a pipeline of a minute."""
     path = directory / "space.yaml"
     path.write_text(SPACE, encoding="utf-8")
-    values = {"space": path, "max-train": 200, "epochs": 1, "n-samples": N_SAMPLES, "rounds": 1, "n-compare": 1}
+    values = {"data": "digits", "space": path, "max-train": 200, "epochs": 1}
+    values |= {"n-samples": N_SAMPLES, "rounds": 1, "n-compare": 1}
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 

@@ -36,7 +36,10 @@ def test_it_names_what_each_command_lacks_and_imports_nothing(root: Path) -> Non
     assert result.returncode == 0, result.stderr
     lines = {line.split("  ")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("  ")}
     assert "lacks statsmodels, matplotlib: pip install 'foxnas-mlflow[fit]'" in lines["fit"]
-    assert "lacks torch, safetensors, scikit-learn, Pillow" in lines["supernet"]
+    assert (
+        "lacks torch, safetensors, scikit-learn, Pillow, matplotlib: pip install 'foxnas-mlflow[train]'"
+        in lines["supernet"]
+    )
     assert "ready" in lines["promote"]
     assert result.stdout.splitlines()[-1].startswith("Next: pip install 'foxnas-mlflow[")
 

@@ -55,16 +55,16 @@ VALIDATION_FONTS = (
 SIZE = 32
 """Height and width of the images in pixels."""
 
-N_TRAIN, N_VALIDATION = 100, 60
+N_TRAIN, N_VALIDATION = 80, 60
 """Images of each letter."""
 
-_HEIGHT = (0.55, 0.75)  # of a letter, as a share of the image's
+_HEIGHT = (0.3, 0.7)  # of a letter, as a share of the image's: at 16 pixels the smallest ones cannot be read
 _TURN_DEGREES = 15
-_SHIFT = 0.08  # of the letter's centre, as a share of the image's side
+_SHIFT = 0.12  # of the letter's centre, as a share of the image's side
 _SLANT = 0.08  # largest change of a corner's place in perspective, likewise
-_LINES, _BLOBS = 3, 5
+_LINES, _BLOBS = 2, 5
 _CONTRAST = 0.4  # least difference in brightness of a letter and the lighter background, black to white is 1
-_NOISE = 0.06  # standard deviation, likewise
+_NOISE = 0.03  # standard deviation, likewise
 _BRIGHTNESS = np.array([0.299, 0.587, 0.114])
 _DRAWN_COLOURS = 64  # pairs, of which the first with that contrast is taken
 _SCALE = 2  # drawn so many times as large, then averaged
@@ -94,7 +94,7 @@ def _font_files() -> dict[str, Path]:
     import_or_raise("PIL.Image", extra="train", feature="the glyphs data set")
     found = importlib.util.find_spec("matplotlib")
     if found is None or not found.submodule_search_locations:
-        import_or_raise("matplotlib", extra="report", feature="the fonts of the glyphs data set")
+        import_or_raise("matplotlib", extra="train", feature="the fonts of the glyphs data set")
         raise InvalidInputError("the glyphs data set needs Matplotlib's fonts", received="no matplotlib")
     root = Path(found.submodule_search_locations[0], "mpl-data", "fonts", "ttf")
     fonts = {name: root / f"{name}.ttf" for name in (*TRAIN_FONTS, *VALIDATION_FONTS)}

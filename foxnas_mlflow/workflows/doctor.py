@@ -15,6 +15,7 @@ _TRAIN = (
     ("safetensors", "safetensors", "train"),
     ("sklearn", "scikit-learn", "train"),
     ("PIL", "Pillow", "train"),
+    ("matplotlib", "matplotlib", "train"),
 )
 _FIT = (("statsmodels", "statsmodels", "fit"), ("matplotlib", "matplotlib", "fit"))
 _REPORT = (("plotly", "plotly", "report"),)
@@ -102,7 +103,9 @@ def _commands() -> list[tuple[str, str]]:
         absent = [(distribution, extra) for module, distribution, extra in needs if not _installed(module)]
         if absent:
             extras = ",".join(dict.fromkeys(extra for _, extra in absent))
-            text = f"lacks {', '.join(name for name, _ in absent)}: pip install 'foxnas-mlflow[{extras}]'"
+            text = (
+                f"lacks {', '.join(dict.fromkeys(name for name, _ in absent))}: pip install 'foxnas-mlflow[{extras}]'"
+            )
         else:
             text = "ready"
         rows.append((command, text))
@@ -198,8 +201,8 @@ def _places() -> list[tuple[str, str]]:
     unfinished = [f"{sum(1 for _ in place.iterdir())} unfinished {place.name}" for place in _folders(cache)]
     free = shutil.disk_usage(cache if cache.exists() else Path.cwd()).free
     return [
-        ("digits", "embedded" if _installed("sklearn") else "need scikit-learn"),
         ("glyphs", "drawn from Matplotlib's fonts" if _installed("matplotlib") else "need matplotlib"),
+        ("digits", "embedded" if _installed("sklearn") else "need scikit-learn"),
         ("fashion-mnist", str(fashion) if fashion.is_dir() else "not there: apt-get install dataset-fashion-mnist"),
         ("cache", f"{cache}: {', '.join(unfinished) or 'empty'}; {free / 2**30:.0f} GiB free"),
     ]

@@ -26,7 +26,7 @@ class FinetuneRequest(Request):
     """What to train further; see `run_finetune`. A step of `main`, no entry point of its own."""
 
     subnet: str = parameter("", "Model URI of a subnet with weights.")
-    data: str = parameter("digits", "The images that its supernet was trained on.")
+    data: str = parameter("glyphs", "The images that its supernet was trained on.")
     preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Learning rate and batch size.")
     epochs: int = parameter(1, "Passes over the training images.", at_least=1)
     max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)

@@ -54,7 +54,7 @@ class MainRequest(GoalRequest, ExecutorRequest):
     """From which images to which model; see `run_main`."""
 
     data: str = parameter(
-        "digits", "Images: digits, glyphs, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
+        "glyphs", "Images: glyphs, digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
     )
     target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu (this host), or the path of a target YAML.")
     device: str = parameter(

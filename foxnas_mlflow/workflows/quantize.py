@@ -31,7 +31,7 @@ class QuantizeRequest(Request):
     """What to quantize; see `run_quantize`."""
 
     subnet: str = parameter("", "Model URI of a subnet with weights, for example models:/foxnas-subnet-cpu/1.")
-    data: str = parameter("", "Images: digits, glyphs, fashion-mnist or a folder; empty: those of the training.")
+    data: str = parameter("", "Images: glyphs, digits, fashion-mnist or a folder; empty: those of the training.")
     target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")
     calibration_images: int = parameter(
         200, "Training images that the ranges of activations are measured on.", at_least=8

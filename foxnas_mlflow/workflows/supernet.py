@@ -28,7 +28,7 @@ class SupernetRequest(Request):
     """What to train; see `run_supernet`."""
 
     data: str = parameter(
-        "digits", "Images: digits, glyphs, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
+        "glyphs", "Images: glyphs, digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
     )
     space: str = parameter("cpu", "Search space: cpu, tpu, proxyless or the path of a YAML.")
     preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Size of images and schedule.")
@@ -85,6 +85,8 @@ N_RANDOM = 10
 """Random subnets of the final evaluation; an epoch's takes the first two."""
 
 _EPOCH_IMAGES = 256
+_TRAINED_IMAGES = 5000
+"""Images to train on between two evaluations of epochs, of which there are three at least in a training."""
 _CACHED_BYTES = 2**30
 
 
@@ -172,6 +174,7 @@ def _train_and_register(
     request: SupernetRequest, preset: Preset, space: SearchSpace, dataset: ImageDataset, worker: Worker, run: EntryRun
 ) -> SupernetResult:
     import dataclasses
+    import math
     import shutil
     import time
 
@@ -203,9 +206,11 @@ def _train_and_register(
     log_metrics = best_effort(run.log_metrics)
     log_artifact = best_effort(run.log_artifact)
 
+    every = min(math.ceil(_TRAINED_IMAGES / len(data.train)), math.ceil(state.config.epochs / 4))
+
     def end_of_epoch(epoch: int) -> None:
         # After the last one all images tell.
-        if epoch < state.config.epochs:
+        if epoch < state.config.epochs and epoch % every == 0:
             log_metrics(_accuracies(quick, space, request.seed, 2)[0], step=state.step, dataset=run.dataset)
 
     start = time.monotonic()

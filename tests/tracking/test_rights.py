@@ -155,7 +155,7 @@ def test_rights_are_asked_for_before_training(
         log_in(patch, ADMIN)
         client.create_registered_model("theirs-rpi4")
     capsys.readouterr()
-    assert main(["main", "--name", "theirs", "--target", "rpi4", "--device", "none"]) == 2
+    assert main(["main", "--data", "digits", "--name", "theirs", "--target", "rpi4", "--device", "none"]) == 2
     line = one_line(capsys)
     assert "registering a model needs the right to change the registered model of its name" in line
     assert "received theirs-rpi4: " in line

@@ -39,7 +39,7 @@ def test_a_training_logs_what_the_contract_names(
     from foxnas_mlflow.flavor import SupernetModel, load_model, model_id_of
     from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
 
-    command = ["supernet", "--space", space, "--max-train", "200", "--epochs", "2"]
+    command = ["supernet", "--data", "digits", "--space", space, "--max-train", "200", "--epochs", "2"]
     assert main([*command, "--ema", "0.9", "--seed", "3"]) == 0
     client = mlflow.MlflowClient()
     (run,) = client.search_runs(["0"])
@@ -48,7 +48,7 @@ def test_a_training_logs_what_the_contract_names(
     assert run.data.tags["foxnas.space"] == "two"
     for key in ("train/loss", "train/images_per_s", "eval/top1_max", "eval/top1_min", "eval/top1_random"):
         assert key in run.data.metrics
-    # One value an epoch, the last of them that of all images, at the step at which the training ended.
+    # One value an epoch in so few, the last of them that of all images, at the step at which the training ended.
     history = {
         key: client.get_metric_history(run.info.run_id, key)
         for key in ("train/loss", "eval/top1_max", "eval/top1_min", "eval/top1_random")
@@ -97,7 +97,7 @@ def test_an_interrupted_training_goes_on_from_its_run(
 ) -> None:
     import mlflow
 
-    command = ["supernet", "--space", space, "--max-train", "200", "--epochs", "3"]
+    command = ["supernet", "--data", "digits", "--space", space, "--max-train", "200", "--epochs", "3"]
     process = subprocess.Popen([sys.executable, "-m", "foxnas_mlflow", *command], stderr=subprocess.PIPE)
     client = mlflow.MlflowClient()
     deadline = time.monotonic() + 120
@@ -149,7 +149,7 @@ def test_an_interrupted_training_goes_on_from_its_run(
     ],
 )
 def test_bad_input(tracking: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["supernet", *argv]) == 2
+    assert main(["supernet", "--data", "digits", *argv]) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
     assert message in line
 
@@ -170,7 +170,7 @@ def test_a_space_too_small_for_its_strides_and_a_class_without_training_images_a
             for i in range(3):
                 Image.new("L", (8, 8), i).save(tmp_path / "data" / split / label / f"{i}.png")
     for argv, message in (
-        (["--preset", "paper", "--space", str(tmp_path / "space.yaml")], "product of the strides"),
+        (["--data", "digits", "--preset", "paper", "--space", str(tmp_path / "space.yaml")], "product of the strides"),
         (["--data", str(tmp_path / "data")], "class"),
     ):
         assert main(["supernet", *argv]) == 2
@@ -187,7 +187,7 @@ def test_once_for_all_weights_begin_a_training(
     from tests.supernet.test_once_for_all import shapes_of, weights_of
 
     torch.save({"state_dict": weights_of(shapes_of("mbv3", 0.35))}, tmp_path / "net")
-    argv = ["supernet", "--max-train", "200", "--epochs", "1", "--init", str(tmp_path / "net")]
+    argv = ["supernet", "--data", "digits", "--max-train", "200", "--epochs", "1", "--init", str(tmp_path / "net")]
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "once-for-all's MobileNetV3" in out
@@ -201,7 +201,8 @@ def test_once_for_all_weights_begin_a_training(
 def test_two_processes_train_one_supernet_from_a_project(tracking: str, root: Path, space: str) -> None:
     import mlflow
 
-    asked = {"nproc_per_node": "2", "space": space, "max_train": "200", "epochs": "2", "accumulate": "2"}
+    asked = {"nproc_per_node": "2", "data": "digits", "space": space, "max_train": "200", "epochs": "2"}
+    asked |= {"accumulate": "2"}
     submitted = mlflow.projects.run(
         str(root), entry_point="supernet_torchrun", parameters=asked, env_manager="local", experiment_id="0"
     )
