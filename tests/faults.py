@@ -287,17 +287,19 @@ _WAYS: dict[Kind, str] = {"500": "status 500", "reset": "a connection that is re
 _PAGE = """\
 # What a failing server does to a pipeline
 
-Each call of `foxnas main` to MLflow {mlflow} fails for good until the command is run again: {ways}. The next run
+Each call of `foxnas main` to MLflow {mlflow} fails until the command is run again: with {ways}. The next run
 goes on from what is finished, and the next call fails. {n_calls} calls, {n} failures:
 
 - {n_stopped} times the command stopped with exit status 2 and one line, of which the table shows the middle:
   `foxnas: the tracking server does not answer as it should: ...; check MLFLOW_TRACKING_URI and the server (foxnas
-  doctor), then run the same command again: what is finished is kept.`
+  doctor), then run the same command again: what is finished is kept.`, with 403 `foxnas: the tracking store refused:
+  ...; ask for that right; ...`
 - {n_survived} times it went on without what it can do without.
 - {end}
 
 Written by `FOXNAS_FAULTS=PAGE pytest tests/tracking/test_faults.py`, with the small pipeline of the tests on the cost
-model of `rpi4`. `ID` stands for that of a run or model.
+model of `rpi4`. `ID` stands for that of a run or model; "likewise" is the same line with the connection in place of the
+status.
 
 """
 
@@ -319,16 +321,45 @@ def page(outcomes: Sequence[Outcome], *, end: str) -> str:
         n_survived=sum(outcome.survived for outcome in outcomes),
         end=end,
     )
-    columns = ["step", "call", *kinds, "the line"]
+    columns = ["step", "call", *kinds]
     text += f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}\n"
     for call, ways in sorted(calls.items(), key=lambda item: _STEPS.index(item[0].step)):
-        marks = ["" if kind not in ways else "goes on" if ways[kind].survived else "stops" for kind in kinds]
-        words = next((way.words for way in ways.values() if way.words), "").removeprefix("foxnas: ")
-        words = words.removeprefix("the tracking server does not answer as it should: ")
-        words = _IDS.sub("ID", words.partition("; check MLFLOW_TRACKING_URI")[0])
-        cells = [call.step, f"`{call.what.replace('`', '')}`", *marks, words]
+        cells = [call.step, f"`{call.what.replace('`', '')}`", *(_cell(ways, kind) for kind in kinds)]
         text += "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
     return text
+
+
+def _cell(ways: dict[Kind, Outcome], kind: Kind) -> str:
+    """What became of a call that failed in a way: goes on, or the middle of the line."""
+    if kind not in ways:
+        return "not made again"
+    if ways[kind].survived:
+        return "goes on"
+    words = _middle(ways[kind])
+    if kind == "reset" and "500" in ways:
+        return "likewise" if _RESET.sub(_FAILED, words) == _middle(ways["500"]) else words
+    return words
+
+
+_FAILED = "HTTP 500, also when asked again"
+_RESET = re.compile("Connection (aborted|reset)")
+
+
+def _middle(outcome: Outcome) -> str:
+    words = _IDS.sub("ID", outcome.words.removeprefix("foxnas: "))
+    for begin in ("the tracking server does not answer as it should: ", "the tracking store refused: "):
+        words = words.removeprefix(begin)
+    return words.partition("; check MLFLOW_TRACKING_URI")[0].partition("; ask for that right")[0]
+
+
+def tells_what_failed(outcome: Outcome) -> bool:
+    """Whether the line of a command that stopped tells a server that failed from a right that is missing."""
+    is_refusal = re.search("Permission denied|denied|forbidden", outcome.words, re.I) is not None
+    is_failure = re.search(f"{_FAILED}|{_RESET.pattern}", outcome.words) is not None
+    return outcome.words.startswith("foxnas: ") and (is_refusal, is_failure) == (
+        outcome.kind == "403",
+        outcome.kind != "403",
+    )
 
 
 _STEPS = ("begin", "main", "supernet", "sample", "fit", "search", "quantize", "benchmark", "compare", "promote")

@@ -12,10 +12,11 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+PRELOADED = ["mlflow.cli", "torch", "tensorflow", "statsmodels.api", "matplotlib.figure", "sklearn.datasets"]
+"""What takes long to import."""
+
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["mlflow.cli", "torch", "tensorflow", "statsmodels.api", "matplotlib.figure", "sklearn.datasets"]
-)
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def forked(command: str, argv: Sequence[str], env: Mapping[str, str], output: Connection | Path) -> ForkServerProcess:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.cli.options import add_workflow, requested, tell_on_stdout
+from foxnas_mlflow.core.addresses import UNKNOWN_HOST
 from foxnas_mlflow.core.errors import FoxNasError
 from foxnas_mlflow.core.redaction import hide_login, redacted
 from foxnas_mlflow.workflows import WORKFLOWS
@@ -73,11 +74,12 @@ def _one_line(error: Exception) -> str | None:
     """The line to print for an error that a user can mend, or None for a defect of ours."""
     if isinstance(error, FoxNasError):
         return str(error)
-    # MLflow's errors (no such run, an unreachable server, a store that cannot be opened) carry the
-    # user's mistake in their first line; the classes are named, because importing them is heavy.
+    # MLflow's errors (no such run, an unreachable server, a store that cannot be opened, an artifact
+    # that is refused) carry the user's mistake in their first line; the classes are named, because
+    # importing them is heavy.
     names = {cls.__name__ for cls in type(error).__mro__}
-    if names & {"MlflowException", "SQLAlchemyError"}:
-        from foxnas_mlflow.tracking.registry import UNKNOWN_HOST, is_away, reason
+    if names & {"MlflowException", "SQLAlchemyError"} or "/mlflow-artifacts/" in str(error):
+        from foxnas_mlflow.tracking.registry import code_of, is_away, reason
 
         first = reason(error).rstrip(".")
         if UNKNOWN_HOST in first.lower():
@@ -88,7 +90,7 @@ def _one_line(error: Exception) -> str | None:
                 f"the tracking server does not answer as it should: {first}; check MLFLOW_TRACKING_URI and the server "
                 "(foxnas doctor), then run the same command again: what is finished is kept."
             )
-        remedy = _REMEDIES.get(getattr(error, "error_code", ""), "check MLFLOW_TRACKING_URI, the server and the rights")
+        remedy = _REMEDIES.get(code_of(error), "check MLFLOW_TRACKING_URI, the server and the rights")
         return f"the tracking store refused: {first}; {remedy}."
     if isinstance(error, OSError):
         place = f" ({error.filename})" if error.filename else ""

@@ -1,10 +1,13 @@
-"""What an address of a machine may say."""
+"""What an address of a machine may say, and what a server says of one."""
 
 from __future__ import annotations
 
 import os
 
 from foxnas_mlflow.core.errors import DeviceError
+
+UNKNOWN_HOST = "invalid host header"
+"""What a server says of an address that it was not started for; its status is that of a missing right."""
 
 
 def refuse_password(address: str) -> None:

@@ -6,6 +6,7 @@ Each comes as a path or as a URI of MLflow (``models:/NAME/VERSION``, ``runs:/RU
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.data.preprocess import WHITE
 from foxnas_mlflow.flavor import SupernetModel, load_model
 from foxnas_mlflow.tracking.registry import list_versions, newest, registered_name
+from foxnas_mlflow.tracking.run import download_artifact
 
 MEASUREMENTS, SPACE = "measurements.csv", "space.json"
 """Artifacts of a run that sampled: the rows, and the search space that they belong to."""
@@ -141,13 +143,14 @@ def open_measurements(source: str, directory: Path) -> tuple[list[Measurement], 
         if run_id is None:
             raise InvalidMeasurementsError("the model must have been logged by a run", received=source)
         source = f"runs:/{run_id}/{MEASUREMENTS}"
-    path = Path(mlflow.artifacts.download_artifacts(source, dst_path=str(directory)))
-    if source.startswith("runs:/") and source.count("/") == 2:
-        run_id = source.split("/")[1]
-        if any(file.path == SPACE for file in MlflowClient().list_artifacts(run_id)):
-            space = mlflow.artifacts.load_dict(f"runs:/{run_id}/{SPACE}")
-            return read_measurements(path), SearchSpace.from_dict(space)
-    return read_measurements(path), None
+    if not source.startswith("runs:/") or source.count("/") != 2:
+        return read_measurements(mlflow.artifacts.download_artifacts(source, dst_path=str(directory))), None
+    run_id, name = source.removeprefix("runs:/").split("/")
+    rows = read_measurements(download_artifact(run_id, name, directory))
+    if not any(file.path == SPACE for file in MlflowClient().list_artifacts(run_id)):
+        return rows, None
+    space = json.loads(download_artifact(run_id, SPACE, directory).read_bytes())
+    return rows, SearchSpace.from_dict(space)
 
 
 def noise_floor(source: str) -> float | None:

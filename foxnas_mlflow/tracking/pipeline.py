@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -24,7 +23,7 @@ from foxnas_mlflow.tracking.comparison import COMPARISON
 from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
 from foxnas_mlflow.tracking.lineage import draw, page_of_run, trace
 from foxnas_mlflow.tracking.promotion import PROMOTION_FILE
-from foxnas_mlflow.tracking.run import EntryRun, best_effort
+from foxnas_mlflow.tracking.run import EntryRun, best_effort, download_artifact
 from foxnas_mlflow.tracking.steps import StepResult
 
 _SERIES = ("eval/top1_max", "eval/top1_random", "eval/top1_min")
@@ -100,11 +99,7 @@ def conclude(
     run.set_tags({"foxnas.model": model_uri, **{f"foxnas.step.{name}": r.run_id for name, r in done.items()}})
     run.log_json({"format": 1, "steps": [result.to_dict() for result in done.values()]}, "pipeline.json")
     predictors, _ = open_predictors(str(done["search"].outputs["predictors_uri"]), target.name)
-    compared = Path(
-        mlflow.artifacts.download_artifacts(
-            run_id=done["compare"].run_id, artifact_path=COMPARISON, dst_path=str(run.directory)
-        )
-    )
+    compared = download_artifact(done["compare"].run_id, COMPARISON, run.directory)
     run.log_artifact(compared)
     comparisons = read_comparisons(compared, predictors.space)
     checks = [str(check) for check in done["compare"].outputs["checks"]]
@@ -201,12 +196,9 @@ def _broken_meanwhile(runs: Mapping[str, Run]) -> Iterator[str]:
 def _artifact(run: Run | None, path: str) -> dict[str, Any] | None:
     if run is None:
         return None
-    content: dict[str, Any] = json.loads(mlflow.artifacts.load_text(_uri(run, path)))
+    with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
+        content: dict[str, Any] = json.loads(download_artifact(run.info.run_id, path, directory).read_bytes())
     return content
-
-
-def _uri(run: Run, path: str) -> str:
-    return f"runs:/{run.info.run_id}/{path}"
 
 
 def _series(client: MlflowClient, run: Run, key: str) -> list[tuple[int, float]]:

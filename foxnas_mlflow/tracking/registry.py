@@ -13,17 +13,20 @@ from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from foxnas_mlflow.core.addresses import UNKNOWN_HOST
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
 from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.flavor import model_id_of
 from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
-UNKNOWN_HOST = "invalid host header"
-"""What a server says of an address that it was not started for; its status is that of a missing right."""
-
 logger = logging.getLogger("foxnas_mlflow")
 
+_CODES = {"401": "UNAUTHENTICATED", "403": "PERMISSION_DENIED", "404": "RESOURCE_DOES_NOT_EXIST"}
+
 _RIGHTS = ("permission", "readonly", "read-only", "denied", "privilege", "forbidden", "unauthor", "not authorized")
+
+_ANSWER = re.compile(r"(\d{3}) (?:Client|Server) Error: (.*?) for url: \w+://[^/]*/(\S+?)(?:\. Response text: (.*))?$")
+"""An HTTP answer about an artifact: status, its name, path, and what the server says."""
 
 
 def registered_name(prefix: str, kind: str, target: str = "") -> str:
@@ -211,12 +214,18 @@ def _create(client: MlflowClient, name: str, kind: str) -> None:
             raise
 
 
-def lacks_right(error: MlflowException) -> bool:
+def code_of(error: Exception) -> str:
+    """MLflow's code of a refusal; for artifacts its client raises the errors of HTTP answers, which have none."""
+    answer = re.search(r"\b(40[134]) Client Error: ", str(error))
+    return _CODES[answer[1]] if answer is not None else str(getattr(error, "error_code", ""))
+
+
+def lacks_right(error: Exception) -> bool:
     """Whether a server refused because of who asks; some stores say so in words alone."""
     text = str(error).lower()
     if UNKNOWN_HOST in text:
         return False
-    return error.error_code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or any(word in text for word in _RIGHTS)
+    return code_of(error) in ("PERMISSION_DENIED", "UNAUTHENTICATED") or any(word in text for word in _RIGHTS)
 
 
 def reason(error: Exception) -> str:
@@ -225,6 +234,10 @@ def reason(error: Exception) -> str:
     if first.startswith("The following failures occurred while downloading") and len(others) > 1:
         # A heading of each file, and what became of it.
         first = others[1]
+    if (answer := _ANSWER.match(first)) is not None:
+        status, name, path, said = answer.groups()
+        asked = re.sub(r"^.*?\b(mlflow|mlflow-artifacts)/", "", path.partition("?")[0])
+        return f"{asked}: HTTP {status}: {_said(said or '') or name}"
     if (missing := re.match(r"Failed to download artifacts from path '(.*?)'", first)) is not None:
         # MLflow says this of whatever happened when an artifact of a run was asked for.
         return f"{missing[1]} could not be downloaded: it is not there, or the server failed"
@@ -241,10 +254,18 @@ def reason(error: Exception) -> str:
     return first if cause is None else f"{asked}: {cause[0]}"
 
 
+def _said(body: str) -> str:
+    """What the body of an answer says, if it is a line of text or MLflow's JSON."""
+    try:
+        return str(json.loads(body)["message"])
+    except (ValueError, TypeError, KeyError):
+        return "" if body.startswith(("<", "{")) else body
+
+
 def is_away(error: Exception) -> bool:
     """Whether a server failed, or was not reached, rather than refused: asked later it may do it."""
-    text = str(error)
-    return "failed with exception" in text or re.search(r"failed with error code 5\d\d", text) is not None
+    failed = r"failed with exception|failed with error code 5|\b5\d\d Server Error"
+    return re.search(failed, str(error)) is not None
 
 
 def find_version(model: str) -> ModelVersion:

@@ -30,6 +30,7 @@ from mlflow.data.dataset import Dataset
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
@@ -291,6 +292,23 @@ def _check_system_metrics() -> None:
             "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING needs the package 'psutil', which is not installed",
             remedy="install it with: pip install psutil, or unset that variable",
         )
+
+
+def download_artifact(run_id: str, path: str, directory: str | Path) -> Path:
+    """Download an artifact of a run, or a directory of them.
+
+    MLflow's own function says the same of an artifact that is not there, a missing right and a server that fails.
+
+    Args:
+        run_id: The run.
+        path: Path among its artifacts.
+        directory: Where to put it.
+
+    Raises:
+        MlflowException: If it is not there, or the server refuses or fails.
+    """
+    place = MlflowClient().get_run(run_id).info.artifact_uri
+    return Path(get_artifact_repository(place).download_artifacts(path, str(directory)))
 
 
 def best_effort(action: Callable[P, object]) -> Callable[P, None]:

@@ -34,7 +34,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.tracking.claims import Claims
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, is_here
-from foxnas_mlflow.tracking.registry import is_away, withdraw
+from foxnas_mlflow.tracking.registry import is_away, lacks_right, withdraw
 from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
 DIGEST_TAG = "foxnas.step_digest"
@@ -207,8 +207,8 @@ def _exists(client: MlflowClient, value: object) -> bool:
         client.get_model_version(name, version)
         return any(file.path == MLMODEL_FILE_NAME for file in list_artifacts(artifact_uri=value))
     except (MlflowException, OSError) as error:
-        # A server that fails does not say that hours of work are gone.
-        if is_away(error):
+        # A server that fails, or refuses, does not say that hours of work are gone.
+        if is_away(error) or lacks_right(error):
             raise
         return False
 
@@ -236,7 +236,9 @@ def _adopt(client: MlflowClient, run: Run, parent: EntryRun) -> None:
         return
     try:
         status = client.get_run(before).info.status
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            return
         status = "FAILED"
     if status in ("FAILED", "KILLED"):
         client.set_tag(run.info.run_id, MLFLOW_PARENT_RUN_ID, parent.run_id)

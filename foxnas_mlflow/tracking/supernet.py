@@ -15,8 +15,8 @@ from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.files import cache_directory
 from foxnas_mlflow.data import ImageDataset
 from foxnas_mlflow.flavor import SupernetModel, log_model
-from foxnas_mlflow.tracking.registry import register, registered_name, shortened
-from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.registry import is_away, register, registered_name, shortened
+from foxnas_mlflow.tracking.run import EntryRun, download_artifact
 
 CHECKPOINT_ARTIFACTS = "checkpoint"
 """Artifact directory of a training's checkpoints."""
@@ -42,6 +42,7 @@ def find_checkpoints(resume: str, destination: Path) -> list[Path]:
 
     Raises:
         InvalidInputError: If it is neither, or the run left no checkpoint.
+        MlflowException: If this machine has none and the server does not answer.
     """
     path = Path(resume).expanduser()
     if path.exists():
@@ -49,14 +50,11 @@ def find_checkpoints(resume: str, destination: Path) -> list[Path]:
     places = [local_checkpoints(resume)]
     reason = "no checkpoint"
     try:
-        places.append(
-            Path(
-                mlflow.artifacts.download_artifacts(
-                    run_id=resume, artifact_path=CHECKPOINT_ARTIFACTS, dst_path=str(destination)
-                )
-            )
-        )
+        places.append(download_artifact(resume, CHECKPOINT_ARTIFACTS, destination))
     except (MlflowException, OSError) as error:
+        # What lies here is enough.
+        if is_away(error) and not any(places[0].glob("*.safetensors")):
+            raise
         reason = str(error).strip().splitlines()[0]
     found = [place for place in places if any(place.glob("*.safetensors"))]
     if not any(places[0].iterdir()):

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from foxnas_mlflow.core.addresses import UNKNOWN_HOST
 from foxnas_mlflow.workflows._request import Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow
+
+if TYPE_CHECKING:
+    import urllib.error
 
 # Module, the distribution that brings it, and the extra of this package that installs it.
 _TRAIN = (
@@ -140,6 +145,8 @@ def _ask(uri: str, timeout_s: float) -> str:
         with urllib.request.urlopen(question, timeout=timeout_s) as response:  # noqa: S310
             version = response.read(100).decode(errors="replace").strip()
     except urllib.error.HTTPError as error:
+        if _knows_no_host(error):
+            return "does not know the host name in this address: start it with --allowed-hosts NAME"
         return f"answers with status {error.code}: check the address and MLFLOW_TRACKING_USERNAME or _TOKEN"
     except (OSError, ValueError) as error:
         return f"does not answer: {getattr(error, 'reason', error)}"
@@ -173,12 +180,19 @@ def _models(uri: str, timeout_s: float) -> str:
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return ", but cannot store models: it needs MLflow 3"
+        if _knows_no_host(error):
+            return ", but does not know the host name in this address: start it with --allowed-hosts NAME"
         if error.code in (401, 403):
             return f", but refuses this user (status {error.code}): check MLFLOW_TRACKING_USERNAME or _TOKEN"
         return f", but its models answer with status {error.code}"
     except (OSError, ValueError) as error:
         return f", but its models do not answer: {getattr(error, 'reason', error)}"
     return ""
+
+
+def _knows_no_host(error: urllib.error.HTTPError) -> bool:
+    """Whether a server refuses the address and not the user."""
+    return UNKNOWN_HOST in error.read(1000).decode(errors="replace").lower()
 
 
 def _sqlite(path: str) -> str:

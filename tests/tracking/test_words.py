@@ -18,7 +18,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from PIL import Image
 
 from foxnas_mlflow.cli.main import main
-from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
+from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError, UnknownTargetError
 from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.predictors import load_predictors
 from foxnas_mlflow.core.space import SearchSpace
@@ -49,6 +49,8 @@ def test_a_host_name_that_the_server_does_not_know_is_no_missing_right(
         assert line == (
             f"foxnas: the tracking server does not know the host name in {url}; start it with --allowed-hosts NAME."
         )
+        assert main(["doctor"]) == 0
+        assert "know the host name in this address: start it with --allowed-hosts NAME" in capsys.readouterr().out
         # A token in the place of the user is printed nowhere, not by MLflow either, and kept nowhere.
         token = "t0ken-of-a-server"
         with_token = url.replace("://127.0.0.1", f"://{token}@localhost")
@@ -77,6 +79,14 @@ def test_a_relative_path_is_told_with_where_it_was_looked_for(tmp_path: Path, mo
             place = name if name.startswith("/") else f"{name} in {tmp_path}"
             with pytest.raises(FoxNasError, match=re.escape(f"received {place}: No such file or directory")):
                 read(name)
+
+
+def test_a_target_of_ones_own_takes_no_name_that_is_built_in(tmp_path: Path) -> None:
+    """Its machines would be any."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: rpi4\n")
+    with pytest.raises(UnknownTargetError, match=r"has a name of its own.*which names the built-in target rpi4"):
+        get_target(str(path))
 
 
 @pytest.mark.server
