@@ -14,7 +14,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.devices import Benchmark
-from foxnas_mlflow.flavor import TfliteModel, log_model
+from foxnas_mlflow.flavor import TfliteModel, log_model, sign
 from foxnas_mlflow.tflite import write_probe
 
 NAME = "foxnas-rpi4"
@@ -87,6 +87,7 @@ def log_measurement(
     emulated: bool = False,
     latency_source: str = "measured",
     data: bytes | None = None,
+    signing_key: str = "",
 ) -> str:
     """A run with latencies of a model, whose file is `data`, as `benchmark` leaves it; returns its id."""
     tags = {
@@ -100,6 +101,9 @@ def log_measurement(
         if "benchmark/latency_ms_p90" in figures:
             document = benchmark(figures, probe() if data is None else data, machine, emulated)
             mlflow.log_dict(document.to_dict(), "benchmark.json")
+            if signing_key:
+                path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/benchmark.json")
+                mlflow.log_text(sign(Path(path), Path(signing_key)), "benchmark.json.sig")
         if figures:
             mlflow.log_metrics(dict(figures), model_id=model_id)
         if not emulated:

@@ -85,7 +85,7 @@ class Target:
         return cls(**data)
 
 
-_PI_4 = r"Raspberry Pi (Compute Module )?4"
+_PI_4 = r"Raspberry Pi (Compute Module )?4\b"
 
 BUILTIN_TARGETS: Mapping[str, Target] = {
     target.name: target
@@ -145,7 +145,7 @@ def get_target(name_or_path: str) -> Target:
     """A built-in target by name, or a user's from a YAML file.
 
     Raises:
-        UnknownTargetError: If it is neither.
+        UnknownTargetError: If it is neither, or the file has the name of a built-in one.
 
     Examples:
         >>> from foxnas_mlflow import get_target
@@ -168,6 +168,12 @@ def get_target(name_or_path: str) -> Target:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UnknownTargetError("a target file must be YAML", received=name_or_path) from error
     target = Target.from_dict(data)
+    if target.name in BUILTIN_TARGETS:
+        raise UnknownTargetError(
+            "a target file has a name of its own: models are registered and judged by it",
+            received=f"{name_or_path}, which names the built-in target {target.name}",
+            remedy=f"choose another name, or give --target {target.name}",
+        )
     # Files that a target names lie beside its own, wherever the command is typed.
     return dataclasses.replace(
         target, space=_beside(path, target.space, ".yaml", ".yml"), predictors=_beside(path, target.predictors, ".json")

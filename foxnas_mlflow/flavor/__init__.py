@@ -24,7 +24,7 @@ from foxnas_mlflow.flavor._mlflow import (
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel, main_file
 from foxnas_mlflow.flavor._pyfunc import images_of
 from foxnas_mlflow.flavor._seal import SEAL, check_seal, model_id_of, sealed
-from foxnas_mlflow.flavor._signature import SIGNATURE, check_signed, keep_signature, sign
+from foxnas_mlflow.flavor._signature import SIGNATURE, check_signature, check_signed, keep_signature, sign, signer
 
 __all__ = [
     "FLAVOR_NAME",
@@ -38,6 +38,7 @@ __all__ = [
     "TfliteModel",
     "_load_pyfunc",
     "check_seal",
+    "check_signature",
     "check_signed",
     "get_default_conda_env",
     "get_default_pip_requirements",
@@ -52,4 +53,5 @@ __all__ = [
     "save_model",
     "sealed",
     "sign",
+    "signer",
 ]

@@ -68,7 +68,8 @@ def check_loaded(model: Path, manifest: Manifest, uri: str = "") -> None:
     """Compare a model that is being loaded with its seal, where a registry can be asked.
 
     A model in a container, or copied to where its registry is not, is loaded with what its own
-    manifest says. A registry that is there and does not answer is warned of: serving goes on.
+    manifest says. A registry that is there and does not answer, or has the version and no more the logged model with
+    its seal, is warned of: serving goes on.
 
     Args:
         model: Directory of the model.
@@ -87,11 +88,15 @@ def check_loaded(model: Path, manifest: Manifest, uri: str = "") -> None:
         lambda: _of_description(model),
     )
     for find in finders:
+        model_id = None
         try:
             model_id = find()
             expected = None if model_id is None else sealed(model_id)
         except MlflowException as error:
             if error.error_code in _ABSENT:
+                if model_id is not None and find is finders[1]:
+                    text = f"its logged model {model_id} was deleted there"
+                    warnings.warn(f"the model was not compared with its registry: {text}", UserWarning, stacklevel=2)
                 continue
             first = str(error).strip().splitlines()[0]
             warnings.warn(f"the model was not compared with its registry: {first}", UserWarning, stacklevel=2)

@@ -22,33 +22,42 @@ SIGNATURE = "foxnas.signature"
 
 
 def sign(model: Path, private_key: Path) -> str:
-    """Sign a model's files.
+    """Sign a model's files, see `signer`."""
+    return signer(private_key)(model)
+
+
+def signer(private_key: Path) -> Callable[[Path], str]:
+    """What signs the files of a model, or one file, with a key that is read now.
 
     Args:
-        model: Directory of the model.
         private_key: Elliptic curve key, PEM.
 
     Returns:
-        The signature: a Sigstore bundle in JSON, which the command ``model_signing verify key`` takes too.
+        Takes a directory or a file. Returns the signature: a Sigstore bundle in JSON, which the command
+        ``model_signing verify key`` takes too.
 
     Raises:
         InvalidInputError: If the key cannot be read.
         MissingDependencyError: If the package model-signing is not installed.
     """
     signing = _module("signing")
-    with tempfile.TemporaryDirectory() as directory:
-        signature = Path(directory, "model.sig")
-        config = _with_key(lambda: signing.Config().use_elliptic_key_signer(private_key=private_key), private_key)
-        config.set_hashing_config(_hashing(model)).sign(model, signature)
-        return signature.read_text(encoding="utf-8")
+    config = _with_key(lambda: signing.Config().use_elliptic_key_signer(private_key=private_key), private_key)
+
+    def sign_files(files: Path) -> str:
+        with tempfile.TemporaryDirectory() as directory:
+            signature = Path(directory, "model.sig")
+            config.set_hashing_config(_hashing(files)).sign(files, signature)
+            return signature.read_text(encoding="utf-8")
+
+    return sign_files
 
 
 def check_signature(model: Path, signature: str, public_key: Path) -> None:
-    """Verify a model's files.
+    """Verify the files of a model, or one file.
 
     Args:
-        model: Directory of the model.
-        signature: What `sign` returned.
+        model: Directory of the model, or the file.
+        signature: What `signer` returned.
         public_key: Elliptic curve key, PEM.
 
     Raises:
@@ -65,7 +74,7 @@ def check_signature(model: Path, signature: str, public_key: Path) -> None:
             config.set_hashing_config(_hashing(model)).verify(model, path)
         except Exception as error:  # the package raises ValueError, cryptography's errors, and JSON's
             raise InvalidFormatError(
-                f"a model must be signed by the key {public_key.name}, with the files that it has",
+                f"{_what(model)} must be signed by the key {public_key.name}, with the content that it has",
                 received=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
                 remedy="find out who signed it and what was changed; sign it again if it is right",
             ) from error
@@ -93,6 +102,10 @@ def check_signed(model: Path, model_id: str | None, public_key: Path) -> None:
 def keep_signature(model_id: str, signature: str) -> None:
     """Keep a signature with its logged model."""
     MlflowClient().set_logged_model_tags(model_id, {SIGNATURE: signature})
+
+
+def _what(path: Path) -> str:
+    return path.name if path.is_file() else "a model"
 
 
 def _module(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
+from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.devices import Benchmark, VelaEstimate
 from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
@@ -20,6 +22,9 @@ from foxnas_mlflow.tracking.run import EntryRun
 
 BENCHMARK_FILE = "benchmark.json"
 """Artifact of a measurement: all of it, also what a promotion asks for."""
+
+BENCHMARK_SIGNATURE = "benchmark.json.sig"
+"""Artifact beside it: its signature, where it was measured with a key."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,14 @@ def find_model(source: str, directory: Path) -> MeasuredModel:
     return MeasuredModel(source, model.path, model.fallback, kind, info.model_id, version, target)
 
 
-def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, target: Target) -> None:
+def log_benchmark(
+    run: EntryRun,
+    benchmark: Benchmark,
+    model: MeasuredModel,
+    *,
+    target: Target,
+    sign: Callable[[Path], str] | None = None,
+) -> None:
     """Log a measurement to its run, its model and the model's registered version.
 
     Args:
@@ -85,11 +97,16 @@ def log_benchmark(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, *, 
         benchmark: The measurement.
         model: What was measured.
         target: The target that it was measured for.
+        sign: Makes the signature of the measurement's file; None: nobody vouches for it.
 
     Raises:
         RegistrationError: If this user may not change the model; the run keeps the measurement.
     """
-    run.log_json(benchmark.to_dict(), BENCHMARK_FILE)
+    document = run.directory / BENCHMARK_FILE
+    document.write_text(redacted(json.dumps(benchmark.to_dict(), indent=2)), encoding="utf-8")
+    run.log_artifact(document)
+    if sign is not None:
+        run.log_text(sign(document), BENCHMARK_SIGNATURE)
     run.set_tags(
         {
             "foxnas.device": benchmark.connection,

@@ -34,6 +34,7 @@ class Measured:
         emulated: Whether its processor was emulated.
         source: ``measured`` or ``cost_model``, or empty where nothing tells.
         sha256: Checksum of the file that was measured.
+        unsigned: What is wrong with its signature; empty: nothing, or none is asked for.
     """
 
     run_id: str
@@ -43,11 +44,12 @@ class Measured:
     emulated: bool = False
     source: str = ""
     sha256: str = ""
+    unsigned: str = ""
 
     @property
     def is_measured(self) -> bool:
-        """Whether it was measured, on hardware that exists."""
-        return self.source == "measured" and bool(self.machine) and not self.emulated
+        """Whether it was measured, on hardware that exists, by somebody who is trusted."""
+        return self.source == "measured" and bool(self.machine) and not self.emulated and not self.unsigned
 
     @property
     def latency_ms(self) -> float | None:
@@ -208,6 +210,9 @@ def _measured(candidate: Candidate) -> Verdict:
         return Verdict("measured", False, text)
     if found is None:
         return Verdict("measured", False, "no measured latency: run foxnas benchmark on this version")
+    if found.unsigned:
+        text = f"run {found.run_id}: {found.unsigned.rstrip('.')}: run foxnas benchmark with --signing-key"
+        return Verdict("measured", False, text)
     if found.source == "cost_model":
         return Verdict("measured", False, "the latency comes from the cost model: run foxnas benchmark with a device")
     if found.emulated:

@@ -26,18 +26,19 @@ from foxnas_mlflow.flavor import (
     FLAVOR_NAME,
     Manifest,
     check_seal,
+    check_signature,
     check_signed,
     main_file,
     model_id_of,
     read_manifest,
     sealed,
 )
-from foxnas_mlflow.tracking.benchmark import BENCHMARK_FILE
+from foxnas_mlflow.tracking.benchmark import BENCHMARK_FILE, BENCHMARK_SIGNATURE
 from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, Candidate, Measured, Verdict, judge, passed
 from foxnas_mlflow.tracking.history import former_versions
 from foxnas_mlflow.tracking.holders import ARCHIVED, STAGES, StageKeeper
-from foxnas_mlflow.tracking.registry import describe_version, metrics_of
-from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.registry import describe_version, is_away, lacks_right, metrics_of, reason
+from foxnas_mlflow.tracking.run import EntryRun, download_artifact
 from foxnas_mlflow.tracking.steps import has_artifact
 
 PROMOTION_FORMAT = 1
@@ -108,7 +109,8 @@ def promote(
         max_latency_ms: Largest 90th percentile of the measured latency; 0: any.
         max_accuracy_drop: Most points of top-1 that quantization may cost.
         dry_run: Judge only; the registry is left as it is.
-        verify_key: Public key that the version must be signed with; None: no signature is asked for.
+        verify_key: Public key that the version and its measurement must be signed with; None: no signature is asked
+            for.
 
     Raises:
         InvalidInputError: If `verify_key` cannot be read.
@@ -118,7 +120,7 @@ def promote(
     keeper, number = StageKeeper(version.name), str(version.version)
     if version.status != "READY":
         raise PromotionError("only a version that is ready is promoted", received=f"{version.name} is {version.status}")
-    candidate, files = _candidate(version, run.directory)
+    candidate, files = _candidate(version, run.directory, verify_key)
     if verify_key is not None:
         candidate = dataclasses.replace(candidate, signature=_signed(files, verify_key))
     former = keeper.holder(stage)
@@ -128,7 +130,7 @@ def promote(
             received=f"{version.name} version {number}",
             remedy="promote another version to Production first, or roll back",
         )
-    holder = None if former is None else held(version.name, former)
+    holder = None if former is None else held(version.name, former, verify_key)
     verdicts = tuple(judge(candidate, holder, max_latency_ms=max_latency_ms, max_accuracy_drop=max_accuracy_drop))
     promotion = Promotion(version.name, number, stage, "promote", former, former, verdicts, dry_run)
     logger.info(_table(promotion))
@@ -266,34 +268,59 @@ def checked_files(version: ModelVersion, directory: Path) -> CheckedFiles:
 
     Raises:
         InvalidFormatError: If they are not as they were logged, or not of flavor foxnas.
-        PromotionError: If they are not there.
+        PromotionError: If they, or the logged model that they are of, are not there.
     """
     place = directory / "version"
     place.mkdir()
     uri = f"models:/{version.name}/{version.version}"
+    model_id = model_id_of(version)
+    try:
+        expected = None if model_id is None else sealed(model_id)
+    except MlflowException as error:
+        if not _is_gone(error, version):
+            raise
+        raise PromotionError(
+            "a version needs the logged model that it was registered from: its seal and its measurements are there",
+            received=f"{uri}, whose model {model_id} was deleted",
+            remedy="make it again with foxnas quantize, and delete this version",
+        ) from error
     try:
         local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(place)))
         flavors = Model.load(str(local)).flavors
     except (MlflowException, OSError) as error:
+        if is_away(error):
+            raise
         raise PromotionError(
-            "the files of a version must be in the artifact store",
-            received=f"{uri}: {str(error).strip().splitlines()[0]}",
+            "the files of a version must be in the artifact store", received=f"{uri}: {reason(error)}"
         ) from error
     if FLAVOR_NAME not in flavors:
         raise InvalidFormatError("a version must be a model of flavor foxnas", received=f"{uri} has {sorted(flavors)}")
     manifest = read_manifest(local / flavors[FLAVOR_NAME]["data"])
-    model_id = model_id_of(version)
-    expected = None if model_id is None else sealed(model_id)
     check_seal(manifest, expected)
     return CheckedFiles(local, manifest, model_id, expected is not None)
 
 
-def _candidate(version: ModelVersion, directory: Path) -> tuple[Candidate, CheckedFiles]:
+def _is_gone(error: MlflowException, version: ModelVersion) -> bool:
+    """Whether a registry says that the logged model of a version was deleted.
+
+    A server that asks who is there says of a model that is gone what it says of one that may not be read: that it is
+    gone is known where the run that logged it, of the same experiment, may be read.
+    """
+    if not lacks_right(error) or not version.run_id:
+        return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+    try:
+        MlflowClient().get_run(version.run_id)
+    except MlflowException:
+        return False
+    return True
+
+
+def _candidate(version: ModelVersion, directory: Path, verify_key: Path | None) -> tuple[Candidate, CheckedFiles]:
     """What is known of a version whose files are downloaded and checked."""
     files = checked_files(version, directory)
     manifest = files.manifest
     details = manifest.metadata.get("details", {})
-    known = held(version.name, str(version.version))
+    known = held(version.name, str(version.version), verify_key)
     # Sealed, unless it was made for no target in particular and is registered for one.
     target = str(details.get("target", "")) or known.target
     builtin = BUILTIN_TARGETS.get(target)
@@ -304,7 +331,7 @@ def _candidate(version: ModelVersion, directory: Path) -> tuple[Candidate, Check
         weights=str(manifest.metadata.get("weights", "none")),
         sha256=manifest.files[main_file(manifest.kind)],
         target=target,
-        machine=str(details.get("machine", "" if builtin is None else builtin.machine)),
+        machine=str(details.get("machine", "")) if builtin is None else builtin.machine,
         sealed=files.is_sealed,
     )
     return candidate, files
@@ -319,14 +346,20 @@ def _signed(files: CheckedFiles, public_key: Path) -> str:
     return ""
 
 
-def held(name: str, number: str) -> Candidate:
-    """What the registry knows of a version, whose target is taken from its tag: its files may be gone."""
+def held(name: str, number: str, verify_key: Path | None = None) -> Candidate:
+    """What the registry knows of a version, whose target is taken from its tag: its files may be gone.
+
+    Args:
+        name: The registered model.
+        number: The version.
+        verify_key: Public key that measurements must be signed with; None: no signature is asked for.
+    """
     version = MlflowClient().get_model_version(name, number)
     model_id = model_id_of(version)
     try:
         metrics = [] if model_id is None else metrics_of(model_id)
     except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+        if not _is_gone(error, version):
             raise
         metrics = []  # a holder whose model was deleted keeps nobody out
     # What other runs say of the model is not what was found when it was made.
@@ -334,13 +367,13 @@ def held(name: str, number: str) -> Candidate:
     return Candidate(
         number,
         {metric.key: metric.value for metric in metrics if own in (None, metric.run_id)},
-        _benchmarks(metrics),
+        _benchmarks(metrics, verify_key),
         dict(version.tags),
         target=version.tags.get("target", ""),
     )
 
 
-def _benchmarks(metrics: Sequence[Metric]) -> tuple[Measured, ...]:
+def _benchmarks(metrics: Sequence[Metric], verify_key: Path | None) -> tuple[Measured, ...]:
     """The measurements of a model, the newest first; one whose run was deleted counts no more."""
     client = MlflowClient()
     found = []
@@ -352,39 +385,55 @@ def _benchmarks(metrics: Sequence[Metric]) -> tuple[Measured, ...]:
                 raise
             continue
         if run.info.lifecycle_stage == LifecycleStage.ACTIVE:
-            found.append(_measured(run))
+            found.append(_measured(run, verify_key))
     return tuple(found)
 
 
-def _measured(run: Run) -> Measured:
+def _measured(run: Run, verify_key: Path | None) -> Measured:
     """What a run's document says that was measured; without one nothing was."""
     target, source = (run.data.tags.get(f"foxnas.{key}", "") for key in ("target", "latency_source"))
     unknown = Measured(run.info.run_id, {}, target, run.data.tags.get("foxnas.board", ""))
     if not has_artifact(run.info.run_id, BENCHMARK_FILE):
         return unknown
     with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
-        path = mlflow.artifacts.download_artifacts(
-            run_id=run.info.run_id, artifact_path=BENCHMARK_FILE, dst_path=directory
-        )
+        path = download_artifact(run.info.run_id, BENCHMARK_FILE, directory)
         try:
-            benchmark = Benchmark.from_dict(json.loads(Path(path).read_bytes()))
-        except (ValueError, InvalidFormatError):
+            benchmark = Benchmark.from_dict(json.loads(path.read_bytes()))
+            figures = benchmark.metrics()
+        except (ValueError, TypeError, InvalidFormatError):
             return unknown
+        unsigned = "" if verify_key is None else _unsigned(run.info.run_id, path, verify_key)
     return Measured(
         run.info.run_id,
-        benchmark.metrics(),
+        figures,
         target,
-        benchmark.device,
-        benchmark.emulated,
+        str(benchmark.device),
+        bool(benchmark.emulated),
         source,
-        benchmark.model_sha256,
+        str(benchmark.model_sha256),
+        unsigned,
     )
+
+
+def _unsigned(run_id: str, document: Path, public_key: Path) -> str:
+    """What is wrong with the signature of a measurement, or empty."""
+    if not has_artifact(run_id, BENCHMARK_SIGNATURE):
+        return "nobody signed its measurement"
+    signature = download_artifact(run_id, BENCHMARK_SIGNATURE, document.parent).read_text(encoding="utf-8")
+    try:
+        check_signature(document, signature, public_key)
+    except InvalidFormatError as error:
+        return str(error)
+    return ""
 
 
 def _is_ready(name: str, number: str) -> bool:
     try:
         return bool(MlflowClient().get_model_version(name, number).status == "READY")
-    except MlflowException:
+    except MlflowException as error:
+        # A registry that fails to tell of a version does not say that an older one is to be gone back to.
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return False
 
 

@@ -45,6 +45,9 @@ class BenchmarkRequest(ClusterRequest):
     energy: str = parameter(
         "", "Measure energy: auto (RAPL, INA sensors, Jetson rails), or a command on the device that prints watts."
     )
+    signing_key: str = parameter(
+        "", "Private key of an elliptic curve (PEM) to sign the measurement with, see foxnas sign; empty: it is not."
+    )
     name: str = parameter("foxnas", "Prefix of the registered model.")
 
 
@@ -78,7 +81,7 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
         tags: Further tags of its run.
 
     Raises:
-        InvalidInputError: If there is no such model, or it cannot be measured.
+        InvalidInputError: If there is no such model, it cannot be measured, or the key cannot be read.
         DeviceError: If the device cannot be reached, or lacks something.
     """
     import contextlib
@@ -86,6 +89,7 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
     from pathlib import Path
 
     from foxnas_mlflow.core.targets import get_target
+    from foxnas_mlflow.flavor import signer
     from foxnas_mlflow.tracking.benchmark import find_model, log_benchmark
     from foxnas_mlflow.tracking.registry import registered_name
     from foxnas_mlflow.tracking.run import entry_run
@@ -95,6 +99,7 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
     target = None if request.model and not request.target else get_target(request.target or _DEFAULT_TARGET)
     if target is not None:
         _check_target(target)
+    sign = signer(Path(request.signing_key)) if request.signing_key else None
     kind = "edgetpu" if target is not None and target.runtime == "edgetpu" else "tflite"
     name = "" if target is None else target.name
     source = request.model or f"models:/{registered_name(request.name, kind, name)}/latest"
@@ -134,7 +139,7 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
                 sustained_seconds=request.sustained_seconds,
                 energy=request.energy,
             )
-            log_benchmark(run, benchmark, model, target=target)
+            log_benchmark(run, benchmark, model, target=target, sign=sign)
     return BenchmarkResult(
         run_id=run.run_id,
         latency_ms=benchmark.latency_ms_p50,

@@ -107,7 +107,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
     from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
     from foxnas_mlflow.core.files import write_atomically
     from foxnas_mlflow.core.space import get_space
-    from foxnas_mlflow.core.targets import get_target
+    from foxnas_mlflow.core.targets import BUILTIN_TARGETS, get_target
 
     if found.emulated:
         raise DeviceError(
@@ -116,6 +116,10 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
     out = Path(request.out)
     if out.suffix not in (".yaml", ".yml") or not out.parent.is_dir():
         raise InvalidInputError("out must be the path of a .yaml file in a directory that exists", received=request.out)
+    if out.stem in BUILTIN_TARGETS:
+        raise InvalidInputError(
+            "a target file is called by its target's name, and that of a built-in target is taken", received=request.out
+        )
     base = get_target(request.target)
     if base.runtime != "litert":
         raise InvalidInputError(

@@ -156,9 +156,9 @@ _LOOKS = 3
 """Networks of the front that a round looks at. Of five one more often truly beats the chosen one, which is no better
 (``benchmarks/verification.py``)."""
 
-_MOVABLE = ("data", "target", "space", "resume", *WORKING)
+_MOVABLE = ("data", "target", "space", "resume", "signing_key", *WORKING)
 """Parameters that are no inputs of a step: data, target and space count by their content, what is resumed and who
-works change nothing."""
+works or signs change nothing."""
 
 
 def run_main(request: MainRequest) -> MainResult:

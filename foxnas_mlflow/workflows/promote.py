@@ -27,7 +27,9 @@ class PromoteRequest(Request):
     )
     max_accuracy_drop: float = parameter(1.0, "Most points (percent) of top-1 that quantization may cost.", at_least=0)
     verify_key: str = parameter(
-        "", "Public key (PEM) that the version must be signed with, see foxnas sign; empty: none is asked for."
+        "",
+        "Public key (PEM) that the version and its measurement must be signed with, see foxnas sign; empty: none is "
+        "asked for.",
     )
     rollback: bool = parameter(False, "Give the stage back to the version that held it before.")
     dry_run: bool = parameter(False, "Ask the gates, and move nothing.")

@@ -141,6 +141,13 @@ def test_a_registry_that_does_not_answer_stops_no_serving(files: Path, monkeypat
         assert isinstance(load_model(str(files)), TfliteModel)
 
 
+def test_a_seal_that_was_deleted_with_its_model_is_missed(files: Path) -> None:
+    client = mlflow.MlflowClient()
+    client.delete_logged_model(str(model_id_of(client.get_model_version("foxnas-cpu", "1"))))
+    with pytest.warns(UserWarning, match="not compared with its registry: its logged model m-[0-9a-f]* was deleted"):
+        load_model(URI)
+
+
 @pytest.mark.parametrize("half", ["", "model_name: foxnas-cpu\n", "model_name: 'foxn"])
 def test_what_another_loader_is_writing_is_not_waited_for(files: Path, half: str) -> None:
     (files / "registered_model_meta").write_text(half)

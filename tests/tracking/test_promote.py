@@ -114,6 +114,10 @@ def test_a_gate_that_fails_moves_nothing(
     [
         ({"measured_for": "cpu", "machine": "AMD EPYC"}, "measured on AMD EPYC, target cpu, but the version is for"),
         ({"machine": "AMD EPYC"}, "measured on AMD EPYC, target rpi4, but the version is for target rpi4 (Raspberry"),
+        (
+            {"machine": "Raspberry Pi 400 Rev 1.0"},
+            "measured on Raspberry Pi 400 Rev 1.0, target rpi4, but the version is",
+        ),
         ({"emulated": True}, "(emulated), target rpi4: benchmark on the board itself"),
     ],
 )
@@ -143,6 +147,19 @@ def test_a_copy_has_no_other_figures(tracking: str, tmp_path: Path, capsys: pyte
     for name, number in ((NAME, "1"), (NAME, "2"), ("shelf", "1")):
         assert promote(f"models:/{name}/{number}") == 0
         assert str(client.get_model_version_by_alias(name, "production").version) == number
+
+
+def test_a_version_whose_logged_model_was_deleted(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path)
+    client = mlflow.MlflowClient()
+    client.copy_model_version(f"models:/{NAME}/1", "shelf")
+    model_id = str(model_id_of(client.get_model_version("shelf", "1")))
+    client.delete_logged_model(model_id)
+    assert promote("shelf") == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("foxnas:")]
+    assert f"received models:/shelf/1, whose model {model_id} was deleted; make it again with foxnas quantize" in line
 
 
 def fast_figures_in_the_run_of_another(slow: str) -> None:
@@ -222,10 +239,12 @@ def test_tags_of_a_measurement_make_no_other_machine_of_it(
         mlflow.MlflowClient().set_tag(benchmark_run(), f"foxnas.{key}", value)
     assert promote(NAME) == 2
     assert "measured on AMD EPYC (emulated), target rpi4, but the version is for" in capsys.readouterr().err
-    # Neither does a file that nothing reads.
-    mlflow.MlflowClient().log_text(benchmark_run(), "{", "benchmark.json")
-    assert promote(NAME) == 2
-    assert "does not say what was measured" in capsys.readouterr().err
+    # Neither does a file that nothing reads, or with a word where a number is expected.
+    document = mlflow.artifacts.load_dict(f"runs:/{benchmark_run()}/benchmark.json")
+    for text in ("{", json.dumps({**document, "latency_ms_p90": "fast"}), json.dumps({**document, "valid": []})):
+        mlflow.MlflowClient().log_text(benchmark_run(), text, "benchmark.json")
+        assert promote(NAME) == 2
+        assert "does not say what was measured" in capsys.readouterr().err
 
 
 def test_an_accuracy_is_what_the_model_was_sealed_with(
@@ -371,6 +390,29 @@ def test_rollback_and_history(tracking: str, tmp_path: Path, capsys: pytest.Capt
     assert main(["promote", "--history", "--model", NAME, "--stage", "Production"]) == 0
     assert capsys.readouterr().out.count("version") == 5
     assert main(["promote", "--history", "--model", NAME, "--date", "yesterday"]) == 2
+
+
+def test_a_registry_that_fails_is_no_reason_to_go_back_further(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for top1 in (75.0, 76.0, 77.0):
+        register_version(tmp_path, {"accuracy/int8_top1": top1})
+        assert promote(NAME) == 0
+    store = mlflow.store.model_registry.sqlalchemy_store.SqlAlchemyStore
+    get = store.get_model_version
+
+    def fail(self: Any, name: str, version: str) -> Any:
+        if str(version) == "2":
+            raise MlflowException("the disk of the database is full")
+        return get(self, name, version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "get_model_version", fail)
+        assert promote(NAME, "Production", "--rollback") == 2
+    assert "the disk of the database is full" in capsys.readouterr().err
+    assert state()["aliases"] == {"production": "3"}
+    assert promote(NAME, "Production", "--rollback") == 0
+    assert state()["aliases"] == {"production": "2"}
 
 
 def test_archived_withdraws_a_version(tracking: str, tmp_path: Path) -> None:

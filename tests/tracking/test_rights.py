@@ -13,6 +13,7 @@ import mlflow
 import pytest
 
 from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.flavor import model_id_of
 from foxnas_mlflow.tracking.registry import version_metrics
 from tests.servers import ADMIN, login_server
 from tests.versions import NAME, register_version, state
@@ -162,6 +163,26 @@ def test_rights_are_asked_for_before_training(
     assert "HTTP 403: Permission denied; nothing was done; ask for that right" in line
     assert {run.data.tags["foxnas.stage"] for run in runs_of_the_reader()} >= {"main"}
     assert "supernet" not in {run.data.tags["foxnas.stage"] for run in runs_of_the_reader()}
+
+
+def test_a_model_that_is_gone_is_told_from_one_that_may_not_be_read(
+    reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server answers 403 to both."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the admin")
+    log_in(monkeypatch, ADMIN)
+    client = mlflow.MlflowClient()
+    for _ in range(2):
+        register_version(tmp_path, name="gone-rpi4")
+    assert main(["promote", "--model", "models:/gone-rpi4/1"]) == 0
+    client.delete_logged_model(str(model_id_of(client.get_model_version("gone-rpi4", "1"))))
+    capsys.readouterr()
+    log_in(monkeypatch, READER)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the reader")
+    assert main(["promote", "--model", "models:/gone-rpi4/1", "--dry-run"]) == 2
+    assert "received models:/gone-rpi4/1, whose model m-" in one_line(capsys)
+    # One that held a stage keeps nobody out.
+    assert main(["promote", "--model", "models:/gone-rpi4/2", "--dry-run"]) == 0
 
 
 def test_a_measurement_of_what_may_only_be_read_is_kept(reader: str, capsys: pytest.CaptureFixture[str]) -> None:
