@@ -302,11 +302,12 @@ def download_artifact(run_id: str, path: str, directory: str | Path) -> Path:
     Args:
         run_id: The run.
         path: Path among its artifacts.
-        directory: Where to put it.
+        directory: Where to put it; it is made if there is none.
 
     Raises:
         MlflowException: If it is not there, or the server refuses or fails.
     """
+    Path(directory).mkdir(parents=True, exist_ok=True)
     place = MlflowClient().get_run(run_id).info.artifact_uri
     return Path(get_artifact_repository(place).download_artifacts(path, str(directory)))
 
