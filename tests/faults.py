@@ -26,10 +26,10 @@ Kind = Literal["500", "reset", "403", "404"]
 
 KINDS: tuple[Kind, ...] = ("500", "reset", "403")
 
-_ANSWERS: dict[Kind, tuple[int, dict[str, str]]] = {
-    "500": (500, {"error_code": "INTERNAL_ERROR", "message": "the disk of the database is full"}),
-    "403": (403, {"error_code": "PERMISSION_DENIED", "message": "Permission denied"}),
-    "404": (404, {"error_code": "ENDPOINT_NOT_FOUND", "message": "no such endpoint"}),
+_ANSWERS: dict[Kind, tuple[int, str]] = {
+    "500": (500, '{"error_code": "INTERNAL_ERROR", "message": "the disk of the database is full"}'),
+    "403": (403, "Permission denied"),  # as MLflow's own server with users does
+    "404": (404, '{"error_code": "ENDPOINT_NOT_FOUND", "message": "no such endpoint"}'),
 }
 
 _IDS = re.compile(r"\b(m-)?[0-9a-f]{32}\b")
@@ -150,7 +150,8 @@ class FaultyServer:
             return
         if kind is not None:
             status, answer = _ANSWERS[kind]
-            self._answer(handler, status, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+            kind_of_text = "application/json" if answer.startswith("{") else "text/plain"
+            self._answer(handler, status, {"Content-Type": kind_of_text}, answer.encode())
             return
         upstream = http.client.HTTPConnection(self._host, self._port, timeout=120)
         try:
@@ -205,7 +206,13 @@ class Outcome:
 
 
 def fail_each(
-    server: FaultyServer, argv: Sequence[str], kinds: tuple[Kind, ...] = KINDS, *, most: int = 1000, log: Path
+    server: FaultyServer,
+    argv: Sequence[str],
+    kinds: tuple[Kind, ...] = KINDS,
+    *,
+    only: str = "",
+    most: int = 1000,
+    log: Path,
 ) -> Iterator[Outcome]:
     """Run a command until each of its calls has failed in each way, once a run, and it came to its end.
 
@@ -216,6 +223,7 @@ def fail_each(
         server: The proxy that the command speaks with.
         argv: The command.
         kinds: How calls fail.
+        only: Regular expression of the calls that fail.
         most: Most runs of the command.
         log: What the commands print.
 
@@ -233,7 +241,7 @@ def fail_each(
             if call in failing:
                 return failing[call]
             # Once something failed, only what shows that the work goes on fails too.
-            if failing and (call.ends or not call.writes):
+            if (failing and (call.ends or not call.writes)) or not re.search(only, str(call)):
                 return None
             for kind in kinds:
                 if (call, kind) not in done:

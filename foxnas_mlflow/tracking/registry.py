@@ -164,12 +164,12 @@ def check_rights(run: EntryRun, names: Mapping[str, str]) -> None:
     try:
         client.search_logged_models([run.experiment_id], max_results=1)
     except MlflowException as error:
-        if is_away(error):
+        if is_away(error) or lacks_right(error):
             raise
         raise RegistrationError(
             "the tracking server must keep logged models, as MLflow 3 does",
             received=reason(error),
-            remedy="update the server, or ask for the right to read its models",
+            remedy="update the server",
         ) from error
     for name, kind in names.items():
         try:
