@@ -55,8 +55,8 @@ GROUPS = {
         "tracking/test_rights",
         "tracking/test_shared_server",
         "tracking/test_words",
-        "deploy/",
     ),
+    "deploys": ("deploy/",),
     # What a module makes once: a cluster, a board, a trained subnet, converted networks, a fit, predictors, two ranks.
     "cluster": ("test_ray",),
     "board": ("devices/test_virtual_pi",),

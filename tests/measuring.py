@@ -1,14 +1,11 @@
 """Measurements that take a moment, and are taken as a busy machine gives them.
 
-    python -m tests.measuring search ...    # as `foxnas search ...`
-
 For tests that do not ask how good figures are: a measurement has 20 runs, and is made once.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +49,3 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("foxnas_mlflow.devices.measure", measure)
     patch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
     patch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)
-
-
-if __name__ == "__main__":
-    from foxnas_mlflow.cli.main import main
-
-    with pytest.MonkeyPatch.context() as patched:
-        shorten(patched)
-        sys.exit(main(sys.argv[1:]))

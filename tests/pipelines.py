@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.forked import CONTEXT, forked
@@ -53,7 +53,7 @@ class Running:
     """
 
     def __init__(
-        self, argv: list[str], env: Mapping[str, str] | None = None, command: str = "foxnas_mlflow.cli.main:main"
+        self, argv: Sequence[str], env: Mapping[str, str] | None = None, command: str = "foxnas_mlflow.cli.main:main"
     ) -> None:
         self.lines: list[str] = []
         self._heard = threading.Condition()
@@ -69,14 +69,23 @@ class Running:
             self._heard.wait_for(lambda: self._has(rf"^== {step} \(") or not self._reader.is_alive(), seconds)
             return self._has(rf"^== {step} \(")
 
+    @property
+    def is_alive(self) -> bool:
+        return self.process.exitcode is None
+
     def kill(self, after_seconds: float) -> bool:
         """SIGKILL to the whole group after a while; False when it had ended by itself."""
         self.process.join(after_seconds)
-        alive = self.process.exitcode is None
+        alive = self.is_alive
         if alive:
             os.killpg(self.process.pid or 0, signal.SIGKILL)
         self.end()
         return alive
+
+    def interrupt(self, signum: signal.Signals, seconds: float = 60) -> int:
+        """A signal to the process; its exit status."""
+        os.kill(self.process.pid or 0, signum)
+        return self.end(seconds)
 
     def end(self, seconds: float = 900) -> int:
         """Exit status, once it ended."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from foxnas_mlflow.core.space import get_space
 from foxnas_mlflow.workflows import SampleRequest
 from foxnas_mlflow.workflows.sample import MIN_LATENCIES, _check_latencies
 from tests.measuring import shorten
+from tests.pipelines import Running
 from tests.supernets import MINI_SPACE, register_mini_supernet
 
 pytestmark = [pytest.mark.server, pytest.mark.train]
@@ -87,16 +85,13 @@ def test_a_sampling_killed_in_the_middle_goes_on_by_the_same_command(
 ) -> None:
     register_mini_supernet()
     command = ["sample", "--n-samples", "24", "--n-measurements", "18", "--image-size", "8"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "foxnas_mlflow", *command], env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    running = Running(command)
     deadline = time.monotonic() + 180
     while not (files := list(cache.glob("foxnas_mlflow/samples/*/measurements.csv"))) or _lines(files[0]) < 5:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert running.is_alive
         time.sleep(0.005)
-    process.kill()
-    process.wait(timeout=60)
+    assert running.kill(after_seconds=0)
     kept = files[0].read_bytes()
     n_kept = kept.count(b"\n") - 1
     assert 4 <= n_kept < 24

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -22,6 +21,7 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.predictors import reference_predictors
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
 from foxnas_mlflow.flavor import model_id_of
+from tests.pipelines import Running
 
 pytestmark = pytest.mark.server
 
@@ -284,17 +284,10 @@ def test_accuracy_of_ones_own_and_the_boards_cost_model_make_predictors(tracking
     ],
 )
 def test_an_unreachable_store_is_one_line(uri: str, message: str) -> None:
-    environment = os.environ | {"MLFLOW_TRACKING_URI": uri}
-    result = subprocess.run(
-        [sys.executable, "-m", "foxnas_mlflow", "search", "--evaluations", "1000"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
-    assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith(f"foxnas: {message}")
-    assert "Traceback" not in result.stderr
+    running = Running(["search", "--evaluations", "1000"], {"MLFLOW_TRACKING_URI": uri})
+    assert running.end(120) == 2
+    assert running.lines[-1].startswith(f"foxnas: {message}")
+    assert "Traceback" not in "\n".join(running.lines)
 
 
 def test_commands_that_begin_together_in_an_empty_directory_make_one_store(
@@ -366,15 +359,13 @@ def test_sigterm_in_the_middle_of_a_search_ends_the_run_as_killed(tracking: str)
     import mlflow
 
     client = mlflow.MlflowClient()
-    command = [sys.executable, "-m", "foxnas_mlflow", "search", "--evaluations", "1000000000"]
-    process = subprocess.Popen(command)
+    running = Running(["search", "--evaluations", "1000000000"])
     deadline = time.monotonic() + 120
     while not (runs := client.search_runs(["0"])) or "cfg.latency_ms" not in runs[0].data.params:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert running.is_alive
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    assert running.interrupt(signal.SIGTERM) == 143
     assert client.get_run(runs[0].info.run_id).info.status == "KILLED"
 
 

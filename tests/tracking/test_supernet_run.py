@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.cli.main import main
-from tests.pipelines import SPACE
+from tests.pipelines import SPACE, Running
 
 pytestmark = [pytest.mark.server, pytest.mark.train, pytest.mark.slow]
 
@@ -98,7 +96,7 @@ def test_an_interrupted_training_goes_on_from_its_run(
     import mlflow
 
     command = ["supernet", "--data", "digits", "--space", space, "--max-train", "200", "--epochs", "3"]
-    process = subprocess.Popen([sys.executable, "-m", "foxnas_mlflow", *command], stderr=subprocess.PIPE)
+    running = Running(command)
     client = mlflow.MlflowClient()
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -106,10 +104,9 @@ def test_an_interrupted_training_goes_on_from_its_run(
         if runs and "train/loss" in runs[0].data.metrics:
             break
         time.sleep(0.2)
-    process.send_signal(signum)
-    error = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum], error
-    assert "Traceback" not in error
+    status, said = running.interrupt(signum), "\n".join(running.lines)
+    assert status == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum], said
+    assert "Traceback" not in said
     (killed,) = client.search_runs(["0"])
     assert killed.info.status == "KILLED"
     # The machine is lost with its disk: only the artifacts are left.

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from foxnas_mlflow.core.predictors import fit_predictors, reference_latency
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.tracking.registry import version_metrics
 from tests.measuring import shorten
+from tests.pipelines import Running
 from tests.supernets import MINI_SPACE, register_mini_supernet
 
 pytestmark = [pytest.mark.server, pytest.mark.train]
@@ -232,23 +230,20 @@ def test_rounds_learn_from_what_was_looked_at_and_go_on_where_they_were_cut_off(
     assert fitted.tags["source"] == f"{predictors}, refitted in round 2"
 
 
+@pytest.mark.usefixtures("undisturbed")
 def test_a_killed_search_asks_the_device_about_no_network_twice(
-    tracking: str, cache: Path, predictors: Path, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+    tracking: str, cache: Path, predictors: Path, tmp_path: Path
 ) -> None:
-    shorten(monkeypatch)
     command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "9999", "--verify", "6"]
     command += ["--device", "local", "--evaluations", "2000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.measuring", *command], env=os.environ | {"PYTHONPATH": str(root)}
-    )
+    running = Running(command)
     deadline = time.monotonic() + 180
     # The header and one row: the file is there before what is written to it.
     while sum(file.read_bytes().count(b"\n") for file in cache.glob("foxnas_mlflow/verifications/*/*.csv")) < 2:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert running.is_alive
         time.sleep(0.01)
-    process.kill()
-    process.wait(timeout=60)
+    assert running.kill(after_seconds=0)
     (file,) = cache.glob("foxnas_mlflow/verifications/*/measurements.csv")
     kept = {row.architecture.to_json(): row.latency_ms for row in read_finished(file)}
     assert 1 <= len(kept) < 6
