@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -10,15 +11,15 @@ from foxnas_mlflow.workflows._request import Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from foxnas_mlflow.core.architecture import Architecture
     from foxnas_mlflow.core.measurements import Measurement
-    from foxnas_mlflow.core.predictors import LinearPredictor
+    from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet
     from foxnas_mlflow.core.space import SearchSpace
-    from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.devices import DeviceCheck
+    from foxnas_mlflow.workflows._timers import Timer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,12 @@ class DeviceRequest(Request):
 
 UNSURE_PERCENT = 5.0
 """Error on other networks above which a calibration is not good."""
+
+REPEATED = 3
+"""How often networks are measured again that were not steady, or that an unsure calibration does not explain."""
+
+FASTER_PERCENT = 2.0
+"""By how much faster a network must be when it is measured again to say that the machine had been disturbed."""
 
 PREDICTORS, MEASUREMENTS, CHECKS = "predictors.json", "measurements.csv", "checks.csv"
 """What lies beside a target file, after its name and a dash."""
@@ -108,6 +115,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
     from foxnas_mlflow.core.files import write_atomically
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import BUILTIN_TARGETS, get_target
+    from foxnas_mlflow.workflows._timers import PROBE_SECONDS, open_device
 
     if found.emulated:
         raise DeviceError(
@@ -136,39 +144,29 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
         predictors=f"{out.stem}-{PREDICTORS}",
         latency_note=f"milliseconds of a cost model calibrated on {found.device} with {found.runtime}",
     )
-    table = out.with_name(f"{out.stem}-{MEASUREMENTS}")
+    machine = found.device, found.runtime
+    probes = Table(out.with_name(f"{out.stem}-{MEASUREMENTS}"), machine, space)
+    checks = Table(out.with_name(f"{out.stem}-{CHECKS}"), machine, space)
     sizes = list(request.image_size) or None
-    rows = _measure(
-        request,
-        found,
-        base,
-        space,
-        table,
-        lambda measured: choose_probes(
-            space, request.n_probes, measured=measured, image_sizes=sizes, seed=request.seed
-        ),
-    )
-    checks = choose_checks(space, request.n_checks, image_sizes=sizes, seed=request.seed)
-    outside = _measure(
-        request,
-        found,
-        base,
-        space,
-        out.with_name(f"{out.stem}-{CHECKS}"),
-        lambda measured: [architecture for architecture in checks if architecture not in measured],
-    )
-    predictors = calibrate(
-        rows,
-        space,
-        target=target.name,
-        notes=[
-            f"Latency is calibrated on {found.device} with {found.runtime} from {len(rows) + len(outside)} "
-            "measured networks."
-        ],
-        seed=request.seed,
-        provenance={"device": found.device, "runtime": found.runtime, "threads": base.threads},
-        outside=outside,
-    )
+    probes.ask(choose_probes(space, request.n_probes, measured=list(probes.rows), image_sizes=sizes, seed=request.seed))
+    checks.ask(choose_checks(space, request.n_checks, image_sizes=sizes, seed=request.seed))
+
+    def fit() -> PredictorSet:
+        return calibrate(
+            list(probes.rows.values()),
+            space,
+            target=target.name,
+            notes=[
+                f"Latency is calibrated on {found.device} with {found.runtime} from "
+                f"{len(probes.rows) + len(checks.rows)} measured networks."
+            ],
+            seed=request.seed,
+            provenance={"device": found.device, "runtime": found.runtime, "threads": base.threads},
+            outside=list(checks.rows.values()),
+        )
+
+    with open_device(base, space, request.device, max_seconds=PROBE_SECONDS) as timer:
+        predictors = measure_and_fit(timer, (probes, checks), fit)
     predictors.save(out.with_name(target.predictors))
     # Last: a target file that is there is whole.
     values = {key: value for key, value in dataclasses.asdict(target).items() if value != ""}
@@ -182,63 +180,130 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
         outside_mape=metrics["outside_mape"],
         stated_confidence=latency.stated_confidence,
         cv_mape=metrics["cv_mape"],
-        n_probes=len(rows),
-        summary=_calibrated(latency, [*rows, *outside], out, bool(predictors.accuracy)),
+        n_probes=len(probes.rows),
+        summary=_calibrated(latency, [*probes.rows.values(), *checks.rows.values()], out, bool(predictors.accuracy)),
     )
 
 
-def _measure(
-    request: DeviceRequest,
-    found: DeviceCheck,
-    target: Target,
-    space: SearchSpace,
-    path: Path,
-    choose: Callable[[list[Architecture]], list[Architecture]],
-) -> list[Measurement]:
-    """Measure networks beside those of a table; each row is on disk before the next one begins.
+class Table:
+    """Networks of a calibration, each row on disk before the next one is measured.
+
+    Of a network that was measured again the least latency counts: what disturbs a machine adds to it.
 
     Args:
-        request: Of the command.
-        found: The machine.
-        target: The target.
-        space: The space.
         path: The table; its rows count.
-        choose: Networks to measure, given those that are.
-    """
-    from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
-    from foxnas_mlflow.core.measurements import Measurement, read_finished
-    from foxnas_mlflow.workflows._timers import PROBE_SECONDS, open_device, remembered
+        machine: Name and runtime of the machine whose alone they must be.
+        space: The space that the networks must be of.
 
-    rows = read_finished(path)
-    others = sorted({f"{row.device}, {row.runtime}" for row in rows} - {f"{found.device}, {found.runtime}"})
-    if others:
-        raise InvalidInputError(
-            f"{path.name} must hold measurements of {found.device} with {found.runtime} alone",
-            received=others[0],
-            remedy="give another out, or move that file away",
-        )
-    for row in rows:
-        space.validate(row.architecture)
-    networks = choose([row.architecture for row in rows])
-    unsteady: list[str] = []
-    total = len(rows) + len(networks)
-    opened = open_device(target, space, request.device, max_seconds=PROBE_SECONDS)
-    with opened as timer, progress_bar("calibrate", "network") as show:
-        time = remembered(timer, path).time
-        for architecture in networks:
-            timing = time(architecture)
-            if timing.problems:
-                unsteady.append("; ".join(timing.problems))
-                continue
-            rows.append(Measurement.of(architecture, timing))
-            show(len(rows), total, f"{timing.latency_ms:.2f} ms")
-    if len(rows) < total:
+    Attributes:
+        rows: What was measured.
+        missing: Networks that are to be measured.
+        unsteady: Why measurements of some of them do not count.
+    """
+
+    def __init__(self, path: Path, machine: tuple[str, str], space: SearchSpace) -> None:
+        from foxnas_mlflow.core.errors import InvalidInputError
+        from foxnas_mlflow.core.measurements import read_finished
+
+        self.rows: dict[Architecture, Measurement] = {}
+        self.missing: list[Architecture] = []
+        self.unsteady: list[str] = []
+        self._path = path
+        rows = read_finished(path)
+        others = sorted({(row.device, row.runtime) for row in rows} - {machine})
+        if others:
+            raise InvalidInputError(
+                f"{path.name} must hold measurements of {' with '.join(machine)} alone",
+                received=" with ".join(others[0]),
+                remedy="give another out, or move that file away",
+            )
+        for row in rows:
+            space.validate(row.architecture)
+            self._take(row)
+
+    def ask(self, networks: Iterable[Architecture]) -> None:
+        """Have networks measured that are not."""
+        self.missing = [architecture for architecture in networks if architecture not in self.rows]
+
+    def doubt(self, latency: LinearPredictor) -> None:
+        """Have those measured again that a fit to all does not explain."""
+        predicted = latency.predict(list(self.rows))
+        self.missing = [
+            architecture
+            for (architecture, row), ms in zip(self.rows.items(), predicted, strict=True)
+            if abs(ms / _ms(row) - 1) > UNSURE_PERCENT / 100
+        ]
+
+    def measure(self, architecture: Architecture, timer: Timer) -> float:
+        """Latency in milliseconds; what was not steady stays missing, unless an earlier measurement counts."""
+        from foxnas_mlflow.core.measurements import Measurement, append_measurement
+
+        timing = timer.time(architecture)
+        if timing.problems:
+            self.unsteady.append("; ".join(timing.problems))
+        else:
+            row = Measurement.of(architecture, timing)
+            append_measurement(row, self._path)
+            self._take(row)
+        if architecture in self.rows:
+            self.missing.remove(architecture)
+        return timing.latency_ms
+
+    def _take(self, row: Measurement) -> None:
+        before = self.rows.get(row.architecture)
+        if before is None or _ms(before) > _ms(row):
+            self.rows[row.architecture] = row
+
+
+def _ms(row: Measurement) -> float:
+    return row.latency_ms or math.nan
+
+
+def measure_and_fit(timer: Timer, tables: Sequence[Table], fit: Callable[[], PredictorSet]) -> PredictorSet:
+    """Measure, fit, and measure again what was not steady and, while the fit is not sure, what it does not explain.
+
+    A machine that shares its processor with others is at times half as fast for seconds: each measurement is steady,
+    and together they tell nothing. Where measuring again makes nothing faster, the formula is what misses.
+
+    Args:
+        timer: Measures.
+        tables: The networks.
+        fit: A calibration from all rows, with the metric ``outside_mape`` in percent.
+
+    Raises:
+        DeviceError: If networks were unsteady each time; what is finished is kept.
+    """
+    from foxnas_mlflow.core.errors import DeviceError
+
+    predictors = None
+    for again in range(REPEATED + 1):
+        asked = [(table, architecture) for table in tables for architecture in table.missing]
+        before = [table.rows.get(architecture) for table, architecture in asked]
+        with progress_bar("measured again" if again else "calibrate", "network") as show:
+            for n, (table, architecture) in enumerate(asked, start=1):
+                show(n, len(asked), f"{table.measure(architecture, timer):.2f} ms")
+        if any(table.missing for table in tables):
+            continue
+        if predictors is not None and not any(
+            row is None or _ms(table.rows[architecture]) < (1 - FASTER_PERCENT / 100) * _ms(row)
+            for row, (table, architecture) in zip(before, asked, strict=True)
+        ):
+            break
+        predictors = fit()
+        (latency,) = predictors.latency
+        if latency.metrics["outside_mape"] <= UNSURE_PERCENT:
+            break
+        for table in tables:
+            table.doubt(latency)
+    if predictors is None:
+        unsteady = [problem for table in tables for problem in table.unsteady]
+        n_done, n_missing = (sum(map(len, each)) for each in zip(*((t.rows, t.missing) for t in tables), strict=True))
         raise DeviceError(
-            f"{total} networks must be measured without disturbance",
-            received=f"{len(rows)}, and {len(unsteady)} that were not steady ({unsteady[0]})",
+            f"{n_done + n_missing} networks must be measured without disturbance",
+            received=f"{n_done}, and {n_missing} that were not steady in {REPEATED + 1} goes ({unsteady[-1]})",
             remedy="quiet and cool the machine, and run the same command again: what is finished is kept",
         )
-    return rows
+    return predictors
 
 
 def _found(found: DeviceCheck) -> str:
@@ -274,8 +339,8 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
     ]
     if metrics["outside_mape"] > UNSURE_PERCENT:
         lines.append(
-            f"UNSURE: above {UNSURE_PERCENT:g} % the search's budgets are not worth much. Quiet the machine and begin "
-            f"anew without {out.stem}-{MEASUREMENTS} and {out.stem}-{CHECKS}, or go on with a greater --n-probes."
+            f"UNSURE: above {UNSURE_PERCENT:g} % the search's budgets are not worth much. Quiet the machine and type "
+            "the same again: what this does not explain is measured once more. Or give a greater --n-probes."
         )
     if searchable:
         stated = int(100 * predictor.stated_confidence) / 100
