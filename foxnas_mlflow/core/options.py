@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.architecture import Architecture, Stage
 from foxnas_mlflow.core.errors import InvalidSpaceError
 from foxnas_mlflow.core.space import SearchSpace
 
@@ -97,6 +97,10 @@ def encode(space: SearchSpace, architectures: Sequence[Architecture]) -> KindArr
 
 def decode(space: SearchSpace, image_size: int, kinds: KindArray) -> Architecture:
     """The architecture of one row of kinds, shape (n_stages, max_depth)."""
+    # Blocks are shared: a front has thousands of networks.
     table = space.kinds
-    blocks = [[(table[k].expansion, table[k].kernel) for k in stage if k >= 0] for stage in kinds]
-    return space.architecture(image_size, blocks)
+    stages = tuple(
+        Stage(spec.width, tuple(table[k] for k in stage if k >= 0))
+        for spec, stage in zip(space.stages, kinds.tolist(), strict=True)
+    )
+    return space.validate(Architecture(space.name, image_size, stages))

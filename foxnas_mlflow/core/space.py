@@ -9,6 +9,7 @@ MobileNet-EdgeTPU for ``tpu``). A user's own space is the same dataclass, writte
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ class SearchSpace:
     @property
     def kinds(self) -> tuple[Block, ...]:
         """Every block of the space, expansion major: `kinds[e_index * len(kernels) + k_index]`."""
-        return tuple(Block(e, k) for e in self.expansions for k in self.kernels)
+        return _kinds(self.expansions, self.kernels)
 
     @property
     def n_architectures(self) -> int:
@@ -379,6 +380,11 @@ class SearchSpace:
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InvalidSpaceError("a space file must be YAML", received=str(path)) from error
         return cls.from_dict(data)
+
+
+@functools.lru_cache(maxsize=16)
+def _kinds(expansions: tuple[int, ...], kernels: tuple[int, ...]) -> tuple[Block, ...]:
+    return tuple(Block(e, k) for e in expansions for k in kernels)
 
 
 def _ceil_div(a: int, b: int) -> int:
