@@ -21,7 +21,9 @@ import sys
 if any(word in " ".join(sys.orig_argv) for word in ("foxnas_mlflow", "ipykernel", "forkserver", "/ray/")):
     from foxnas_mlflow import devices
     from foxnas_mlflow.devices import _benchmark, _measure
+    from foxnas_mlflow.workflows import device
 
+    device.REPEATED = 0
     _benchmark.MAX_HALVES_DIFFERENCE, _benchmark.MIN_CPU_SHARE = float("inf"), 0.0
     devices.measure = lambda *arguments, **values: _measure.measure(*arguments, **{{**values, **{SHORT}}})
 """
@@ -47,5 +49,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
         return _measure.measure(*arguments, **{**values, **SHORT})
 
     patch.setattr("foxnas_mlflow.devices.measure", measure)
+    # Beside other tests a calibration is seldom sure, and would go on.
+    patch.setattr("foxnas_mlflow.workflows.device.REPEATED", 0)
     patch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
     patch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)

@@ -238,7 +238,7 @@ def test_the_command_of_the_ray_job_runs_the_pipeline_on_a_cluster(
     command = job["spec"]["entrypoint"].split()[3:]
     for option, value in {"--data": "digits", "--ray-address": two_nodes.address, "--workers": "2"}.items():
         command[command.index(option) + 1] = value
-    assert main([*command, *options(tmp_path), "--rounds", "2"]) == 0
+    assert main([*command, *options(tmp_path)]) == 0
     client = mlflow.MlflowClient()
     runs = {run.data.tags["foxnas.stage"]: run for run in client.search_runs(["0"])}
     assert {"supernet", "sample", "fit", "search", "quantize", "compare", "main"} <= set(runs)

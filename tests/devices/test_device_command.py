@@ -62,8 +62,6 @@ def test_calibrate_this_host_and_go_on(
     pytest.importorskip("statsmodels")
     monkeypatch.chdir(tmp_path)
     shorten(monkeypatch)
-    # Beside other tests a calibration is seldom sure, and would go on.
-    monkeypatch.setattr("foxnas_mlflow.workflows.device.REPEATED", 0)
     Path("small.yaml").write_text(yaml.safe_dump(TINY_CPU.to_dict()))
     Path("base.yaml").write_text("name: base\nspace: small.yaml\n")
     command = ["device", "calibrate", "--target", "base.yaml", "--out", "mine.yaml", "--n-checks", "3"]
