@@ -103,5 +103,5 @@ def _sampled_from(source: str) -> dict[str, str]:
     if not source.startswith("runs:/"):
         return {}
     run = mlflow.get_run(source.split("/")[1])
-    found = {"supernet": run.data.params.get("cfg.supernet", ""), "data": run.data.params.get("cfg.data", "")}
+    found = {key: run.data.params.get(f"cfg.{key}", "") for key in ("supernet", "data", "data_digest")}
     return {key: value for key, value in found.items() if value}

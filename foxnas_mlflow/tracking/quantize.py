@@ -187,7 +187,7 @@ def _register(
     tags: Mapping[str, object],
 ) -> str:
     info = log_model(model, name=kind, kind=kind)
-    accuracies = {key: value for key, value in metrics.items() if key.startswith("accuracy/")}
+    accuracies = {key: value for key, value in metrics.items() if key.startswith(("accuracy/", "eval/"))}
     run.log_metrics({k: v for k, v in metrics.items() if k not in accuracies}, model_id=info.model_id)
     run.log_metrics(accuracies, model_id=info.model_id, dataset=run.dataset)
     size, channels = model.preprocessing.image_size, model.preprocessing.channels

@@ -84,6 +84,7 @@ def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> None:
     run.dataset = logged
     run.log_params(
         {
+            "data_digest": dataset.digest,
             "n_train": len(dataset.train),
             "n_val": len(dataset.val),
             "n_classes": dataset.n_classes,

@@ -132,7 +132,7 @@ def test_pages_tell_what_a_version_is(done: Done, monkeypatch: pytest.MonkeyPatc
     model_id = model_id_of(version)
     assert model_id is not None
     metrics = {metric.key: metric for metric in client.get_logged_model(model_id).metrics}
-    assert metrics["accuracy/int8_top1"].dataset_name == "digits"
+    assert metrics["accuracy/int8_top1"].dataset_name == metrics["eval/balanced_accuracy_int8"].dataset_name == "digits"
     assert metrics["accuracy/int8_top1"].dataset_digest == version.tags["data_digest"][:36]
     assert metrics["model/size_bytes"].dataset_name is None
     # From a file back to the images, and from the images to all that came of them.
@@ -142,6 +142,7 @@ def test_pages_tell_what_a_version_is(done: Done, monkeypatch: pytest.MonkeyPatc
     assert supernet.tags["data_digest"] == subnet.tags["data_digest"] == version.tags["data_digest"]
     predictors = client.get_model_version(*version.tags["predictors"].removeprefix("models:/").split("/"))
     assert predictors.tags["supernet"] == "models:/foxnas-supernet/1"
+    assert predictors.tags["data_digest"] == supernet.tags["data_digest"]
     found = client.search_model_versions("tags.supernet = 'models:/foxnas-supernet/1'")
     assert {v.name for v in found} >= {f"foxnas-{kind}{TARGET}" for kind in ("", "subnet-", "predictors-")}
 
