@@ -84,7 +84,7 @@ def _read(method: str, path: str, body: bytes, step: str) -> Call:
     elif endpoint == "runs/log-batch":
         about = " ".join(name for name in ("params", "metrics", "tags") if asked.get(name))
     elif endpoint == "runs/search":
-        about = re.sub(r"'[0-9a-f]+'", "...", str(asked.get("filter", "")))
+        about = re.sub(r"'([0-9a-f]+|%.*%)'", "...", str(asked.get("filter", "")))
     writes = method != "GET" and not endpoint.endswith("search")
     shown = "" if endpoint in ("upload", "download", "list") or method in ("POST", "GET") else f"{method} "
     return Call(step, f"{shown}{endpoint} {about}".strip(), writes, ends)
