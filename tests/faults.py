@@ -295,19 +295,20 @@ _WAYS: dict[Kind, str] = {"500": "status 500", "reset": "a connection that is re
 _PAGE = """\
 # What a failing server does to a pipeline
 
-Each call of `foxnas main` to MLflow {mlflow} fails until the command is run again: with {ways}. The next run
-goes on from what is finished, and the next call fails. {n_calls} calls, {n} failures:
+Each call of `foxnas main` to MLflow {mlflow} fails until the command is run again: {ways}.
+The next run goes on from what is finished, and the next call fails. {n_calls} calls, {n} failures:
 
-- {n_stopped} times the command stopped with exit status 2 and one line, of which the table shows the middle:
-  `foxnas: the tracking server does not answer as it should: ...; check MLFLOW_TRACKING_URI and the server (foxnas
-  doctor), then run the same command again: what is finished is kept.`, with 403 `foxnas: the tracking store refused:
-  ...; ask for that right; ...`
+- {n_stopped} times the command stopped with exit status 2 and one line: `foxnas: the tracking server does not answer
+  as it should: runs/create: HTTP 500, also when asked again; check MLFLOW_TRACKING_URI and the server (foxnas doctor),
+  then run the same command again: what is finished is kept.`, or `...: runs/create: Connection aborted; check ...`, or
+  `foxnas: the tracking store refused: runs/create: HTTP 403: Permission denied; ask for that right; ...`. Where it says
+  more, the table shows the middle of it.
 - {n_survived} times it went on without what it can do without.
 - {end}
 
 Written by `FOXNAS_FAULTS=PAGE pytest tests/tracking/test_faults.py`, with the small pipeline of the tests on the cost
-model of `rpi4`. `ID` stands for that of a run or model; "likewise" is the same line with the connection in place of the
-status.
+model of `rpi4`. `ID` stands for that of a run or model; "likewise" is the same line with the connection in place of
+the status; a dash: the call was not failed in that way.
 
 """
 
@@ -338,12 +339,14 @@ def page(outcomes: Sequence[Outcome], *, end: str) -> str:
 
 
 def _cell(ways: dict[Kind, Outcome], kind: Kind) -> str:
-    """What became of a call that failed in a way: goes on, or the middle of the line."""
+    """What became of a call that failed in a way: goes on, stops, or the middle of the line where it says more."""
     if kind not in ways:
-        return "not made again"
+        return "-"
     if ways[kind].survived:
         return "goes on"
     words = _middle(ways[kind])
+    if _PLAIN.fullmatch(words):
+        return "stops"
     if kind == "reset" and "500" in ways:
         return "likewise" if _RESET.sub(_FAILED, words) == _middle(ways["500"]) else words
     return words
@@ -351,6 +354,7 @@ def _cell(ways: dict[Kind, Outcome], kind: Kind) -> str:
 
 _FAILED = "HTTP 500, also when asked again"
 _RESET = re.compile("Connection (aborted|reset)")
+_PLAIN = re.compile(rf"\S+: ({_FAILED}|{_RESET.pattern}|HTTP 403: Permission denied)")
 
 
 def _middle(outcome: Outcome) -> str:
