@@ -69,14 +69,16 @@ def test_what_fails_before_the_training_stops_it_with_a_word_and_the_same_comman
     experiment = client.get_experiment_by_name("faults").experiment_id
     assert [run.data.tags["foxnas.stage"] for run in client.search_runs([experiment])] == ["main"]
 
+    # Of each kind of work one call; all of them: FOXNAS_FAULTS.
+    stopping = {"runs/create", "upload request.json", "logged-models/search", "registered-models/create"}
+    only = "|".join([*stopping, "set-tag foxnas.heartbeat", "update KILLED", "RUNNING"])
     outcomes = []
-    for outcome in fail_each(proxy, argv, ("500",), log=tmp_path / "output"):
+    for outcome in fail_each(proxy, argv, ("500",), only=only, log=tmp_path / "output"):
         if outcome.call.step not in ("begin", "main"):
             break
         outcomes.append(outcome)
-    assert len({outcome.call for outcome in outcomes}) >= 12
-    calls = {outcome.call.what for outcome in outcomes if not outcome.survived}
-    assert {"runs/create", "upload request.json", "logged-models/search", "registered-models/create"} <= calls
+    assert {outcome.call.what for outcome in outcomes if not outcome.survived} >= stopping
+    assert any(outcome.survived for outcome in outcomes)
     for outcome in outcomes:
         if outcome.survived:
             # What the work can do without: a sign of life, to look for runs that a kill left behind and to end them.

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.predictors import reference_predictors
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
 from foxnas_mlflow.flavor import model_id_of
+from tests.forked import CONTEXT
 from tests.pipelines import Running
 
 pytestmark = pytest.mark.server
@@ -290,30 +293,25 @@ def test_an_unreachable_store_is_one_line(uri: str, message: str) -> None:
     assert "Traceback" not in "\n".join(running.lines)
 
 
-def test_commands_that_begin_together_in_an_empty_directory_make_one_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    code = (
-        "import sys, time\nfrom foxnas_mlflow.tracking.run import entry_run\nprint(flush=True)\nsys.stdin.read(1)\n"
-        "with entry_run(stage='search', params={}):\n    pass\n"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
-        )
-        for _ in range(3)
-    ]
+def begin(directory: Path, together: Barrier) -> None:
+    """What a command begins with, in a directory that says of no store."""
+    os.chdir(directory)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    from foxnas_mlflow.tracking.run import entry_run
+
+    together.wait(120)
+    with entry_run(stage="search", params={}):
+        pass
+
+
+def test_commands_that_begin_together_in_an_empty_directory_make_one_store(tmp_path: Path) -> None:
+    together = CONTEXT.Barrier(3)
+    processes = [CONTEXT.Process(target=begin, args=(tmp_path, together)) for _ in range(3)]
     for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "\n"
+        process.start()
     for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(".")
-        process.stdin.flush()
-    for process in processes:
-        process.communicate(timeout=120)
-    assert [process.returncode for process in processes] == [0, 0, 0]
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
         assert store.execute("SELECT status FROM runs").fetchall() == [("FINISHED",)] * 3
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".lock"] == []
