@@ -181,7 +181,12 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
         stated_confidence=latency.stated_confidence,
         cv_mape=metrics["cv_mape"],
         n_probes=len(probes.rows),
-        summary=_calibrated(latency, [*probes.rows.values(), *checks.rows.values()], out, bool(predictors.accuracy)),
+        summary=_calibrated(
+            latency,
+            [*probes.rows.values(), *checks.rows.values()],
+            out,
+            predictors.image_sizes if predictors.accuracy else (),
+        ),
     )
 
 
@@ -322,7 +327,7 @@ def _next(device: str) -> str:
     return f"Next: foxnas device calibrate --device {shlex.quote(device)} --target rpi4"
 
 
-def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, searchable: bool) -> str:
+def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, image_sizes: Sequence[int]) -> str:
     metrics = predictor.metrics
     times = sorted(row.latency_ms or 0.0 for row in rows)
     lines = [f"Calibrated {out.stem} from {len(rows)} networks between {times[0]:.2f} and {times[-1]:.2f} ms:"]
@@ -342,10 +347,14 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
             f"UNSURE: above {UNSURE_PERCENT:g} % the search's budgets are not worth much. Quiet the machine and type "
             "the same again: what this does not explain is measured once more. Or give a greater --n-probes."
         )
-    if searchable:
+    if image_sizes:
         stated = int(100 * predictor.stated_confidence) / 100
         sure = "" if stated >= 0.95 else f" --confidence {stated:g}"
-        lines.append(f"Next: foxnas search --target {out} --latency-ms {times[len(times) // 2]:.3g}{sure}")
+        # What networks are sure to meet: the (geometric) middle of the bounds of the ends.
+        ends = [end(size) for size in image_sizes for end in (predictor.space.smallest, predictor.space.largest)]
+        bounds = predictor.upper_bound(ends, min(stated, 0.95))
+        limit_ms = math.sqrt(float(bounds.min()) * float(bounds.max()))
+        lines.append(f"Next: foxnas search --target {out} --latency-ms {limit_ms:.3g}{sure}")
     else:
         lines.append(f"Next: foxnas sample --target {out}, for accuracies in this space")
     return "\n".join(lines)
