@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.calibration import calibrate, choose_checks
-from foxnas_mlflow.core.measurements import Measurement, append_measurement, read_finished
+from foxnas_mlflow.core.measurements import Measurement, append_measurement, fastest, read_finished
 from foxnas_mlflow.core.predictors import LinearPredictor
 from foxnas_mlflow.core.space import get_space
 from foxnas_mlflow.core.targets import get_target
@@ -54,12 +53,14 @@ def main() -> None:
         for seed in range(args.calibrations):
             _calibrate(args, seed)
             _measure(args, tests, seed)
-    rows = _least(args.out / "tests.csv", set(tests))
+    wanted = set(tests)
+    rows = [row for network, row in fastest(read_finished(args.out / "tests.csv")).items() if network in wanted]
     print(f"{rows[0].device}, {rows[0].runtime}; {len(rows)} networks that no calibration fits\n")
     print(f"{'seed':>4} {'within %':>9} {'above %':>8} {'error %':>8} {'bias %':>7} {'seconds':>8}  formula")
     found = []
     for seed in range(args.calibrations):
-        probes, checks = (_least(args.out / f"board{seed}-{name}") for name in (MEASUREMENTS, CHECKS))
+        tables = (read_finished(args.out / f"board{seed}-{name}") for name in (MEASUREMENTS, CHECKS))
+        probes, checks = (list(fastest(table).values()) for table in tables)
         if not probes or not checks:
             continue
         (latency,) = calibrate(probes, space, target=f"board{seed}", outside=checks, seed=seed).latency
@@ -114,18 +115,6 @@ def _measure(args: argparse.Namespace, networks: list[Architecture], seed: int) 
             else:
                 append_measurement(Measurement.of(network, timing), table)
     done.write_text("{}")
-
-
-def _least(path: Path, networks: Collection[Architecture] | None = None) -> list[Measurement]:
-    """The row of the least latency of each network of a table."""
-    found: dict[Architecture, Measurement] = {}
-    for row in read_finished(path):
-        before = found.get(row.architecture)
-        if (networks is None or row.architecture in networks) and (
-            before is None or row.latency_ms < before.latency_ms
-        ):
-            found[row.architecture] = row
-    return list(found.values())
 
 
 def _held_against(latency: LinearPredictor, rows: list[Measurement]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

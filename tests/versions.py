@@ -14,7 +14,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.devices import Benchmark
-from foxnas_mlflow.flavor import TfliteModel, log_model, sign
+from foxnas_mlflow.flavor import TfliteModel, log_model, signer
 from foxnas_mlflow.tflite import write_probe
 
 NAME = "foxnas-rpi4"
@@ -103,7 +103,7 @@ def log_measurement(
             mlflow.log_dict(document.to_dict(), "benchmark.json")
             if signing_key:
                 path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/benchmark.json")
-                mlflow.log_text(sign(Path(path), Path(signing_key)), "benchmark.json.sig")
+                mlflow.log_text(signer(Path(signing_key))(Path(path)), "benchmark.json.sig")
         if figures:
             mlflow.log_metrics(dict(figures), model_id=model_id)
         if not emulated:

@@ -24,7 +24,7 @@ from foxnas_mlflow.flavor._mlflow import (
 from foxnas_mlflow.flavor._models import SubnetModel, SupernetModel, TfliteModel, main_file
 from foxnas_mlflow.flavor._pyfunc import images_of
 from foxnas_mlflow.flavor._seal import SEAL, check_seal, model_id_of, sealed
-from foxnas_mlflow.flavor._signature import SIGNATURE, check_signature, check_signed, keep_signature, sign, signer
+from foxnas_mlflow.flavor._signature import SIGNATURE, check_signature, check_signed, keep_signature, signer
 
 __all__ = [
     "FLAVOR_NAME",
@@ -52,6 +52,5 @@ __all__ = [
     "read_manifest",
     "save_model",
     "sealed",
-    "sign",
     "signer",
 ]

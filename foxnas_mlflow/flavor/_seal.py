@@ -7,6 +7,7 @@ delete: a model is loaded, and promoted, only if its manifest is the one that wa
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable
@@ -82,19 +83,15 @@ def check_loaded(model: Path, manifest: Manifest, uri: str = "") -> None:
     if not _store_exists():
         return
     # What the caller asked for, what MLflow's client noted when it downloaded, what the files say.
-    finders: tuple[Callable[[], str | None], ...] = (
-        lambda: _of_uri(uri),
-        lambda: _of_registration(model),
-        lambda: _of_description(model),
-    )
-    for find in finders:
+    registration: Callable[[], str | None] = functools.partial(_of_registration, model)
+    for find in (functools.partial(_of_uri, uri), registration, functools.partial(_of_description, model)):
         model_id = None
         try:
             model_id = find()
             expected = None if model_id is None else sealed(model_id)
         except MlflowException as error:
             if error.error_code in _ABSENT:
-                if model_id is not None and find is finders[1]:
+                if model_id is not None and find is registration:
                     text = f"its logged model {model_id} was deleted there"
                     warnings.warn(f"the model was not compared with its registry: {text}", UserWarning, stacklevel=2)
                 continue

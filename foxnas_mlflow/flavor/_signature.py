@@ -21,11 +21,6 @@ SIGNATURE = "foxnas.signature"
 """Tag of a logged model: the signature, a Sigstore bundle in JSON."""
 
 
-def sign(model: Path, private_key: Path) -> str:
-    """Sign a model's files, see `signer`."""
-    return signer(private_key)(model)
-
-
 def signer(private_key: Path) -> Callable[[Path], str]:
     """What signs the files of a model, or one file, with a key that is read now.
 

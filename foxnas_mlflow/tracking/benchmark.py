@@ -13,7 +13,6 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
-from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.devices import Benchmark, VelaEstimate
 from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
@@ -102,10 +101,10 @@ def log_benchmark(
     Raises:
         RegistrationError: If this user may not change the model; the run keeps the measurement.
     """
-    document = run.directory / BENCHMARK_FILE
-    document.write_text(redacted(json.dumps(benchmark.to_dict(), indent=2)), encoding="utf-8")
-    run.log_artifact(document)
+    kept = run.log_json(benchmark.to_dict(), BENCHMARK_FILE)
     if sign is not None:
+        document = run.directory / BENCHMARK_FILE
+        document.write_text(kept, encoding="utf-8")
         run.log_text(sign(document), BENCHMARK_SIGNATURE)
     run.set_tags(
         {

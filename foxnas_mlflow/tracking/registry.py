@@ -264,7 +264,7 @@ def _said(body: str) -> str:
 
 def is_away(error: Exception) -> bool:
     """Whether a server failed, or was not reached, rather than refused: asked later it may do it."""
-    failed = r"failed with exception|failed with error code 5|\b5\d\d Server Error"
+    failed = r"failed with exception|failed with error code 5\d\d|\b5\d\d Server Error"
     return re.search(failed, str(error)) is not None
 
 

@@ -107,9 +107,9 @@ class EntryRun:
         """Log a directory of files."""
         self._client.log_artifacts(self.run_id, str(directory), artifact_dir)
 
-    def log_json(self, value: Any, name: str) -> None:
-        """Log a JSON artifact at the path `name`."""
-        self.log_text(json.dumps(value, indent=2), name)
+    def log_json(self, value: Any, name: str) -> str:
+        """Log a JSON artifact at the path `name`; returns its text."""
+        return self.log_text(json.dumps(value, indent=2), name)
 
     def log_table(self, table: Any, name: str, *, dataset: str | None = None) -> None:
         """Log a table that MLflow's page shows and compares.
@@ -136,9 +136,11 @@ class EntryRun:
             numbers = frame.astype({c: float for c in frame if pd.api.types.is_integer_dtype(frame[c].dtype)})
             mlflow.log_input(from_pandas(numbers, source=source, name=dataset, digest=digest), context=dataset)
 
-    def log_text(self, text: str, name: str) -> None:
-        """Log a text artifact at the path `name`."""
-        self._client.log_text(self.run_id, redacted(text), name)
+    def log_text(self, text: str, name: str) -> str:
+        """Log a text artifact at the path `name`; returns it without secrets, as it is kept."""
+        kept = redacted(text)
+        self._client.log_text(self.run_id, kept, name)
+        return kept
 
 
 @contextlib.contextmanager

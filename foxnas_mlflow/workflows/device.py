@@ -193,7 +193,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
 class Table:
     """Networks of a calibration, each row on disk before the next one is measured.
 
-    Of a network that was measured again the least latency counts: what disturbs a machine adds to it.
+    Of a network that was measured again the least latency counts.
 
     Args:
         path: The table; its rows count.
@@ -208,9 +208,8 @@ class Table:
 
     def __init__(self, path: Path, machine: tuple[str, str], space: SearchSpace) -> None:
         from foxnas_mlflow.core.errors import InvalidInputError
-        from foxnas_mlflow.core.measurements import read_finished
+        from foxnas_mlflow.core.measurements import fastest, read_finished
 
-        self.rows: dict[Architecture, Measurement] = {}
         self.missing: list[Architecture] = []
         self.unsteady: list[str] = []
         self._path = path
@@ -224,7 +223,7 @@ class Table:
             )
         for row in rows:
             space.validate(row.architecture)
-            self._take(row)
+        self.rows = fastest(rows)
 
     def ask(self, networks: Iterable[Architecture]) -> None:
         """Have networks measured that are not."""
@@ -241,7 +240,7 @@ class Table:
 
     def measure(self, architecture: Architecture, timer: Timer) -> float:
         """Latency in milliseconds; what was not steady stays missing, unless an earlier measurement counts."""
-        from foxnas_mlflow.core.measurements import Measurement, append_measurement
+        from foxnas_mlflow.core.measurements import Measurement, append_measurement, fastest
 
         timing = timer.time(architecture)
         if timing.problems:
@@ -249,15 +248,10 @@ class Table:
         else:
             row = Measurement.of(architecture, timing)
             append_measurement(row, self._path)
-            self._take(row)
+            self.rows = fastest([*self.rows.values(), row])
         if architecture in self.rows:
             self.missing.remove(architecture)
         return timing.latency_ms
-
-    def _take(self, row: Measurement) -> None:
-        before = self.rows.get(row.architecture)
-        if before is None or _ms(before) > _ms(row):
-            self.rows[row.architecture] = row
 
 
 def _ms(row: Measurement) -> float:

@@ -51,7 +51,7 @@ def run_sign(request: SignRequest) -> SignResult:
     """
     from pathlib import Path
 
-    from foxnas_mlflow.flavor import keep_signature, sign
+    from foxnas_mlflow.flavor import keep_signature, signer
     from foxnas_mlflow.tracking.promotion import checked_files
     from foxnas_mlflow.tracking.registry import find_version
     from foxnas_mlflow.tracking.run import entry_run
@@ -64,7 +64,7 @@ def run_sign(request: SignRequest) -> SignResult:
             raise InvalidInputError(
                 "a version of a logged model can be signed", received=name, remedy="log it again with this release"
             )
-        signature = sign(files.directory, Path(request.signing_key))
+        signature = signer(Path(request.signing_key))(files.directory)
         keep_signature(files.model_id, signature)
         run.log_text(signature, SIGNATURE_FILE)
         uri = f"models:/{version.name}/{version.version}"
