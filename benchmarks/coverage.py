@@ -27,7 +27,7 @@ from foxnas_mlflow.core.measurements import Measurement, append_measurement, fas
 from foxnas_mlflow.core.predictors import LinearPredictor
 from foxnas_mlflow.core.space import get_space
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.workflows._timers import PROBE_SECONDS, open_device
+from foxnas_mlflow.workflows._timers import open_device
 from foxnas_mlflow.workflows.device import CHECKS, MEASUREMENTS, DeviceRequest, run_device
 
 CONFIDENCE = 0.95
@@ -107,7 +107,7 @@ def _measure(args: argparse.Namespace, networks: list[Architecture], seed: int) 
     target, table, done = get_target(args.target), args.out / "tests.csv", args.out / f"tests{seed}.json"
     if seed >= args.passes or done.exists():
         return
-    with open_device(target, get_space(target.space), args.device, max_seconds=PROBE_SECONDS) as timer:
+    with open_device(target, get_space(target.space), args.device) as timer:
         for network in networks:
             timing = timer.time(network)
             if timing.problems:

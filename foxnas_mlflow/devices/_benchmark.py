@@ -17,6 +17,9 @@ FORMAT = 2
 MAX_HALVES_DIFFERENCE = 0.05
 """Largest relative difference between the medians of the first and the second half of the runs."""
 
+WINDOW_RUNS = 5
+"""Runs in a row whose median tells whether something disturbed them: fewer are a matter of luck."""
+
 MIN_CPU_SHARE = 0.9
 """Least share of the time that one thread must have had a processor: company that stays is not seen in the halves."""
 
@@ -140,19 +143,6 @@ class Benchmark:
             )
         return cls(**{name: _tuple(data[name]) for name in names})
 
-    @property
-    def timing(self) -> Timing:
-        """The median as the latency of a subnet, with what it is and why it is not to be trusted."""
-        return Timing(
-            latency_ms=self.latency_ms_p50,
-            source="measured",
-            device=self.device,
-            runtime=self.runtime,
-            n_runs=self.n_runs,
-            problems=self.invalid_reasons,
-            emulated=self.emulated,
-        )
-
     def metrics(self) -> dict[str, float]:
         """The figures as MLflow metrics, ``benchmark/...``; what the machine does not tell is left out."""
         names = [f"latency_ms_{part}" for part in ("p50", "p90", "p99", "mean", "std")]
@@ -160,6 +150,27 @@ class Benchmark:
         names += ["throttled", "sustained_p90_ms", "energy_mj", "energy_error_mj"]
         values = {name: getattr(self, name) for name in names}
         return {f"benchmark/{name}": float(value) for name, value in values.items() if value is not None}
+
+
+def subnet_timing(benchmarks: Sequence[Benchmark]) -> Timing:
+    """The latency of a subnet by one or more measurements of it on one machine: of their `undisturbed` runs.
+
+    Runs of which some were disturbed are no problem then: what is sought is what the network costs, and not what the
+    machine was like. Measurements with another problem do not count unless all have one.
+    """
+    problems = [tuple(r for r in each.invalid_reasons if not r.startswith(_HALVES)) for each in benchmarks]
+    good = [each for each, problem in zip(benchmarks, problems, strict=True) if not problem]
+    runs = undisturbed(np.array([ms for each in good or benchmarks[-1:] for ms in each.samples_ms]))
+    last = benchmarks[-1]
+    return Timing(
+        latency_ms=float(np.median(runs)),
+        source="measured",
+        device=last.device,
+        runtime=last.runtime,
+        n_runs=len(runs),
+        problems=() if good else problems[-1],
+        emulated=last.emulated,
+    )
 
 
 _SINCE_2 = (
@@ -256,6 +267,9 @@ def summarize(
     )
 
 
+_HALVES = "the two halves of the runs differ by"
+
+
 def invalid_reasons(
     samples: np.ndarray[Any, np.dtype[np.float64]],
     *,
@@ -287,7 +301,7 @@ def invalid_reasons(
         reasons.append(f"other processes had the processor for {100 * (1 - cpu_share):.0f} % of the time")
     difference = halves_difference(samples)
     if difference > MAX_HALVES_DIFFERENCE:
-        reasons.append(f"the two halves of the runs differ by {100 * difference:.1f} %")
+        reasons.append(f"{_HALVES} {100 * difference:.1f} %")
     median = float(np.median(samples))
     if clock_tick_ms > MAX_CLOCK_SHARE * median:
         reasons.append(f"the clock ticks every {1000 * clock_tick_ms:g} us, the median is {1000 * median:g} us")
@@ -341,6 +355,30 @@ def halves_difference(samples: Sequence[float] | np.ndarray[Any, np.dtype[np.flo
         return 0.0
     first, second = float(np.median(samples[:middle])), float(np.median(samples[middle:]))
     return abs(first - second) / min(first, second)
+
+
+def undisturbed(samples: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The runs that nothing disturbed, as far as can be told; on a quiet machine all.
+
+    A machine that shares its processor is slower for a second or a minute, by up to half: the runs fall in two groups
+    with nothing between them. A run counts where the median of the `WINDOW_RUNS` around it is
+    at most `MAX_HALVES_DIFFERENCE` above the least such median.
+
+    Args:
+        samples: Timed runs in ms, in order, shape (n,).
+
+    Examples:
+        >>> from foxnas_mlflow.devices import undisturbed
+        >>> [float(ms) for ms in undisturbed(np.array([2.0] * 7 + [3.0] * 9))]
+        [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    """
+    if len(samples) <= WINDOW_RUNS:
+        return samples
+    windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW_RUNS)
+    medians = np.median(windows, axis=1)
+    fast = medians <= (1 + MAX_HALVES_DIFFERENCE) * medians.min()
+    runs: np.ndarray[Any, np.dtype[np.float64]] = samples[np.pad(fast, WINDOW_RUNS // 2, mode="edge")]
+    return runs
 
 
 def median_interval(samples: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:

@@ -45,6 +45,7 @@ def measure(
     threads: int = 1,
     runs: int = 200,
     warmup: int = 10,
+    warmup_seconds: float = 1.0,
     edgetpu: bool = False,
     expected: Outputs | None = None,
     max_output_levels: float = MAX_OUTPUT_LEVELS,
@@ -65,7 +66,8 @@ def measure(
         model: A .tflite file, or its bytes.
         threads: Threads of the runtime.
         runs: Timed runs, at least.
-        warmup: Runs before them, at least; they also last one second at least.
+        warmup: Runs before them, at least.
+        warmup_seconds: Least time of the runs before them.
         edgetpu: Run on the Edge TPU; the file must be compiled for it.
         expected: What the host answers, from `host_answer`; the machine's is compared with it.
         max_output_levels: Largest difference from it, in 8-bit levels.
@@ -89,6 +91,7 @@ def measure(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidInputError(f"{name} must be a positive integer", received=repr(value))
     options = ["--threads", str(threads), "--runs", str(runs), "--warmup", str(warmup)]
+    options += ["--warmup-seconds", str(warmup_seconds)]
     options += ["--min-seconds", str(min_seconds), "--max-seconds", str(max_seconds)]
     options += ["--wait-seconds", str(wait_seconds)]
     options += ["--watch-stdin"] if connection.keeps_stdin else []

@@ -41,7 +41,6 @@ EDGETPU_LIBRARY = "libedgetpu.so.1"
 DELEGATE_SYMBOLS = ("tflite_plugin_create_delegate", "tflite_plugin_destroy_delegate")
 LOCKS = ("/tmp/foxnas-measurement.lock", "/dev/shm/foxnas-measurement.lock", "/run/lock/foxnas-measurement.lock")  # noqa: S108
 CGROUPS = "/sys/fs/cgroup"
-WARMUP_SECONDS = 1.0
 MIN_TIMED_RUNS = 20
 WINDOW_SECONDS = 10.0
 LAST_SECONDS = 60.0
@@ -86,6 +85,7 @@ def main() -> int:
         command.add_argument("--stick", default="", help="which Edge TPU, in libedgetpu's words: usb:0")
     measuring.add_argument("--runs", type=int, default=200)
     measuring.add_argument("--warmup", type=int, default=10)
+    measuring.add_argument("--warmup-seconds", type=float, default=1.0)
     measuring.add_argument("--min-seconds", type=float, default=0.5)
     measuring.add_argument("--max-seconds", type=float, default=10.0, help="0: no limit")
     measuring.add_argument("--sustained-seconds", type=float, default=0.0)
@@ -239,14 +239,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def time_invoke(invoke: Any, options: argparse.Namespace) -> tuple[list[int], float]:
     """Warm up, then time single runs in nanoseconds; and the share of that time that this process had a processor.
 
-    Warm-up: the asked runs and one second, whichever is longer. Timed: the asked runs and the least
+    Warm-up: the asked runs and the asked time, whichever is longer. Timed: the asked runs and the least
     time; the most time ends it sooner, once there are 20 runs.
     """
     clock = time.perf_counter_ns
     least, most = options.min_seconds * 1e9, options.max_seconds * 1e9 or float("inf")
     begin = clock()
     done = 0
-    while done < options.warmup or clock() - begin < WARMUP_SECONDS * 1e9:
+    while done < options.warmup or clock() - begin < options.warmup_seconds * 1e9:
         if done >= 1 and clock() - begin > most:
             break
         invoke()

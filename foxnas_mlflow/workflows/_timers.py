@@ -32,9 +32,11 @@ if TYPE_CHECKING:
 _OPENED = contextlib.ExitStack()
 """What a worker has opened, until its process ends."""
 
-PROBE_SECONDS = 1.0
-"""Time of the timed runs of a network that teaches a cost model (20 runs at least): what a median of more runs would
-add is nothing beside what the model misses."""
+PROBE: Mapping[str, Any] = {"warmup": 2, "warmup_seconds": 0.3, "runs": 10, "min_seconds": 1.0, "max_seconds": 1.0}
+"""How a network with random weights is timed: a second is enough, since only its undisturbed runs count."""
+
+PROBE_ATTEMPTS = 3
+"""Such measurements at most, until at least half of their runs were undisturbed."""
 
 Probe = tuple[bytes, list[NDArray[Any]] | None]
 """An int8 file with random weights, and what this host answers to it; None where no other is held against it."""
@@ -112,7 +114,6 @@ def open_timer(
         compiler_image=compiler_image,
         executor=executor,
         workers=workers,
-        max_seconds=PROBE_SECONDS,
     ) as timer:
         yield timer
 
@@ -227,7 +228,6 @@ def open_device(
     compiler_image: str = "",
     executor: Executor | None = None,
     workers: int = 1,
-    max_seconds: float = 10.0,
 ) -> Iterator[Timer]:
     """Measure on a device, by networks with random weights: values do not change the time.
 
@@ -242,7 +242,6 @@ def open_device(
         executor: Measures the boards that it has as resources, named by their addresses without options, and makes
             the networks for the other boards.
         workers: How many of its workers make networks.
-        max_seconds: As `foxnas_mlflow.devices.measure`.
 
     Raises:
         DeviceError: If the device cannot be reached, or there is no compiler for its Edge TPU; if one of several is
@@ -260,9 +259,9 @@ def open_device(
 
         def open_one(address: str) -> AbstractContextManager[Callable[[Architecture], Timing]]:
             if executor is not None and executor.has(shown(address)):
-                board = _Board(target, space, address, compiler_image, max_seconds)
+                board = _Board(target, space, address, compiler_image)
                 return contextlib.closing(executor.start(board, resource=shown(address)))
-            return _open_one(target, space, address, compiler_image, build, max_seconds)
+            return _open_one(target, space, address, compiler_image, build)
 
         if len(devices) < 2:
             time = stack.enter_context(open_one(device))
@@ -307,13 +306,10 @@ class _Board:
     space: SearchSpace
     device: str
     compiler_image: str
-    max_seconds: float
 
     def __call__(self) -> Callable[[Architecture], Timing]:
         build = _Build(self.target, self.space)()
-        return _OPENED.enter_context(
-            _open_one(self.target, self.space, self.device, self.compiler_image, build, self.max_seconds)
-        )
+        return _OPENED.enter_context(_open_one(self.target, self.space, self.device, self.compiler_image, build))
 
 
 @contextlib.contextmanager
@@ -323,26 +319,34 @@ def _open_one(
     device: str,
     compiler_image: str,
     build: Callable[[Architecture], Probe],
-    max_seconds: float,
 ) -> Iterator[Callable[[Architecture], Timing]]:
     """The latencies of one device."""
     if target.runtime == "torch":
         yield _on_gpu(target, space, device)
         return
+    from foxnas_mlflow.devices import subnet_timing
+
     with open_meter(target, device, compiler_image=compiler_image) as measure_int8:
         measure_one = one_at_a_time(measure_int8)
 
         def time(architecture: Architecture) -> Timing:
             probe, expected = build(architecture)
-            benchmark = measure_one(
-                probe,
-                expected=expected,
-                max_seconds=max_seconds,
-                # Random weights carry through all layers what kernels round differently: LiteRT with and without
-                # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.
-                max_output_levels=1.0 if expected is None else max(1.0, float(expected[0].std())),
-            )
-            return benchmark.timing
+            made: list[Benchmark] = []
+            while len(made) < PROBE_ATTEMPTS:
+                benchmark = measure_one(
+                    probe,
+                    expected=expected,
+                    # Random weights carry through all layers what kernels round differently: LiteRT with and without
+                    # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.
+                    max_output_levels=1.0 if expected is None else max(1.0, float(expected[0].std())),
+                    attempts=1,
+                    **PROBE,
+                )
+                made.append(benchmark)
+                timing = subnet_timing(made)
+                if not timing.problems and 2 * timing.n_runs >= sum(each.n_runs for each in made):
+                    break
+            return timing
 
         yield time
 
@@ -357,20 +361,21 @@ def _on_gpu(target: Target, space: SearchSpace, device: str) -> Callable[[Archit
             received=device if device != "local" else "no GPU here",
             remedy="type the command on the machine with the GPU, with device=local",
         )
-    from foxnas_mlflow.devices import invalid_reasons
+    from foxnas_mlflow.devices import invalid_reasons, undisturbed
     from foxnas_mlflow.supernet import time_forward
 
     name = torch.cuda.get_device_name()
 
     def time(architecture: Architecture) -> Timing:
-        samples = np.array(time_forward(build_network(space, architecture), batch=target.batch, device="cuda"))
+        samples = time_forward(build_network(space, architecture), batch=target.batch, device="cuda")
+        runs = undisturbed(np.array(samples))
         return Timing(
-            latency_ms=float(np.median(samples)),
+            latency_ms=float(np.median(runs)),
             source="measured",
             device=f"{name}, batch {target.batch}",
             runtime=f"torch {torch.__version__}",
-            n_runs=len(samples),
-            problems=invalid_reasons(samples, throttled=None, clock_tick_ms=1e-6),
+            n_runs=len(runs),
+            problems=invalid_reasons(runs, throttled=None, clock_tick_ms=1e-6),
         )
 
     return time

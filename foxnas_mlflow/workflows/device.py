@@ -50,8 +50,11 @@ class DeviceRequest(Request):
 UNSURE_PERCENT = 5.0
 """Error on other networks above which a calibration is not good."""
 
-REPEATED = 3
-"""How often networks are measured again that were not steady, or that an unsure calibration does not explain."""
+SURE_PERCENT = 3.0
+"""Error on other networks up to which no network is measured again."""
+
+REPEATED = 5
+"""How often networks are measured again that could not be measured, or that a calibration does not explain."""
 
 FASTER_PERCENT = 2.0
 """By how much faster a network must be when it is measured again to say that the machine had been disturbed."""
@@ -115,7 +118,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
     from foxnas_mlflow.core.files import write_atomically
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import BUILTIN_TARGETS, get_target
-    from foxnas_mlflow.workflows._timers import PROBE_SECONDS, open_device
+    from foxnas_mlflow.workflows._timers import open_device
 
     if found.emulated:
         raise DeviceError(
@@ -165,7 +168,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
             outside=list(checks.rows.values()),
         )
 
-    with open_device(base, space, request.device, max_seconds=PROBE_SECONDS) as timer:
+    with open_device(base, space, request.device) as timer:
         predictors = measure_and_fit(timer, (probes, checks), fit)
     predictors.save(out.with_name(target.predictors))
     # Last: a target file that is there is whole.
@@ -290,7 +293,7 @@ def measure_and_fit(timer: Timer, tables: Sequence[Table], fit: Callable[[], Pre
             break
         predictors = fit()
         (latency,) = predictors.latency
-        if latency.metrics["outside_mape"] <= UNSURE_PERCENT:
+        if latency.metrics["outside_mape"] <= SURE_PERCENT:
             break
         for table in tables:
             table.doubt(latency)

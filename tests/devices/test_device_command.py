@@ -154,17 +154,24 @@ def test_what_a_shared_processor_disturbs_is_measured_again(slow_share: float, t
     latency = calibrated(board, tables)
     new = choose_checks(CPU_SPACE, 200, seed=7)
     errors = latency.predict(new) / board.alone(new) - 1
-    assert 100 * np.abs(errors).mean() < (4 if slow_share else 0.5)
+    assert 100 * np.abs(errors).mean() < (1 if slow_share else 0.01)
     assert latency.metrics["outside_mape"] <= UNSURE_PERCENT
     # Where nothing disturbs, no network is measured twice; rows are kept as measured.
     n_rows = sum(len(read_measurements(tmp_path / f"{name}.csv")) for name in ("probes", "checks"))
     assert (n_rows == 32) == (slow_share == 0)
     assert len(board.asked) == n_rows + 2
-    # A command that goes on knows the least of each, and has nothing left to ask.
+    # A command that goes on knows the least of each, and asks only for what is not explained.
     assert Table(tmp_path / "probes.csv", ("board", "litert"), CPU_SPACE).rows == tables[0].rows
     n_asked = len(board.asked)
-    np.testing.assert_array_equal(calibrated(board, tables).coefficients, latency.coefficients)
-    assert len(board.asked) == n_asked
+    explained = {
+        architecture
+        for table in tables
+        for architecture, row in table.rows.items()
+        if row.latency_ms == pytest.approx(latency.predict([architecture])[0], rel=UNSURE_PERCENT / 100)
+    }
+    assert len(explained) >= 31
+    assert calibrated(board, tables).metrics["outside_mape"] <= latency.metrics["outside_mape"]
+    assert not explained & set(board.asked[n_asked:])
 
 
 def test_what_the_formula_misses_is_measured_again_once(tmp_path: Path) -> None:
