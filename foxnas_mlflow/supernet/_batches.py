@@ -6,6 +6,8 @@ the middle of an epoch sees the batches that it would have seen.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.errors import InvalidInputError, WorkerLostError
 from foxnas_mlflow.data import ArrayImages, FileImages, ImageSet, Variations
 from foxnas_mlflow.data.preprocess import WHITE, Normalization, Preprocessing
 
@@ -106,12 +108,37 @@ class Batches:
             pin_memory=self._device != "cpu",
             generator=torch.Generator(),
         )
-        return loader
+        return _read_elsewhere(loader)
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         """Bytes (n, s, s, c) as normalised floats (n, c, s, s), on the device."""
         rows = pixels.to(self._device, non_blocking=True).flatten(2).float()
         return rows.div_(255).sub_(self._mean).div_(self._std).view(pixels.shape).permute(0, 3, 1, 2)
+
+
+def _read_elsewhere(loader: DataLoader[Any]) -> Iterator[_Read]:
+    """Batches from processes; one that ends is told between two batches.
+
+    PyTorch's handler of SIGCHLD raises wherever the training happens to be: in the middle of a step, whose weights
+    would be half updated. Without it the loader finds out where it waits for a batch, after five seconds.
+    """
+    handled = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if handled:
+        signal.signal(signal.SIGCHLD, before)
+    try:
+        yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # A batch that a process had made before it ended cannot be fetched from it any more.
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise WorkerLostError(
+            "the processes that read images must go on to the end",
+            received=str(error),
+            remedy="look for what ended them (the system ends processes where memory runs out, see dmesg), and run the "
+            "same command again: it continues",
+        ) from error
 
 
 def balanced_order(targets: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the field's own name
 from torch import Tensor
 
-from foxnas_mlflow.core.errors import TrainingError
+from foxnas_mlflow.core.errors import TrainingError, WorkerLostError
 from foxnas_mlflow.supernet._distributed import GradientAverage, average_statistics, distributed, mean_over_ranks
 from foxnas_mlflow.supernet._modes import resolved
 from foxnas_mlflow.supernet._optimizer import (
@@ -119,11 +119,19 @@ class Trainer:
 
         Raises:
             TrainingError: If the loss is not finite; the last good checkpoint stays.
+            WorkerLostError: If processes that read images ended; a checkpoint has what is done.
         """
         state = self._state
         state.config = resolved(state, self._n_steps, lambda: next(self._batches.epoch(0)), self._teacher, self._device)
         with held_signals() as arrived, Workers(self._network, state.config.workers) as workers:
-            stopped = self._run_epochs(workers, arrived)
+            try:
+                stopped = self._run_epochs(workers, arrived)
+            except WorkerLostError:
+                # What ends a service or a container is a signal to all its processes: the readers are gone first.
+                stopped = bool(arrived)
+                if not stopped:
+                    self._checkpoint()
+                    raise
             self._checkpoint()
         if stopped:
             # The handler that was there before decides what a signal means. Another rank's signal ends this one too.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 image = pytest.importorskip("PIL.Image")
 
+from foxnas_mlflow.core.errors import WorkerLostError  # noqa: E402
 from foxnas_mlflow.data import ArrayImages, ImageSet, Normalization, Variations, load_dataset  # noqa: E402
 from foxnas_mlflow.data._vary import colour_matrix  # noqa: E402
 from foxnas_mlflow.supernet import Batches  # noqa: E402
@@ -40,6 +43,17 @@ def test_processes_read_the_same_batches_in_the_same_order() -> None:
     rest = list(batches_of(pictures()).epoch(3, start=2))
     assert torch.equal(rest[0][0], alone[2][0])
     assert not torch.equal(next(batches_of(pictures()).epoch(4))[0], alone[0][0])
+
+
+def test_a_reader_that_ends_is_told_between_two_batches() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = batches_of(pictures(), batch_size=2, workers=1).epoch(0)
+    next(batches)
+    assert signal.getsignal(signal.SIGCHLD) == before, "PyTorch's handler would raise anywhere"
+    (reader,) = multiprocessing.active_children()
+    reader.kill()
+    with pytest.raises(WorkerLostError, match=r"must go on to the end; received .*same command"):
+        list(batches)
 
 
 def test_ranks_share_an_epoch() -> None:

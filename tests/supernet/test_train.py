@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,9 +17,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from foxnas_mlflow.core.errors import InvalidInputError, TrainingError
+from foxnas_mlflow.core.errors import InvalidInputError, TrainingError, WorkerLostError
 from foxnas_mlflow.core.space import CPU_SPACE, StageSpec
-from foxnas_mlflow.data import load_dataset
+from foxnas_mlflow.data import ArrayImages, Normalization, load_dataset
 from foxnas_mlflow.supernet import (
     Batches,
     SubnetEvaluator,
@@ -322,6 +323,31 @@ def test_an_ignored_signal_stays_ignored(digits, tmp_path) -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(seen) == len(batches_of(digits))
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_what_ends_the_readers_ends_the_training_after_a_whole_step(signalled: bool, tmp_path) -> None:
+    class Ending(Batches):
+        def epoch(self, epoch: int, *, start: int = 0):
+            for batch in super().epoch(epoch, start=start):
+                yield batch
+                # The step is done, and the training waits for the next batch.
+                for reader in multiprocessing.active_children():
+                    reader.terminate()
+                if signalled:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    images = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 1), dtype=np.uint8)
+    batches = Ending(
+        ArrayImages(images, np.arange(60) % 10),
+        normalization=Normalization((0.5,), (0.5,)),
+        image_size=64,
+        batch_size=4,
+        workers=1,
+    )
+    with pytest.raises(KeyboardInterrupt if signalled else WorkerLostError):
+        train_supernet(new_state(epochs=1), batches, checkpoints=tmp_path)
+    assert 1 <= load_checkpoint(tmp_path, SPACE).step < len(batches)
 
 
 def test_a_torn_checkpoint_falls_back_to_the_other(digits, tmp_path) -> None:
