@@ -25,7 +25,7 @@ from foxnas_mlflow.data import Preprocessing, calibration_images, evaluate, prep
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, load_model
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
 from foxnas_mlflow.workflows._evaluation import EvaluatorMaking, evaluator_making
-from foxnas_mlflow.workflows._timers import first_answering, open_meter
+from foxnas_mlflow.workflows._timers import first_answering, open_meter, time_subnet
 
 CALIBRATION_IMAGES = 200
 """Training images that the ranges of activations are measured on."""
@@ -251,7 +251,7 @@ def _measure(
     measure_int8 = stack.enter_context(open_meter(target, board, compiler_image=compiler_image, executor=executor))
 
     def timed(data: bytes) -> dict[str, Any]:
-        benchmark = measure_int8(data)
-        return {"latency_ms": benchmark.latency_ms_p50, "latency_valid": benchmark.valid}
+        timing = time_subnet(measure_int8, data)
+        return {"latency_ms": timing.latency_ms, "latency_valid": not timing.problems}
 
     return timed

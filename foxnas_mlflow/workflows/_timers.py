@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 _OPENED = contextlib.ExitStack()
 """What a worker has opened, until its process ends."""
 
-PROBE: Mapping[str, Any] = {"warmup": 2, "warmup_seconds": 0.3, "runs": 10, "min_seconds": 1.0, "max_seconds": 1.0}
-"""How a network with random weights is timed: a second is enough, since only its undisturbed runs count."""
+_SUBNET: Mapping[str, Any] = {"warmup": 2, "warmup_seconds": 0.3, "runs": 10, "min_seconds": 1.0, "max_seconds": 1.0}
+"""How a subnet is timed: a second is enough, since only its undisturbed runs count."""
 
-PROBE_ATTEMPTS = 3
+_SUBNET_ATTEMPTS = 3
 """Such measurements at most, until at least half of their runs were undisturbed."""
 
 Probe = tuple[bytes, list[NDArray[Any]] | None]
@@ -140,6 +140,25 @@ def open_measure(device: str, executor: Executor | None = None) -> Iterator[Call
         return
     with connect(device) as connection:
         yield lambda data, **options: measure(connection, data, **options)
+
+
+def time_subnet(measure_int8: Callable[..., Benchmark], int8: bytes, **options: Any) -> Timing:
+    """What a subnet costs on a device, whatever else the device does (protocol: docs/METHOD.md).
+
+    Args:
+        measure_int8: Of `open_meter`.
+        int8: The subnet's file.
+        options: Further ones of `measure_int8`.
+    """
+    from foxnas_mlflow.devices import subnet_timing
+
+    made: list[Benchmark] = []
+    while len(made) < _SUBNET_ATTEMPTS:
+        made.append(measure_int8(int8, attempts=1, **_SUBNET, **options))
+        timing = subnet_timing(made)
+        if not timing.problems and 2 * timing.n_runs >= sum(each.n_runs for each in made):
+            break
+    return timing
 
 
 @dataclass(frozen=True)
@@ -324,29 +343,19 @@ def _open_one(
     if target.runtime == "torch":
         yield _on_gpu(target, space, device)
         return
-    from foxnas_mlflow.devices import subnet_timing
-
     with open_meter(target, device, compiler_image=compiler_image) as measure_int8:
         measure_one = one_at_a_time(measure_int8)
 
         def time(architecture: Architecture) -> Timing:
             probe, expected = build(architecture)
-            made: list[Benchmark] = []
-            while len(made) < PROBE_ATTEMPTS:
-                benchmark = measure_one(
-                    probe,
-                    expected=expected,
-                    # Random weights carry through all layers what kernels round differently: LiteRT with and without
-                    # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.
-                    max_output_levels=1.0 if expected is None else max(1.0, float(expected[0].std())),
-                    attempts=1,
-                    **PROBE,
-                )
-                made.append(benchmark)
-                timing = subnet_timing(made)
-                if not timing.problems and 2 * timing.n_runs >= sum(each.n_runs for each in made):
-                    break
-            return timing
+            return time_subnet(
+                measure_one,
+                probe,
+                expected=expected,
+                # Random weights carry through all layers what kernels round differently: LiteRT with and without
+                # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.
+                max_output_levels=1.0 if expected is None else max(1.0, float(expected[0].std())),
+            )
 
         yield time
 
