@@ -156,6 +156,7 @@ _TERMS: Mapping[str, Callable[[_Blocks], FloatArray]] = {
     "log_K_first": lambda b: b.log_k[:, 0],
     "all_log_E": lambda b: b.sum(b.log_e),
     "all_log_K": lambda b: b.sum(b.log_k),
+    "mean_log_K": lambda b: b.sum(b.log_k) / b.depth,
 }
 """What a stage's blocks can be described by: n options to n numbers."""
 
@@ -181,7 +182,7 @@ class BlockFormula(Formula):
         shared: Terms with one coefficient for all stages.
         everywhere: Whether terms stay that do not vary in a space; a fit then needs a space that varies all.
         size_powers: Powers of the log of the image size that shift the linear scale.
-        by_size: Whether the coefficients of `shared` change with the log of the image size.
+        by_size: Terms of `shared` whose coefficients change with the log of the image size.
         several_sizes: Whether it needs rows of several image sizes.
     """
 
@@ -194,15 +195,15 @@ class BlockFormula(Formula):
     optional: tuple[str, ...] = ()
     everywhere: bool = False
     size_powers: int = 0
-    by_size: bool = False
+    by_size: tuple[str, ...] = ()
     several_sizes: bool = False
 
     def applies(self, space: SearchSpace, n_sizes: int) -> bool:
-        return (n_sizes > 1 or not self.several_sizes) and (bool(self._kept(space)[1]) or not self.by_size)
+        return (n_sizes > 1 or not self.several_sizes) and (bool(self._by_size(space)) or not self.by_size)
 
     def columns(self, space: SearchSpace) -> tuple[str, ...]:
         own, shared = self._kept(space)
-        by_size = tuple(f"{term}:log_size" for term in shared) if self.by_size else ()
+        by_size = tuple(f"{term}:log_size" for term in self._by_size(space))
         of_stages = (f"{term}_{s.width}" for s in space.stages for term in own)
         return (*of_stages, *shared, *by_size, *_SIZE_TERMS[: self.size_powers], "const")
 
@@ -214,10 +215,10 @@ class BlockFormula(Formula):
         values = np.empty((len(kinds), len(columns)))
         for i, term in enumerate((*own, *shared)):
             values[:, i] = _TERMS[term](blocks)
-        if self.by_size:
-            columns += range(start + len(shared), start + 2 * len(shared))
-            values = np.concatenate([values, values[:, q:] * _log_size(space, image_size)], axis=1)
-        return columns, values
+        by_size = self._by_size(space)
+        columns += range(start + len(shared), start + len(shared) + len(by_size))
+        chosen = [q + shared.index(term) for term in by_size]
+        return columns, np.concatenate([values, values[:, chosen] * _log_size(space, image_size)], axis=1)
 
     def constant(self, space: SearchSpace, image_size: int) -> FloatArray:
         log_size = _log_size(space, image_size)
@@ -231,6 +232,10 @@ class BlockFormula(Formula):
             tuple(t for t in terms if self.everywhere or _varies(t, space)) for terms in (self.own, self.shared)
         )
         return own, shared
+
+    def _by_size(self, space: SearchSpace) -> tuple[str, ...]:
+        """The terms of `by_size` that a space has."""
+        return tuple(term for term in self._kept(space)[1] if term in self.by_size)
 
 
 def _log_size(space: SearchSpace, image_size: int) -> float:
@@ -418,7 +423,18 @@ _FORMULAS: tuple[Formula, ...] = (
         shared=("D", "all_log_E", "all_log_K"),
         optional=("log_size_squared", "log_size_cubed"),
         size_powers=3,
-        by_size=True,
+        by_size=("D", "all_log_E", "all_log_K"),
+    ),
+    # The same where it is the kernels alone whose price changes with the size, and their mean in a stage counts: a
+    # kernel suits images of its size, however deep the network is. 7 coefficients, one of them optional, and an eighth.
+    dataclasses.replace(
+        _ACCURACY_OF_SIZES,
+        name="kernels-sizes",
+        own=(),
+        shared=("D", "all_log_E", "mean_log_K"),
+        optional=("log_size_squared", "log_size_cubed"),
+        size_powers=3,
+        by_size=("mean_log_K",),
     ),
     # A CPU's cost model: milliseconds = sum over `COST_TERMS` of a price times an amount, and a
     # constant. Deviation from the paper: physical amounts of the whole network in place of 35
@@ -463,6 +479,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "calibrated-sizes",
         "compact",
         "capacity-sizes",
+        "kernels-sizes",
         "capacity",
     ),
     "paper": ("paper",),
