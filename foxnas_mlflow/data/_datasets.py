@@ -37,7 +37,7 @@ from foxnas_mlflow.data._cache import Pixels, look_through
 from foxnas_mlflow.data._duplicates import duplicate_warnings, listed
 from foxnas_mlflow.data._glyphs import LETTERS, glyphs
 from foxnas_mlflow.data._listings import ListedPart, Listing, keep_listing, open_listing
-from foxnas_mlflow.data._look import FACTS, LOOKS
+from foxnas_mlflow.data._look import FACTS, LOOKS, STATISTICS_SIDE
 from foxnas_mlflow.data._names import Names, Paths
 from foxnas_mlflow.data._sources import (
     LIST_SUFFIXES,
@@ -50,7 +50,15 @@ from foxnas_mlflow.data._sources import (
     pictures_of_list,
     subfolders,
 )
-from foxnas_mlflow.data.preprocess import MAX_PIXELS, WHITE, Normalization, Preprocessing, decode_image, decode_picture
+from foxnas_mlflow.data.preprocess import (
+    MAX_PIXELS,
+    WHITE,
+    Normalization,
+    Preprocessing,
+    decode_image,
+    decode_picture,
+    is_too_large,
+)
 
 ImageArray = NDArray[np.uint8]
 
@@ -263,8 +271,13 @@ class ImageDataset:
         if self.unread:
             listed = ", ".join(f"{n} {suffix}" for suffix, n in sorted(self.unread.items()))
             found.append(f"files that are not read: {listed}")
-        if self.unreadable:
-            found.append(f"{len(self.unreadable)} damaged files are left out: {', '.join(self.unreadable[:5])}")
+        large = [name for name in self.unreadable if _too_large(name)]
+        damaged = [name for name in self.unreadable if name not in large]
+        if large:
+            what = f"{len(large)} pictures of more than {MAX_PIXELS // 10**6} million pixels are left out"
+            found.append(f"{what}, scale them down: {', '.join(large[:5])}")
+        if damaged:
+            found.append(f"{len(damaged)} damaged files are left out: {', '.join(damaged[:5])}")
         return found + list(self.notes) + self._duplicates()
 
     def _duplicates(self) -> list[str]:
@@ -905,6 +918,14 @@ def _gone_on_with(
     return dataclasses.replace(dataset, normalization=Normalization(begun.mean, begun.std), notes=tuple(notes))
 
 
+def _too_large(name: str) -> bool:
+    """Whether a file that could not be read is nothing but too large."""
+    try:
+        return is_too_large(Path(name).read_bytes(), shorter=STATISTICS_SIDE)
+    except OSError:
+        return False
+
+
 def _check_unreadable(unreadable: Sequence[str], total: int, source: str) -> None:
     if total == 0:
         raise InvalidInputError(
@@ -913,6 +934,7 @@ def _check_unreadable(unreadable: Sequence[str], total: int, source: str) -> Non
     if len(unreadable) > MAX_UNREADABLE * total:
         raise InvalidInputError(
             f"at most {MAX_UNREADABLE:.0%} of the images may be unreadable",
-            received=f"{len(unreadable)} of {total}, the first is {unreadable[0]}",
+            received=f"{len(unreadable)} of {total}, the first is {unreadable[0]}"
+            + (", which has too many pixels" if _too_large(unreadable[0]) else ""),
             remedy="remove or replace them",
         )

@@ -12,6 +12,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,6 +107,9 @@ def look_at(paths: Sequence[str], outputs: Sequence[Output], rows: Sequence[int]
     sizes = [size for size, _ in outputs]
     facts = np.zeros(len(paths), FACTS)
     with contextlib.ExitStack() as stack:
+        # What Pillow warns of, file after file (their size, odd palettes), the facts tell.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
         files = [stack.enter_context(open(name, "r+b", buffering=0)) for _, name in outputs]
         for i, (path, row) in enumerate(zip(paths, rows, strict=True)):
             facts[i], pixels = look(path, sizes)

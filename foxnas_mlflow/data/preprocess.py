@@ -111,6 +111,18 @@ def decode_each(
     return [decoded[scale] for scale in scales]
 
 
+def is_too_large(data: bytes, *, max_pixels: int = MAX_PIXELS, shorter: int = 0) -> bool:
+    """Whether `decode_image` refuses an image for its size alone. Nothing is decoded."""
+    try:
+        with _opened(data, max_pixels) as opened:
+            _reduce(opened, _scale(opened, shorter, max_pixels), max_pixels)
+    except _TooLargeError:
+        return True
+    except InvalidInputError:
+        pass
+    return False
+
+
 @functools.lru_cache(maxsize=None)
 def read_formats() -> tuple[str, ...]:
     """Those of `FORMATS` that are decoded here: AVIF and HEIF need a newer Pillow, or the package pillow-heif."""
@@ -145,17 +157,26 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Any]:
 
 def _loaded(opened: Any, scale: int, *, channels: int, max_pixels: int, background: int) -> Any:
     """A Pillow image of mode RGB or L."""
+    _reduce(opened, scale, max_pixels)
+    opened.load()
+    return _shown(opened, channels, background)
+
+
+def _reduce(opened: Any, scale: int, max_pixels: int) -> None:
+    """Have an opened image decoded at a reduced size, if that is within the limit."""
     if scale > 1:
         opened.draft(None, (opened.width // scale, opened.height // scale))
     width, height = opened.size
     if width * height > max_pixels:
         raise _too_large(f"{width} x {height}", max_pixels)
-    opened.load()
-    return _shown(opened, channels, background)
 
 
-def _too_large(received: str, max_pixels: int) -> InvalidInputError:
-    return InvalidInputError(f"an image has at most {max_pixels} pixels", received=received, remedy="scale it down")
+class _TooLargeError(InvalidInputError):
+    """An image is beyond the limit of what is decoded."""
+
+
+def _too_large(received: str, max_pixels: int) -> _TooLargeError:
+    return _TooLargeError(f"an image has at most {max_pixels} pixels", received=received, remedy="scale it down")
 
 
 def _scale(opened: Any, shorter: int, max_pixels: int) -> int:

@@ -203,6 +203,20 @@ def test_a_limit_that_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytes
         load_dataset(str(write_pictures(tmp_path / "data", 3)), sizes=(16,), keep=True)
 
 
+@pytest.mark.parametrize("n_processes", [1, 2])
+def test_a_huge_picture_is_left_out_without_words_of_pillow(
+    n_processes: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # Pillow warns from 89 million pixels on, and refuses twice as many.
+    image.new("1", (10_000, 9_000)).save(tmp_path / "huge.png")
+    image.new("1", (8, 8)).save(tmp_path / "small.png")
+    n_small = 1 if n_processes == 1 else 80
+    paths = [tmp_path / "huge.png", *[tmp_path / "small.png"] * n_small]
+    facts = look_at_all(paths, n_processes=n_processes)
+    assert facts["whole"].tolist() == [False, *[True] * n_small]
+    assert capfd.readouterr().err == ""
+
+
 def test_only_what_changed_is_looked_at_again(tmp_path: Path) -> None:
     data = write_pictures(tmp_path / "data", 12)
     load_dataset(str(data))

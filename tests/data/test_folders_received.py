@@ -61,6 +61,25 @@ def test_one_file_cut_off_among_many_is_named_before_training(tmp_path: Path, ke
         load_dataset(str(root), sizes=(SIZE,), keep=keep)
 
 
+def test_a_picture_that_is_too_large_is_not_called_damaged(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", 30)
+    # 56 and 90 million pixels; Pillow itself has something to say of the second. A JPEG is read at a reduced size.
+    for name, size in (("a.png", (8_000, 7_000)), ("b.png", (10_000, 9_000)), ("c.jpg", (8_000, 7_000))):
+        image.new("1", size).save(root / "cat" / name)
+    torn = root / "cat/007.jpg"
+    torn.write_bytes(torn.read_bytes()[:400])
+    dataset = load_dataset(str(root), sizes=(SIZE,))
+    large = f"{root / 'cat/a.png'}, {root / 'cat/b.png'}"
+    assert [text for text in dataset.warnings() if "left out" in text] == [
+        f"2 pictures of more than 40 million pixels are left out, scale them down: {large}",
+        f"1 damaged files are left out: {torn}",
+    ]
+    assert any(path.name == "c.jpg" for part in (dataset.train, dataset.val) for path in part.paths)
+    image.new("1", (8_000, 7_000)).save(root / "cat" / "000.png")
+    with pytest.raises(InvalidInputError, match=r"received 4 of 64, the first is \S+, which has too many pixels"):
+        load_dataset(str(root), sizes=(SIZE,))
+
+
 def test_all_pictures_of_a_class_in_two_formats_are_trained_on(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", 5)
     for k, label in enumerate(("cat", "dog")):
