@@ -77,9 +77,8 @@ class SupernetRequest(Request):
             )
 
 
-HEAD_FIRST, LAYER_DECAY = 0.15, 0.9
-"""Of a training with known weights: the share in which the head learns alone, and the learning rate of a unit as a
-share of the next one's."""
+HEAD_FIRST = 0.05
+"""Share of a training with known weights in which the head and the norms learn alone (docs/METHOD.md)."""
 
 N_RANDOM = 10
 """Random subnets of the final evaluation; an epoch's takes the first two."""
@@ -340,7 +339,6 @@ def _begin(
             accumulate=request.accumulate,
             class_weights=_class_weights(request, data),
             head_first=HEAD_FIRST if request.init else 0.0,
-            layer_decay=LAYER_DECAY if request.init else 1.0,
             seed=request.seed,
         )
         supernet = Supernet(space)
