@@ -134,6 +134,10 @@ def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str
     assert measured["output_difference"] == 0
     table = list(csv.DictReader(_text(parent.info.run_id, "predicted_vs_real.csv").splitlines()))
     assert all(float(row["latency_ms"]) > 0 for row in table)
+    # A limit that nobody asked for is no gate's.
+    for run in client.search_runs(["0"], "tags.`foxnas.stage` = 'promote'"):
+        verdicts = {v["gate"]: v for v in json.loads(_text(run.info.run_id, "promotion.json"))["verdicts"]}
+        assert verdicts["latency"]["limit"] is None
     # The gates may refuse on a busy machine; where they do not, the compiled file is what is served.
     if status == 0:
         staged = client.get_model_version_by_alias("foxnas-edgetpu-edgetpu", "staging")

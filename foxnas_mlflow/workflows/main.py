@@ -66,7 +66,7 @@ class MainRequest(GoalRequest, ExecutorRequest):
     latency_ms: tuple[float, ...] = parameter(
         (),
         "Latency limit in milliseconds, or several: a network each, the first goes on to promotion; empty: the middle "
-        "of what is reachable, where nothing else is asked.",
+        "of what is reachable, where nothing else is asked; promotion then asks for no latency.",
         above=0,
     )
     preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Size of images and of training.")
@@ -289,7 +289,8 @@ class _Pipeline:
             refusal = PromotionError("a network that another one beats is not promoted", received=compared.checks[0])
         elif self._device and request.stage.lower() != "none":
             try:
-                self._promote(model, latency_ms)
+                # A limit that nobody asked for refuses nothing.
+                self._promote(model, None if request.is_open else latency_ms)
             except PromotionError as error:
                 refusal = error
         metrics, summary = conclude(
