@@ -17,7 +17,7 @@ from foxnas_mlflow.core.measurements import Timing
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE, SearchSpace
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.devices import Connection, LocalConnection, connect, host_answer, measure
+from foxnas_mlflow.devices import Connection, LocalConnection, connect, host_answer, measure, subnet_timing
 from foxnas_mlflow.testing import ConnectionSuite, FakeBoard, TimerSuite
 from foxnas_mlflow.tflite import write_probe
 from foxnas_mlflow.workflows._timers import open_timer
@@ -74,7 +74,7 @@ class TestMeasured(TimerSuite):
     def timer(self) -> Callable[[Architecture], Timing]:
         def time(architecture: Architecture) -> Timing:
             with FakeBoard(lambda model: len(model) / 1e6) as board:
-                return measure(board, write_probe(build_network(CPU_SPACE, architecture))).timing
+                return subnet_timing([measure(board, write_probe(build_network(CPU_SPACE, architecture)))])
 
         return time
 
@@ -84,7 +84,7 @@ def test_a_fake_board_measures_what_it_is_told_and_says_that_it_is_nobodys() -> 
     with FakeBoard(lambda model: 7.0 if model == probe else 1.0, seed=3) as board:
         benchmark = measure(board, probe, runs=400, expected=host_answer(probe))
     assert benchmark.latency_ms_p50 == pytest.approx(7.0, rel=0.002)
-    assert (benchmark.emulated, benchmark.timing.emulated, benchmark.valid) == (True, True, True)
+    assert (benchmark.emulated, subnet_timing([benchmark]).emulated, benchmark.valid) == (True, True, True)
     assert benchmark.output_difference == 0
     assert benchmark.n_runs == 400
 
@@ -93,7 +93,7 @@ def test_a_fake_board_goes_away_when_it_is_told_to(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("foxnas_mlflow.devices._measure.RECONNECT_SECONDS", 0.2)
     probe = write_probe(build_network(CPU_SPACE, CPU_SPACE.smallest(192)))
     with FakeBoard(lambda model: 7.0, measurements=2) as board:
-        assert [measure(board, probe).timing.latency_ms for _ in range(2)] == pytest.approx([7.0, 7.0], rel=0.01)
+        assert [measure(board, probe).latency_ms_p50 for _ in range(2)] == pytest.approx([7.0, 7.0], rel=0.01)
         with pytest.raises(ConnectionLostError, match="fake board"):
             measure(board, probe)
 
