@@ -271,8 +271,9 @@ class ImageDataset:
         if self.unread:
             listed = ", ".join(f"{n} {suffix}" for suffix, n in sorted(self.unread.items()))
             found.append(f"files that are not read: {listed}")
-        large = [name for name in self.unreadable if _too_large(name)]
-        damaged = [name for name in self.unreadable if name not in large]
+        large, damaged = [], []
+        for name in self.unreadable:
+            (large if _too_large(name) else damaged).append(name)
         if large:
             what = f"{len(large)} pictures of more than {MAX_PIXELS // 10**6} million pixels are left out"
             found.append(f"{what}, scale them down: {', '.join(large[:5])}")
