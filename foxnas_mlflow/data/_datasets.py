@@ -271,7 +271,8 @@ class ImageDataset:
         if self.unread:
             listed = ", ".join(f"{n} {suffix}" for suffix, n in sorted(self.unread.items()))
             found.append(f"files that are not read: {listed}")
-        large, damaged = [], []
+        large: list[str] = []
+        damaged: list[str] = []
         for name in self.unreadable:
             (large if _too_large(name) else damaged).append(name)
         if large:
