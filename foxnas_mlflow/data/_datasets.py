@@ -274,7 +274,7 @@ class ImageDataset:
         large: list[str] = []
         damaged: list[str] = []
         for name in self.unreadable:
-            (large if _too_large(name) else damaged).append(name)
+            (large if _left_out_for_size(name) else damaged).append(name)
         if large:
             what = f"{len(large)} pictures of more than {MAX_PIXELS // 10**6} million pixels are left out"
             found.append(f"{what}, scale them down: {', '.join(large[:5])}")
@@ -920,7 +920,7 @@ def _gone_on_with(
     return dataclasses.replace(dataset, normalization=Normalization(begun.mean, begun.std), notes=tuple(notes))
 
 
-def _too_large(name: str) -> bool:
+def _left_out_for_size(name: str) -> bool:
     """Whether a file that could not be read is nothing but too large."""
     try:
         return is_too_large(Path(name).read_bytes(), shorter=STATISTICS_SIDE)
@@ -937,6 +937,6 @@ def _check_unreadable(unreadable: Sequence[str], total: int, source: str) -> Non
         raise InvalidInputError(
             f"at most {MAX_UNREADABLE:.0%} of the images may be unreadable",
             received=f"{len(unreadable)} of {total}, the first is {unreadable[0]}"
-            + (", which has too many pixels" if _too_large(unreadable[0]) else ""),
+            + (", which has too many pixels" if _left_out_for_size(unreadable[0]) else ""),
             remedy="remove or replace them",
         )

@@ -66,16 +66,19 @@ def find_checkpoints(resume: str, destination: Path) -> list[Path]:
     return found
 
 
-def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> None:
+def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> list[str]:
     """Log a data set as an input of the run, with its digest (36 characters fit MLflow's column).
 
     It becomes the run's `dataset`, which its accuracies are logged with.
 
     ==========================  =====================================================================
     ``data_warnings.txt``       what a user should know of the data; tag ``foxnas.data_warnings``: how many
-    ``unreadable.txt``          damaged files that were left out
+    ``unreadable.txt``          files that were left out, damaged or too large
     ``skipped.txt``             files that broke while the run lasted; metric ``data/skipped``: how many
     ==========================  =====================================================================
+
+    Returns:
+        What a user should know of the data.
     """
     source = CodeDatasetSource(tags={"mlflow.source.name": dataset.source})
     # MLflow documents this use of a class that it declares abstract.
@@ -106,6 +109,7 @@ def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> None:
             run.log_text("\n".join(broken) + "\n", "skipped.txt")
 
     run.at_end.append(log_broken)
+    return warnings
 
 
 def log_supernet(run: EntryRun, model: SupernetModel, metrics: Mapping[str, float], *, step: int, name: str) -> str:

@@ -150,8 +150,7 @@ def run_supernet(request: SupernetRequest, *, tags: Mapping[str, str] | None = N
         resolved = ("epochs", "batch_size", "learning_rate", "width_mult", "strategy")
         given = {key: value for key, value in request.texts().items() if key not in resolved}
         with entry_run(stage="supernet", params=given, space=space.name, tags=tags) as run:
-            log_dataset(run, dataset, context="training")
-            for warning in dataset.warnings():
+            for warning in log_dataset(run, dataset, context="training"):
                 logger.warning("%s", warning)
             return _train_and_register(request, preset, space, dataset, worker, run)
 

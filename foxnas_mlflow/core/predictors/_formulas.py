@@ -365,6 +365,16 @@ _ACCURACY_OF_SIZES = BlockFormula(
     several_sizes=True,
 )
 
+_CAPACITY_OF_SIZES = dataclasses.replace(
+    _ACCURACY_OF_SIZES,
+    name="capacity-sizes",
+    own=(),
+    shared=("D", "all_log_E", "all_log_K"),
+    optional=("log_size_squared", "log_size_cubed"),
+    size_powers=3,
+    by_size=("D", "all_log_E", "all_log_K"),
+)
+
 _FORMULAS: tuple[Formula, ...] = (
     # Equation 2 for accuracy: 8 terms a stage and a constant (41 coefficients for m = 5).
     BlockFormula(
@@ -416,24 +426,13 @@ _FORMULAS: tuple[Formula, ...] = (
     ),
     # The same with prices of capacity that change with the image size: large images have more to show.
     # 9 coefficients, and a tenth for a size's own part where the rows have four sizes.
-    dataclasses.replace(
-        _ACCURACY_OF_SIZES,
-        name="capacity-sizes",
-        own=(),
-        shared=("D", "all_log_E", "all_log_K"),
-        optional=("log_size_squared", "log_size_cubed"),
-        size_powers=3,
-        by_size=("D", "all_log_E", "all_log_K"),
-    ),
+    _CAPACITY_OF_SIZES,
     # The same where it is the kernels alone whose price changes with the size, and their mean in a stage counts: a
     # kernel suits images of its size, however deep the network is. 7 coefficients, one of them optional, and an eighth.
     dataclasses.replace(
-        _ACCURACY_OF_SIZES,
+        _CAPACITY_OF_SIZES,
         name="kernels-sizes",
-        own=(),
         shared=("D", "all_log_E", "mean_log_K"),
-        optional=("log_size_squared", "log_size_cubed"),
-        size_powers=3,
         by_size=("mean_log_K",),
     ),
     # A CPU's cost model: milliseconds = sum over `COST_TERMS` of a price times an amount, and a
