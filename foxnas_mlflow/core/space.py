@@ -488,7 +488,19 @@ PROXYLESS_SPACE = SearchSpace(
 )
 """Once-for-all's ProxylessNAS space; its last block, elastic there, is fixed here (k = 3, e = 6)."""
 
-BUILTIN_SPACES: Mapping[str, SearchSpace] = {space.name: space for space in (CPU_SPACE, TPU_SPACE, PROXYLESS_SPACE)}
+LITE_SPACE = PROXYLESS_SPACE.replace(
+    name="lite",
+    image_sizes=(96, 128, 160, 192, 224),
+    stages=tuple(
+        StageSpec(width, stride, "mbconv")
+        for width, stride in zip((24, 40, 80, 112, 192), (2, 2, 2, 1, 2), strict=True)
+    ),
+)
+"""EfficientNet-Lite0's skeleton: no gates and ReLU6 throughout, so its published weights are ours as they are."""
+
+BUILTIN_SPACES: Mapping[str, SearchSpace] = {
+    space.name: space for space in (CPU_SPACE, TPU_SPACE, PROXYLESS_SPACE, LITE_SPACE)
+}
 
 
 def get_space(name_or_path: str) -> SearchSpace:

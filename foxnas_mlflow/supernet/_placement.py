@@ -23,7 +23,7 @@ from foxnas_mlflow.supernet._source import Source, layer_of
 
 _REMEDY = (
     "give the space and preset whose blocks the weights have: space=cpu for MobileNetV3-Large, "
-    "space=proxyless for ProxylessNAS, a YAML of one's own for others"
+    "space=lite for EfficientNet-Lite0, space=proxyless for ProxylessNAS, a YAML of one's own for others"
 )
 _CLASSIFIER = "head.classifier"
 

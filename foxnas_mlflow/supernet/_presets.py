@@ -4,6 +4,7 @@
 |--------|----------------|-----------------------------------------------------------------|
 | tiny   | 16 to 28 px    | minutes on two processor cores: 15 epochs, at most 2,600 steps  |
 | small  | 32 to 96 px    | hours on a processor, tens of minutes on a GPU                  |
+| medium | 96 to 224 px   | photographs with known weights: likewise for a few thousand     |
 | paper  | 128 to 320 px  | ImageNet: the paper's epochs, about 1,200 GPU hours             |
 
 The parameter ``epochs`` of a training sets another number of passes, without a limit of steps. All
@@ -88,6 +89,17 @@ PRESETS: Mapping[str, Preset] = {
             strides=(2, 2, 1, 1, 2),
             width_mult=0.5,
             epochs=100,
+            batch_size=128,
+            learning_rate=0.2,
+            weight_decay=5e-4,
+        ),
+        # The channels and strides of published weights, which a narrower space would break.
+        Preset(
+            "medium",
+            image_sizes=(96, 128, 160, 192, 224),
+            strides=(),
+            width_mult=1.0,
+            epochs=40,
             batch_size=128,
             learning_rate=0.2,
             weight_decay=5e-4,

@@ -1,4 +1,4 @@
-"""Published single networks under our names: timm's and torchvision's MobileNetV3 and EfficientNet-Lite.
+"""Published single networks under our names: timm's and torchvision's MobileNetV3, and EfficientNet-Lite.
 
 | timm                          | torchvision                    | here                              |
 |-------------------------------|--------------------------------|-----------------------------------|
@@ -12,6 +12,10 @@
 | blocks.6.0 (EfficientNet)     |                                | tail.block                        |
 | conv_head                     | classifier.0                   | head.hidden, or tail.conv         |
 | classifier                    | classifier.3                   | head.classifier                   |
+
+EfficientNet-Lite comes under the names of the package ``efficientnet_pytorch`` too: ``_conv_stem``,
+``_blocks.{i}._expand_conv``, ``_depthwise_conv``, ``_project_conv``, ``_conv_head``, ``_fc``. These are TensorFlow's
+weights, with its padding and its constant of batch norm; TensorFlow's padding is ours.
 
 A stage begins where a block's output has another width; what the weights do not tell (activations, strides,
 the constant of batch norm) is known of the family.
@@ -31,14 +35,14 @@ from foxnas_mlflow.core.network import NORM_EPSILON
 from foxnas_mlflow.supernet._source import Source
 from foxnas_mlflow.supernet._style import SourceActivation, Style
 
-_TORCHVISION_EPSILON = 1e-3
+_TORCHVISION_EPSILON = _TENSORFLOW_EPSILON = 1e-3
 
 _SMALL_BLOCKS = 11
 """Blocks of MobileNetV3-Small; Large has 15."""
 
 _KNOWN = (
-    "timm's or torchvision's MobileNetV3-Large, MobileNetV3-Small or EfficientNet-Lite, or once-for-all's MobileNetV3 "
-    "or ProxylessNAS"
+    "timm's or torchvision's MobileNetV3-Large, MobileNetV3-Small or EfficientNet-Lite, efficientnet_lite_pytorch's "
+    "EfficientNet-Lite, or once-for-all's MobileNetV3 or ProxylessNAS"
 )
 
 
@@ -62,6 +66,7 @@ class _Skeleton:
     blocks: list[_Block]
     tail: list[tuple[str, _Layer]]
     epsilon: float
+    symmetric: bool = True
 
 
 def from_published(tensors: Mapping[str, Tensor]) -> Source:
@@ -74,6 +79,8 @@ def from_published(tensors: Mapping[str, Tensor]) -> Source:
         maker, skeleton = "timm", _timm(tensors)
     elif "features.0.0.weight" in tensors:
         maker, skeleton = "torchvision", _torchvision(tensors)
+    elif "_conv_stem.weight" in tensors:
+        maker, skeleton = "efficientnet_pytorch", _efficientnet_pytorch(tensors)
     else:
         raise InvalidInputError(f"init must hold the weights of {_KNOWN}", received=", ".join(list(tensors)[:3]))
     if not skeleton.blocks or "expand" in skeleton.blocks[0]:
@@ -89,7 +96,7 @@ def from_published(tensors: Mapping[str, Tensor]) -> Source:
         )
     family, strides = _family(len(skeleton.blocks), swish)
     activations = _activations(list(names), len(skeleton.blocks)) if swish else {}
-    return Source(f"{maker}'s {family}", values, Style(activations, symmetric=True), strides=strides)
+    return Source(f"{maker}'s {family}", values, Style(activations, symmetric=skeleton.symmetric), strides=strides)
 
 
 def _family(n_blocks: int, swish: bool) -> tuple[str, tuple[int, ...]]:
@@ -185,6 +192,22 @@ def _torchvision(tensors: Mapping[str, Tensor]) -> _Skeleton:
         ("head.classifier", _Layer("classifier.3")),
     ]
     return _Skeleton(_Layer("features.0.0", "features.0.1"), blocks, tail, _TORCHVISION_EPSILON)
+
+
+def _efficientnet_pytorch(tensors: Mapping[str, Tensor]) -> _Skeleton:
+    count = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("_blocks.")), default=-1)
+    blocks: list[_Block] = []
+    for p in (f"_blocks.{i}" for i in range(count)):
+        layers: _Block = {}
+        if f"{p}._expand_conv.weight" in tensors:
+            layers["expand"] = _Layer(f"{p}._expand_conv", f"{p}._bn0")
+        layers["depthwise"] = _Layer(f"{p}._depthwise_conv", f"{p}._bn1")
+        if f"{p}._se_reduce.weight" in tensors:
+            layers |= {"se.reduce": _Layer(f"{p}._se_reduce"), "se.expand": _Layer(f"{p}._se_expand")}
+        layers["project"] = _Layer(f"{p}._project_conv", f"{p}._bn2")
+        blocks.append(layers)
+    tail = [("tail.conv", _Layer("_conv_head", "_bn1")), ("head.classifier", _Layer("_fc"))]
+    return _Skeleton(_Layer("_conv_stem", "_bn0"), blocks, tail, _TENSORFLOW_EPSILON, symmetric=False)
 
 
 def _tensors(name: str, layer: _Layer, theirs: Mapping[str, Tensor], epsilon: float) -> dict[str, Tensor]:

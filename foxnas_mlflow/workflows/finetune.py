@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from foxnas_mlflow.workflows._images import images_of
+from foxnas_mlflow.workflows._images import PresetName, images_of
 from foxnas_mlflow.workflows._request import Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
 
@@ -27,7 +27,7 @@ class FinetuneRequest(Request):
 
     subnet: str = parameter("", "Model URI of a subnet with weights.")
     data: str = parameter("glyphs", "The images that its supernet was trained on.")
-    preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Learning rate and batch size.")
+    preset: PresetName = parameter("tiny", "Learning rate and batch size.")
     epochs: int = parameter(1, "Passes over the training images.", at_least=1)
     max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
     target: str = parameter("", "Target of the search, for the run's tag.")

@@ -24,6 +24,7 @@ from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._addresses import addresses
 from foxnas_mlflow.workflows._executor import WORKING, ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
+from foxnas_mlflow.workflows._images import PresetName
 from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
 from foxnas_mlflow.workflows.benchmark import BenchmarkRequest, BenchmarkResult, run_benchmark
@@ -69,8 +70,8 @@ class MainRequest(GoalRequest, ExecutorRequest):
         "of what is reachable, where nothing else is asked; promotion then asks for no latency.",
         above=0,
     )
-    preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Size of images and of training.")
-    space: str = parameter("", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: the target's.")
+    preset: PresetName = parameter("tiny", "Size of images and of training.")
+    space: str = parameter("", "Search space: cpu, tpu, proxyless, lite or the path of a YAML; empty: the target's.")
     supernet: str = parameter("", "Model URI of a trained supernet; empty: train one.")
     epochs: int = parameter(0, "Epochs of the supernet; 0: the preset's.", at_least=0)
     init: str = parameter(

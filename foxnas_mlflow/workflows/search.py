@@ -48,7 +48,7 @@ class SearchRequest(GoalRequest, ExecutorRequest):
         0.95, "Probability in [0.5, 1) that measurements meet all limits together.", at_least=0.5, below=1
     )
     space: str = parameter(
-        "", "Search space: cpu, tpu, proxyless or the path of a YAML; empty: that of the predictors."
+        "", "Search space: cpu, tpu, proxyless, lite or the path of a YAML; empty: that of the predictors."
     )
     image_size: tuple[int, ...] = parameter(
         (), "Image sizes in px, comma separated; empty: all that the predictors know."

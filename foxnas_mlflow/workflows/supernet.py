@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.processors import n_processors
+from foxnas_mlflow.workflows._images import PresetName
 from foxnas_mlflow.workflows._request import Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
@@ -30,8 +31,8 @@ class SupernetRequest(Request):
     data: str = parameter(
         "glyphs", "Images: glyphs, digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
     )
-    space: str = parameter("cpu", "Search space: cpu, tpu, proxyless or the path of a YAML.")
-    preset: Literal["tiny", "small", "paper"] = parameter("tiny", "Size of images and schedule.")
+    space: str = parameter("cpu", "Search space: cpu, tpu, proxyless, lite or the path of a YAML.")
+    preset: PresetName = parameter("tiny", "Size of images and schedule.")
     strategy: Literal["sandwich", "progressive_shrinking"] = parameter("sandwich", "How to train.")
     epochs: int = parameter(0, "Passes over the training images; 0: the preset's.", at_least=0)
     batch_size: int = parameter(0, "Images a step on each process; 0: the preset's.", at_least=0)

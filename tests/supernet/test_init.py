@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.core.space import CPU_SPACE, PROXYLESS_SPACE, SearchSpace, StageSpec
+from foxnas_mlflow.core.space import CPU_SPACE, LITE_SPACE, SearchSpace, StageSpec
 from foxnas_mlflow.data import load_dataset
 from foxnas_mlflow.supernet import (
     Batches,
@@ -43,11 +43,7 @@ SMALL = CPU_SPACE.replace(
     in_channels=1,
     n_classes=10,
 )
-LITE = PROXYLESS_SPACE.replace(
-    name="lite",
-    image_sizes=(64,),
-    stages=tuple(StageSpec(w, s, "mbconv") for w, s in zip((24, 40, 80, 112, 192), (2, 2, 2, 1, 2), strict=True)),
-)
+LITE = LITE_SPACE.replace(image_sizes=(64,))
 
 # Kernel, hidden channels, outputs, gate, stride, activation of the published blocks behind the first.
 LARGE = [
@@ -87,7 +83,7 @@ class Published:
     def __init__(self, blocks: list[tuple[Any, ...]], *, library: str, n_classes: int = 1000) -> None:
         self.blocks, self.library = blocks, library
         self.swish = blocks is LARGE
-        self.epsilon = 1e-3 if library == "torchvision" else 1e-5
+        self.epsilon = 1e-5 if library == "timm" else 1e-3
         self.tensors: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(3)
         self.stem = 16 if self.swish else 32
@@ -135,7 +131,7 @@ class Published:
         for (conv, _), _, dims in tail[1:]:
             weight, bias = self.tensors[f"{conv}.weight"], self.tensors[f"{conv}.bias"]
             x = F.linear(x.flatten(1), weight.flatten(1), bias)
-            if "classifier.3" not in conv and conv != "classifier":
+            if conv not in ("classifier.3", "classifier", "_fc"):
                 x = swish(x)
             assert weight.ndim == dims
         return x
@@ -143,7 +139,11 @@ class Published:
     def _run(self, x: Tensor, conv: str, norm: str = "", stride: int = 1, groups: int = 1) -> Tensor:
         weight, t = self.tensors[f"{conv}.weight"], self.tensors
         bias = None if norm else t[f"{conv}.bias"]
-        y = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, 1, groups)
+        missing = weight.shape[-1] - 1
+        if stride == 2 and self.library == "efficientnet_pytorch":
+            # TensorFlow's SAME of an even size: one pixel more at the end.
+            x, missing = F.pad(x, ((missing - 1) // 2, missing // 2) * 2), 0
+        y = F.conv2d(x, weight, bias, stride, missing // 2, 1, groups)
         if not norm:
             return y
         parts = (t[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
@@ -169,6 +169,10 @@ class Published:
         if self.library == "timm":
             p = "blocks.0.0"
             return [("conv_stem", "bn1")], [(f"{p}.conv_dw", f"{p}.bn1"), (f"{p}.conv_pw", f"{p}.bn2")]
+        if self.library == "efficientnet_pytorch":
+            p = "_blocks.0"
+            convs = [(f"{p}._depthwise_conv", f"{p}._bn1"), (f"{p}._project_conv", f"{p}._bn2")]
+            return [("_conv_stem", "_bn0")], convs
         p = "features.1.block"
         return [("features.0.0", "features.0.1")], [(f"{p}.{i}.0", f"{p}.{i}.1") for i in (0, 1)]
 
@@ -177,6 +181,9 @@ class Published:
             p, gate = f"features.{i + 2}.block", self.blocks[i][3]
             convs = (0, 1, 3 if gate else 2)
             return [(f"{p}.{j}.0", f"{p}.{j}.1") for j in convs], [f"{p}.2.fc1", f"{p}.2.fc2"]
+        if self.library == "efficientnet_pytorch":
+            p = f"_blocks.{i + 1}"
+            return [(f"{p}._{c}_conv", f"{p}._bn{n}") for n, c in enumerate(("expand", "depthwise", "project"))], []
         # timm's stages begin where the width or the stride changes.
         stage, block, last = 0, 0, (0, 0)
         for j in range(i + 1):
@@ -199,7 +206,10 @@ class Published:
                 (("conv_head", ""), (1280, 960), 4),
                 (("classifier", ""), (n_classes, 1280), 2),
             ]
-        return [(("conv_head", "bn2"), (1280, 320), 4), (("classifier", ""), (n_classes, 1280), 2)]
+        conv, norm, last = (
+            ("conv_head", "bn2", "classifier") if self.library == "timm" else ("_conv_head", "_bn1", "_fc")
+        )
+        return [((conv, norm), (1280, 320), 4), ((last, ""), (n_classes, 1280), 2)]
 
 
 def images(space: SearchSpace, n: int = 2) -> Tensor:
@@ -224,15 +234,16 @@ def same(a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def published(kind: str) -> Published:
-    return Published(LITE0 if kind == "lite" else LARGE, library="torchvision" if kind == "torchvision" else "timm")
+    lite = kind in ("lite", "efficientnet_pytorch")
+    return Published(LITE0 if lite else LARGE, library="timm" if kind == "lite" else kind)
 
 
-@pytest.mark.parametrize("kind", ["timm", "torchvision", "lite"])
+@pytest.mark.parametrize("kind", ["timm", "torchvision", "lite", "efficientnet_pytorch"])
 def test_a_published_network_computes_the_same_inside_the_supernet(kind: str, tmp_path: Path) -> None:
     reference = published(kind)
     path = tmp_path / "net.safetensors"
     save_file({name: t.contiguous() for name, t in reference.tensors.items()}, path)
-    space = LITE if kind == "lite" else CPU_SPACE.replace(image_sizes=(64,))
+    space = LITE if kind in ("lite", "efficientnet_pytorch") else CPU_SPACE.replace(image_sizes=(64,))
     supernet = Supernet(space)
     report = load_init(path, supernet)
     assert report.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -242,11 +253,11 @@ def test_a_published_network_computes_the_same_inside_the_supernet(kind: str, tm
     for logits in outputs(supernet, report, x):
         same(logits, expected)
         assert float(F.cosine_similarity(logits, expected).min()) >= 0.999
-    # Its values are in the range where activations differ.
+    # Its values are in the range where activations and padding differ; TensorFlow's are ours.
     with torch.no_grad():
         supernet.style = supernet.style.at(0.0)
         supernet.set_subnet(report.architecture)
-        assert not torch.allclose(supernet(x), expected, rtol=1e-2)
+        assert torch.allclose(supernet(x), expected, rtol=1e-2) == (kind == "efficientnet_pytorch")
 
 
 def test_a_wider_space_with_other_classes_and_grey_images_keeps_the_features(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from foxnas_mlflow.core.errors import InvalidInputError, TrainingError, WorkerLostError
-from foxnas_mlflow.core.space import CPU_SPACE, StageSpec
+from foxnas_mlflow.core.space import CPU_SPACE, LITE_SPACE, StageSpec
 from foxnas_mlflow.data import ArrayImages, Normalization, load_dataset
 from foxnas_mlflow.supernet import (
+    PRESETS,
     Batches,
     SubnetEvaluator,
     Supernet,
@@ -36,6 +38,7 @@ from foxnas_mlflow.supernet._modes import _fastest, _likely, fastest_workers, re
 from foxnas_mlflow.supernet._optimizer import Sgd, learning_rate
 from foxnas_mlflow.supernet._step import Workers, set_gradients
 from foxnas_mlflow.supernet._strategy import Sandwich
+from foxnas_mlflow.workflows._images import PresetName
 
 pytestmark = pytest.mark.train
 
@@ -79,9 +82,15 @@ def test_a_preset_trains_fewer_epochs_of_more_images() -> None:
     assert get_preset("paper").epochs_for(10**6) == get_preset("paper").epochs
 
 
+def test_every_preset_can_be_named() -> None:
+    assert set(get_args(PresetName)) == set(PRESETS)
+
+
 def test_a_preset_shrinks_built_in_spaces_and_leaves_ones_own_as_it_is() -> None:
     tiny = get_preset("tiny")
     assert tiny.space(CPU_SPACE, in_channels=1, n_classes=7).image_sizes == (16, 20, 24, 28)
+    medium = get_preset("medium").space(LITE_SPACE, in_channels=3, n_classes=7)
+    assert (medium.width_mult, medium.stages) == (LITE_SPACE.width_mult, LITE_SPACE.stages)
     assert tiny.space(SPACE, in_channels=3, n_classes=7) == SPACE.replace(in_channels=3, n_classes=7)
 
 
