@@ -3,7 +3,7 @@
 | source            | what                                                                         |
 |-------------------|------------------------------------------------------------------------------|
 | ``digits``        | scikit-learn's 1,797 handwritten digits, 8 x 8 grey, embedded                 |
-| ``glyphs``        | 2,880 drawn letters of 18 classes, 32 x 32 in colour: see `_glyphs`           |
+| ``glyphs``        | 3,960 drawn letters of 18 classes, 32 x 32 in colour: see `_glyphs`           |
 | ``fashion-mnist`` | 70,000 pictures of clothes, 28 x 28 grey, from Debian's dataset-fashion-mnist |
 | a folder          | IDX files; one folder a class; or ``train`` and ``val`` (and ``test``) with   |
 |                   | one folder a class each, under any usual name                                 |

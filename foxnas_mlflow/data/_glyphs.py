@@ -55,7 +55,7 @@ VALIDATION_FONTS = (
 SIZE = 32
 """Height and width of the images in pixels."""
 
-N_TRAIN, N_VALIDATION = 100, 60
+N_TRAIN, N_VALIDATION = 100, 120
 """Images of each letter."""
 
 _HEIGHT = (0.55, 0.75)  # of a letter, as a share of the image's

@@ -2,7 +2,7 @@
 
 | preset | images         | cost                                                            |
 |--------|----------------|-----------------------------------------------------------------|
-| tiny   | 16 to 28 px    | minutes on two processor cores: 15 epochs, at most 2,600 steps  |
+| tiny   | 12 to 24 px    | minutes on two processor cores: 15 epochs, at most 2,600 steps  |
 | small  | 32 to 96 px    | hours on a processor, tens of minutes on a GPU                  |
 | medium | 96 to 224 px   | photographs with known weights: likewise for a few thousand     |
 | paper  | 128 to 320 px  | ImageNet: the paper's epochs, about 1,200 GPU hours             |
@@ -74,7 +74,7 @@ PRESETS: Mapping[str, Preset] = {
     for preset in (
         Preset(
             "tiny",
-            image_sizes=(16, 20, 24, 28),
+            image_sizes=(12, 16, 20, 24),
             strides=(1, 2, 1, 1, 2),
             width_mult=0.35,
             epochs=15,

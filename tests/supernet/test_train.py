@@ -88,7 +88,7 @@ def test_every_preset_can_be_named() -> None:
 
 def test_a_preset_shrinks_built_in_spaces_and_leaves_ones_own_as_it_is() -> None:
     tiny = get_preset("tiny")
-    assert tiny.space(CPU_SPACE, in_channels=1, n_classes=7).image_sizes == (16, 20, 24, 28)
+    assert tiny.space(CPU_SPACE, in_channels=1, n_classes=7).image_sizes == (12, 16, 20, 24)
     medium = get_preset("medium").space(LITE_SPACE, in_channels=3, n_classes=7)
     assert (medium.width_mult, medium.stages) == (LITE_SPACE.width_mult, LITE_SPACE.stages)
     assert tiny.space(SPACE, in_channels=3, n_classes=7) == SPACE.replace(in_channels=3, n_classes=7)
