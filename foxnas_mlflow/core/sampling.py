@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import FitError, InvalidMeasurementsError
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished, write_measurements
 from foxnas_mlflow.core.parallel import as_finished
-from foxnas_mlflow.core.predictors import PredictorSet, fit_predictors
+from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, fit_predictors
 from foxnas_mlflow.core.searchers import exact_front
 from foxnas_mlflow.core.space import SearchSpace
 
@@ -19,6 +20,15 @@ _FRONT_POINTS = 50
 
 _TIMING_ROUNDS = 3
 """How often latencies that were disturbed are measured again."""
+
+_DOUBT_ROUNDS = 2
+"""How often latencies are measured again that were steady, and that those of the other networks do not explain."""
+
+DOUBTED_PERCENT = 10.0
+"""How far a latency is from what a fit to all says to be measured again."""
+
+FASTER_PERCENT = 2.0
+"""By how much faster a network must be when it is measured again to say that the machine had been disturbed."""
 
 
 def collect(
@@ -30,6 +40,7 @@ def collect(
     n_timed: int | None = None,
     on_row: Callable[[Measurement, int], None] = lambda row, n: None,
     stop: Callable[[Sequence[Measurement]], bool] | None = None,
+    doubt: Callable[[Sequence[Measurement]], Sequence[Architecture]] = lambda rows: (),
     n_at_once: int = 1,
     apart: bool = False,
 ) -> list[Measurement]:
@@ -46,6 +57,8 @@ def collect(
         n_timed: Time only so many of the plan's first subnets; all when None.
         on_row: Told of each new row and of the number of rows.
         stop: Asked whether the rows up to a new one are enough, in the plan's order; those beyond are left out then.
+        doubt: Which of the rows' networks are to be timed again because their latencies may not be theirs alone. Of
+            each the least counts, and as long as any gets faster it is asked once more.
         n_at_once: Rows in progress at once; above 1 `evaluate` and `time` are called by several threads.
         apart: Time only when all are evaluated, because evaluating disturbs what is timed.
 
@@ -91,8 +104,53 @@ def collect(
                 keep(Measurement.of(architecture, timing, rows[architecture].accuracy))
         if all(rows[row.architecture].latency_ms is None for row in disturbed):
             break
+    for _ in range(_DOUBT_ROUNDS):
+        doubted = [architecture for architecture in doubt(collected()) if architecture in timed]
+        if time is None or not doubted:
+            break
+        faster = False
+        for architecture, timing in as_finished(time, doubted, n=n_at_once):
+            row = rows[architecture]
+            if not timing.problems and row.latency_ms is not None and timing.latency_ms < row.latency_ms:
+                faster |= timing.latency_ms < (1 - FASTER_PERCENT / 100) * row.latency_ms
+                keep(Measurement.of(architecture, timing, row.accuracy))
+        if not faster:
+            break
     write_measurements(collected(), path)
     return collected()
+
+
+def doubtful(latency: LinearPredictor, rows: Iterable[Measurement], percent: float) -> list[Architecture]:
+    """Networks whose latency is further than so many percent from what a fit to all says.
+
+    A machine that shares its processor with others is at times half as fast for seconds: each measurement is steady,
+    and together they tell nothing.
+    """
+    timed = {row.architecture: row.latency_ms for row in rows if row.latency_ms is not None}
+    predicted = latency.predict(list(timed))
+    return [
+        architecture
+        for (architecture, ms), expected in zip(timed.items(), predicted, strict=True)
+        if abs(expected / ms - 1) > percent / 100
+    ]
+
+
+def unexplained(rows: Sequence[Measurement], space: SearchSpace, *, seed: int = 0) -> list[Architecture]:
+    """Networks of a sampling whose latency the others do not explain; none while the rows are too few to fit.
+
+    Args:
+        rows: The rows.
+        space: Their search space.
+        seed: Seed of the cross-validation.
+    """
+    latencies = [
+        dataclasses.replace(row, accuracy=None, quantities={}) for row in rows if row.latency_source == "measured"
+    ]
+    try:
+        (latency,) = fit_predictors(latencies, space, seed=seed).predictors.latency
+    except (FitError, InvalidMeasurementsError):
+        return []
+    return doubtful(latency, latencies, DOUBTED_PERCENT)
 
 
 def front_width(

@@ -56,9 +56,6 @@ SURE_PERCENT = 3.0
 REPEATED = 5
 """How often networks are measured again that could not be measured, or that a calibration does not explain."""
 
-FASTER_PERCENT = 2.0
-"""By how much faster a network must be when it is measured again to say that the machine had been disturbed."""
-
 PREDICTORS, MEASUREMENTS, CHECKS = "predictors.json", "measurements.csv", "checks.csv"
 """What lies beside a target file, after its name and a dash."""
 
@@ -234,12 +231,9 @@ class Table:
 
     def doubt(self, latency: LinearPredictor) -> None:
         """Have those measured again that a fit to all does not explain."""
-        predicted = latency.predict(list(self.rows))
-        self.missing = [
-            architecture
-            for (architecture, row), ms in zip(self.rows.items(), predicted, strict=True)
-            if abs(ms / _ms(row) - 1) > UNSURE_PERCENT / 100
-        ]
+        from foxnas_mlflow.core.sampling import doubtful
+
+        self.missing = doubtful(latency, self.rows.values(), UNSURE_PERCENT)
 
     def measure(self, architecture: Architecture, timer: Timer) -> float:
         """Latency in milliseconds; what was not steady stays missing, unless an earlier measurement counts."""
@@ -264,8 +258,7 @@ def _ms(row: Measurement) -> float:
 def measure_and_fit(timer: Timer, tables: Sequence[Table], fit: Callable[[], PredictorSet]) -> PredictorSet:
     """Measure, fit, and measure again what was not steady and, while the fit is not sure, what it does not explain.
 
-    A machine that shares its processor with others is at times half as fast for seconds: each measurement is steady,
-    and together they tell nothing. Where measuring again makes nothing faster, the formula is what misses.
+    Where measuring again makes nothing faster, the formula is what misses.
 
     Args:
         timer: Measures.
@@ -276,6 +269,7 @@ def measure_and_fit(timer: Timer, tables: Sequence[Table], fit: Callable[[], Pre
         DeviceError: If networks were unsteady each time; what is finished is kept.
     """
     from foxnas_mlflow.core.errors import DeviceError
+    from foxnas_mlflow.core.sampling import FASTER_PERCENT
 
     predictors = None
     for again in range(REPEATED + 1):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from foxnas_mlflow.workflows._executor import ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._request import chosen_device, compiler_image, parameter
-from foxnas_mlflow.workflows._workflow import Result, Workflow, progress_bar
+from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,7 +121,7 @@ def _sample(
 
     from foxnas_mlflow.core.files import cache_directory, worked_on
     from foxnas_mlflow.core.measurements import append_measurement, read_finished
-    from foxnas_mlflow.core.sampling import collect
+    from foxnas_mlflow.core.sampling import collect, unexplained
     from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
     from foxnas_mlflow.tracking.run import best_effort
     from foxnas_mlflow.tracking.supernet import log_dataset
@@ -169,6 +169,14 @@ def _sample(
                     log.add(row, n)
                     show(n, len(plan), f"{row.accuracy:.2f} %")
 
+                def doubt(rows: Sequence[Measurement]) -> list[Architecture]:
+                    if timer.source != "measured" or log.emulated:
+                        return []
+                    doubted = unexplained(rows, space, seed=request.seed)
+                    if doubted:
+                        logger.info("Measuring %d latencies again that the others do not explain.", len(doubted))
+                    return doubted
+
                 rows = collect(
                     plan,
                     path,
@@ -179,6 +187,7 @@ def _sample(
                     stop=(lambda rows: log.narrow(rows, space, request.stop_width, request.seed))
                     if request.stop_width
                     else None,
+                    doubt=doubt,
                     # The evaluations of the next networks and the measurements of those before them.
                     n_at_once=request.workers + timer.n_boards * (timer.source == "measured") if several else 1,
                     apart=several and timer.here,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_measurements
-from foxnas_mlflow.core.sampling import collect
+from foxnas_mlflow.core.predictors import reference_predictors
+from foxnas_mlflow.core.sampling import collect, unexplained
 from foxnas_mlflow.core.space import CPU_SPACE
 
 PLAN = list(dict.fromkeys(CPU_SPACE.sample(np.random.default_rng(0), n=6)))
@@ -70,6 +73,47 @@ def test_the_last_row_of_a_subnet_counts(tmp_path: Path) -> None:
     board = BusyBoard(0)
     (row,) = collect(PLAN[:1], path, evaluate=accuracy, time=board.time)
     assert (row.latency_ms, board.asked) == (1.0, [])
+
+
+def test_of_a_doubted_latency_the_least_counts_and_no_more_is_asked_once_none_gets_faster(tmp_path: Path) -> None:
+    taken = iter([3.0, 2.0, 9.0, 5.0, 7.0, 4.99, 7.5, 1.0])
+    asked: list[Architecture] = []
+
+    def time(architecture: Architecture) -> Timing:
+        asked.append(architecture)
+        return Timing(next(taken), "measured")
+
+    path = tmp_path / "rows.csv"
+    rows = collect(PLAN[:3], path, evaluate=accuracy, time=time, doubt=lambda rows: [PLAN[2], PLAN[5]])
+    # 9, then 5, then 7.
+    assert asked == [*PLAN[:3], PLAN[2], PLAN[2]]
+    assert [row.latency_ms for row in rows] == [3.0, 2.0, 5.0]
+    assert [row.accuracy for row in rows] == [70.0, 71.0, 72.0]
+    assert read_measurements(path) == rows
+    # 4.99 is no faster machine, only a shorter run.
+    collect(PLAN[:3], path, evaluate=accuracy, time=time, doubt=lambda rows: [PLAN[2]])
+    assert asked[5:] == [PLAN[2]]
+
+
+def test_what_a_shared_processor_did_to_latencies_is_found_and_measured_again(tmp_path: Path) -> None:
+    known = reference_predictors("rpi4")
+    plan = list(dict.fromkeys(CPU_SPACE.sample(np.random.default_rng(1), n=60)))
+    truth = dict(zip(plan, map(float, known.latency[0].predict(plan)), strict=True))
+    slow = set(plan[::4])
+
+    def time(architecture: Architecture) -> Timing:
+        disturbed = architecture in slow
+        slow.discard(architecture)
+        return Timing(truth[architecture] * (1.6 if disturbed else 1.0), "measured")
+
+    def doubt(rows: Sequence[Measurement]) -> list[Architecture]:
+        return unexplained(rows, CPU_SPACE)
+
+    rows = collect(plan, tmp_path / "rows.csv", evaluate=lambda a: 70.0, time=time, doubt=doubt)
+    assert not slow
+    assert {row.architecture: row.latency_ms for row in rows} == pytest.approx(truth)
+    assert unexplained(rows, CPU_SPACE) == []
+    assert unexplained(rows[:5], CPU_SPACE) == []
 
 
 def test_a_sampling_asks_for_as_many_latencies_as_the_fit() -> None:
