@@ -277,6 +277,7 @@ def _quantization(metrics: Mapping[str, float]) -> Markup:
     rows = [
         ("float top-1", f"{metrics['accuracy/float_top1']:.2f} %"),
         ("int8 top-1", f"{metrics['accuracy/int8_top1']:.2f} %"),
+        *_held_out(metrics),
         *_by_class(metrics),
         *_rejection(metrics),
         ("drop", f"{metrics['accuracy/quantization_drop']:.2f} points"),
@@ -285,6 +286,14 @@ def _quantization(metrics: Mapping[str, float]) -> Markup:
         ("multiply-accumulates", f"{metrics['model/macs']:,.0f}"),
     ]
     return table(("int8 file", ""), rows)
+
+
+def _held_out(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What the int8 file answers to images by which nothing was chosen; none where the data have none."""
+    if "accuracy/test_int8_top1" not in metrics:
+        return []
+    accuracy, n = metrics["accuracy/test_int8_top1"], metrics["accuracy/test_n_images"]
+    return [("int8 top-1, held-out test", f"{accuracy:.2f} % of {n:,.0f} images")]
 
 
 def _rejection(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

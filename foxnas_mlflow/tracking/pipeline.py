@@ -23,6 +23,7 @@ from foxnas_mlflow.tracking.comparison import COMPARISON
 from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
 from foxnas_mlflow.tracking.lineage import draw, page_of_run, trace
 from foxnas_mlflow.tracking.promotion import PROMOTION_FILE
+from foxnas_mlflow.tracking.quantize import TEST_ACCURACY, TEST_IMAGES, held_out
 from foxnas_mlflow.tracking.run import EntryRun, best_effort, download_artifact
 from foxnas_mlflow.tracking.steps import StepResult
 
@@ -83,7 +84,8 @@ def conclude(
     benchmark = _artifact(runs.get("benchmark"), BENCHMARK_FILE)
     gates = _artifact(gates_run, PROMOTION_FILE)
     metrics = {key: value for key, value in runs["compare"].data.metrics.items() if key.startswith("pipeline/")}
-    metrics |= {key: quantized[key] for key in ("accuracy/int8_top1", "accuracy/quantization_drop")}
+    shown = ("accuracy/int8_top1", "accuracy/quantization_drop", TEST_ACCURACY, TEST_IMAGES)
+    metrics |= {key: quantized[key] for key in shown if key in quantized}
     if benchmark is not None:
         metrics["benchmark/latency_ms_p50"] = benchmark["latency_ms_p50"]
     alone = done["finetune"].outputs if "finetune" in done else None
@@ -222,6 +224,7 @@ def _summary(
         f"  int8 top-1           {metrics['accuracy/int8_top1']:.2f} %, "
         f"{metrics['accuracy/quantization_drop']:.2f} points less than float",
     ]
+    lines += [f"  {'held-out test':<20} {text}" for text in held_out(metrics).values()]
     if "benchmark/latency_ms_p50" in metrics:
         latency = metrics["benchmark/latency_ms_p50"]
         kept = "" if limit is None else f", {'within' if latency <= limit else 'ABOVE'} {limit:.4g} ms"

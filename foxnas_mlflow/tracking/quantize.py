@@ -15,6 +15,7 @@ from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.data import Evaluation
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, log_model
 from foxnas_mlflow.tflite import CompilerReport, Conversion, LayerError, QuantizationLoss, Readiness
@@ -23,6 +24,9 @@ from foxnas_mlflow.tracking.registry import PICTURE, picture_of, register, regis
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.search import FRONT_PICTURE
 from foxnas_mlflow.tracking.steps import has_artifact
+
+TEST_ACCURACY, TEST_IMAGES = "accuracy/test_int8_top1", "accuracy/test_n_images"
+"""Top-1 in percent of the int8 file on held-out images, and their number."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Quantized:
         errors: What each operator loses, the worst first.
         provenance: Where subnet and data came from.
         before: What it lost before it was trained with simulated int8, or None.
+        test: The int8 file's answers to the images that were held out, by which nothing was chosen; None where the data
+            have none.
     """
 
     subnet: SubnetModel
@@ -52,6 +58,7 @@ class Quantized:
     errors: tuple[LayerError, ...]
     provenance: Mapping[str, Any]
     before: QuantizationLoss | None = None
+    test: Evaluation | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,8 @@ def log_quantized(
     }
     if quantized.before is not None:
         metrics["accuracy/quantization_drop_before_repair"] = quantized.before.drop_points
+    if quantized.test is not None:
+        metrics |= {TEST_ACCURACY: quantized.test.top1_percent, TEST_IMAGES: quantized.test.n_images}
     tags = {
         "weights": "trained",
         "target": target.name,
@@ -206,6 +215,7 @@ def _register(
             "lost by quantization, points": f"{metrics['accuracy/quantization_drop']:.2f} +- "
             f"{metrics['accuracy/quantization_drop_standard_error']:.2f}",
             "validation images": f"{metrics['accuracy/n_images']:,.0f} of {tags['data']}",
+            **held_out(metrics),
             "file, bytes": f"{metrics['model/size_bytes']:,.0f}",
             "labels": shortened(model.labels),
             "input": f"images of any size, resized to {size} x {size} px, {'grey' if channels == 1 else 'colour'}",
@@ -215,6 +225,13 @@ def _register(
         },
         command=lambda uri: benchmark_command(uri, kind, str(tags["target"]), str(tags["runtime"])),
     )
+
+
+def held_out(metrics: Mapping[str, float]) -> dict[str, str]:
+    """A row for people: what the int8 file answers to images by which nothing was chosen; none where there are none."""
+    if TEST_ACCURACY not in metrics:
+        return {}
+    return {"int8 top-1, held-out test": f"{metrics[TEST_ACCURACY]:.2f} % of {metrics[TEST_IMAGES]:,.0f} images"}
 
 
 def _origin(subnet: SubnetModel) -> dict[str, str]:

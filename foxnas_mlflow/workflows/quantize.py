@@ -242,7 +242,7 @@ def _quantize(
     import importlib.util
 
     from foxnas_mlflow.core.rejection import fit_rejection
-    from foxnas_mlflow.data import calibration_images, prepared_batches
+    from foxnas_mlflow.data import ImageSet, calibration_images, evaluate, prepared_batches
     from foxnas_mlflow.tflite import FloatModel, Int8Model, convert, layer_errors, quantization_loss
     from foxnas_mlflow.tracking.quantize import Quantized
 
@@ -263,16 +263,16 @@ def _quantize(
     )
     with progress_bar("quantize", "image") as show:
 
-        def validation() -> Any:
+        def prepared(images: ImageSet) -> Any:
             done = 0
-            for images, targets in prepared_batches(dataset.val, preprocessing):
-                yield images, targets
-                done += len(images)
-                show(done, len(dataset.val), "evaluating")
+            for batch, targets in prepared_batches(images, preprocessing):
+                yield batch, targets
+                done += len(batch)
+                show(done, len(images), "evaluating")
 
         exact = FloatModel(network, weights, normalization)
         int8 = Int8Model(conversion.data)
-        loss = quantization_loss(exact, int8, validation())
+        loss = quantization_loss(exact, int8, prepared(dataset.val))
     repair: QuantizationLoss | None = None
     too_much = loss.drop_points > request.max_accuracy_drop
     if request.repair_epochs and too_much and importlib.util.find_spec("torch") is None:
@@ -286,9 +286,13 @@ def _quantize(
             request, conversion, network, weights, dataset, preprocessing, provenance["seed"]
         )
         with progress_bar("quantize", "image") as show:
-            its_loss = quantization_loss(exact, Int8Model(other.data), validation())
+            its_loss = quantization_loss(exact, Int8Model(other.data), prepared(dataset.val))
         if its_loss.int8_top1_percent > loss.int8_top1_percent:
             repair, loss, conversion, weights, int8 = loss, its_loss, other, its_weights, Int8Model(other.data)
+    test = None
+    if dataset.test is not None:
+        with progress_bar("test", "image") as show:
+            (test,) = evaluate(prepared(dataset.test), int8.logits)
     rejection = fit_rejection(
         loss.int8.scores,
         loss.int8.targets,
@@ -297,7 +301,17 @@ def _quantize(
     )
     errors = layer_errors(network, weights, conversion.data, representative[:_TABLE_IMAGES])
     return Quantized(
-        subnet, network, preprocessing, labels, conversion, loss, rejection, tuple(errors), provenance, before=repair
+        subnet,
+        network,
+        preprocessing,
+        labels,
+        conversion,
+        loss,
+        rejection,
+        tuple(errors),
+        provenance,
+        before=repair,
+        test=test,
     )
 
 
@@ -399,6 +413,12 @@ def _summary(
         f"{balanced_percent(loss.int8.counts):.2f} %",
         f"  drop                 {loss.drop_points:.2f} +- {loss.standard_error:.2f} points",
     ]
+    test = quantized.test
+    if test is not None:
+        lines.append(
+            f"  held-out test        {test.top1_percent:.2f} % +- {test.standard_error:.2f} int8 top-1, mean of the "
+            f"classes {test.balanced_percent:.2f} % ({test.n_images:,} images by which nothing was chosen)"
+        )
     if quantized.before is not None:
         lines.append(
             f"  repaired             from {quantized.before.drop_points:.2f} +- {quantized.before.standard_error:.2f} "

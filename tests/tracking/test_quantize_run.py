@@ -172,6 +172,44 @@ def test_a_quantization_logs_what_the_contract_names(
     assert [float(row["own_error"]) for row in rows] == sorted((float(row["own_error"]) for row in rows), reverse=True)
 
 
+def test_held_out_images_give_the_final_figure(
+    tracking: str, subnet: SubnetModel, digits: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+    from PIL import Image
+
+    from foxnas_mlflow.tflite import Int8Model
+    from foxnas_mlflow.tracking.registry import version_metrics
+
+    register(subnet)
+    ends = {"train": 100, "val": 150, "test": 290}
+    begin = 0
+    for part, end in ends.items():
+        for i in range(begin, end):
+            folder = tmp_path / "data" / part / digits.labels[digits.val.targets[i]]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digits.val[i][..., 0]).save(folder / f"{i:03}.png")
+        begin = end
+    assert (
+        main(
+            ["quantize", "--subnet", "models:/foxnas-subnet-cpu/1", "--data", str(tmp_path / "data"), "--target", "cpu"]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+
+    version = mlflow.MlflowClient().get_model_version("foxnas-cpu", "1")
+    figures = version_metrics(version)
+    model = load_model("models:/foxnas-cpu/1")
+    assert isinstance(model, TfliteModel)
+    images = np.stack([model.preprocessing.resize(digits.val[i]) for i in range(150, 290)])
+    right = Int8Model(model.path.read_bytes()).logits(images).argmax(axis=1) == digits.val.targets[150:290]
+    assert (figures["accuracy/n_images"], figures["accuracy/test_n_images"]) == (50, 140)
+    assert figures["accuracy/test_int8_top1"] == pytest.approx(100 * right.mean())
+    assert f"held-out test        {100 * right.mean():.2f} % +- " in printed
+    assert f"{100 * right.mean():.2f} % of 140 images" in version.description
+
+
 def test_the_edge_tpu_with_and_without_a_compiler(
     tracking: str,
     subnet: SubnetModel,
