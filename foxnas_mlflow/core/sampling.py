@@ -21,14 +21,8 @@ _FRONT_POINTS = 50
 _TIMING_ROUNDS = 3
 """How often latencies that were disturbed are measured again."""
 
-_DOUBT_ROUNDS = 2
-"""How often latencies are measured again that were steady, and that those of the other networks do not explain."""
-
-DOUBTED_PERCENT = 10.0
-"""How far a latency is from what a fit to all says to be measured again."""
-
-FASTER_PERCENT = 2.0
-"""By how much faster a network must be when it is measured again to say that the machine had been disturbed."""
+_DOUBTED_PERCENT = 10.0
+"""By how much slower than a fit to all says a network was, to be measured again."""
 
 
 def collect(
@@ -57,8 +51,8 @@ def collect(
         n_timed: Time only so many of the plan's first subnets; all when None.
         on_row: Told of each new row and of the number of rows.
         stop: Asked whether the rows up to a new one are enough, in the plan's order; those beyond are left out then.
-        doubt: Which of the rows' networks are to be timed again because their latencies may not be theirs alone. Of
-            each the least counts, and as long as any gets faster it is asked once more.
+        doubt: Which of the rows' networks are to be timed once more because their latencies may not be theirs alone; of
+            each the least counts.
         n_at_once: Rows in progress at once; above 1 `evaluate` and `time` are called by several threads.
         apart: Time only when all are evaluated, because evaluating disturbs what is timed.
 
@@ -104,39 +98,33 @@ def collect(
                 keep(Measurement.of(architecture, timing, rows[architecture].accuracy))
         if all(rows[row.architecture].latency_ms is None for row in disturbed):
             break
-    for _ in range(_DOUBT_ROUNDS):
+    if time is not None:
         doubted = [architecture for architecture in doubt(collected()) if architecture in timed]
-        if time is None or not doubted:
-            break
-        faster = False
         for architecture, timing in as_finished(time, doubted, n=n_at_once):
             row = rows[architecture]
             if not timing.problems and row.latency_ms is not None and timing.latency_ms < row.latency_ms:
-                faster |= timing.latency_ms < (1 - FASTER_PERCENT / 100) * row.latency_ms
                 keep(Measurement.of(architecture, timing, row.accuracy))
-        if not faster:
-            break
     write_measurements(collected(), path)
     return collected()
 
 
 def doubtful(latency: LinearPredictor, rows: Iterable[Measurement], percent: float) -> list[Architecture]:
-    """Networks whose latency is further than so many percent from what a fit to all says.
+    """Networks that were slower than a fit to all says, by more than so many percent.
 
     A machine that shares its processor with others is at times half as fast for seconds: each measurement is steady,
-    and together they tell nothing.
+    and together they tell nothing. It makes no network faster than it is.
     """
     timed = {row.architecture: row.latency_ms for row in rows if row.latency_ms is not None}
     predicted = latency.predict(list(timed))
     return [
         architecture
         for (architecture, ms), expected in zip(timed.items(), predicted, strict=True)
-        if abs(expected / ms - 1) > percent / 100
+        if expected / ms < 1 - percent / 100
     ]
 
 
 def unexplained(rows: Sequence[Measurement], space: SearchSpace, *, seed: int = 0) -> list[Architecture]:
-    """Networks of a sampling whose latency the others do not explain; none while the rows are too few to fit.
+    """Networks of a sampling that were slower than the others explain; none while the rows are too few to fit.
 
     Args:
         rows: The rows.
@@ -150,7 +138,7 @@ def unexplained(rows: Sequence[Measurement], space: SearchSpace, *, seed: int = 
         (latency,) = fit_predictors(latencies, space, seed=seed).predictors.latency
     except (FitError, InvalidMeasurementsError):
         return []
-    return doubtful(latency, latencies, DOUBTED_PERCENT)
+    return doubtful(latency, latencies, _DOUBTED_PERCENT)
 
 
 def front_width(

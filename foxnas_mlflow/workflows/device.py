@@ -53,6 +53,9 @@ UNSURE_PERCENT = 5.0
 SURE_PERCENT = 3.0
 """Error on other networks up to which no network is measured again."""
 
+FASTER_PERCENT = 2.0
+"""By how much faster a network must be when it is measured again to say that the machine had been disturbed."""
+
 REPEATED = 5
 """How often networks are measured again that could not be measured, or that a calibration does not explain."""
 
@@ -230,7 +233,7 @@ class Table:
         self.missing = [architecture for architecture in networks if architecture not in self.rows]
 
     def doubt(self, latency: LinearPredictor) -> None:
-        """Have those measured again that a fit to all does not explain."""
+        """Have those measured again that were slower than a fit to all explains."""
         from foxnas_mlflow.core.sampling import doubtful
 
         self.missing = doubtful(latency, self.rows.values(), UNSURE_PERCENT)
@@ -269,7 +272,6 @@ def measure_and_fit(timer: Timer, tables: Sequence[Table], fit: Callable[[], Pre
         DeviceError: If networks were unsteady each time; what is finished is kept.
     """
     from foxnas_mlflow.core.errors import DeviceError
-    from foxnas_mlflow.core.sampling import FASTER_PERCENT
 
     predictors = None
     for again in range(REPEATED + 1):

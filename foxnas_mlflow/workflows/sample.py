@@ -174,7 +174,9 @@ def _sample(
                         return []
                     doubted = unexplained(rows, space, seed=request.seed)
                     if doubted:
-                        logger.info("Measuring %d latencies again that the others do not explain.", len(doubted))
+                        logger.info(
+                            "Measuring %d networks again that were slower than the others explain.", len(doubted)
+                        )
                     return doubted
 
                 rows = collect(

@@ -257,7 +257,8 @@ def test_a_published_network_computes_the_same_inside_the_supernet(kind: str, tm
     with torch.no_grad():
         supernet.style = supernet.style.at(0.0)
         supernet.set_subnet(report.architecture)
-        assert torch.allclose(supernet(x), expected, rtol=1e-2) == (kind == "efficientnet_pytorch")
+        near = torch.allclose(supernet(x), expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+        assert near == (kind == "efficientnet_pytorch")
 
 
 def test_a_wider_space_with_other_classes_and_grey_images_keeps_the_features(tmp_path: Path) -> None:
