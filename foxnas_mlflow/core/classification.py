@@ -8,11 +8,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+TEST_ACCURACY, TEST_IMAGES = "accuracy/test_int8_top1", "accuracy/test_n_images"
+"""Metrics: top-1 in percent of the int8 file on held-out images, and their number."""
 
 
 def confusion(truth: NDArray[np.integer[Any]], predicted: NDArray[Any], n_classes: int) -> NDArray[np.int64]:
@@ -76,3 +79,10 @@ def no_better_than_majority(counts: NDArray[np.int64], names: Sequence[str]) -> 
         f"{100 * share:.2f} % top-1 is no better than always answering {name!r}: "
         f"{majority:.2f} % of the images are of that class"
     )
+
+
+def held_out(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """A row for people: what the int8 file answers to images by which nothing was chosen; none where there are none."""
+    if TEST_ACCURACY not in metrics:
+        return []
+    return [("int8 top-1, held-out test", f"{metrics[TEST_ACCURACY]:.2f} % of {metrics[TEST_IMAGES]:,.0f} images")]

@@ -491,10 +491,7 @@ PROXYLESS_SPACE = SearchSpace(
 LITE_SPACE = PROXYLESS_SPACE.replace(
     name="lite",
     image_sizes=(96, 128, 160, 192, 224),
-    stages=tuple(
-        StageSpec(width, stride, "mbconv")
-        for width, stride in zip((24, 40, 80, 112, 192), (2, 2, 2, 1, 2), strict=True)
-    ),
+    stages=(*PROXYLESS_SPACE.stages[:3], StageSpec(112, 1, "mbconv"), PROXYLESS_SPACE.stages[4]),
 )
 """EfficientNet-Lite0's skeleton: no gates and ReLU6 throughout, so its published weights are ours as they are."""
 

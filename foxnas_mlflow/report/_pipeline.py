@@ -11,6 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.classification import held_out
 from foxnas_mlflow.core.comparison import Comparison
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.predictors import PredictorSet
@@ -277,7 +278,7 @@ def _quantization(metrics: Mapping[str, float]) -> Markup:
     rows = [
         ("float top-1", f"{metrics['accuracy/float_top1']:.2f} %"),
         ("int8 top-1", f"{metrics['accuracy/int8_top1']:.2f} %"),
-        *_held_out(metrics),
+        *held_out(metrics),
         *_by_class(metrics),
         *_rejection(metrics),
         ("drop", f"{metrics['accuracy/quantization_drop']:.2f} points"),
@@ -286,14 +287,6 @@ def _quantization(metrics: Mapping[str, float]) -> Markup:
         ("multiply-accumulates", f"{metrics['model/macs']:,.0f}"),
     ]
     return table(("int8 file", ""), rows)
-
-
-def _held_out(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """What the int8 file answers to images by which nothing was chosen; none where the data have none."""
-    if "accuracy/test_int8_top1" not in metrics:
-        return []
-    accuracy, n = metrics["accuracy/test_int8_top1"], metrics["accuracy/test_n_images"]
-    return [("int8 top-1, held-out test", f"{accuracy:.2f} % of {n:,.0f} images")]
 
 
 def _rejection(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

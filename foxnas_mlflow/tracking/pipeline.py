@@ -14,6 +14,7 @@ from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.classification import TEST_ACCURACY, TEST_IMAGES, held_out
 from foxnas_mlflow.core.comparison import read_comparisons
 from foxnas_mlflow.core.searchers import Objective, front_of
 from foxnas_mlflow.core.targets import Target
@@ -23,7 +24,6 @@ from foxnas_mlflow.tracking.comparison import COMPARISON
 from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
 from foxnas_mlflow.tracking.lineage import draw, page_of_run, trace
 from foxnas_mlflow.tracking.promotion import PROMOTION_FILE
-from foxnas_mlflow.tracking.quantize import TEST_ACCURACY, TEST_IMAGES, held_out
 from foxnas_mlflow.tracking.run import EntryRun, best_effort, download_artifact
 from foxnas_mlflow.tracking.steps import StepResult
 
@@ -224,7 +224,7 @@ def _summary(
         f"  int8 top-1           {metrics['accuracy/int8_top1']:.2f} %, "
         f"{metrics['accuracy/quantization_drop']:.2f} points less than float",
     ]
-    lines += [f"  {'held-out test':<20} {text}" for text in held_out(metrics).values()]
+    lines += [f"  {'held-out test':<20} {text}" for _, text in held_out(metrics)]
     if "benchmark/latency_ms_p50" in metrics:
         latency = metrics["benchmark/latency_ms_p50"]
         kept = "" if limit is None else f", {'within' if latency <= limit else 'ABOVE'} {limit:.4g} ms"

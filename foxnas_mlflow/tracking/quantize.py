@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foxnas_mlflow.core.classification import balanced_percent, class_table, majority_percent
+from foxnas_mlflow.core.classification import (
+    TEST_ACCURACY,
+    TEST_IMAGES,
+    balanced_percent,
+    class_table,
+    held_out,
+    majority_percent,
+)
 from foxnas_mlflow.core.cost import network_cost
 from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.core.rejection import Rejection
@@ -24,9 +31,6 @@ from foxnas_mlflow.tracking.registry import PICTURE, picture_of, register, regis
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.search import FRONT_PICTURE
 from foxnas_mlflow.tracking.steps import has_artifact
-
-TEST_ACCURACY, TEST_IMAGES = "accuracy/test_int8_top1", "accuracy/test_n_images"
-"""Top-1 in percent of the int8 file on held-out images, and their number."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def _register(
             "lost by quantization, points": f"{metrics['accuracy/quantization_drop']:.2f} +- "
             f"{metrics['accuracy/quantization_drop_standard_error']:.2f}",
             "validation images": f"{metrics['accuracy/n_images']:,.0f} of {tags['data']}",
-            **held_out(metrics),
+            **dict(held_out(metrics)),
             "file, bytes": f"{metrics['model/size_bytes']:,.0f}",
             "labels": shortened(model.labels),
             "input": f"images of any size, resized to {size} x {size} px, {'grey' if channels == 1 else 'colour'}",
@@ -225,13 +229,6 @@ def _register(
         },
         command=lambda uri: benchmark_command(uri, kind, str(tags["target"]), str(tags["runtime"])),
     )
-
-
-def held_out(metrics: Mapping[str, float]) -> dict[str, str]:
-    """A row for people: what the int8 file answers to images by which nothing was chosen; none where there are none."""
-    if TEST_ACCURACY not in metrics:
-        return {}
-    return {"int8 top-1, held-out test": f"{metrics[TEST_ACCURACY]:.2f} % of {metrics[TEST_IMAGES]:,.0f} images"}
 
 
 def _origin(subnet: SubnetModel) -> dict[str, str]:

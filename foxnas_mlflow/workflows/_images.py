@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from foxnas_mlflow.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from foxnas_mlflow.data import ImageDataset
     from foxnas_mlflow.flavor import SubnetModel
-
-PresetName = Literal["tiny", "small", "medium", "paper"]
-"""What a user may name; `foxnas_mlflow.supernet.PRESETS` has them."""
 
 
 def images_of(subnet: SubnetModel, source: str, **options: Any) -> ImageDataset:

@@ -25,10 +25,13 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._addresses import addresses
+
+PresetName = Literal["tiny", "small", "medium", "paper"]
+"""What a user may name; `foxnas_mlflow.supernet.PRESETS` has them."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class SampleLog:
         n_before: Rows of an earlier sampling.
 
     Attributes:
-        problems: Why a subnet has no latency, by subnet: one that succeeded later has.
+        problems: Why a measurement of a subnet does not count, by subnet; others of it may.
         width: Widest prediction interval (points) on the front, when it was looked at last.
         stopped: Whether it was narrow enough.
     """
@@ -60,8 +60,6 @@ class SampleLog:
         self.emulated |= timing.emulated
         if timing.problems:
             self.problems[architecture] = "; ".join(timing.problems)
-        else:
-            self.problems.pop(architecture, None)
         return timing
 
     def add(self, row: Measurement, n: int) -> None:
@@ -116,11 +114,12 @@ def log_samples(
     log.upload()
     run.log_table(pd.read_csv(log.path), "tables/measurements.json")
     floor = log.standard_error(rows)
+    problems = [log.problems[r.architecture] for r in rows if r.latency_ms is None and r.architecture in log.problems]
     run.log_metrics({"sample/n_samples": len(rows), NOISE_FLOOR: floor})
     run.set_tags(
         {
             **({"foxnas.emulated": "true"} if log.emulated else {}),
-            **({"foxnas.invalid_measurements": len(log.problems)} if log.problems else {}),
+            **({"foxnas.invalid_measurements": len(problems)} if problems else {}),
             **({"foxnas.stopped_early": "true"} if log.stopped else {}),
             **({"foxnas.boards_set_aside": ", ".join(log.timer.aside)} if log.timer.aside else {}),
         }
@@ -141,9 +140,8 @@ def log_samples(
             f"{log.timer.where}{' (emulated: no real times)' if log.emulated else ''}"
         )
     lines += [f"  set aside   {board}: {why}" for board, why in log.timer.aside.items()]
-    if log.problems:
-        last = list(log.problems.values())[-1]
-        lines.append(f"  left out    {len(log.problems)} latencies that cannot be trusted, the last: {last}")
+    if problems:
+        lines.append(f"  left out    {len(problems)} latencies that cannot be trusted, the last: {problems[-1]}")
     if log.width is not None:
         early = "stopped: " if log.stopped else ""
         lines.append(f"  front       {early}accuracies along it are known to {log.width:.2f} points (95 % intervals)")

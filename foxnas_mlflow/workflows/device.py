@@ -53,11 +53,11 @@ UNSURE_PERCENT = 5.0
 SURE_PERCENT = 3.0
 """Error on other networks up to which no network is measured again."""
 
-FASTER_PERCENT = 2.0
-"""By how much faster a network must be when it is measured again to say that the machine had been disturbed."""
-
 REPEATED = 5
 """How often networks are measured again that could not be measured, or that a calibration does not explain."""
+
+FASTER_PERCENT = 2.0
+"""By how much faster a network must be when it is measured again to say that the machine had been disturbed."""
 
 PREDICTORS, MEASUREMENTS, CHECKS = "predictors.json", "measurements.csv", "checks.csv"
 """What lies beside a target file, after its name and a dash."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foxnas_mlflow.workflows._images import PresetName, images_of
-from foxnas_mlflow.workflows._request import Request, parameter
+from foxnas_mlflow.workflows._images import images_of
+from foxnas_mlflow.workflows._request import PresetName, Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
 
 if TYPE_CHECKING:

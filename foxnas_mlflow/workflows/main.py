@@ -24,8 +24,7 @@ from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._addresses import addresses
 from foxnas_mlflow.workflows._executor import WORKING, ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
-from foxnas_mlflow.workflows._images import PresetName
-from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
+from foxnas_mlflow.workflows._request import PresetName, Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
 from foxnas_mlflow.workflows.benchmark import BenchmarkRequest, BenchmarkResult, run_benchmark
 from foxnas_mlflow.workflows.compare import CompareRequest, CompareResult, run_compare

@@ -261,18 +261,18 @@ def _quantize(
         runtime=runtime,
         input_type=request.input_type,
     )
-    with progress_bar("quantize", "image") as show:
 
-        def prepared(images: ImageSet) -> Any:
-            done = 0
+    def prepared(images: ImageSet) -> Any:
+        done = 0
+        with progress_bar("quantize", "image") as show:
             for batch, targets in prepared_batches(images, preprocessing):
                 yield batch, targets
                 done += len(batch)
                 show(done, len(images), "evaluating")
 
-        exact = FloatModel(network, weights, normalization)
-        int8 = Int8Model(conversion.data)
-        loss = quantization_loss(exact, int8, prepared(dataset.val))
+    exact = FloatModel(network, weights, normalization)
+    int8 = Int8Model(conversion.data)
+    loss = quantization_loss(exact, int8, prepared(dataset.val))
     repair: QuantizationLoss | None = None
     too_much = loss.drop_points > request.max_accuracy_drop
     if request.repair_epochs and too_much and importlib.util.find_spec("torch") is None:
@@ -285,14 +285,12 @@ def _quantize(
         other, its_weights = _repaired(
             request, conversion, network, weights, dataset, preprocessing, provenance["seed"]
         )
-        with progress_bar("quantize", "image") as show:
-            its_loss = quantization_loss(exact, Int8Model(other.data), prepared(dataset.val))
+        its_loss = quantization_loss(exact, Int8Model(other.data), prepared(dataset.val))
         if its_loss.int8_top1_percent > loss.int8_top1_percent:
             repair, loss, conversion, weights, int8 = loss, its_loss, other, its_weights, Int8Model(other.data)
     test = None
     if dataset.test is not None:
-        with progress_bar("test", "image") as show:
-            (test,) = evaluate(prepared(dataset.test), int8.logits)
+        (test,) = evaluate(prepared(dataset.test), int8.logits)
     rejection = fit_rejection(
         loss.int8.scores,
         loss.int8.targets,

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.processors import n_processors
-from foxnas_mlflow.workflows._images import PresetName
-from foxnas_mlflow.workflows._request import Request, parameter
+from foxnas_mlflow.workflows._request import PresetName, Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ from foxnas_mlflow.supernet._modes import _fastest, _likely, fastest_workers, re
 from foxnas_mlflow.supernet._optimizer import Sgd, learning_rate
 from foxnas_mlflow.supernet._step import Workers, set_gradients
 from foxnas_mlflow.supernet._strategy import Sandwich
-from foxnas_mlflow.workflows._images import PresetName
+from foxnas_mlflow.workflows._request import PresetName
 
 pytestmark = pytest.mark.train
 
