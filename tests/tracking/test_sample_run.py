@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from foxnas_mlflow.cli.main import main
+from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import DeviceError
-from foxnas_mlflow.core.measurements import Measurement, read_measurements
+from foxnas_mlflow.core.measurements import Measurement, Timing, read_measurements
+from foxnas_mlflow.core.sampling import collect
 from foxnas_mlflow.core.space import get_space
 from foxnas_mlflow.workflows import SampleRequest
 from foxnas_mlflow.workflows.sample import MIN_LATENCIES, _check_latencies
@@ -193,6 +196,41 @@ def test_latencies_are_measured_on_this_machine(tracking: str, tmp_path: Path, m
         assert row.device
         assert row.runtime.startswith("ai-edge-litert")
         assert row.n_runs >= 20
+
+
+class DisturbedLater:
+    """A timer whose second network is disturbed always, and whose first one when it is measured once more."""
+
+    source, where, aside, predictors = "measured", "a board", {}, None
+
+    def __init__(self, networks: list[Architecture]) -> None:
+        self._networks, self._n = networks, 0
+
+    def time(self, architecture: Architecture) -> Timing:
+        self._n += 1
+        disturbed = architecture == self._networks[1] or self._n > 2
+        return Timing(5.0, "measured", problems=(f"shared {self._n}",) if disturbed else ())
+
+
+def test_what_was_disturbed_the_second_time_keeps_its_latency_and_is_not_left_out(
+    tracking: str, tmp_path: Path
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.core.targets import get_target
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.workflows._samples import SampleLog, log_samples
+
+    networks = MINI_SPACE.sample(np.random.default_rng(0), n=2)
+    supernet = SimpleNamespace(uri="models:/s/1", dataset=SimpleNamespace(source="digits"))
+    path = tmp_path / "measurements.csv"
+    with entry_run(stage="sample", params={}) as run:
+        log = SampleLog(run, path, DisturbedLater(networks), n_images=100, n_before=0)
+        rows = collect(networks, path, evaluate=lambda a: 70.0, time=log.time, doubt=lambda rows: networks[:1])
+        _, said = log_samples(run, rows, log, supernet=supernet, target=get_target("cpu"))
+    assert [row.latency_ms for row in rows] == [5.0, None]
+    assert "left out    1 latencies that cannot be trusted, the last: shared 3" in said
+    assert mlflow.get_run(run.run_id).data.tags["foxnas.invalid_measurements"] == "1"
 
 
 def test_a_sample_without_enough_latencies_is_not_done() -> None:
