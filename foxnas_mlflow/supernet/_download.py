@@ -22,6 +22,7 @@ PUBLISHED: Mapping[str, str] = {
     "timm:mobilenetv3_large_100": f"{_TIMM}mobilenetv3_large_100_ra-f55367f5.pth",
     "timm:mobilenetv3_small_100": f"{_TIMM}mobilenetv3_small_100_lamb-266a294c.pth",
     "timm:efficientnet_lite0": f"{_TIMM}efficientnet_lite0_ra-37913777.pth",
+    "timm:tf_efficientnet_lite0": f"{_TIMM}tf_efficientnet_lite0-0aa007d2.pth",
     "torchvision:mobilenet_v3_large": f"{_TORCHVISION}mobilenet_v3_large-5c1a4163.pth",
     "torchvision:mobilenet_v3_small": f"{_TORCHVISION}mobilenet_v3_small-047dcff4.pth",
 }

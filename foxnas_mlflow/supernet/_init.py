@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ def load_init(source: str | Path | KnownSupernet, supernet: Supernet, *, labels:
     Args:
         source: ``timm:NAME`` or ``torchvision:NAME``, which are downloaded; the path of a checkpoint
             (safetensors, or a file of `torch.save`, from which only tensors are read, never code); or a
-            supernet.
+            supernet. TensorFlow's weights under timm's names are known by their name: ``tf_...`` of the file or of
+            a folder that holds it.
         supernet: Takes the weights; its activations and padding are the source's until training begins.
         labels: Class names of the new data.
 
@@ -94,7 +96,7 @@ def load_init(source: str | Path | KnownSupernet, supernet: Supernet, *, labels:
         path = download(str(source)) if by_name else Path(source).expanduser()
         content = _content(path)
         size_bytes, sha256 = len(content), hashlib.sha256(content).hexdigest()
-        known, other_classes = _source(_state_dict(content, path)), False
+        known, other_classes = _source(_state_dict(content, path), path), False
     placement = place(known, supernet, new_classifier=other_classes)
     space = supernet.space
     strides = (space.stem_stride, space.first_stride, *(stage.stride for stage in space.stages))
@@ -109,8 +111,12 @@ def load_init(source: str | Path | KnownSupernet, supernet: Supernet, *, labels:
     )
 
 
-def _source(tensors: dict[str, Tensor]) -> Source:
-    return from_once_for_all(tensors) if is_once_for_all(tensors) else from_published(tensors)
+def _source(tensors: dict[str, Tensor], path: Path) -> Source:
+    if is_once_for_all(tensors):
+        return from_once_for_all(tensors)
+    # timm's own files are tf_NAME-DIGEST.pth, Hugging Face's models--timm--tf_NAME/snapshots/.../model.safetensors.
+    of_tensorflow = any(re.match(r"(.*--)?tf_(efficientnet|mobilenet)", part) for part in path.absolute().parts)
+    return from_published(tensors, of_tensorflow=of_tensorflow)
 
 
 def _content(path: Path) -> bytes:

@@ -15,7 +15,8 @@
 
 EfficientNet-Lite comes under the names of the package ``efficientnet_pytorch`` too: ``_conv_stem``,
 ``_blocks.{i}._expand_conv``, ``_depthwise_conv``, ``_project_conv``, ``_conv_head``, ``_fc``. These are TensorFlow's
-weights, with its padding and its constant of batch norm; TensorFlow's padding is ours.
+weights, with its padding and its constant of batch norm; TensorFlow's padding is ours. So are those that timm
+calls ``tf_...``, under timm's names.
 
 A stage begins where a block's output has another width; what the weights do not tell (activations, strides,
 the constant of batch norm) is known of the family.
@@ -69,14 +70,18 @@ class _Skeleton:
     symmetric: bool = True
 
 
-def from_published(tensors: Mapping[str, Tensor]) -> Source:
+def from_published(tensors: Mapping[str, Tensor], *, of_tensorflow: bool = False) -> Source:
     """A single network's state dict under our names.
+
+    Args:
+        tensors: The state dict.
+        of_tensorflow: Whether weights under timm's names are TensorFlow's, which nothing in them tells.
 
     Raises:
         InvalidInputError: If it is not a network that is known here.
     """
     if "conv_stem.weight" in tensors:
-        maker, skeleton = "timm", _timm(tensors)
+        maker, skeleton = "timm", _timm(tensors, of_tensorflow=of_tensorflow)
     elif "features.0.0.weight" in tensors:
         maker, skeleton = "torchvision", _torchvision(tensors)
     elif "_conv_stem.weight" in tensors:
@@ -96,6 +101,8 @@ def from_published(tensors: Mapping[str, Tensor]) -> Source:
         )
     family, strides = _family(len(skeleton.blocks), swish)
     activations = _activations(list(names), len(skeleton.blocks)) if swish else {}
+    if maker == "timm" and of_tensorflow:
+        family += " of TensorFlow"
     return Source(f"{maker}'s {family}", values, Style(activations, symmetric=skeleton.symmetric), strides=strides)
 
 
@@ -141,7 +148,7 @@ def _names(skeleton: _Skeleton, tensors: Mapping[str, Tensor]) -> dict[str, _Lay
     return names | dict(skeleton.tail)
 
 
-def _timm(tensors: Mapping[str, Tensor]) -> _Skeleton:
+def _timm(tensors: Mapping[str, Tensor], *, of_tensorflow: bool) -> _Skeleton:
     prefixes = sorted(
         {m[0] for m in map(re.compile(r"blocks\.\d+\.\d+\.").match, tensors) if m},
         key=lambda prefix: [int(i) for i in prefix.split(".")[1:3]],
@@ -166,7 +173,8 @@ def _timm(tensors: Mapping[str, Tensor]) -> _Skeleton:
     else:
         tail.append(("head.hidden", _Layer("conv_head")))
     tail.append(("head.classifier", _Layer("classifier")))
-    return _Skeleton(_Layer("conv_stem", "bn1"), blocks, tail, NORM_EPSILON)
+    epsilon = _TENSORFLOW_EPSILON if of_tensorflow else NORM_EPSILON
+    return _Skeleton(_Layer("conv_stem", "bn1"), blocks, tail, epsilon, symmetric=not of_tensorflow)
 
 
 def _torchvision(tensors: Mapping[str, Tensor]) -> _Skeleton:

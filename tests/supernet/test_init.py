@@ -81,9 +81,11 @@ class Published:
     """MobileNetV3-Large or EfficientNet-Lite0 by their papers, with random weights under a library's names."""
 
     def __init__(self, blocks: list[tuple[Any, ...]], *, library: str, n_classes: int = 1000) -> None:
-        self.blocks, self.library = blocks, library
+        self.blocks = blocks
         self.swish = blocks is LARGE
-        self.epsilon = 1e-5 if library == "timm" else 1e-3
+        self.tensorflow = library in ("efficientnet_pytorch", "tf_timm")
+        self.library = library = library.removeprefix("tf_")
+        self.epsilon = 1e-5 if library == "timm" and not self.tensorflow else 1e-3
         self.tensors: dict[str, Tensor] = {}
         self._generator = torch.Generator().manual_seed(3)
         self.stem = 16 if self.swish else 32
@@ -140,7 +142,7 @@ class Published:
         weight, t = self.tensors[f"{conv}.weight"], self.tensors
         bias = None if norm else t[f"{conv}.bias"]
         missing = weight.shape[-1] - 1
-        if stride == 2 and self.library == "efficientnet_pytorch":
+        if stride == 2 and self.tensorflow:
             # TensorFlow's SAME of an even size: one pixel more at the end.
             x, missing = F.pad(x, ((missing - 1) // 2, missing // 2) * 2), 0
         y = F.conv2d(x, weight, bias, stride, missing // 2, 1, groups)
@@ -234,14 +236,16 @@ def same(a: Tensor, b: Tensor) -> None:
 
 @functools.cache
 def published(kind: str) -> Published:
-    lite = kind in ("lite", "efficientnet_pytorch")
-    return Published(LITE0 if lite else LARGE, library="timm" if kind == "lite" else kind)
+    if kind in ("timm", "torchvision"):
+        return Published(LARGE, library=kind)
+    return Published(LITE0, library=kind.replace("lite", "timm"))
 
 
-@pytest.mark.parametrize("kind", ["timm", "torchvision", "lite", "efficientnet_pytorch"])
+@pytest.mark.parametrize("kind", ["timm", "torchvision", "lite", "tf_lite", "efficientnet_pytorch"])
 def test_a_published_network_computes_the_same_inside_the_supernet(kind: str, tmp_path: Path) -> None:
     reference = published(kind)
-    path = tmp_path / "net.safetensors"
+    path = tmp_path / ("models--timm--tf_efficientnet_lite0.in1k" if kind == "tf_lite" else "net") / "model.safetensors"
+    path.parent.mkdir()
     save_file({name: t.contiguous() for name, t in reference.tensors.items()}, path)
     space = CPU_SPACE.replace(image_sizes=(64,)) if reference.swish else LITE
     supernet = Supernet(space)
@@ -258,7 +262,7 @@ def test_a_published_network_computes_the_same_inside_the_supernet(kind: str, tm
         supernet.style = supernet.style.at(0.0)
         supernet.set_subnet(report.architecture)
         near = torch.allclose(supernet(x), expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
-        assert near == (kind == "efficientnet_pytorch")
+        assert near == reference.tensorflow
 
 
 def test_a_wider_space_with_other_classes_and_grey_images_keeps_the_features(tmp_path: Path) -> None:
