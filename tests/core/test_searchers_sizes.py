@@ -65,7 +65,7 @@ def _table(predictors: PredictorSet, confidence: float) -> tuple[np.ndarray, np.
     return accuracy, latency, upper
 
 
-@pytest.mark.parametrize("pooled", ["", "calibrated-sizes", "capacity-sizes", "kernels-sizes"])
+@pytest.mark.parametrize("pooled", ["", "calibrated-sizes", "capacity-sizes", "means-sizes"])
 @pytest.mark.parametrize("seed", range(8))
 def test_front_and_optimum_over_two_sizes_equal_brute_force(seed: int, pooled: str) -> None:
     predictors = _predictors(seed, pooled=pooled)

@@ -137,6 +137,11 @@ class _Blocks:
         total: FloatArray = (values * self.present).sum(axis=1)
         return total
 
+    def mean(self, values: FloatArray) -> FloatArray:
+        """Mean over all blocks."""
+        mean: FloatArray = self.sum(values) / self.depth
+        return mean
+
 
 _TERMS: Mapping[str, Callable[[_Blocks], FloatArray]] = {
     "D": lambda b: b.depth,
@@ -156,7 +161,10 @@ _TERMS: Mapping[str, Callable[[_Blocks], FloatArray]] = {
     "log_K_first": lambda b: b.log_k[:, 0],
     "all_log_E": lambda b: b.sum(b.log_e),
     "all_log_K": lambda b: b.sum(b.log_k),
-    "mean_log_K": lambda b: b.sum(b.log_k) / b.depth,
+    "mean_log_E": lambda b: b.mean(b.log_e),
+    "mean_log_K": lambda b: b.mean(b.log_k),
+    "mean_log_K_squared": lambda b: b.mean(b.log_k) ** 2,
+    "mean_log_E:mean_log_K": lambda b: b.mean(b.log_e) * b.mean(b.log_k),
 }
 """What a stage's blocks can be described by: n options to n numbers."""
 
@@ -165,10 +173,8 @@ _SIZE_TERMS = ("log_size", "log_size_squared", "log_size_cubed")
 
 def _varies(term: str, space: SearchSpace) -> bool:
     """Whether a term has more than one value in a space."""
-    if "E" in term:
-        return len(space.expansions) > 1
-    if "K" in term:
-        return len(space.kernels) > 1
+    if "E" in term or "K" in term:
+        return ("E" not in term or len(space.expansions) > 1) and ("K" not in term or len(space.kernels) > 1)
     # With two depths the one is the other plus a constant.
     return len(space.depths) > (2 if term == "full_depth" else 1)
 
@@ -427,12 +433,22 @@ _FORMULAS: tuple[Formula, ...] = (
     # The same with prices of capacity that change with the image size: large images have more to show.
     # 9 coefficients, and a tenth for a size's own part where the rows have four sizes.
     _CAPACITY_OF_SIZES,
-    # The same where it is the kernels alone whose price changes with the size, and their mean in a stage counts: a
-    # kernel suits images of its size, however deep the network is. 7 coefficients, one of them optional, and an eighth.
+    # What a stage's blocks are on average, however many there are, and its first block, which every subnet has. A
+    # kernel suits images of its size, neither the smallest nor the largest need be best, and wide blocks gain most
+    # from large ones: the subnets at both ends of a space are trained in every step of a sandwich, and those that are
+    # like them share what they learn. 11 coefficients, one of them optional, and a twelfth.
     dataclasses.replace(
         _CAPACITY_OF_SIZES,
-        name="kernels-sizes",
-        shared=("D", "all_log_E", "mean_log_K"),
+        name="means-sizes",
+        shared=(
+            "D",
+            "mean_log_E",
+            "mean_log_K",
+            "mean_log_K_squared",
+            "mean_log_E:mean_log_K",
+            "log_E_first",
+            "log_K_first",
+        ),
         by_size=("mean_log_K",),
     ),
     # A CPU's cost model: milliseconds = sum over `COST_TERMS` of a price times an amount, and a
@@ -478,7 +494,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         "calibrated-sizes",
         "compact",
         "capacity-sizes",
-        "kernels-sizes",
+        "means-sizes",
         "capacity",
     ),
     "paper": ("paper",),
