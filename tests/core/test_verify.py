@@ -318,3 +318,19 @@ def test_measurements_with_problems_choose_nothing(outcome: SearchOutcome) -> No
 
     with pytest.raises(DeviceError, match="throttled"):
         verify(outcome, time=throttled)
+
+
+def test_measurements_with_problems_choose_nothing_where_latency_has_no_limit() -> None:
+    for asked in ({"objective": "latency_ms", "min_accuracy": 73.0}, {"limits": "int8_size_bytes<=3.6MB"}):
+        outcome = search(reference_predictors("rpi4"), evaluations=300, **asked)  # type: ignore[arg-type]
+        with pytest.raises(DeviceError, match="throttled"):
+            verify(outcome, time=lambda a: Timing(9.0, "measured", "board", problems=("the machine was throttled",)))
+
+
+def test_a_slower_board_gets_a_network_within_the_other_limits() -> None:
+    """The most accurate network of that latency is too large, and so are all that one edit makes of it."""
+    outcome = search(reference_predictors("rpi4"), 80.0, limits="int8_size_bytes<=3.4MB", evaluations=300)
+    verdict = verify(outcome, n_candidates=1, time=board(outcome, 1.5))
+    assert verdict.chosen.speed_ms <= 80.0
+    assert verdict.chosen.amounts["int8_size_bytes"] <= 3.4e6
+    assert verdict.chosen.predicted_accuracy > outcome.accuracy - 1

@@ -9,6 +9,7 @@ its latency, the best one is edited, parameter by parameter, the cheapest saving
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from foxnas_mlflow.core.searchers._evidence import (
     prediction_covariance,
 )
 from foxnas_mlflow.core.searchers._limited import solve
+from foxnas_mlflow.core.searchers._limits import Limit
 from foxnas_mlflow.core.searchers._prices import feasible_points
 from foxnas_mlflow.core.searchers._search import SearchOutcome
 from foxnas_mlflow.core.searchers._tweak import Edit, rank_edits
@@ -234,9 +236,11 @@ def verify(
             look(architecture, "compared before")
 
     def mend() -> None:
-        if time is not None and not seen[0].meets and np.isfinite(outcome.problem.room[0]):
-            # Slower than predicted: what the limit still allows lies between the networks that were looked at.
-            _mend(outcome, float(outcome.problem.room[0]), seen, look)
+        if time is not None and not seen[0].meets:
+            trusted = _trusted(seen)
+            if np.isfinite(outcome.problem.room[0]):
+                # Slower than predicted: what the limit still allows lies between the networks that were looked at.
+                _mend(outcome, float(outcome.problem.room[0]), trusted, look)
         if not any(c.meets for c in seen):
             raise InfeasibleConstraintError(
                 float(outcome.problem.room[0]),
@@ -479,25 +483,15 @@ def _ladder(outcome: SearchOutcome, n: int) -> list[Architecture]:
 def _mend(
     outcome: SearchOutcome,
     latency_ms: float,
-    seen: list[Candidate],
+    trusted: Sequence[Candidate],
     look: Callable[[Architecture, str], Candidate],
 ) -> None:
     """Look for networks that meet the constraint when the found one does not."""
-    trusted = [c for c in seen if c.timing is not None and not c.timing.problems]
-    if not trusted:
-        problems = next(c.timing.problems for c in seen if c.timing is not None)
-        raise DeviceError(
-            "a network is chosen on latencies that can be trusted",
-            received=f"{len(seen)} measurements with problems, the first: {problems[0]}",
-            remedy="let the machine do nothing else, and see with: foxnas benchmark",
-        )
     best = max(trusted, key=lambda c: c.predicted_accuracy)
     slowness = float(np.median([c.timing.latency_ms / c.predicted_latency_ms for c in trusted if c.timing is not None]))
     if best.timing is not None and best.timing.latency_ms > _REACH * latency_ms:
-        # The device is slower than predicted: begin where the front meets the constraint there.
-        front = outcome.front
-        below = np.flatnonzero(front.latency_ms * slowness <= latency_ms)
-        best = look(front.architecture(int(below[-1]) if len(below) else 0), f"front, device {slowness:.2f} x slower")
+        # The device is slower than predicted: begin where the constraint is met there.
+        best = look(_within(outcome, latency_ms / slowness), f"front, device {slowness:.2f} x slower")
     architecture = best.architecture
     latency = best.timing.latency_ms if best.timing is not None else latency_ms
     met, edits = best.meets, 0
@@ -521,6 +515,34 @@ def _mend(
         met = candidate.meets
         if candidate.timing is not None and not candidate.timing.problems:
             latency = candidate.timing.latency_ms
+
+
+def _trusted(seen: Sequence[Candidate]) -> list[Candidate]:
+    """Those whose latency can be trusted.
+
+    Raises:
+        DeviceError: If there is none.
+    """
+    timings = [c.timing for c in seen if c.timing is not None]
+    trusted = [c for c in seen if c.timing is not None and not c.timing.problems]
+    if timings and not trusted:
+        raise DeviceError(
+            "a network is chosen on latencies that can be trusted",
+            received=f"{len(timings)} measurements with problems, the first: {timings[0].problems[0]}",
+            remedy="let the machine do nothing else, and see with: foxnas benchmark",
+        )
+    return trusted
+
+
+def _within(outcome: SearchOutcome, latency_ms: float) -> Architecture:
+    """The most accurate network of a predicted latency within the other limits; the fastest where there is none."""
+    problem, front = outcome.problem, outcome.front
+    if not problem.only_latency:
+        limits = (Limit("latency_ms", latency_ms), *(x for x in problem.limits if x.quantity != "latency_ms"))
+        with contextlib.suppress(InfeasibleConstraintError):
+            return solve(dataclasses.replace(problem, limits=limits)).architecture
+    below = np.flatnonzero(front.latency_ms <= latency_ms)
+    return front.architecture(int(below[-1]) if len(below) else 0)
 
 
 def _cheapest(edits: Sequence[Edit], missing_ms: float) -> Edit | None:
