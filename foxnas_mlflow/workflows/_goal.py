@@ -55,6 +55,14 @@ class GoalRequest(Request):
         return not self.latency_ms and not self.limits and self.objective == "accuracy"
 
     @property
+    def asked_latency_ms(self) -> float | None:
+        """The latency that was asked for, the first of several; None where none was."""
+        from foxnas_mlflow.core.searchers import parse_limits
+
+        limits = parse_limits(self.limits, latency_ms=next(iter(self.latency_ms), None))
+        return next((limit.value for limit in limits if limit.quantity == "latency_ms"), None)
+
+    @property
     def tolerance(self) -> float | None:
         """Points that a faster network may be below the best one; None: what the evidence cannot tell apart."""
         return _tolerance(self.tolerance_points)

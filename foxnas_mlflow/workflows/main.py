@@ -276,6 +276,7 @@ class _Pipeline:
         import time
 
         from foxnas_mlflow.core.errors import PromotionError
+        from foxnas_mlflow.core.searchers import KNEE
         from foxnas_mlflow.tracking.pipeline import conclude
 
         request, start = self._request, time.monotonic()
@@ -289,8 +290,8 @@ class _Pipeline:
             refusal = PromotionError("a network that another one beats is not promoted", received=compared.checks[0])
         elif self._device and request.stage.lower() != "none":
             try:
-                # A limit that nobody asked for refuses nothing.
-                self._promote(model, None if request.is_open else latency_ms)
+                # A limit that nobody asked for refuses nothing; the knee's own is the search's.
+                self._promote(model, request.asked_latency_ms if request.objective == KNEE else latency_ms)
             except PromotionError as error:
                 refusal = error
         metrics, summary = conclude(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
@@ -401,3 +402,11 @@ def test_every_network_is_reachable_by_its_indices() -> None:
     found = objective.architecture(1, objective.index_of(architecture))
     assert found.image_size == SIZES[1]
     np.testing.assert_array_equal(objective.index_of(found), objective.index_of(architecture))
+
+
+def test_the_knee_s_own_limit_counts_among_those_that_hold_together() -> None:
+    predictors = reference_predictors("rpi4")
+    both = dataclasses.replace(predictors, quantities={"energy_mj": predictors.latency})
+    problem = pose(both, objective="knee", limits="energy_mj<=80", confidence=0.95)
+    assert [limit.quantity for limit in problem.limits] == ["latency_ms", "energy_mj"]
+    assert problem.objective.level == pytest.approx(0.975)

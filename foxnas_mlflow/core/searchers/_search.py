@@ -259,12 +259,12 @@ def pose(
     if goal != "accuracy":
         check_quantity(goal, predictors)
     quantities = [limit.quantity for limit in asked]
-    known = Objective(
-        predictors,
-        confidence=confidence,
-        image_sizes=image_sizes,
-        quantities=[*quantities, *([] if goal == "accuracy" else [goal])] or ["latency_ms"],
-    )
+    if goal != "accuracy":
+        quantities.append(goal)
+    if objective == KNEE or not quantities:
+        # The knee becomes a limit too, whose bound counts among those that hold together.
+        quantities.append("latency_ms")
+    known = Objective(predictors, confidence=confidence, image_sizes=image_sizes, quantities=quantities)
     if objective != KNEE:
         return Problem(known, asked, goal, min_accuracy)
     base = Problem(known, asked, min_accuracy=min_accuracy if asked else min_accuracy or 0.0)
