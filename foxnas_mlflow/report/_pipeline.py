@@ -376,10 +376,10 @@ def _latency(page: PipelinePage) -> Markup:
 
 
 def _gates(page: PipelinePage) -> Markup:
-    if not page.gates:
-        return Markup("<p>No gate was asked: promotion needs a measured latency and a stage.</p>")
-    rows = [(str(g["gate"]), "pass" if g["passed"] else "FAIL", str(g["text"])) for g in page.gates]
     refused = fill("<p><b>Refused.</b> {}</p>", page.refusal) if page.refusal else Markup()
+    if not page.gates:
+        return refused or Markup("<p>No gate was asked: promotion needs a measured latency and a stage.</p>")
+    rows = [(str(g["gate"]), "pass" if g["passed"] else "FAIL", str(g["text"])) for g in page.gates]
     return refused + table(("gate", "", "what it saw"), rows)
 
 

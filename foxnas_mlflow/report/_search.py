@@ -190,13 +190,20 @@ def write_searches_report(
 
 def _sentence(outcome: SearchOutcome, target: Target, candidates: Sequence[Candidate], reason: str) -> Markup:
     optimum, problem = outcome.optimum, outcome.problem
+    sizes = ", ".join(map(str, outcome.objective.image_sizes))
+    best = "better within these limits" if optimum.least is None else f"to have less {problem.goal}"
+    what = f"{optimum.accuracy:.2f} %" if optimum.least is None else f"{optimum.least:.4g} {problem.goal}"
     if optimum.proof_gap > 0:
         unit = "points" if optimum.least is None else problem.goal
         proof = f"The proof leaves {optimum.proof_gap:.4g} {unit} open."
-    elif optimum.least is None:
-        proof = "No network of the search space is predicted better within these limits: the optimum is proven."
+    elif not candidates or outcome.architecture == optimum.architecture:
+        proof = f"No network of the space at {sizes} px is predicted {best}: the optimum is proven."
     else:
-        proof = f"No network of the search space is predicted to have less {problem.goal}: the optimum is proven."
+        # What was evaluated or measured decided; the proof is of the predictions.
+        proof = (
+            f"Another network is predicted best, of {what}, and none of the space at {sizes} px is predicted {best}: "
+            "that is proven. What was looked at decided between them."
+        )
     return fill(
         "{warning}Asked for: <b>{problem}</b> on <b>{target}</b> at confidence {confidence:g}. Found: a network of "
         "<b>{accuracy:.2f} %</b> predicted top-1 and <b>{latency} ms</b> predicted latency (at most {upper} ms) at "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.comparison import Comparison, agreement
-from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.measurements import Measurement, Timing
 from foxnas_mlflow.core.predictors import marginal_effects, reference_predictors
-from foxnas_mlflow.core.searchers import SEARCHERS, Objective, front_of, search
+from foxnas_mlflow.core.searchers import SEARCHERS, Objective, front_of, search, verify
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.report import PipelinePage, write_pipeline_report, write_search_report
@@ -183,3 +184,31 @@ def test_the_page_of_a_pipeline_tells_each_of_its_networks(tmp_path: Path) -> No
 def cells(page: str) -> list[str]:
     """Texts of all cells of all tables of a page."""
     return re.findall(r"<td>([^<]*)</td>", page)
+
+
+def test_the_page_tells_a_proof_of_the_network_that_it_is_of(tmp_path: Path) -> None:
+    outcome = search(reference_predictors("rpi4"), 60.0, evaluations=300)
+    seen = verify(
+        outcome, n_candidates=3, time=lambda a: Timing(99.0 if a == outcome.architecture else 5.0, "measured")
+    )
+    assert seen.chosen.architecture != outcome.optimum.architecture
+    other = dataclasses.replace(outcome, architecture=seen.chosen.architecture, found_by="verification")
+    for each, text in (
+        (outcome, "is predicted better within these limits: the optimum is proven."),
+        (other, f"Another network is predicted best, of {outcome.accuracy:.2f} %, and none of the space at "),
+    ):
+        path = tmp_path / "report.html"
+        write_search_report(
+            path, outcome=each, comparisons=[], request={}, target=get_target("rpi4"), candidates=seen.candidates
+        )
+        assert text in path.read_text()
+
+
+def test_the_page_of_a_pipeline_says_why_nothing_was_promoted(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    page = pipeline_page([40.0])
+    write_pipeline_report(path, page)
+    assert "No gate was asked" in path.read_text()
+    write_pipeline_report(path, dataclasses.replace(page, refusal="another network beats it"))
+    assert "No gate was asked" not in path.read_text()
+    assert "<b>Refused.</b> another network beats it" in path.read_text()
