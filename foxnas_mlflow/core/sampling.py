@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.errors import FitError, InvalidMeasurementsError
+from foxnas_mlflow.core.errors import FitError, InvalidMeasurementsError, MissingDependencyError
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished, write_measurements
 from foxnas_mlflow.core.parallel import as_finished
 from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, fit_predictors
@@ -124,7 +124,9 @@ def doubtful(latency: LinearPredictor, rows: Iterable[Measurement], percent: flo
 
 
 def unexplained(rows: Sequence[Measurement], space: SearchSpace, *, seed: int = 0) -> list[Architecture]:
-    """Networks of a sampling that were slower than the others explain; none while the rows are too few to fit.
+    """Networks of a sampling that were slower than the others explain.
+
+    None while the rows are too few to fit, or where what fits them is not installed: a sampling needs it for no more.
 
     Args:
         rows: The rows.
@@ -136,7 +138,7 @@ def unexplained(rows: Sequence[Measurement], space: SearchSpace, *, seed: int = 
     ]
     try:
         (latency,) = fit_predictors(latencies, space, seed=seed).predictors.latency
-    except (FitError, InvalidMeasurementsError):
+    except (FitError, InvalidMeasurementsError, MissingDependencyError):
         return []
     return doubtful(latency, latencies, _DOUBTED_PERCENT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,3 +130,15 @@ def test_an_emulated_board_is_named_so_once() -> None:
     assert row.device == "Raspberry Pi 4 (emulated)"
     assert row.timing == timing
     assert Measurement.of(PLAN[0], Timing(5.0, "measured", device="Raspberry Pi 4", emulated=True)) == row
+
+
+def test_without_what_fits_them_latencies_explain_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = CPU_SPACE.sample(np.random.default_rng(1), n=40)
+    latency = reference_predictors("rpi4").latency[0].predict(plan)
+    rows = [
+        Measurement(a, 70.0, float(ms) * (1 + (i == 0)), "measured")
+        for i, (a, ms) in enumerate(zip(plan, latency, strict=True))
+    ]
+    assert unexplained(rows, CPU_SPACE) == [plan[0]]
+    monkeypatch.setitem(sys.modules, "statsmodels.regression.linear_model", None)
+    assert unexplained(rows, CPU_SPACE) == []
