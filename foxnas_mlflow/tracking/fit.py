@@ -55,7 +55,7 @@ def log_fit(
     for quantity, report in fit.reports.items():
         label = _label(quantity)
         paper = fit.paper.get(quantity)
-        metrics |= {f"predictor/{label}/{key}": value for key, value in report.metrics.items()}
+        metrics |= {f"predictor/{label}/{key}": value for key, value in fit.predictors.figures(quantity).items()}
         if paper is not None:
             metrics |= {f"predictor/{label}/{key}_paper": value for key, value in paper.metrics.items()}
         directory = run.directory / "predictor" / label
@@ -87,10 +87,10 @@ def log_fit(
             "target": target.name,
             "fitted on": f"{len(rows)} networks of {source}",
             **{
-                f"{_label(quantity)}, {words}": report.metrics[key]
-                for quantity, report in fit.reports.items()
+                f"{_label(quantity)}, {words}": figures[key]
+                for quantity, figures in ((q, fit.predictors.figures(q)) for q in fit.reports)
                 for key, words in _SHOWN.items()
-                if key in report.metrics
+                if key in figures
             },
         },
         command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",

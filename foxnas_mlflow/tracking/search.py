@@ -360,8 +360,8 @@ def _register_predictors(
     """The registered version of the predictors: one that has the same content, or a new one."""
     metrics = {
         f"predictor/{label}/{key}": value
-        for label, group in (("accuracy", predictors.accuracy), ("latency", predictors.latency))
-        for key, value in group[-1].metrics.items()
+        for quantity, label in (("accuracy", "accuracy"), ("latency_ms", "latency"))
+        for key, value in predictors.figures(quantity).items()
     }
     if metrics:
         run.log_metrics(metrics, model_id=logged.model_id)

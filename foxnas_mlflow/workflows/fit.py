@@ -140,13 +140,16 @@ def _check_latencies(rows: Sequence[Measurement], target: Target, space: SearchS
 def _summary(fit: FitResult, uri: str, run_id: str, target: str, noise_floor: float | None, middle_ms: float) -> str:
     """A table of both formulas, and the search to type next."""
     lines = [f"{'':<22}{'formula':<16}{'n':>7}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
-    for quantity, report in fit.reports.items():
-        for which in (report, fit.paper.get(quantity)):
-            if which is None or (which is not report and which.predictor.formula == report.predictor.formula):
-                continue
-            m = which.metrics
+    for quantity in fit.reports:
+        fitted = list(fit.predictors.groups[quantity])
+        paper = fit.paper.get(quantity)
+        if paper is not None and all(one.formula != paper.predictor.formula for one in fitted):
+            fitted.append(paper.predictor)
+        for one in fitted:
+            m, px = one.metrics, ",".join(map(str, one.fitted_sizes))
             lines.append(
-                f"{quantity:<22}{which.predictor.formula:<16}{m['n_samples']:>7.0f}{m['r2_adjusted']:>10.4f}"
+                f"{f'{quantity}, {px} px' if len(fit.predictors.groups[quantity]) > 1 else quantity:<22}"
+                f"{one.formula:<16}{m['n_samples']:>7.0f}{m['r2_adjusted']:>10.4f}"
                 f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
             )
     if noise_floor is not None:

@@ -169,7 +169,11 @@ def run_search(
         'models:/foxnas-subnet-rpi4/1'
     """
     request = request.replace(device=chosen_device(request.device))
+    from foxnas_mlflow.core.errors import import_or_raise
+
     # What can be refused at once is refused before there is a run.
+    if request.rounds > 1:
+        import_or_raise("statsmodels", extra="fit", feature="learning from what was looked at (rounds)")
     inputs = _open(request)
 
     from foxnas_mlflow.core.searchers import accuracy_signal, describe_limits
@@ -369,14 +373,11 @@ def _loop(
     executor: Executor | None,
 ) -> Loop[Searched]:
     """Search and look, round by round; what was looked at is kept, so that a loop that was cut off goes on."""
-    import dataclasses
-
-    from foxnas_mlflow.core.predictors import fit_predictors
+    from foxnas_mlflow.core.predictors import has_measured_latency, refit_predictors
     from foxnas_mlflow.core.searchers import closed_loop
     from foxnas_mlflow.workflows._verification import open_lookers
 
     known = inputs.predictors
-    model = known.accuracy[-1]
 
     def search(predictors: PredictorSet) -> list[SearchOutcome]:
         if predictors is known:
@@ -388,18 +389,13 @@ def _loop(
 
     def refit(rows: Sequence[Measurement]) -> PredictorSet:
         logger.info("Fitting again with %d rows.", len(rows))
-        # What is not looked at, as energy, is not learnt either: its predictors stay.
-        fit = fit_predictors(
-            [dataclasses.replace(row, quantities={}) for row in rows],
-            known.space,
-            target=known.target,
-            formula="paper" if model.formula == "paper" else "calibrated",
-            ceiling=model.ceiling,
+        return refit_predictors(
+            known,
+            rows,
+            latency=has_measured_latency(looks.known),
             seed=request.seed,
             provenance={"source": f"{request.measurements or inputs.source}, and what a search looked at"},
-            latency=known,
         )
-        return dataclasses.replace(fit.predictors, quantities=known.quantities)
 
     with open_lookers(
         inputs.target,

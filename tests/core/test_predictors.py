@@ -41,6 +41,7 @@ from foxnas_mlflow.core.predictors import (
     get_formula,
     load_predictors,
     reference_predictors,
+    refit_predictors,
     widest_formula,
 )
 from foxnas_mlflow.core.random import Stream, stream
@@ -615,3 +616,42 @@ def test_starts_are_priced_where_a_device_waits_for_them_and_not_elsewhere() -> 
     assert prices["gates"] == pytest.approx(0.5, rel=0.1)
     (report,) = fit_family("calibrated", "latency_ms", _synthetic(30), CPU_SPACE)
     assert report.predictor.formula == "calibrated-wide"
+
+
+def test_predictors_are_fitted_again_to_a_network_above_their_ceiling() -> None:
+    rows = _sized(60, sizes=(160, 192, 224))
+    known = fit_predictors(rows, CPU_SPACE).predictors
+    ceiling = known.accuracy[0].ceiling
+    assert ceiling is not None
+    (new,) = CPU_SPACE.sample(np.random.default_rng(9), n=1, image_size=224)
+    surprise = Measurement(new, ceiling + 0.1, 50.0, "measured")
+    (again,) = refit_predictors(known, [*rows, surprise], latency=True).accuracy
+    assert (again.ceiling or 0.0) > ceiling + 0.1
+    (same,) = refit_predictors(known, [*rows, dataclasses.replace(surprise, accuracy=70.0)], latency=True).accuracy
+    assert same.ceiling == ceiling
+
+
+def test_a_few_measured_latencies_do_not_take_the_place_of_a_cost_model() -> None:
+    rows = [dataclasses.replace(row, latency_source="cost_model") for row in _sized(60, sizes=(160, 192, 224))]
+    model = reference_predictors("rpi4")
+    known = fit_predictors(rows, CPU_SPACE, latency=model).predictors
+    looked = [dataclasses.replace(row, latency_source="measured") for row in _sized(5, sizes=(160, 224), seed=3)]
+    again = refit_predictors(known, [*rows, *looked], latency=False)
+    assert again.latency == model.latency
+    assert again.accuracy[0].metrics["n_samples"] == len({row.architecture for row in [*rows, *looked]})
+
+
+def test_figures_of_several_fits_are_those_of_all_their_rows() -> None:
+    fit = fit_predictors(_sized(300, sizes=(192, 256)), CPU_SPACE, formula="paper")
+    each = [predictor.metrics for predictor in fit.predictors.accuracy]
+    assert len(each) == 2
+    figures = fit.predictors.figures("accuracy")
+    assert figures["n_samples"] == sum(metrics["n_samples"] for metrics in each)
+    assert min(m["cv_rmse"] for m in each) < figures["cv_rmse"] < max(m["cv_rmse"] for m in each)
+
+
+def test_means_of_one_block_are_no_formula() -> None:
+    formula, one = get_formula("means-sizes", "accuracy"), CPU_SPACE.replace(depths=(1,))
+    assert formula.applies(CPU_SPACE, 3)
+    assert not formula.applies(one, 3)
+    assert not formula.applies(CPU_SPACE, 1)

@@ -10,6 +10,7 @@ from foxnas_mlflow.core.predictors._fit import (
     fit_formula,
     fit_predictors,
     has_measured_latency,
+    refit_predictors,
 )
 from foxnas_mlflow.core.predictors._formulas import FORMULAS, Formula, get_formula, widest_formula
 from foxnas_mlflow.core.predictors._linear import (
@@ -50,6 +51,7 @@ __all__ = [
     "marginal_effects",
     "reference_latency",
     "reference_predictors",
+    "refit_predictors",
     "widest_formula",
     "with_packaged_accuracy",
 ]

@@ -5,6 +5,7 @@ statsmodels and its dependants are imported inside functions: predicting never n
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -199,6 +200,46 @@ def fit_predictors(
     known = () if latency is None else latency.latency
     predictors = PredictorSet(target, space, of.pop("accuracy", alike), of.pop("latency_ms", known), of)
     return FitResult(predictors, reports, paper, refused)
+
+
+def refit_predictors(
+    known: PredictorSet,
+    rows: Sequence[Measurement],
+    *,
+    latency: bool,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+) -> PredictorSet:
+    """Predictors of the kind of others, fitted to those rows and to what a search looked at since.
+
+    Args:
+        known: The others. Their ceiling stays, unless a network came up to it; their predictors of further quantities,
+            which no search looks at, stay.
+        rows: All rows, those of `known` among them.
+        latency: Whether the latencies of `known` were fitted to measured ones. Otherwise its cost model stays: a
+            search looks at too few networks to put another in its place.
+        seed: Seed of the cross-validation folds.
+        provenance: What to record of the rows' origin.
+
+    Raises:
+        FitError: As `fit_predictors`.
+    """
+    model = known.accuracy[-1]
+    best = max((row.accuracy for row in rows if row.accuracy is not None), default=0.0)
+    kept = [dataclasses.replace(row, quantities={}) for row in rows]
+    if not latency:
+        kept = [dataclasses.replace(row, latency_ms=None, latency_source="") for row in kept]
+    fit = fit_predictors(
+        kept,
+        known.space,
+        target=known.target,
+        formula="paper" if model.formula == "paper" else "calibrated",
+        ceiling=None if model.ceiling is None or model.ceiling <= best else model.ceiling,
+        seed=seed,
+        provenance=provenance,
+        latency=known,
+    )
+    return dataclasses.replace(fit.predictors, quantities=known.quantities)
 
 
 def _rows_of(quantity: str, measurements: Sequence[Measurement]) -> list[Measurement]:

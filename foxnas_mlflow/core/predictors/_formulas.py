@@ -205,6 +205,9 @@ class BlockFormula(Formula):
     several_sizes: bool = False
 
     def applies(self, space: SearchSpace, n_sizes: int) -> bool:
+        if "mean_log_E" in self.shared and space.max_depth == 1:
+            # The first block is all that there is, and its own mean.
+            return False
         return (n_sizes > 1 or not self.several_sizes) and (bool(self._by_size(space)) or not self.by_size)
 
     def columns(self, space: SearchSpace) -> tuple[str, ...]:

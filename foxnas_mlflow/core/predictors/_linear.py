@@ -75,7 +75,7 @@ class LinearPredictor:
         origin: ``fitted`` to the user's own rows, ``calibrated`` on the user's device, or ``packaged``.
         notes: Sentences that must be shown wherever the predictions are.
         own_space_only: Whether a cost model must not be carried to another space.
-        held_out: Ascending errors of m networks that the fit did not see, each divided by the standard
+        held_out: Ascending errors of m networks, each left out of a fit to all others and divided by the standard
             deviation predicted for it, shape (m,); empty where none were kept.
 
     Examples:
@@ -193,9 +193,9 @@ class LinearPredictor:
         """Standard deviations between a prediction and its bound.
 
         The quantile of Student's t with the fit's degrees of freedom, or that of the held-out errors where it is
-        larger: the k-th smallest of m errors with ``k = ceil((m + 1) * probability)``, which a new network of
-        their kind meets with at least that probability whatever the errors' distribution (split conformal
-        prediction, Vovk et al. 2005). With k > m the largest error counts: see `stated_confidence`.
+        larger: the k-th smallest of m errors with ``k = ceil((m + 1) * probability)``, as in conformal prediction
+        (Vovk et al. 2005). Those are errors of leaving one out, so that a new network of their kind meets it about
+        so often, and no guarantee is given. With k > m the largest error counts: see `stated_confidence`.
         """
         from scipy.special import stdtrit
 
@@ -352,6 +352,26 @@ class PredictorSet:
         """The predictors of every quantity that is known, by its name: accuracy and latency first."""
         known = {"accuracy": self.accuracy, "latency_ms": self.latency, **self.quantities}
         return {quantity: group for quantity, group in known.items() if group}
+
+    def figures(self, quantity: str) -> dict[str, float]:
+        """Figures of a quantity's fits over all image sizes.
+
+        Of several fits: rows in all, errors as the root of the mean square, others as the mean, both by rows.
+        """
+        each = [predictor.metrics for predictor in self.groups[quantity]]
+        if len(each) == 1:
+            return dict(each[0])
+        rows = np.array([metrics.get("n_samples", 1.0) for metrics in each])
+        found: dict[str, float] = {}
+        for key in set(each[0]).intersection(*each):
+            values = np.array([metrics[key] for metrics in each], dtype=np.float64)
+            if key == "n_samples":
+                found[key] = float(rows.sum())
+            elif "rmse" in key:
+                found[key] = float(np.sqrt(np.average(values**2, weights=rows)))
+            else:
+                found[key] = float(np.average(values, weights=rows))
+        return found
 
     @property
     def notes(self) -> tuple[str, ...]:
