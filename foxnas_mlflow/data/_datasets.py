@@ -754,10 +754,8 @@ def _read_idx(path: Path) -> ImageArray:
 
 
 def _folder(path: Path, source: str, reading: _Reading) -> ImageDataset:
-    root = find_root(path)
-    parts = find_parts(root)
-    labels = list(subfolders(parts.get("train", root)))
-    folders = parts or {"": root}
+    folders, notes = find_parts(find_root(path))
+    labels = list(subfolders(folders.get("train") or folders[""]))
     for name in ("val", "test"):
         extra = sorted(set(subfolders(folders[name])) - set(labels)) if name in folders else []
         if extra:
@@ -770,7 +768,8 @@ def _folder(path: Path, source: str, reading: _Reading) -> ImageDataset:
         part: pictures_of(folder, [label for label in labels if (folder / label).is_dir()])
         for part, folder in folders.items()
     }
-    return _pictures(found, labels, source, reading)
+    dataset = _pictures(found, labels, source, reading)
+    return dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
 
 
 def _list(path: Path, source: str, reading: _Reading) -> ImageDataset:

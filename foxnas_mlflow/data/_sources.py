@@ -101,20 +101,30 @@ def subfolders(path: Path) -> dict[str, Path]:
     return {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and not is_junk(p.name)}
 
 
-def find_parts(root: Path) -> dict[str, Path]:
-    """The folders ``train``, ``val`` and ``test`` under whatever usual names they have; empty where there is no split.
+def find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folders ``train``, ``val`` and ``test`` under whatever usual names they have.
 
-    Where there is no ``val``, ``test`` is what a network is validated on.
+    Where there is no ``val``, ``test`` is what a network is validated on. Where that has no class folders either, as
+    images have that are to be labelled, ``train`` is all there is.
+
+    Returns:
+        Folders of classes by part, one under an empty name where there is no split; and what a user should know of
+        the other folders.
 
     Raises:
-        InvalidInputError: If one is missing, or two folders mean the same part.
+        InvalidInputError: If a part is missing, or two folders mean the same part.
     """
     folders = subfolders(root)
+    meant = dict(zip(folders, _parts_meant(list(folders)), strict=True))
     found: dict[str, Path] = {}
+    others: list[str] = []
     for name, folder in folders.items():
-        part = _part(name)
+        part = meant[name]
+        if list(subfolders(folder)) == [name]:  # as an archive is unpacked
+            folder = folder / name
         # A class may be called so too; a part has folders inside.
         if part is None or not subfolders(folder):
+            others.append(name)
             continue
         if part in found:
             raise InvalidInputError(
@@ -123,15 +133,39 @@ def find_parts(root: Path) -> dict[str, Path]:
         found[part] = folder
     if "val" not in found and "train" in found and "test" in found:
         found["val"] = found.pop("test")
+    unused = [f"{name} is not used: it has no class folders of a part" for name in others]
     if {"train", "val"} <= set(found):
-        return found
-    if found and len(found) == len(folders):
+        return found, unused
+    if (found or len(folders) > 1) and None not in meant.values():
+        if "train" in found and others:
+            return {"": found["train"]}, unused
         raise InvalidInputError(
-            "a folder with a split needs both 'train' and 'val'",
+            "a folder with a split needs both 'train' and 'val', with one folder a class in each",
             received=sorted(folders),
             remedy="add the other, or put the class folders at the top",
         )
-    return {}
+    return {"": root}, _doubts(folders, found)
+
+
+def _doubts(classes: Mapping[str, Path], parts: Mapping[str, Path]) -> list[str]:
+    """What lets folders that are read as classes be parts of a split: a name, or the same folders inside."""
+    inside = {name: tuple(subfolders(folder)) for name, folder in classes.items()}
+    found = [f"{folder.name} is read as a class, like all folders beside it" for folder in parts.values()]
+    for folders in sorted({names for names in inside.values() if len(names) > 1}):
+        alike = [name for name, names in inside.items() if names == folders]
+        if len(alike) > 1:
+            found.append(
+                f"{', '.join(alike[:3])} are read as classes, and have the same folders inside: if they are parts of a "
+                "split, name them train and val"
+            )
+    return found
+
+
+def _parts_meant(names: list[str]) -> list[str | None]:
+    """The part that each of some folders' names means, also behind what they all begin with."""
+    heads = {name[: 1 + max(name.rfind(mark) for mark in "_ -")] for name in names}
+    begin = len(heads.pop()) if len(heads) == 1 < len(names) else 0
+    return [_part(name) or _part(name[begin:]) for name in names]
 
 
 def _part(name: str) -> str | None:

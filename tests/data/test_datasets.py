@@ -178,6 +178,52 @@ def test_a_third_part_is_held_out_and_one_wrapping_folder_is_opened(tmp_path: Pa
     assert dataset.labels == ("cat", "dog")
 
 
+def test_a_part_without_class_folders_is_not_used_and_said(tmp_path: Path) -> None:
+    data = tmp_path / "imgs"
+    write_classes(data / "train", 15)
+    write_images(data / "test", 5, seed=7)
+    unused = "test is not used: it has no class folders of a part"
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.labels == ("cat", "dog")
+    assert (len(dataset.train), len(dataset.val), dataset.test) == (24, 6, None)
+    assert dataset.warnings() == [unused]
+    write_classes(data / "val", 5, seed=9)
+    dataset = load_dataset(str(tmp_path))
+    assert (len(dataset.train), len(dataset.val), dataset.test) == (30, 10, None)
+    assert dataset.warnings() == [unused]
+    # Pictures of which nothing tells the classes.
+    write_images(tmp_path / "flat" / "train", 5)
+    write_images(tmp_path / "flat" / "test", 5)
+    with pytest.raises(InvalidInputError, match=r"'train' and 'val', with one folder a class in each; received \["):
+        load_dataset(str(tmp_path / "flat"))
+
+
+def test_parts_behind_a_common_prefix_in_folders_of_their_own_names(tmp_path: Path) -> None:
+    write_classes(tmp_path / "seg_train" / "seg_train", 12)
+    write_classes(tmp_path / "seg_test" / "seg_test", 3, seed=5)
+    write_images(tmp_path / "seg_pred" / "seg_pred", 5, seed=9)
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.labels == ("cat", "dog")
+    assert (len(dataset.train), len(dataset.val)) == (24, 6)
+    assert dataset.warnings() == ["seg_pred is not used: it has no class folders of a part"]
+
+
+def test_classes_that_may_be_parts_are_named(tmp_path: Path) -> None:
+    write_classes(tmp_path / "north", 12)
+    write_classes(tmp_path / "south", 12, seed=5)
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.labels == ("north", "south")
+    assert dataset.warnings() == [
+        "north, south are read as classes, and have the same folders inside: if they are parts of a split, name them "
+        "train and val"
+    ]
+    (tmp_path / "north").rename(tmp_path / "train")
+    (tmp_path / "south" / "dog").rename(tmp_path / "south" / "wolf")
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.labels == ("south", "train")
+    assert dataset.warnings() == ["train is read as a class, like all folders beside it"]
+
+
 def test_junk_and_class_maps_are_no_pictures(tmp_path: Path) -> None:
     write_classes(tmp_path, 12)
     before = load_dataset(str(tmp_path)).digest
