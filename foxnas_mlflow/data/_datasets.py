@@ -799,7 +799,7 @@ def _pictures(
 ) -> ImageDataset:
     """A data set of the pictures that are whole.
 
-    Its digest is of names and sizes; in a folder a name has its class in it, in a list class and part count too.
+    Its digest is of names and sizes; in a folder a name has its class in it, in a list class, part and group count too.
     """
     unreadable: list[str] = []
     unread: Counter[str] = Counter()
@@ -814,7 +814,8 @@ def _pictures(
         unreadable += [str(path) for path in paths.take(np.flatnonzero(~facts["whole"]))]
         for i in np.flatnonzero(facts["whole"]):
             fact = f"{pictures.names[int(i)]}:{n_bytes[i]}"
-            fact += f":{pictures.labels[i]}:{part}\n" if is_list else "\n"
+            fact += f":{pictures.labels[i]}:{part}" if is_list else ""
+            fact += f":{pictures.groups[i]}\n" if pictures.groups else "\n"
             digest.update(fact.encode("utf-8", "surrogateescape"))
         targets = np.array([target[label] for label in pictures.labels], np.int64)
         groups = np.unique(pictures.groups, return_inverse=True)[1] if pictures.groups else None

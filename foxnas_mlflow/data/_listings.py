@@ -50,6 +50,21 @@ class ListedPart:
         """Sizes by name of the files that are whole, or of those that are damaged."""
         return {self.names[i]: int(self.n_bytes[i]) for i in map(int, np.flatnonzero(self.whole == whole))}
 
+    def belongs_as(self, other: ListedPart) -> bool:
+        """Whether the files of both are of the same classes, and together in the same groups."""
+        if (self.groups is None) != (other.groups is None):
+            return False
+        theirs = {name: i for i, name in enumerate(other.names)}
+        both = [(i, theirs[name]) for i, name in enumerate(self.names) if name in theirs]
+        ours, its = np.array(both, np.int64).reshape(-1, 2).T
+        if (self.targets[ours] != other.targets[its]).any():
+            return False
+        if self.groups is None or other.groups is None:
+            return True
+        # Groups have other numbers where one is gone.
+        pairs = np.unique(np.stack([self.groups[ours], other.groups[its]]), axis=1)
+        return all(len(np.unique(groups)) == len(groups) for groups in pairs)
+
 
 @dataclass(frozen=True, eq=False)
 class Listing:
@@ -72,8 +87,10 @@ class Listing:
         return sum(int(part.whole.sum()) for part in self.parts.values())
 
     def is_like(self, other: Listing) -> bool:
-        """Whether both have the same classes and parts."""
-        return self.labels == other.labels and set(self.parts) == set(other.parts)
+        """Whether both have the same classes and parts, and the files of both belong to the same classes and groups."""
+        if self.labels != other.labels or set(self.parts) != set(other.parts):
+            return False
+        return all(part.belongs_as(other.parts[name]) for name, part in self.parts.items())
 
     def n_lost(self, now: Listing) -> int:
         """How many of the whole pictures are not there any more as they were."""

@@ -102,3 +102,28 @@ def test_a_list_with_groups_goes_on_too(folder: Path) -> None:
     begun = load_dataset(str(path), keep=True)
     mend(folder)
     assert same(load_dataset(str(path), digest=begun.digest), begun)
+
+
+def test_other_groups_or_classes_of_the_same_files_are_other_data(folder: Path) -> None:
+    path = folder.parent / "list.csv"
+
+    def written(cat: str = "cat", n_together: int = 3, n: int = N) -> ImageDataset:
+        rows = [
+            f"pictures/{k}/{i:02}.png,{cat if i % 2 else k},{i // n_together if n_together else ''}"
+            for k in ("cat", "dog")
+            for i in range(N - n, N)
+        ]
+        path.write_text("\n".join(["file,label,group", *rows]))
+        return load_dataset(str(path), keep=True)
+
+    alone, three, five, relabelled = written(n_together=0), written(), written(n_together=5), written(cat="dog")
+    digests = [dataset.digest for dataset in (alone, three, five, relabelled)]
+    assert len(set(digests)) == 4
+    for begun in digests[:3]:
+        assert earlier_digests(str(path), relabelled.digest) == []
+        assert load_dataset(str(path), digest=begun).digest == relabelled.digest
+    assert written(n_together=0).digest == alone.digest
+    # Without the first group all others are what they were, under other numbers.
+    pairs = written(n_together=1)
+    written(n_together=1, n=N - 1)
+    assert same(load_dataset(str(path), digest=pairs.digest), pairs)
