@@ -145,12 +145,15 @@ def _keys(paths: Paths) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
 
 
 def _known(path: Path, keys: NDArray[np.uint64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Facts of files, and the indices of those that nothing is known of."""
+    """Facts of files, and the indices of those that nothing is known of.
+
+    What could not be read is looked at again: rights, memory or a disk may have been the cause, and no key tells.
+    """
     facts, stored = np.zeros(len(keys), FACTS), _stored(path)
     if not len(stored):
         return facts, np.arange(len(keys))
     at = np.minimum(np.searchsorted(stored["key"], keys), len(stored) - 1)
-    here = stored["key"][at] == keys
+    here = (stored["key"][at] == keys) & stored["whole"][at]
     facts[here] = stored[at[here]]
     return facts, np.flatnonzero(~here)
 

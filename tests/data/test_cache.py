@@ -232,6 +232,21 @@ def test_only_what_changed_is_looked_at_again(tmp_path: Path) -> None:
     assert len(dataset.train) + len(dataset.val) == 25
 
 
+def test_a_file_that_could_not_be_read_once_is_looked_at_again(tmp_path: Path) -> None:
+    data = write_pictures(tmp_path / "data", 12)
+    path = data / "cat" / "0.png"
+    stat, whole = path.stat(), path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load_dataset(str(data)).unreadable == (str(path),)
+    # Restored with its size and time of change, as rights are given back or a copy brings it.
+    path.write_bytes(whole)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    dataset = load_dataset(str(data))
+    assert dataset.unreadable == ()
+    assert len(dataset.train) + len(dataset.val) == 24
+
+
 def test_a_picture_that_brings_its_process_down_is_damaged(tmp_path: Path) -> None:
     names = [f"{i}.png" for i in range(80)]
     for name in names:
