@@ -48,6 +48,7 @@ from foxnas_mlflow.data._sources import (
     is_junk,
     pictures_of,
     pictures_of_list,
+    reader_for,
     subfolders,
 )
 from foxnas_mlflow.data.preprocess import (
@@ -269,8 +270,7 @@ class ImageDataset:
         if missing:
             found.append(f"classes without validation images: {', '.join(missing)}")
         if self.unread:
-            listed = ", ".join(f"{n} {suffix}" for suffix, n in sorted(self.unread.items()))
-            found.append(f"files that are not read: {listed}")
+            found.append(f"files that are not read: {_unread_words(self.unread)}")
         large: list[str] = []
         damaged: list[str] = []
         for name in self.unreadable:
@@ -327,6 +327,18 @@ class ImageDataset:
                 continue
             kept.append(i)
         return ArrayImages(pixels[: len(kept)], images.targets[kept])
+
+
+def _unread_words(unread: Mapping[str, int]) -> str:
+    """How many files of each suffix are not read, and what would read them."""
+    reader = reader_for(unread)
+    listed = ", ".join(f"{n} {suffix}" for suffix, n in sorted(unread.items()))
+    return listed + (f" (read with: {reader})" if reader else "")
+
+
+def _beside(unread: Mapping[str, int] | None) -> str:
+    """What an error says of files that are not read."""
+    return f", beside {_unread_words(unread)}" if unread else ""
 
 
 def _local(source: str) -> str:
@@ -589,22 +601,23 @@ def _assemble(
     unreadable: Sequence[str] = (),
     *,
     split: tuple[float, int] | None,
+    unread: Mapping[str, int] | None = None,
 ) -> ImageDataset:
     """Check the classes, split where there is no validation set, and measure the normalisation."""
     drawn_split = val is None
     if val is None:
         if split is None:
             raise TypeError("a set without validation images needs a split")
-        _check_classes(source, labels, train)
+        _check_classes(source, labels, train, unread)
         counts = np.bincount(train.targets, minlength=len(labels))
         if counts.min() < 2:
             raise InvalidInputError(
                 "every class needs two readable images, one to train on and one to validate on",
-                received=labels[int(counts.argmin())],
+                received=labels[int(counts.argmin())] + _beside(unread),
             )
         rest, taken = _split(train, labels, split[0], np.random.default_rng([split[1], 0]))
         train, val = _subset(train, rest), _subset(train, taken)
-    _check_classes(source, labels, train)
+    _check_classes(source, labels, train, unread)
     if not len(val):
         raise InvalidInputError("the validation set must have images", received=source)
     return ImageDataset(
@@ -616,6 +629,7 @@ def _assemble(
         _normalization(train, channels),
         digest,
         tuple(unreadable),
+        unread=dict(unread or {}),
         drawn_split=drawn_split,
     )
 
@@ -637,7 +651,7 @@ def _split(
     return rest, taken
 
 
-def _check_classes(source: str, labels: Sequence[str], train: ImageSet) -> None:
+def _check_classes(source: str, labels: Sequence[str], train: ImageSet, unread: Mapping[str, int] | None) -> None:
     if len(labels) < 2:
         raise InvalidInputError(
             "a data set needs at least two classes",
@@ -646,7 +660,10 @@ def _check_classes(source: str, labels: Sequence[str], train: ImageSet) -> None:
         )
     counts = np.bincount(train.targets, minlength=len(labels))
     if counts.min() < 1:
-        raise InvalidInputError("every class needs readable training images", received=labels[int(counts.argmin())])
+        raise InvalidInputError(
+            "every class needs readable training images",
+            received=labels[int(counts.argmin())] + _beside(unread),
+        )
 
 
 def _normalization(train: ImageSet, channels: int) -> Normalization:
@@ -826,10 +843,8 @@ def _pictures(
     if begun is not None:
         roots = {name: pictures.root for name, pictures in found.items()}
         return _gone_on_with(begun, now, roots, source, reading)
-    _check_unreadable(unreadable, sum(len(part.paths) for part in looked.values()), source)
-    dataset = dataclasses.replace(
-        _of_parts(looked, labels, source, digest.hexdigest(), unreadable, reading), unread=dict(unread)
-    )
+    _check_unreadable(unreadable, sum(len(part.paths) for part in looked.values()), source, unread)
+    dataset = _of_parts(looked, labels, source, digest.hexdigest(), unreadable, reading, unread)
     if reading.remember:
         mean, std = dataset.normalization.mean, dataset.normalization.std
         keep_listing(Path(source).expanduser(), dataset.digest, dataclasses.replace(now, mean=mean, std=std))
@@ -853,6 +868,7 @@ def _of_parts(
     digest: str,
     unreadable: Sequence[str],
     reading: _Reading,
+    unread: Mapping[str, int] | None = None,
 ) -> ImageDataset:
     """The pictures of each part that are listed as whole; they share what is known to be broken."""
     broken: set[str] = set()
@@ -878,6 +894,7 @@ def _of_parts(
         digest,
         unreadable,
         split=(reading.val_fraction, reading.seed),
+        unread=unread,
     )
     return dataclasses.replace(dataset, test=sets.get("test"), background=reading.background)
 
@@ -928,15 +945,18 @@ def _left_out_for_size(name: str) -> bool:
         return False
 
 
-def _check_unreadable(unreadable: Sequence[str], total: int, source: str) -> None:
+def _check_unreadable(
+    unreadable: Sequence[str], total: int, source: str, unread: Mapping[str, int] | None = None
+) -> None:
     if total == 0:
         raise InvalidInputError(
-            "a folder of images needs one folder a class with pictures", received=f"no image in {source}"
+            "a folder of images needs one folder a class with pictures",
+            received=f"no image in {source}{_beside(unread)}",
         )
     if len(unreadable) > MAX_UNREADABLE * total:
         raise InvalidInputError(
             f"at most {MAX_UNREADABLE:.0%} of the images may be unreadable",
             received=f"{len(unreadable)} of {total}, the first is {unreadable[0]}"
             + (", which has too many pixels" if _left_out_for_size(unreadable[0]) else ""),
-            remedy="remove or replace them",
+            remedy=reader_for([Path(unreadable[0]).suffix.lower()]) or "remove or replace them",
         )

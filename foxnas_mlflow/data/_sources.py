@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -186,6 +186,13 @@ def pictures_of(root: Path, labels: list[str]) -> Pictures:
             found.labels.append(label)
             found.parts.append("")
     return found
+
+
+def reader_for(suffixes: Iterable[str]) -> str | None:
+    """What brings the decoders of these suffixes that are not here; None where nothing is known to."""
+    lacking = {_SUFFIXES.get(suffix) for suffix in suffixes} - set(read_formats())
+    known = {"AVIF": "pip install --upgrade pillow", "HEIF": "pip install pillow-heif"}
+    return " and ".join(how for name, how in known.items() if name in lacking) or None
 
 
 def _files(folder: Path, prefix: str) -> list[str]:

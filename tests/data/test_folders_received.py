@@ -10,6 +10,7 @@ import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.data import FileImages, ImageDataset, Preprocessing, load_dataset
+from foxnas_mlflow.data.preprocess import read_formats
 
 image = pytest.importorskip("PIL.Image")
 
@@ -89,6 +90,31 @@ def test_all_pictures_of_a_class_in_two_formats_are_trained_on(tmp_path: Path) -
     counts = np.bincount(np.concatenate([dataset.train.targets, dataset.val.targets]))
     assert counts.tolist() == [50, 50]
     assert dataset.unread == {}
+
+
+def test_photos_of_a_telephone_without_their_reader_are_told_what_reads_them(tmp_path: Path) -> None:
+    if "HEIF" in read_formats():
+        pytest.skip("pillow-heif is installed")
+    root = folder(tmp_path / "data", 15)
+    for label in ("cat", "fox"):
+        (root / label).mkdir(exist_ok=True)
+        for i in range(3):
+            (root / label / f"IMG_{i}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    reader = r"\(read with: pip install pillow-heif\)"
+    with pytest.raises(InvalidInputError, match=rf"training images; received fox, beside 6 \.heic {reader}\."):
+        load_dataset(str(root))
+    (root / "fox").rename(tmp_path / "fox")
+    assert load_dataset(str(root)).warnings() == [
+        "files that are not read: 3 .heic (read with: pip install pillow-heif)"
+    ]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "fox").rename(tmp_path / "photos" / "fox")
+    with pytest.raises(InvalidInputError, match=rf"received no image in \S+, beside 3 \.heic {reader}\."):
+        load_dataset(str(tmp_path / "photos"))
+    listed = tmp_path / "list.csv"
+    listed.write_text("file,label\ndata/cat/IMG_0.HEIC,cat\ndata/dog/001.jpg,dog\n")
+    with pytest.raises(InvalidInputError, match=r"received 1 of 2, the first is \S+HEIC; pip install pillow-heif\."):
+        load_dataset(str(listed))
 
 
 def test_a_turned_photo_a_drawing_without_background_and_sixteen_bits_look_as_a_viewer_shows_them(
