@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,18 +76,17 @@ def listed(parts: Mapping[str, tuple[Paths, NDArray[np.int64], NDArray[np.void]]
 
 def duplicate_warnings(pictures: Listed) -> list[str]:
     """What a user should know of pictures that are there more than once, each with numbers and names."""
-    pairs = _identical(pictures)
-    near = _nearly_identical(pictures)
-    found = _told(pictures, pairs, "identical pictures")
-    return found + _told(pictures, near, "nearly identical pictures")
+    near, n_alike = _nearly_identical(pictures)
+    found = _told(pictures, _identical(pictures), "identical pictures")
+    return found + _told(pictures, near, "nearly identical pictures", n_alike)
 
 
-def _told(pictures: Listed, pairs: NDArray[np.int64], what: str) -> list[str]:
+def _told(pictures: Listed, pairs: NDArray[np.int64], what: str, n_alike: int = 0) -> list[str]:
     found = []
     one, other = pairs.T
     classes = pictures.label[one] != pictures.label[other]
     if classes.any():
-        found.append(f"{what} of different classes: {_named(pictures, pairs[classes])}")
+        found.append(f"{what} of different classes: {_named(pictures, pairs[classes], n_alike)}")
     for k in range(1, len(pictures.parts)):
         for j in range(k):
             split = (np.minimum(pictures.part[one], pictures.part[other]) == j) & (
@@ -96,13 +94,15 @@ def _told(pictures: Listed, pairs: NDArray[np.int64], what: str) -> list[str]:
             )
             if split.any():
                 names = f"both {pictures.parts[j]} and {pictures.parts[k]}"
-                found.append(f"{what} in {names} images: {_named(pictures, pairs[split])}")
+                found.append(f"{what} in {names} images: {_named(pictures, pairs[split], n_alike)}")
     return found
 
 
-def _named(pictures: Listed, pairs: NDArray[np.int64]) -> str:
+def _named(pictures: Listed, pairs: NDArray[np.int64], n_alike: int) -> str:
     names = [f"{pictures.name(int(i))} = {pictures.name(int(j))}" for i, j in pairs[:_NAMED]]
-    return f"{len(pairs)} ({', '.join(names)}{', ...' if len(pairs) > _NAMED else ''})"
+    some = f", of {n_alike:,} pairs that may be {_CONFIRMED} were compared" if n_alike > _CONFIRMED else ""
+    least = "at least " if some else ""
+    return f"{least}{len(pairs)}{some} ({', '.join(names)}{', ...' if len(pairs) > _NAMED else ''})"
 
 
 def _identical(pictures: Listed) -> NDArray[np.int64]:
@@ -118,19 +118,29 @@ def _telling(pictures: Listed, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
     return pairs.compress(telling, axis=0)
 
 
-def _nearly_identical(pictures: Listed) -> NDArray[np.int64]:
-    """Pairs of nearly the same look in different parts or classes that their pixels confirm; (k, 2)."""
-    alike = itertools.islice(_alike(pictures), _CONFIRMED)
-    confirmed = [(i, j) for i, j in alike if _confirmed(pictures.path(i), pictures.path(j))]
-    return np.array(confirmed, np.int64).reshape(-1, 2)
+def _nearly_identical(pictures: Listed) -> tuple[NDArray[np.int64], int]:
+    """Pairs of nearly the same look in different parts or classes that their pixels confirm, (k, 2); of how many.
+
+    Not all are compared where they are many, and of all parts and classes as many.
+    """
+    alike = _alike(pictures)
+    kinds = np.concatenate([np.sort(pictures.part[alike]), np.sort(pictures.label[alike])], axis=1)
+    _, kind = np.unique(kinds, axis=0, return_inverse=True)
+    kind = kind.ravel()  # of one dimension in every NumPy
+    order = np.argsort(kind, kind="stable")
+    turn = np.empty(len(alike), np.int64)
+    turn[order] = np.arange(len(alike)) - np.searchsorted(kind[order], kind[order])
+    chosen = np.sort(np.argsort(turn, kind="stable")[:_CONFIRMED])
+    confirmed = [(i, j) for i, j in alike[chosen].tolist() if _confirmed(pictures.path(i), pictures.path(j))]
+    return np.array(confirmed, np.int64).reshape(-1, 2), len(alike)
 
 
-def _alike(pictures: Listed) -> Iterator[tuple[int, int]]:
-    """Pairs in different parts or classes whose looks differ in a few bits and whose files differ."""
+def _alike(pictures: Listed) -> NDArray[np.int64]:
+    """Pairs in different parts or classes whose looks differ in a few bits and whose files differ, (k, 2)."""
     index = np.flatnonzero(pictures.look.any(axis=1))
     looks = pictures.look[index]
     bands = np.ascontiguousarray(looks).view(np.uint16).reshape(-1, _BANDS)
-    found = []
+    found = [np.empty((0, 2), np.int64)]
     for band in bands.T:
         order = np.lexsort((looks[:, 1], looks[:, 0], band))
         for step in range(1, min(_NEIGHBOURS, len(order) - 1) + 1):
@@ -143,8 +153,7 @@ def _alike(pictures: Listed) -> Iterator[tuple[int, int]]:
             pairs = np.sort(index[np.stack([one, other], axis=1)[bits <= NEAR_BITS]], axis=1)
             pairs = _telling(pictures, pairs)
             found.append(pairs[(pictures.content[pairs[:, 0]] != pictures.content[pairs[:, 1]]).any(axis=1)])
-    if found:
-        yield from map(tuple, np.unique(np.concatenate(found), axis=0).tolist())
+    return np.unique(np.concatenate(found), axis=0)
 
 
 def _confirmed(one: Path, other: Path) -> bool:

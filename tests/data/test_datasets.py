@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import logging
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -334,6 +335,25 @@ def test_pictures_that_are_there_twice_are_named(tmp_path: Path) -> None:
         "nearly identical pictures of different classes: 1 (train/cat/near.jpg = train/dog/4.png)",
         "nearly identical pictures in both training and validation images: 1 (train/cat/3.png = val/cat/near.jpg)",
     ]
+
+
+def test_of_many_nearly_identical_pictures_some_of_every_kind_are_compared_and_said(tmp_path: Path) -> None:
+    # A film of 20 frames in two classes, and one picture of another that is in both parts.
+    for k, name in enumerate(("cat", "dog", "eel")):
+        for part in ("train", "val"):
+            (tmp_path / part / name).mkdir(parents=True)
+            photo(10 + k).save(tmp_path / part / name / "own.png")
+        (tmp_path / "val" / name / "own.png").unlink()
+        photo(20 + k).save(tmp_path / "val" / name / "own.png")
+    for name in ("cat", "dog"):
+        for i in range(20):
+            photo(7).save(tmp_path / "train" / name / f"{i}.jpg", quality=(60 if name == "cat" else 75) + i // 2)
+    photo(12).save(tmp_path / "val/eel/again.jpg", quality=80)
+    classes, parts = [text for text in load_dataset(str(tmp_path)).warnings() if text.startswith("nearly")]
+    many = r"at least \d+, of [34]\d\d pairs that may be 200 were compared \(train/cat/0\.jpg = .*, \.\.\.\)"
+    assert re.fullmatch(f"nearly identical pictures of different classes: {many}", classes)
+    assert parts.startswith("nearly identical pictures in both training and validation images: at least 1, of ")
+    assert parts.endswith(" (train/eel/own.png = val/eel/again.jpg)")
 
 
 def test_a_group_stays_on_one_side_of_a_split(rng: np.random.Generator) -> None:
