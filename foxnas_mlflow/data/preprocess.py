@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, import_or_raise
+from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, MissingDependencyError, import_or_raise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray  # boards have older NumPy
@@ -36,6 +36,9 @@ MAX_PIXELS = 40_000_000
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 """Image formats that are read, the last two where Pillow has a decoder; every other decoder of Pillow stays closed."""
+
+OLDEST_PILLOW = 8
+"""Release of Pillow from which on a file is opened as one of the formats above only."""
 
 WHITE = 255
 """What shows through where an image is transparent."""
@@ -125,8 +128,18 @@ def is_too_large(data: bytes, *, max_pixels: int = MAX_PIXELS, shorter: int = 0)
 
 @functools.lru_cache(maxsize=None)
 def read_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that are decoded here: AVIF and HEIF need a newer Pillow, or the package pillow-heif."""
+    """Those of `FORMATS` that are decoded here: AVIF and HEIF need a newer Pillow, or the package pillow-heif.
+
+    Raises:
+        MissingDependencyError: If there is no Pillow, or one that is too old.
+    """
     image = import_or_raise("PIL.Image", extra="serve", feature="decoding images")
+    if int(image.__version__.split(".")[0]) < OLDEST_PILLOW:
+        raise MissingDependencyError(
+            f"decoding images needs Pillow {OLDEST_PILLOW} or newer",
+            received=image.__version__,
+            remedy="install it with: pip install --upgrade Pillow",
+        )
     if "HEIF" not in image.OPEN and importlib.util.find_spec("pillow_heif") is not None:
         importlib.import_module("pillow_heif").register_heif_opener()
     image.init()
@@ -216,7 +229,7 @@ def _straight(picture: Any) -> Any:
 def _upright(picture: Any, opened: Any) -> Any:
     """Turned as the camera says that it was held."""
     image = import_or_raise("PIL.Image", extra="serve", feature="decoding images")
-    turn = image.Transpose
+    turn = getattr(image, "Transpose", image)  # of the module itself before Pillow 9.1, which boards have
     turns = {
         2: turn.FLIP_LEFT_RIGHT,
         3: turn.ROTATE_180,
@@ -260,7 +273,8 @@ def resize(image: NDArray[np.uint8], size: int, *, crop: float = 1.0) -> NDArray
     if scaled != (width, height):
         pillow = import_or_raise("PIL.Image", extra="serve", feature="resizing images")
         source = pillow.fromarray(image if channels == 3 else image[..., 0])
-        image = np.asarray(source.resize(scaled, pillow.Resampling.BILINEAR)).reshape(scaled[1], scaled[0], channels)
+        bilinear = getattr(pillow, "Resampling", pillow).BILINEAR
+        image = np.asarray(source.resize(scaled, bilinear)).reshape(scaled[1], scaled[0], channels)
     top, left = (scaled[1] - size) // 2, (scaled[0] - size) // 2
     return np.ascontiguousarray(image[top : top + size, left : left + size])
 

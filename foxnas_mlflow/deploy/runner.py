@@ -16,7 +16,6 @@ import base64
 import contextlib
 import fcntl
 import http.client
-import importlib
 import io
 import json
 import os
@@ -495,7 +494,8 @@ def classify(version: Path, images: list[Any]) -> list[dict[str, Any]]:
         raise RunnerError(
             "no_pillow",
             f"decoding JPEG and PNG needs Pillow, which {sys.executable} lacks; install it with: "
-            f"{sys.executable} -m pip install Pillow, or give .npy files of shape {model.classifier.input_shape}",
+            f"{sys.executable} -m pip install --upgrade Pillow, or give .npy files of shape "
+            f"{model.classifier.input_shape}",
         ) from error
     except InvalidInputError as error:
         raise RunnerError("bad_image", str(error)) from error
@@ -522,10 +522,14 @@ def read_array(data: bytes) -> Any:
 
 
 def decodes_images() -> bool:
-    """Whether there is Pillow."""
+    """Whether there is a Pillow that does."""
+    from foxnas_mlflow.core.errors import MissingDependencyError
+
     try:
-        importlib.import_module("PIL.Image")
-    except ImportError:
+        from foxnas_mlflow.data.preprocess import read_formats
+
+        read_formats()
+    except (ImportError, MissingDependencyError):
         return False
     return True
 

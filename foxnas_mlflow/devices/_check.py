@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 from foxnas_mlflow.devices._base import Connection
 from foxnas_mlflow.devices._script import install_command, run_board
 
@@ -132,14 +133,15 @@ def _software(answer: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("runtime", "not fine", f"{runtime}: {error}", _mend(runtime, numpy, install), needed=True)
     else:
         yield Finding("runtime", "fine" if numpy else "unknown", f"{runtime}{', computes right' if numpy else ''}")
-    if answer["pillow"]:
+    if int(answer["pillow"].split(".")[0] or 0) >= OLDEST_PILLOW:
         yield Finding("Pillow", "fine", answer["pillow"])
     else:
+        has = f"Pillow {answer['pillow']}, older than {OLDEST_PILLOW}" if answer["pillow"] else "no Pillow"
         yield Finding(
             "Pillow",
             "not fine",
-            "no Pillow, which measuring does not need: deployed models take arrays there, no JPEG or PNG",
-            "install it there with: pip install Pillow",
+            f"{has}, which measuring does not need: deployed models take arrays there, no JPEG or PNG",
+            f"install it there with: pip install {'--upgrade ' if answer['pillow'] else ''}Pillow",
         )
     if answer["edgetpu"]:
         found = ", ".join(answer["edgetpus"]) or "one"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import sys
+import types
 from typing import Any
 
 import numpy as np
 import pytest
 
-from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
 from foxnas_mlflow.data.preprocess import Preprocessing, decode_image, read_formats, resize
 
 image = pytest.importorskip("PIL.Image")
@@ -138,3 +140,29 @@ def test_a_description_tells_the_background_and_old_ones_are_read() -> None:
     assert Preprocessing.from_dict(old) == Preprocessing(8)
     with pytest.raises(InvalidInputError, match="background must be a grey level"):
         Preprocessing(8, background=256)
+
+
+def test_an_older_pillow_has_its_constants_elsewhere_and_one_that_is_too_old_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Debian 11 has it, 8.1, and Debian 10, 5.4."""
+    exif = image.Exif()
+    exif[0x0112] = 6
+    data = encoded(picture(), "PNG", exif=exif)
+    expected = Preprocessing(16).decode(data)
+
+    def older(version: str) -> None:
+        values = {key: value for key, value in vars(image).items() if key not in ("Transpose", "Resampling")}
+        module = types.ModuleType("PIL.Image")
+        vars(module).update(values | {"__version__": version})
+        monkeypatch.setitem(sys.modules, "PIL.Image", module)
+        read_formats.cache_clear()
+
+    try:
+        older("8.1.2")
+        np.testing.assert_array_equal(Preprocessing(16).decode(data), expected)
+        older("5.4.1")
+        with pytest.raises(MissingDependencyError, match=r"needs Pillow 8 or newer; received 5\.4\.1; install it with"):
+            decode_image(data)
+    finally:
+        read_formats.cache_clear()

@@ -321,7 +321,7 @@ def test_a_board_without_pillow(
     assert refused["error"] == "no_pillow"
     assert refused["message"] == (
         f"decoding JPEG and PNG needs Pillow, which {LocalConnection.python} lacks; install it with: "
-        f"{LocalConnection.python} -m pip install Pillow, or give .npy files of shape {(SIZE, SIZE, 3)}"
+        f"{LocalConnection.python} -m pip install --upgrade Pillow, or give .npy files of shape {(SIZE, SIZE, 3)}"
     )
 
 

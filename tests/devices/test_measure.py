@@ -255,6 +255,29 @@ def test_check_here() -> None:
     assert not found.emulated
 
 
+def test_a_pillow_that_is_too_old_is_not_fine(tmp_path: Path) -> None:
+    (tmp_path / "PIL").mkdir()
+
+    class Old(LocalConnection):
+        """This machine with another Pillow."""
+
+        def run(self, argv: list[str], *, timeout_s: float) -> Completed:  # type: ignore[override]
+            argv = ["env", f"PYTHONPATH={tmp_path}", *argv] if argv[0] == self.python else argv
+            return super().run(argv, timeout_s=timeout_s)
+
+    found = {}
+    for version in ("8.1.2", "5.4.1"):
+        (tmp_path / "PIL" / "__init__.py").write_text(f"__version__ = {version!r}")
+        with Old() as connection:
+            found[version] = check(connection)
+        assert (found[version].ready, found[version].pillow) == (True, version)
+    assert not any("Pillow" in note for note in found["8.1.2"].notes)
+    assert [note for note in found["5.4.1"].notes if "Pillow" in note] == [
+        "Pillow 5.4.1, older than 8, which measuring does not need: deployed models take arrays there, no JPEG or PNG; "
+        "install it there with: pip install --upgrade Pillow"
+    ]
+
+
 def test_a_machine_that_lacks_packages_is_told_how_to_get_them(tmp_path: Path) -> None:
     class Bare(LocalConnection):
         """This machine's Python without its packages."""
