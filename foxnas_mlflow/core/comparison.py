@@ -17,6 +17,9 @@ from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.searchers import Front, paired_difference
 from foxnas_mlflow.core.space import SearchSpace
 
+_TIED = 0.95
+"""Share of a latency above which another one may be the same: both were measured once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
@@ -124,11 +127,14 @@ class Check:
         beaten_by: The network that beats it on measured latency and, beyond noise, on accuracy, or None.
         sentence: What was checked, and what came out.
         checked: Whether latencies were measured: without them nothing is known.
+        better: A network that is faster and no less accurate as measured, be it by chance: of networks that noise
+            cannot tell apart the fastest is wanted. None where there is none.
     """
 
     beaten_by: Architecture | None
     sentence: str
     checked: bool
+    better: Architecture | None = None
 
     def beside(self, searched: Searched | None, sampled: Sequence[Measurement]) -> Check:
         """This check with the networks that were sampled before, by what was measured of the found one beside them.
@@ -156,6 +162,7 @@ class Check:
                 f"BEATEN: a sampled network takes {ms:.4g} ms in place of {searched.latency_ms:.4g} ms and was "
                 f"evaluated {more:.2f} points (standard error {error:.2f}) above the found one.",
                 True,
+                architecture,
             )
         return dataclasses.replace(
             self, sentence=f"{self.sentence} Nor does any of the {len(timed)} sampled: {len(faster)} are faster."
@@ -187,16 +194,19 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
             f"BEATEN: another network takes {ms:.4g} ms in place of {found.latency_ms:.4g} ms and is {more:.2f} points "
             f"(standard error {error:.2f}) more accurate than the found one.",
             True,
+            row.architecture,
         )
     best = ""
     if faster:
         _, _, more, error = max(faster, key=lambda f: f[2])
         best = f"{more:+.2f} points (standard error {error:.2f})"
+    as_accurate = [(row, ms) for row, ms, more, _ in faster if more >= 0 and ms < _TIED * found.latency_ms]
     return Check(
         None,
         f"No network of the {len(timed)} compared beats the found one on measured latency and, beyond noise, on int8 "
         f"accuracy: {len(faster)} are faster" + (f", the most accurate of them by {best}." if best else "."),
         True,
+        min(as_accurate, key=lambda each: each[1])[0].architecture if as_accurate else None,
     )
 
 

@@ -46,11 +46,13 @@ class CompareResult(Result):
         metrics: Rank correlations and errors, without their prefix ``pipeline/``.
         checks: For each found network whether another one beats it on both measured figures, in a sentence.
         beaten_by: For each of them that network, as ``architecture.json``, or None.
+        better: For each of them a network that is faster and, if by chance, no less accurate, or None.
     """
 
     metrics: Mapping[str, float]
     checks: Sequence[str]
     beaten_by: Sequence[Mapping[str, Any] | None]
+    better: Sequence[Mapping[str, Any] | None] = ()
 
 
 def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, str] | None = None) -> CompareResult:
@@ -128,6 +130,7 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
             metrics=metrics,
             checks=[check.sentence for check in checks],
             beaten_by=[None if check.beaten_by is None else check.beaten_by.to_dict() for check in checks],
+            better=[None if check.better is None else check.better.to_dict() for check in checks],
             summary="\n".join([_summary(rows), *dict.fromkeys(check.sentence for check in checks)]),
         )
 

@@ -340,10 +340,14 @@ class _Pipeline:
                 limit = latencies[number] if len(latencies) > 1 else found.latency_ms
                 networks.append(PipelineNetwork(place, limit, model))
             compared = self._compare(supernet, samples, [network.model_uri for network in networks], found)
-            better = [(k, Architecture.from_dict(other)) for k, other in enumerate(compared.beaten_by) if other]
+            # What only chance may have made better is worth one more search.
+            others = compared.better if again == 0 and compared.better else compared.beaten_by
+            better = [(k, Architecture.from_dict(other)) for k, other in enumerate(others) if other]
             if not better or again == _SEARCHED_AGAIN:
                 break
-            logger.info("\nThe comparison is a look too: the search is done again without a network that is beaten.")
+            logger.info(
+                "\nThe comparison is a look too: the search is done again without a network that another one beats."
+            )
             chosen = found.architectures or [found.architecture]
             also += [other for _, other in better if other not in also]
             beaten += [Architecture.from_dict(chosen[k]) for k, _ in better]

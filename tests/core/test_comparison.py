@@ -74,6 +74,27 @@ def test_a_network_that_is_faster_and_beyond_noise_more_accurate_beats_the_found
     assert not check_found([dataclasses.replace(found, latency_ms=None), faster], [True] * 2).checked
 
 
+def test_a_network_that_is_faster_and_as_accurate_within_noise_is_better_and_does_not_beat(
+    rows: list[Comparison],
+) -> None:
+    found = dataclasses.replace(rows[0], accuracy=70.0, latency_ms=10.0)
+    more, same = (
+        dataclasses.replace(row, accuracy=accuracy, latency_ms=ms)
+        for row, accuracy, ms in ((rows[1], 71.0, 9.0), (rows[2], 70.0, 6.0))
+    )
+    check = check_found([found, more, same], [True] * 3)
+    assert check.beaten_by is None
+    assert check.better is same.architecture, "the fastest of them"
+    for other in (
+        dataclasses.replace(more, accuracy=69.75),
+        dataclasses.replace(more, latency_ms=9.7),
+        dataclasses.replace(more, latency_valid=False),
+    ):
+        assert check_found([found, other, rows[2]], [True, True, False]).better is None
+    beating = dataclasses.replace(more, accuracy=76.0)
+    assert check_found([found, beating, same], [True] * 3).better is beating.architecture
+
+
 def test_the_same_images_tell_networks_apart_that_two_accuracies_do_not(rows: list[Comparison]) -> None:
     right = np.arange(400) < 280
     better = np.arange(400) < 288
