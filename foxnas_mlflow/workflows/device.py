@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -146,6 +147,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
         device=request.device,
         predictors=f"{out.stem}-{PREDICTORS}",
         latency_note=f"milliseconds of a cost model calibrated on {found.device} with {found.runtime}",
+        machine=_pattern(base.machine, found.device),
     )
     machine = found.device, found.runtime
     probes = Table(out.with_name(f"{out.stem}-{MEASUREMENTS}"), machine, space)
@@ -191,6 +193,15 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
             predictors.image_sizes if predictors.accuracy else (),
         ),
     )
+
+
+def _pattern(base: str, device: str) -> str:
+    """Regular expression of the machines of a calibrated target.
+
+    Those of the target that it was made from where the calibrated one is among them, else this kind alone: milliseconds
+    of one machine say nothing of another.
+    """
+    return base if base and re.search(base, device) else f"^{re.escape(device)}$"
 
 
 class Table:

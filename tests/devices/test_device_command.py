@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, load_pr
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.workflows._timers import Timer
-from foxnas_mlflow.workflows.device import UNSURE_PERCENT, Table, measure_and_fit
+from foxnas_mlflow.workflows.device import UNSURE_PERCENT, Table, _pattern, measure_and_fit
 from tests.measuring import shorten
 
 from .conftest import TINY_CPU
@@ -63,7 +64,7 @@ def test_calibrate_this_host_and_go_on(
     monkeypatch.chdir(tmp_path)
     shorten(monkeypatch)
     Path("small.yaml").write_text(yaml.safe_dump(TINY_CPU.to_dict()))
-    Path("base.yaml").write_text("name: base\nspace: small.yaml\n")
+    Path("base.yaml").write_text("name: base\nspace: small.yaml\nmachine: Cray-1\n")
     command = ["device", "calibrate", "--target", "base.yaml", "--out", "mine.yaml", "--n-checks", "3"]
     assert main([*command, "--n-probes", "11"]) == 0
     rows = read_measurements("mine-measurements.csv")
@@ -81,6 +82,9 @@ def test_calibrate_this_host_and_go_on(
     assert not {row.architecture for row in checks} & {row.architecture for row in rows}
     target = get_target("mine.yaml")
     assert (target.name, target.device, target.runtime) == ("mine", "local", "litert")
+    # Figures count that are of this machine, and no longer those of the target that it was made from.
+    assert re.search(target.machine, rows[0].device)
+    assert not any(re.search(target.machine, other) for other in ("Cray-1", f"{rows[0].device} 2"))
     predictors = load_predictors(target.predictors)
     (latency,) = predictors.latency
     assert latency.metrics["n_samples"] == 14
@@ -99,6 +103,20 @@ def test_calibrate_this_host_and_go_on(
     Path("mine-measurements.csv").write_text(text.replace(rows[0].device, "Cray-1", 1))
     assert main([*command, "--n-probes", "13"]) == 2
     assert "must hold measurements of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("base", "device", "others"),
+    [
+        ("rpi4", "Raspberry Pi 4 Model B Rev 1.4", {"Raspberry Pi 4 Model B Rev 1.5"}),
+        ("rpi4", "Raspberry Pi 5 Model B Rev 1.0", set()),
+        ("cpu", "AMD EPYC 9354 (32 cores)", set()),
+    ],
+)
+def test_machines_of_a_calibrated_target(base: str, device: str, others: set[str]) -> None:
+    machines = {"Raspberry Pi 4 Model B Rev 1.5", "Raspberry Pi 5 Model B Rev 1.1", "AMD EPYC 9354 (32 cores) 2"}
+    found = _pattern(get_target(base).machine, device)
+    assert {each for each in {device, *machines} if re.search(found, each)} == {device, *others}
 
 
 class Shared:
