@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
@@ -29,8 +30,6 @@ FIGURES = {
 @functools.cache
 def probe() -> bytes:
     """A small int8 network with three classes."""
-    import dataclasses
-
     space = dataclasses.replace(CPU_SPACE, n_classes=3)
     return write_probe(build_network(space, space.smallest(128)))
 
@@ -47,6 +46,7 @@ def register_version(
     measured_for: str = "rpi4",
     machine: str = "Raspberry Pi 4 Model B Rev 1.4",
     emulated: bool = False,
+    details: Mapping[str, object] = {},
 ) -> str:
     """Log and register a version as `quantize` and `benchmark` do; returns its number.
 
@@ -56,10 +56,8 @@ def register_version(
     path.write_bytes(probe())
     values = {key: value for key, value in {**FIGURES, **figures}.items() if value is not None}
     quality = {key: value for key, value in values.items() if key.startswith("accuracy/")}
-    details: dict[str, Any] = {"figures": quality}
-    if target:
-        details["target"] = target
-    model = TfliteModel(path, ("a", "b", "c"), Preprocessing(128, 3), weights=weights, details=details)  # type: ignore[arg-type]
+    sealed = {"figures": quality, **({"target": target} if target else {}), **details}
+    model = TfliteModel(path, ("a", "b", "c"), Preprocessing(128, 3), weights=weights, details=sealed)  # type: ignore[arg-type]
     client = mlflow.MlflowClient()
     with mlflow.start_run(nested=True):
         info = log_model(model, name="model", registered_model_name=name, code_paths=[])
@@ -88,6 +86,7 @@ def log_measurement(
     latency_source: str = "measured",
     data: bytes | None = None,
     signing_key: str = "",
+    threads: int = 1,
 ) -> str:
     """A run with latencies of a model, whose file is `data`, as `benchmark` leaves it; returns its id."""
     tags = {
@@ -100,6 +99,7 @@ def log_measurement(
     with mlflow.start_run(tags=tags, nested=True) as run:
         if "benchmark/latency_ms_p90" in figures:
             document = benchmark(figures, probe() if data is None else data, machine, emulated)
+            document = dataclasses.replace(document, threads=threads)
             mlflow.log_dict(document.to_dict(), "benchmark.json")
             if signing_key:
                 path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/benchmark.json")

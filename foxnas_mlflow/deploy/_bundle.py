@@ -60,7 +60,7 @@ class Options:
     """Configuration of a deployment.
 
     Attributes:
-        threads: Threads of one inference.
+        threads: Threads of one inference; None: those of the target that the model was made for.
         delegate: Shared library of a delegate on the board, empty for its processor, or None for
             the one that the kind needs.
         tolerance: Largest difference between the board's output and the host's, in the output's
@@ -73,7 +73,7 @@ class Options:
         verify_key: Public key that the model must be signed with, or None.
     """
 
-    threads: int = 1
+    threads: int | None = None
     delegate: str | None = None
     tolerance: float = 2.0
     serve: bool | None = None
@@ -103,13 +103,15 @@ class Options:
                 received=unknown,
             )
         try:
-            threads, tolerance = int(config.get("threads", 1)), float(config.get("tolerance", 2.0))
-            port, workers = (None if config.get(key) is None else int(config[key]) for key in ("port", "workers"))
+            tolerance = float(config.get("tolerance", 2.0))
+            threads, port, workers = (
+                None if config.get(key) is None else int(config[key]) for key in ("threads", "port", "workers")
+            )
         except (TypeError, ValueError):
             raise InvalidInputError(
                 "threads, tolerance, port and workers must be numbers", received=dict(config)
             ) from None
-        if threads < 1 or not tolerance >= 0:
+        if (threads is not None and threads < 1) or not tolerance >= 0:
             raise InvalidInputError("threads must be 1 or more and tolerance 0 or more", received=dict(config))
         if (port is not None and not 1 <= port <= 65535) or (workers is not None and not 1 <= workers <= 64):
             raise InvalidInputError("port must be in 1..65535 and workers in 1..64", received=dict(config))
@@ -171,7 +173,7 @@ def bundle(
         "preprocessing": model.preprocessing.to_dict(),
         "output": model.output,
         "rejection": None if model.rejection is None else model.rejection.to_dict(),
-        "threads": options.threads,
+        "threads": options.threads or int(model.details.get("threads", 1)),
         "delegate": default if options.delegate is None else options.delegate,
         "tolerance": options.tolerance,
     }

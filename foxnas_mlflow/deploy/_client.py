@@ -39,7 +39,7 @@ Target URI
     mlflow deployments predict -t edge://pi@board --name camera -I images.json     {"image": ["<base64>", ...]}
 
 Configuration, -C key=value
-    threads=1      threads of one inference
+    threads=       threads of one inference; as the target that the model was made for has
     delegate=PATH  delegate library there; by default libedgetpu.so.1 for a model of kind edgetpu. Of several Edge
                    TPUs that is the first free one; libedgetpu.so.1@usb:1 names one
     tolerance=2    largest difference between the board's output and this host's, in quantization steps

@@ -35,6 +35,7 @@ class Measured:
         source: ``measured`` or ``cost_model``, or empty where nothing tells.
         sha256: Checksum of the file that was measured.
         unsigned: What is wrong with its signature; empty: nothing, or none is asked for.
+        threads: Threads of the runtime, or 0 where nothing tells.
     """
 
     run_id: str
@@ -45,6 +46,7 @@ class Measured:
     source: str = ""
     sha256: str = ""
     unsigned: str = ""
+    threads: int = 0
 
     @property
     def is_measured(self) -> bool:
@@ -59,7 +61,8 @@ class Measured:
     def __str__(self) -> str:
         """What it is of, for people."""
         words = "an unknown machine" if not self.machine else self.machine
-        return f"{words}{' (emulated)' if self.emulated else ''}, target {self.target or 'unknown'}"
+        threads = f", {self.threads} threads" if self.threads > 1 else ""
+        return f"{words}{' (emulated)' if self.emulated else ''}, target {self.target or 'unknown'}{threads}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,7 @@ class Candidate:
         sha256: Checksum of its main file, which was verified.
         target: The target that it was made for, by its sealed description; empty: none in particular.
         machine: Regular expression of the machines of that target; empty: any.
+        threads: Threads of that target; 0: any number, as nothing tells.
         sealed: Whether its manifest is the one that the registry has; False: the registry has none.
         signature: What is wrong with its signature, or empty; None: no signature is asked for.
     """
@@ -89,6 +93,7 @@ class Candidate:
     sha256: str = ""
     target: str = ""
     machine: str = ""
+    threads: int = 0
     sealed: bool = True
     signature: str | None = None
 
@@ -98,6 +103,7 @@ class Candidate:
             self.is_of_file(measured)
             and (not self.target or measured.target == self.target)
             and bool(re.search(self.machine, measured.machine))
+            and (self.threads == measured.threads or 0 in (self.threads, measured.threads))
         )
 
     def is_of_file(self, measured: Measured) -> bool:
@@ -106,7 +112,7 @@ class Candidate:
 
     @property
     def benchmark(self) -> Measured | None:
-        """The latency that counts: of its own target and machines; the newest that is real and valid, if any is."""
+        """The latency that counts: of its own target, machines and threads; the newest that is real and valid, if any is."""
         suitable = [measured for measured in self.benchmarks if self.suits(measured)]
         for wanted in (
             lambda m: m.is_measured and m.figures.get(VALID) == 1,
@@ -124,7 +130,7 @@ class Candidate:
         return None if self.benchmark is None else self.benchmark.latency_ms
 
     def like(self, measured: Measured) -> Measured | None:
-        """Its newest latency that is of the same target and machine as another version's, and valid."""
+        """Its newest latency that is of the target, machine and threads of another version's, and valid."""
         real = (m for m in self.benchmarks if m.is_measured and m.figures.get(VALID) == 1)
         return next((m for m in real if str(m) == str(measured)), None)
 
@@ -205,8 +211,10 @@ def _measured(candidate: Candidate) -> Verdict:
         text = f"run {run_id} measured another file than the version's: run foxnas benchmark on this version"
         return Verdict("measured", False, text)
     if found is None and candidate.benchmarks:
-        made_for = f"target {candidate.target or 'any'}{f' ({candidate.machine})' if candidate.machine else ''}"
-        text = f"measured on {candidate.benchmarks[0]}, but the version is for {made_for}: run foxnas benchmark there"
+        newest, made_for = candidate.benchmarks[0], f"target {candidate.target or 'any'}"
+        made_for += "" if re.search(candidate.machine, newest.machine) else f" ({candidate.machine})"
+        made_for += f" with {candidate.threads} thread(s)" if candidate.threads not in (0, newest.threads) else ""
+        text = f"measured on {newest}, but the version is for {made_for}: run foxnas benchmark there"
         return Verdict("measured", False, text)
     if found is None:
         return Verdict("measured", False, "no measured latency: run foxnas benchmark on this version")

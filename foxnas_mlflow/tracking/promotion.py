@@ -332,6 +332,7 @@ def _candidate(version: ModelVersion, directory: Path, verify_key: Path | None) 
         sha256=manifest.files[main_file(manifest.kind)],
         target=target,
         machine=str(details.get("machine", "")) if builtin is None else builtin.machine,
+        threads=int(details.get("threads", 0)) if builtin is None else builtin.threads,
         sealed=files.is_sealed,
     )
     return candidate, files
@@ -399,7 +400,7 @@ def _measured(run: Run, verify_key: Path | None) -> Measured:
         path = download_artifact(run.info.run_id, BENCHMARK_FILE, directory)
         try:
             benchmark = Benchmark.from_dict(json.loads(path.read_bytes()))
-            figures = benchmark.metrics()
+            figures, threads = benchmark.metrics(), int(benchmark.threads)
         except (ValueError, TypeError, InvalidFormatError):
             return unknown
         unsigned = "" if verify_key is None else _unsigned(run.info.run_id, path, verify_key)
@@ -412,6 +413,7 @@ def _measured(run: Run, verify_key: Path | None) -> Measured:
         source,
         str(benchmark.model_sha256),
         unsigned,
+        threads,
     )
 
 

@@ -161,6 +161,7 @@ def log_quantized(
             "sha256": conversion.sha256,
             "target": target.name,
             "machine": target.machine,
+            "threads": target.threads,
             "provenance": dict(quantized.provenance),
             "operators": dict(conversion.operator_counts),
             "rejection": quantized.rejection.to_dict(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -24,7 +25,7 @@ import foxnas_mlflow.deploy as plugin
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.deploy._board import split_target
-from foxnas_mlflow.deploy._bundle import runner
+from foxnas_mlflow.deploy._bundle import Options, bundle, runner
 from foxnas_mlflow.devices import LocalConnection, check, measure
 from foxnas_mlflow.flavor import TfliteModel, model_id_of
 from tests.colour_model import LABELS, SIZE, encoded, image_of
@@ -39,6 +40,17 @@ pytestmark = pytest.mark.server
 def labels_of(client: Any, name: str = "camera") -> list[str]:
     images = [encoded(image_of(colour)) for colour in LABELS]
     return client.predict(name, pd.DataFrame({"image": images})).get_predictions()["label"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("details", "config", "threads"), [({}, {}, 1), ({"threads": 3}, {}, 3), ({"threads": 3}, {"threads": "2"}, 2)]
+)
+def test_threads_are_those_of_its_target(
+    colour_model: TfliteModel, details: dict[str, Any], config: dict[str, Any], threads: int
+) -> None:
+    model = dataclasses.replace(colour_model, details=details)
+    files = bundle(model, Options.from_config(config), name="camera", kind="tflite", source="file", model_id=None)
+    assert json.loads(files["deployment.json"])["threads"] == threads
 
 
 def test_a_deployment_from_creation_to_deletion(versions: tuple[str, str], target: str, tmp_path: Path) -> None:

@@ -89,6 +89,11 @@ def test_throttling_that_nobody_saw_is_unknown(throttled: dict[str, float], told
             {"measured", "valid", "latency"},
             "measured on AMD EPYC, target rpi4, but the version is for target rpi4 (Raspberry Pi",
         ),
+        (
+            changed(threads=1, benchmarks=(measured(threads=4),)),
+            {"measured", "valid", "latency"},
+            f"measured on {PI}, target rpi4, 4 threads, but the version is for target rpi4",
+        ),
         (changed(sealed=False), {"intact"}, "logged by an earlier release"),
         (changed(weights="random"), {"weights"}, "only trained weights"),
         (changed(tags={"weights": "none"}), {"weights"}, "only trained weights"),
@@ -111,6 +116,7 @@ def test_only_better_on_both_keeps_the_stage(accuracy: float, latency: float, be
     # Milliseconds of two boards, or figures that are not there, say nothing.
     another = timed(latency, machine="Raspberry Pi Compute Module 4 Rev 1.0")
     assert failed(GOOD, dataclasses.replace(holder, benchmarks=(another,))) == {}
+    assert failed(GOOD, dataclasses.replace(holder, benchmarks=(timed(latency, threads=4),))) == {}
     assert failed(GOOD, dataclasses.replace(holder, figures={})) == {}
 
 
@@ -128,6 +134,9 @@ def test_which_of_several_measurements_counts() -> None:
         ((), None),
     ):
         assert changed(benchmarks=benchmarks).latency_ms == latency_ms
+    # An earlier release did not say with how many threads a version's target runs.
+    assert changed(benchmarks=(measured(threads=4),)).latency_ms == 40.0
+    assert changed(benchmarks=(measured(threads=4), timed(41.0, threads=1)), threads=1).latency_ms == 41.0
     # A version for no target in particular takes what there is.
     assert changed(benchmarks=(foreign,), target="", machine="").latency_ms == 1.0
 

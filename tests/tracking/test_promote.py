@@ -247,6 +247,28 @@ def test_tags_of_a_measurement_make_no_other_machine_of_it(
         assert "does not say what was measured" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("target", "details", "threads"), [("rpi4", {}, 1), ("my-board", {"machine": "Raspberry Pi", "threads": 4}, 4)]
+)
+def test_other_threads_are_another_board(
+    tracking: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    target: str,
+    details: dict[str, object],
+    threads: int,
+) -> None:
+    register_version(tmp_path, {"benchmark/latency_ms_p90": None}, target=target, details=details)
+    model_id = str(model_id_of(mlflow.MlflowClient().get_model_version(NAME, "1")))
+    figures = {"benchmark/latency_ms_p90": 40.0, "benchmark/valid": 1.0}
+    log_measurement(model_id, figures, target=target, threads=5 - threads)
+    assert promote(NAME) == 2
+    err = capsys.readouterr().err
+    assert f"but the version is for target {target} with {threads} thread(s): run foxnas benchmark there" in err
+    log_measurement(model_id, figures, target=target, threads=threads)
+    assert promote(NAME) == 0
+
+
 def test_an_accuracy_is_what_the_model_was_sealed_with(
     tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_quantization_logs_what_the_contract_names(
     figures = version_metrics(version)
     model = load_model("models:/foxnas-cpu/1")
     assert isinstance(model, TfliteModel)
+    assert [model.details[key] for key in ("target", "machine", "threads")] == ["cpu", "", 1]
     data = model.path.read_bytes()
     content = read_tflite(data)
 
