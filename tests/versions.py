@@ -87,6 +87,7 @@ def log_measurement(
     data: bytes | None = None,
     signing_key: str = "",
     threads: int = 1,
+    sustained_seconds: float = 60.0,
 ) -> str:
     """A run with latencies of a model, whose file is `data`, as `benchmark` leaves it; returns its id."""
     tags = {
@@ -99,7 +100,8 @@ def log_measurement(
     with mlflow.start_run(tags=tags, nested=True) as run:
         if "benchmark/latency_ms_p90" in figures:
             document = benchmark(figures, probe() if data is None else data, machine, emulated)
-            document = dataclasses.replace(document, threads=threads)
+            windows = ({"second": 0.0, "seconds": sustained_seconds},)
+            document = dataclasses.replace(document, threads=threads, windows=windows)
             mlflow.log_dict(document.to_dict(), "benchmark.json")
             if signing_key:
                 path = mlflow.artifacts.download_artifacts(f"runs:/{run.info.run_id}/benchmark.json")

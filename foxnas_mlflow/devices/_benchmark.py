@@ -14,6 +14,9 @@ from foxnas_mlflow.core.measurements import Timing
 
 FORMAT = 2
 
+WINDOW_SECONDS = 10.0
+"""Seconds of a window of the sustained load, but for the last one."""
+
 MAX_HALVES_DIFFERENCE = 0.05
 """Largest relative difference between the medians of the first and the second half of the runs."""
 
@@ -62,7 +65,8 @@ class Benchmark:
         asked_runs: How many timed runs were asked for; fewer were made where the time limit ended them.
         frequency_mhz_start, frequency_mhz_end: The processor's clock, None where not told.
         quota: Processors' worth of time that a container's quota left; None without one.
-        windows: Of the sustained load, ten seconds each: second, n_runs, p50_ms, p90_ms, temperature_c, frequency_mhz.
+        windows: Of the sustained load, ten seconds each: second, seconds, n_runs, p50_ms, p90_ms, temperature_c,
+            frequency_mhz.
         sustained_p90_ms: 90th percentile of the last minute under load; None when it was not asked for.
         energy_mj: Energy of one inference above idling, in mJ; None when it was not asked for.
         energy_error_mj: Its error (95 %).
@@ -113,6 +117,15 @@ class Benchmark:
     load_w: float | None = None
     power_meter: str = ""
     samples_ms: tuple[float, ...] = dataclasses.field(repr=False)
+
+    @property
+    def sustained_seconds(self) -> float:
+        """Seconds under load without a pause after the timed runs; 0 when none were asked for."""
+        if not self.windows:
+            return 0.0
+        last = self.windows[-1]
+        # A document of an earlier release does not say how long its last window was.
+        return float(last["second"] or 0.0) + float(last.get("seconds", WINDOW_SECONDS) or 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``benchmark.json``."""

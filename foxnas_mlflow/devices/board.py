@@ -289,6 +289,7 @@ def sustain(invoke: Any, seconds: float, np: Any) -> tuple[list[dict[str, Any]],
         in_ms = np.array(samples) / 1e6
         recent = [(end, each) for end, each in recent if clock() - end < LAST_SECONDS * 1e9] + [(clock(), in_ms)]
         window = {"second": (opened - begin) / 1e9, "n_runs": len(samples)}
+        window["seconds"] = (clock() - opened) / 1e9
         window["p50_ms"], window["p90_ms"] = (float(value) for value in np.percentile(in_ms, (50, 90)))
         window.update(_clock_state())
         windows.append(window)

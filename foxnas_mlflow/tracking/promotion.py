@@ -34,7 +34,18 @@ from foxnas_mlflow.flavor import (
     sealed,
 )
 from foxnas_mlflow.tracking.benchmark import BENCHMARK_FILE, BENCHMARK_SIGNATURE
-from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, Candidate, Measured, Verdict, judge, passed
+from foxnas_mlflow.tracking.gates import (
+    ACCURACY,
+    DROP,
+    LATENCY,
+    SUSTAINED,
+    SUSTAINED_SECONDS,
+    Candidate,
+    Measured,
+    Verdict,
+    judge,
+    passed,
+)
 from foxnas_mlflow.tracking.history import former_versions
 from foxnas_mlflow.tracking.holders import ARCHIVED, STAGES, StageKeeper
 from foxnas_mlflow.tracking.registry import describe_version, is_away, lacks_right, metrics_of, reason
@@ -401,7 +412,9 @@ def _measured(run: Run, verify_key: Path | None) -> Measured:
         try:
             benchmark = Benchmark.from_dict(json.loads(path.read_bytes()))
             figures, threads = benchmark.metrics(), int(benchmark.threads)
-        except (ValueError, TypeError, InvalidFormatError):
+            if benchmark.sustained_seconds < SUSTAINED_SECONDS:
+                figures.pop(SUSTAINED, None)
+        except (ValueError, TypeError, LookupError, AttributeError, InvalidFormatError):
             return unknown
         unsigned = "" if verify_key is None else _unsigned(run.info.run_id, path, verify_key)
     return Measured(

@@ -40,7 +40,9 @@ class BenchmarkRequest(ClusterRequest):
         120.0, "Most seconds of timed runs; fewer runs than asked for are said. 0: no limit.", at_least=0
     )
     sustained_seconds: float = parameter(
-        0.0, "Seconds under load without a pause after the timed runs; 0: none.", at_least=0
+        0.0,
+        "Seconds under load without a pause after the timed runs; from 60 on a promotion judges them. 0: none.",
+        at_least=0,
     )
     energy: str = parameter(
         "", "Measure energy: auto (RAPL, INA sensors, Jetson rails), or a command on the device that prints watts."
@@ -212,6 +214,7 @@ def _limited(benchmark: Benchmark) -> str:
 
 def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id: str) -> str:
     from foxnas_mlflow.tracking.benchmark import promote_command
+    from foxnas_mlflow.tracking.gates import SUSTAINED_SECONDS
 
     compared = benchmark.output_difference
     again = "" if benchmark.attempts == 1 else f", attempt {benchmark.attempts}: those before were disturbed"
@@ -233,7 +236,15 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
         ("throttled", {None: "unknown: the machine cannot tell", True: "yes", False: "no"}[benchmark.throttled])
     )
     if benchmark.sustained_p90_ms is not None:
-        rows.append(("sustained", f"p90 {benchmark.sustained_p90_ms:.3f} ms in the last minute"))
+        seconds = benchmark.sustained_seconds
+        rows.append(
+            (
+                "sustained",
+                f"p90 {benchmark.sustained_p90_ms:.3f} ms in the last {min(seconds, SUSTAINED_SECONDS):.0f} s of "
+                f"{seconds:.0f} s under load"
+                + ("" if seconds >= SUSTAINED_SECONDS else "; a promotion judges it from a minute on"),
+            )
+        )
         rows += [("", _window(window)) for window in benchmark.windows]
     if benchmark.energy_mj is not None:
         rows.append(

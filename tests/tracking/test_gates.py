@@ -10,7 +10,18 @@ import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.targets import BUILTIN_TARGETS
-from foxnas_mlflow.tracking.gates import ACCURACY, DROP, LATENCY, THROTTLED, VALID, Candidate, Measured, judge, passed
+from foxnas_mlflow.tracking.gates import (
+    ACCURACY,
+    DROP,
+    LATENCY,
+    SUSTAINED,
+    THROTTLED,
+    VALID,
+    Candidate,
+    Measured,
+    judge,
+    passed,
+)
 from foxnas_mlflow.tracking.history import Entry, former_versions, held_on, next_moment, read_history
 
 FIGURES = {LATENCY: 40.0, VALID: 1.0, ACCURACY: 75.0, DROP: 0.4}
@@ -118,6 +129,25 @@ def test_only_better_on_both_keeps_the_stage(accuracy: float, latency: float, be
     assert failed(GOOD, dataclasses.replace(holder, benchmarks=(another,))) == {}
     assert failed(GOOD, dataclasses.replace(holder, benchmarks=(timed(latency, threads=4),))) == {}
     assert failed(GOOD, dataclasses.replace(holder, figures={})) == {}
+
+
+@pytest.mark.parametrize(
+    ("mine", "holders", "beaten"),
+    [
+        # Both for a minute under load: by that; else by what both have.
+        ({SUSTAINED: 50.0}, {SUSTAINED: 45.0}, True),
+        ({SUSTAINED: 50.0}, {SUSTAINED: 55.0}, False),
+        ({SUSTAINED: 50.0}, {LATENCY: 45.0}, False),
+        ({SUSTAINED: 50.0}, {LATENCY: 39.0}, True),
+        ({}, {LATENCY: 39.0, SUSTAINED: 45.0}, True),
+    ],
+)
+def test_a_minute_under_load_is_compared_with_one(
+    mine: dict[str, float], holders: dict[str, float], beaten: bool
+) -> None:
+    candidate = changed(benchmarks=(measured(figures={**BENCHMARK.figures, **mine}),))
+    holder = changed({ACCURACY: 76.0}, version="1", benchmarks=(measured(figures={**BENCHMARK.figures, **holders}),))
+    assert ("holder" in failed(candidate, holder)) == beaten
 
 
 def test_which_of_several_measurements_counts() -> None:
