@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Target:
         latency_note: What the target's predicted milliseconds are, shown wherever they appear.
         machine: Regular expression that the name of a machine must match for its figures to count in a
             promotion; empty: any.
+        file: Path that it was read from as it was given; of a built-in target empty. No key of the file.
 
     Examples:
         >>> from foxnas_mlflow import get_target
@@ -52,6 +54,7 @@ class Target:
     predictors: str = ""
     latency_note: str = ""
     machine: str = ""
+    file: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
@@ -69,6 +72,15 @@ class Target:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UnknownTargetError(f"a target's {name} must be a positive integer", received=repr(value))
 
+    @property
+    def argument(self) -> str:
+        """What a command is given to name it, quoted: a target of a file has no name that others know."""
+        return shlex.quote(self.file or self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mapping that `from_dict` reads."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "file"}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Target:
         """Read a mapping; unknown keys are refused.
@@ -76,7 +88,7 @@ class Target:
         Raises:
             UnknownTargetError: If keys are unknown or a value breaks a rule.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = [f.name for f in dataclasses.fields(cls) if f.name != "file"]
         if not isinstance(data, Mapping) or "name" not in data:
             raise UnknownTargetError("a target file is a mapping with at least the key 'name'", received=data)
         unknown = sorted(str(key) for key in data if key not in known)
@@ -176,7 +188,10 @@ def get_target(name_or_path: str) -> Target:
         )
     # Files that a target names lie beside its own, wherever the command is typed.
     return dataclasses.replace(
-        target, space=_beside(path, target.space, ".yaml", ".yml"), predictors=_beside(path, target.predictors, ".json")
+        target,
+        space=_beside(path, target.space, ".yaml", ".yml"),
+        predictors=_beside(path, target.predictors, ".json"),
+        file=name_or_path,
     )
 
 

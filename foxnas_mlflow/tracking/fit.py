@@ -93,7 +93,7 @@ def log_fit(
                 if key in figures
             },
         },
-        command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",
+        command=lambda uri: f"foxnas search --target {target.argument} --predictors {uri}",
     )
     return uri, metrics
 

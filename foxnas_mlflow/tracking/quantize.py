@@ -171,7 +171,13 @@ def log_quantized(
     )
     facts = {} if edgetpu is None else edgetpu.readiness.metrics
     uri = _register(
-        run, model, "tflite", registered_name(name, "tflite", target.name), metrics | facts, tags | _sha256(path)
+        run,
+        model,
+        "tflite",
+        registered_name(name, "tflite", target.name),
+        metrics | facts,
+        tags | _sha256(path),
+        target,
     )
     twin_uri = ""
     if edgetpu is not None and edgetpu.report is not None:
@@ -188,6 +194,7 @@ def log_quantized(
             registered_name(name, "edgetpu", target.name),
             metrics | edgetpu.metrics | {"model/size_bytes": len(edgetpu.data)},
             tags | _sha256(compiled) | {"int8_model": uri, "compiler": edgetpu.report.version},
+            target,
         )
     return LoggedQuantization(uri, twin_uri, metrics | facts)
 
@@ -199,6 +206,7 @@ def _register(
     registered: str,
     metrics: Mapping[str, float],
     tags: Mapping[str, object],
+    target: Target,
 ) -> str:
     info = log_model(model, name=kind, kind=kind)
     accuracies = {key: value for key, value in metrics.items() if key.startswith(("accuracy/", "eval/"))}
@@ -228,7 +236,7 @@ def _register(
             "SHA-256": tags["sha256"],
             **({PICTURE: picture_of(front, FRONT_PICTURE)} if front and has_artifact(front, FRONT_PICTURE) else {}),
         },
-        command=lambda uri: benchmark_command(uri, kind, str(tags["target"]), str(tags["runtime"])),
+        command=lambda uri: benchmark_command(uri, kind, target),
     )
 
 
@@ -238,10 +246,10 @@ def _origin(subnet: SubnetModel) -> dict[str, str]:
     return {key: str(subnet.details[key]) for key in keys if key in subnet.details}
 
 
-def benchmark_command(uri: str, kind: str, target: str, runtime: str) -> str:
+def benchmark_command(uri: str, kind: str, target: Target) -> str:
     """How to measure a model: one that was not compiled for its Edge TPU runs on this host only."""
-    runs_there = runtime != "edgetpu" or kind == "edgetpu"
-    return f"foxnas benchmark --model {uri} --target {target if runs_there else 'cpu'}"
+    runs_there = target.runtime != "edgetpu" or kind == "edgetpu"
+    return f"foxnas benchmark --model {uri} --target {target.argument if runs_there else 'cpu'}"
 
 
 def _sha256(path: Path) -> dict[str, str]:

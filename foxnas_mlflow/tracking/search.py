@@ -310,10 +310,6 @@ def _register_subnet(
 ) -> str:
     outcome = one.outcome
     confidence, limit = outcome.objective.confidence, outcome.latency_limit_ms
-    following = {
-        "trained": "foxnas quantize --subnet {uri} --target " + target.name,
-        "none": _with_weights(name, target),
-    }[tags["weights"]]
     reason = "" if one.verification is None else one.verification.reason
     return register(
         model_uri,
@@ -341,7 +337,11 @@ def _register_subnet(
             **({"note": note} if note else {}),
             **{key: text for key, text in shown.items() if text},
         },
-        command=lambda uri: following.format(uri=uri),
+        command=lambda uri: (
+            _with_weights(name, target)
+            if tags["weights"] == "none"
+            else f"foxnas quantize --subnet {uri} --target {target.argument}"
+        ),
     )
 
 
@@ -351,7 +351,7 @@ def _with_weights(name: str, target: Target) -> str:
     version = newest(list_versions(supernet))
     if version is None:
         return f"foxnas supernet --name {name}"
-    return f"foxnas search --supernet models:/{supernet}/{version} --target {target.name}"
+    return f"foxnas search --supernet models:/{supernet}/{version} --target {target.argument}"
 
 
 def _register_predictors(
@@ -376,7 +376,7 @@ def _register_predictors(
         "predictors",
         tags={"source": source, PREDICTORS_DIGEST: digest},
         facts={"target": target.name, "source": source, **metrics},
-        command=lambda uri: f"foxnas search --target {target.name} --predictors {uri}",
+        command=lambda uri: f"foxnas search --target {target.argument} --predictors {uri}",
     )
 
 

@@ -146,5 +146,5 @@ def log_samples(
         early = "stopped: " if log.stopped else ""
         lines.append(f"  front       {early}accuracies along it are known to {log.width:.2f} points (95 % intervals)")
     lines.append(f"  rows        {uri}")
-    lines.append(f"Next: foxnas fit --measurements {uri} --target {target.name}")
+    lines.append(f"Next: foxnas fit --measurements {uri} --target {target.argument}")
     return uri, "\n".join(lines)

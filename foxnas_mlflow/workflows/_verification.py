@@ -46,7 +46,7 @@ def kept_measurements(predictors: PredictorSet, target: Target, request: Mapping
     Raises:
         InvalidInputError: If another process works on the same search.
     """
-    inputs = {"predictors": predictors.to_dict(), "target": dataclasses.asdict(target), "request": dict(request)}
+    inputs = {"predictors": predictors.to_dict(), "target": target.to_dict(), "request": dict(request)}
     directory = cache_directory("verifications", json_digest(inputs)[:32])
     with worked_on(directory / "lock", "the same search"):
         try:

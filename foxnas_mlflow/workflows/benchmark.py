@@ -159,7 +159,7 @@ def _check_target(target: Target) -> None:
         raise InvalidInputError(
             "a benchmark is of a TensorFlow Lite model",
             received=f"the target {target.name}, which runs PyTorch",
-            remedy=f"its networks are measured by: foxnas sample --target {target.name} --device local",
+            remedy=f"its networks are measured by: foxnas sample --target {target.argument} --device local",
         )
 
 

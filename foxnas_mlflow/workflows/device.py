@@ -174,7 +174,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
         predictors = measure_and_fit(timer, (probes, checks), fit)
     predictors.save(out.with_name(target.predictors))
     # Last: a target file that is there is whole.
-    values = {key: value for key, value in dataclasses.asdict(target).items() if value != ""}
+    values = {key: value for key, value in target.to_dict().items() if value != ""}
     write_atomically(out, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     latency = predictors.latency[0]
     metrics = latency.metrics

@@ -113,7 +113,7 @@ def run_fit(request: FitRequest, *, tags: Mapping[str, str] | None = None) -> Fi
         uri, metrics = log_fit(
             run, fit, rows, target=target, source=request.measurements, name=request.name, noise_floor=floor
         )
-        summary = _summary(fit, uri, run.run_id, target.name, floor, _middle_ms(rows))
+        summary = _summary(fit, uri, run.run_id, target, floor, _middle_ms(rows))
         return FitStepResult(run_id=run.run_id, model_uri=uri, metrics=metrics, summary=summary)
 
 
@@ -137,7 +137,7 @@ def _check_latencies(rows: Sequence[Measurement], target: Target, space: SearchS
         )
 
 
-def _summary(fit: FitResult, uri: str, run_id: str, target: str, noise_floor: float | None, middle_ms: float) -> str:
+def _summary(fit: FitResult, uri: str, run_id: str, target: Target, noise_floor: float | None, middle_ms: float) -> str:
     """A table of both formulas, and the search to type next."""
     lines = [f"{'':<22}{'formula':<16}{'n':>7}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
     for quantity in fit.reports:
@@ -155,12 +155,12 @@ def _summary(fit: FitResult, uri: str, run_id: str, target: str, noise_floor: fl
     if noise_floor is not None:
         lines.append(f"  noise floor of the accuracies: {noise_floor:.2f} points, the standard error of an evaluation")
     if "latency_ms" not in fit.reports and fit.predictors.latency:
-        lines.append(f"{'latency_ms':<22}cost model of {target}: no row has a measured latency")
+        lines.append(f"{'latency_ms':<22}cost model of {target.name}: no row has a measured latency")
     lines += [f"  note: {note}" for note in fit.predictors.notes]
     lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
     lines.append(f"Registered {uri}; run {run_id}.")
     if fit.predictors.accuracy and fit.predictors.latency:
-        lines.append(f"Next: foxnas search --target {target} --predictors {uri} --latency-ms {middle_ms:.3g}")
+        lines.append(f"Next: foxnas search --target {target.argument} --predictors {uri} --latency-ms {middle_ms:.3g}")
         lines += [f"Limits may be on {name} too: --limits '{name}<=...'" for name in fit.predictors.quantities]
     else:
         missing = "latency" if fit.predictors.accuracy else "accuracy"

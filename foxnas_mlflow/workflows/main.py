@@ -171,7 +171,6 @@ def run_main(request: MainRequest) -> MainResult:
         InvalidInputError: Before any work, if something that a later step needs is missing or wrong.
         PromotionError: At the end, if a gate refuses; everything else is done and kept.
     """
-    import dataclasses
     import functools
 
     from foxnas_mlflow.core.predictors import reference_latency
@@ -221,7 +220,7 @@ def run_main(request: MainRequest) -> MainResult:
         common = {
             "data": dataset.digest,
             "space": get_space(request.space).digest,
-            "target": dataclasses.asdict(target),
+            "target": target.to_dict(),
             "machine": machine,
         }
         pipeline = _Pipeline(request, run, target, device, dataset, common)

@@ -437,7 +437,7 @@ def _summary(
         f"  registered           {logged.model_uri} (SHA-256 {conversion.sha256[:16]}...)",
         *([f"                       {logged.edgetpu_model_uri}"] if logged.edgetpu_model_uri else []),
         f"  run                  {run_id}: layer_errors.csv, architecture.json",
-        f"Next: {benchmark_command(served, kind, target.name, target.runtime)}",
+        f"Next: {benchmark_command(served, kind, target)}",
     ]
     return "\n".join(lines)
 

@@ -265,14 +265,13 @@ def _digest(
     given: Sequence[Measurement],
 ) -> str:
     """Of everything that the rows and their order depend on: the same command finds its own rows."""
-    import dataclasses
 
     from foxnas_mlflow.core.files import json_digest
     from foxnas_mlflow.core.measurements import measurements_digest
 
     inputs = {
         "supernet": supernet.digest,
-        "target": dataclasses.asdict(target),
+        "target": target.to_dict(),
         "image_sizes": sizes,
         "given": measurements_digest(given),
         **{key: getattr(request, key) for key in ("device", "design", "n_measurements", "validation_images", "seed")},

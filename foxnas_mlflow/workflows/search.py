@@ -486,7 +486,7 @@ def _summary(
     notes = [note, *(told for predictor in inputs.predictors.accuracy for told in predictor.notes)]
     lines += [f"  note                 {told}" for told in dict.fromkeys(notes) if told]
     if weights == "trained":
-        lines.append(f"Next: foxnas quantize --subnet {uri} --target {target}")
+        lines.append(f"Next: foxnas quantize --subnet {uri} --target {inputs.target.argument}")
     else:
         lines.append("Next: mlflow ui, and open report.html of the run.")
     return "\n".join(lines)

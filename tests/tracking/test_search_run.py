@@ -6,6 +6,7 @@ import contextlib
 import csv
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -246,6 +247,23 @@ def test_fit_registers_predictors_that_search_uses(tracking: str, shared_data: P
     assert latest.data.tags["foxnas.predictors"] == uri
     # They are registered already, and so they are not registered again.
     assert [v.version for v in client.search_model_versions("name='foxnas-predictors-rpi4'")] == [version.version]
+
+
+def test_the_next_command_names_a_target_of_ones_own_by_its_file(
+    tracking: str, shared_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    path = tmp_path / "my board.yaml"
+    path.write_text("name: my-board\n")
+    assert main(["fit", "--measurements", str(shared_data / "foxnas_rpi4_cpu256.csv"), "--target", str(path)]) == 0
+    *_, following = capsys.readouterr().out.partition("Next: ")
+    page = mlflow.MlflowClient().get_model_version("foxnas-predictors-my-board", "1").description
+    for command in (following, page.rpartition("Next:")[-1]):
+        _, *arguments = shlex.split(command)
+        assert arguments[:3] == ["search", "--target", str(path)]
+    assert main([*shlex.split(following)[1:], "--evaluations", "1000"]) == 0
+    assert "Found for my-board" in capsys.readouterr().out
 
 
 def test_accuracy_of_ones_own_and_the_boards_cost_model_make_predictors(tracking: str, tmp_path: Path) -> None:

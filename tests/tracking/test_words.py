@@ -22,9 +22,10 @@ from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError, UnknownTar
 from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.predictors import load_predictors
 from foxnas_mlflow.core.space import SearchSpace
-from foxnas_mlflow.core.targets import get_target
+from foxnas_mlflow.core.targets import Target, get_target
 from foxnas_mlflow.data import load_dataset
 from foxnas_mlflow.flavor import get_default_pip_requirements
+from foxnas_mlflow.tracking.quantize import benchmark_command
 from foxnas_mlflow.tracking.registry import registered_name
 from tests.servers import s3, tracking_server
 
@@ -87,6 +88,23 @@ def test_a_target_of_ones_own_takes_no_name_that_is_built_in(tmp_path: Path) -> 
     path.write_text("name: rpi4\n")
     with pytest.raises(UnknownTargetError, match=r"has a name of its own.*which names the built-in target rpi4"):
         get_target(str(path))
+
+
+def test_a_target_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "my board.yaml"
+    path.write_text("name: my-board\nruntime: edgetpu\n")
+    target = get_target(str(path))
+    assert "file" not in target.to_dict()
+    assert Target.from_dict(target.to_dict()) == target
+    with pytest.raises(UnknownTargetError, match="only the keys"):
+        Target.from_dict({"name": "my-board", "file": "my-board.yaml"})
+    for kind, named, words in (
+        ("edgetpu", target, f"'{path}'"),
+        ("tflite", target, "cpu"),
+        ("tflite", get_target("rpi4"), "rpi4"),
+    ):
+        command = benchmark_command("models:/mine/1", kind, named)
+        assert command == f"foxnas benchmark --model models:/mine/1 --target {words}"
 
 
 @pytest.mark.server
