@@ -16,6 +16,8 @@ MINI_SPACE: SearchSpace = CPU_SPACE.replace(
     n_classes=10,
 )
 
+TRAINING = {"flip": False, "sampling": "balanced", "class_weights": [1.0] * 10}
+
 METRICS = ("eval/top1_max", "eval/top1_min", "eval/top1_random")
 
 
@@ -35,7 +37,7 @@ def register_mini_supernet(name: str = "foxnas") -> str:
     model = SupernetModel(
         MINI_SPACE,
         Supernet(MINI_SPACE).numpy_weights(),
-        {"data": "digits", "data_digest": dataset.digest, "max_train": 400, "seed": 3},
+        {"data": "digits", "data_digest": dataset.digest, "max_train": 400, "seed": 3} | TRAINING,
         Preprocessing(16, 1, normalization=dataset.normalization),
         dataset.labels,
     )

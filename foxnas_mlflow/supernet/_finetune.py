@@ -25,6 +25,7 @@ def finetune(
     checkpoint_seconds: float = 120.0,
     device: str | None = None,
     teacher: Teacher | None = None,
+    class_weights: tuple[float, ...] = (),
 ) -> PlainNetwork:
     """Go on training a network from the weights that it has, with those of no other network in between.
 
@@ -41,6 +42,7 @@ def finetune(
         checkpoint_seconds: Seconds between two writes of it.
         device: Where to compute; None: on a GPU where there is one.
         teacher: Probabilities for batches, which the network learns beside the labels.
+        class_weights: Weight of each class's images in the loss; empty: all alike.
 
     Returns:
         The network, in evaluation mode on the processor.
@@ -49,7 +51,7 @@ def finetune(
         InvalidInputError: If epochs is not positive.
         TrainingError: If the loss is not finite.
     """
-    config = TrainConfig(Alone.name, epochs, learning_rate, warmup=0.0, mode="float32", workers=1)
+    config = alone(epochs, learning_rate, class_weights)
     return train_alone(
         plain,
         batches,
@@ -59,6 +61,13 @@ def finetune(
         checkpoint_seconds=checkpoint_seconds,
         device=device,
         teacher=teacher,
+    )
+
+
+def alone(epochs: int, learning_rate: float, class_weights: tuple[float, ...]) -> TrainConfig:
+    """How one network is trained; arguments as of `finetune`."""
+    return TrainConfig(
+        Alone.name, epochs, learning_rate, warmup=0.0, mode="float32", workers=1, class_weights=class_weights
     )
 
 

@@ -24,11 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foxnas_mlflow.core.network import NORM_EPSILON, Layer, Network
-from foxnas_mlflow.supernet._finetune import train_alone
+from foxnas_mlflow.supernet._finetune import alone, train_alone
 from foxnas_mlflow.supernet._network import PlainNetwork, _at, _convolve, _load
-from foxnas_mlflow.supernet._state import TrainConfig
 from foxnas_mlflow.supernet._step import Teacher
-from foxnas_mlflow.supernet._strategy import Alone
 from foxnas_mlflow.supernet._trainer import TrainingBatches
 
 INPUT = "input"
@@ -140,10 +138,11 @@ class SimulatedNetwork(PlainNetwork):
         epochs: int,
         learning_rate: float,
         teacher: Teacher | None = None,
+        class_weights: tuple[float, ...] = (),
         progress: Callable[[int, int, float], None] | None = None,
     ) -> SimulatedNetwork:
         """This network, trained to be right as its file rounds; arguments as of `finetune`."""
-        config = TrainConfig(Alone.name, epochs, learning_rate, warmup=0.0, mode="float32", workers=1)
+        config = alone(epochs, learning_rate, class_weights)
         train_alone(self, batches, config, progress=progress, teacher=teacher)
         return self
 

@@ -209,6 +209,7 @@ def _log_network(
         **origin,
         **tags,
         **facts,
+        **_training(verification),
     }
     found = SubnetModel(outcome.architecture, predictors.space)
     if verification is not None and verification.model is not None:
@@ -420,6 +421,14 @@ def _facts(verification: Verification | None) -> dict[str, float | str]:
             "data_seed": str(verification.supernet.model.config["seed"]),
         }
     return facts
+
+
+def _training(verification: Verification | None) -> dict[str, Any]:
+    """How the supernet drew its images and weighed its classes, for what trains the network further."""
+    if verification is None or verification.supernet is None:
+        return {}
+    config = verification.supernet.model.config
+    return {"training": {key: config[key] for key in ("flip", "sampling", "class_weights") if key in config}}
 
 
 def write_front(front: Front, path: Path) -> None:

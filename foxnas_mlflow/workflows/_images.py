@@ -8,7 +8,9 @@ from foxnas_mlflow.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from foxnas_mlflow.data import ImageDataset
+    from foxnas_mlflow.data.preprocess import Normalization
     from foxnas_mlflow.flavor import SubnetModel
+    from foxnas_mlflow.supernet import Batches
 
 
 def images_of(subnet: SubnetModel, source: str, **options: Any) -> ImageDataset:
@@ -36,3 +38,42 @@ def images_of(subnet: SubnetModel, source: str, **options: Any) -> ImageDataset:
             remedy="give the same images, or put those that it has never seen into a folder val beside train",
         )
     return dataset
+
+
+def batches_of(
+    subnet: SubnetModel,
+    dataset: ImageDataset,
+    normalization: Normalization,
+    *,
+    batch_size: int,
+    augment: bool,
+    seed: int,
+) -> Batches:
+    """Training batches whose images are drawn and mirrored as in the training of a subnet's supernet.
+
+    Args:
+        subnet: The subnet.
+        dataset: Its images.
+        normalization: Applied last.
+        batch_size: Images a batch.
+        augment: Crop, colour and erase at random too.
+        seed: Seed of order and augmentation.
+    """
+    from foxnas_mlflow.supernet import Batches
+
+    training = subnet.details.get("training", {})
+    return Batches(
+        dataset.train,
+        normalization=normalization,
+        image_size=subnet.architecture.image_size,
+        batch_size=batch_size,
+        flip=training.get("flip", dataset.channels == 3 and not dataset.drawn),
+        augment=augment,
+        balanced=training.get("sampling") == "balanced",
+        seed=seed,
+    )
+
+
+def class_weights_of(subnet: SubnetModel) -> tuple[float, ...]:
+    """Weight of each class in the loss of the training of a subnet's supernet; empty: all alike."""
+    return tuple(subnet.details.get("training", {}).get("class_weights", ()))

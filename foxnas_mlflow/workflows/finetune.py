@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foxnas_mlflow.workflows._images import images_of
+from foxnas_mlflow.workflows._images import batches_of, class_weights_of, images_of
 from foxnas_mlflow.workflows._request import PresetName, Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
 
@@ -100,7 +100,7 @@ def _finetuned(
     from foxnas_mlflow.core.errors import InvalidFormatError
     from foxnas_mlflow.core.network import build_network
     from foxnas_mlflow.flavor import SubnetModel, log_model
-    from foxnas_mlflow.supernet import AUGMENTED_EPOCHS, Batches, PlainNetwork, finetune, get_preset, subnet_weights
+    from foxnas_mlflow.supernet import AUGMENTED_EPOCHS, PlainNetwork, finetune, get_preset, subnet_weights
     from foxnas_mlflow.tracking.registry import find_version, register
     from foxnas_mlflow.tracking.supernet import log_dataset
 
@@ -109,12 +109,11 @@ def _finetuned(
         raise InvalidFormatError("only a subnet with weights can be trained further", received=subnet_uri)
     log_dataset(run, dataset, context="training")
     network = build_network(model.space, model.architecture)
-    batches = Batches(
-        dataset.train,
-        normalization=dataset.normalization,
-        image_size=model.architecture.image_size,
+    batches = batches_of(
+        model,
+        dataset,
+        dataset.normalization,
         batch_size=preset.batch_size,
-        flip=dataset.channels == 3 and not dataset.drawn,
         augment=epochs > AUGMENTED_EPOCHS and not dataset.drawn,
         seed=request.seed,
     )
@@ -123,6 +122,7 @@ def _finetuned(
         batches,
         epochs=epochs,
         learning_rate=LEARNING_RATE_SHARE * preset.learning_rate,
+        class_weights=class_weights_of(model),
         progress=progress,
         checkpoint=checkpoint,
     )

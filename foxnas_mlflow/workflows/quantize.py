@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.workflows._images import images_of
+from foxnas_mlflow.workflows._images import batches_of, class_weights_of, images_of
 from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
@@ -283,7 +283,7 @@ def _quantize(
             *(loss.drop_points, request.repair_epochs),
         )
         other, its_weights = _repaired(
-            request, conversion, network, weights, dataset, preprocessing, provenance["seed"]
+            request, conversion, subnet, network, weights, dataset, preprocessing, provenance["seed"]
         )
         its_loss = quantization_loss(exact, Int8Model(other.data), prepared(dataset.val))
         if its_loss.int8_top1_percent > loss.int8_top1_percent:
@@ -316,6 +316,7 @@ def _quantize(
 def _repaired(
     request: QuantizeRequest,
     conversion: Conversion,
+    subnet: SubnetModel,
     network: Network,
     weights: Mapping[str, NDArray[np.floating]],
     dataset: ImageDataset,
@@ -326,19 +327,11 @@ def _repaired(
 
     The float network teaches beside the labels.
     """
-    from foxnas_mlflow.supernet import Batches, PlainNetwork, SimulatedNetwork, network_teacher, subnet_weights
+    from foxnas_mlflow.supernet import PlainNetwork, SimulatedNetwork, network_teacher, subnet_weights
     from foxnas_mlflow.tflite import grids_of, one_scale_of, read_tflite, with_weights
 
     file, ours = read_tflite(conversion.data), preprocessing.normalization
-    batches = Batches(
-        dataset.train,
-        normalization=ours,
-        image_size=network.image_size,
-        batch_size=_REPAIR_BATCH,
-        flip=dataset.channels == 3 and not dataset.drawn,
-        augment=False,
-        seed=seed,
-    )
+    batches = batches_of(subnet, dataset, ours, batch_size=_REPAIR_BATCH, augment=False, seed=seed)
     teacher = network_teacher(PlainNetwork.from_weights(network, weights), its=ours, ours=ours, device="cpu")
     simulated = SimulatedNetwork(network, weights, grids_of(file, network), one_scale=one_scale_of(file, network))
     with progress_bar("repair", "step") as show:
@@ -346,6 +339,7 @@ def _repaired(
             batches,
             epochs=request.repair_epochs,
             learning_rate=REPAIR_LEARNING_RATE,
+            class_weights=class_weights_of(subnet),
             teacher=teacher,
             progress=lambda done, n, loss: show(done, n, f"loss {loss:.3f}"),
         )

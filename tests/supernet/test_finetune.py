@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +12,8 @@ import torch
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
-from foxnas_mlflow.data import load_dataset
-from foxnas_mlflow.supernet import Batches, PlainNetwork, finetune, get_preset, subnet_weights
+from foxnas_mlflow.data import ArrayImages, load_dataset
+from foxnas_mlflow.supernet import Batches, PlainNetwork, finetune, get_preset, plain_logits, subnet_weights
 
 pytestmark = pytest.mark.train
 
@@ -74,3 +77,55 @@ def test_training_alone_lowers_the_loss_and_can_be_repeated(tmp_path) -> None:
     assert seen[0] == 1, "a torn checkpoint begins anew"
     with pytest.raises(InvalidInputError, match="epochs must be positive"):
         finetune(PlainNetwork.from_weights(network, start), batches, epochs=0, learning_rate=0.05)
+
+
+def test_a_network_is_trained_further_as_its_supernet_drew_mirrored_and_weighed_images(
+    tracking: str, tmp_path: Path
+) -> None:
+    import mlflow
+
+    from foxnas_mlflow.flavor import SubnetModel, load_model, log_model
+    from foxnas_mlflow.workflows import FinetuneRequest, run_finetune
+    from foxnas_mlflow.workflows._images import batches_of
+
+    every, dataset = load_dataset("digits"), load_dataset("digits", max_train=96)
+    space = get_preset("tiny").space(CPU_SPACE, in_channels=1, n_classes=10)
+    architecture = space.smallest(16)
+    network = build_network(space, architecture)
+    torch.manual_seed(0)
+    # What no supernet of digits does by itself, so that it shows: mirrored, and of one class alone.
+    weights = [1e-3] * 10
+    weights[3] = 1e3
+    training = {"flip": True, "sampling": "balanced", "class_weights": weights}
+    subnet = SubnetModel(
+        architecture,
+        space,
+        {"data": "digits", "data_digest": dataset.digest, "training": training},
+        subnet_weights(PlainNetwork(network)),
+        dataset.preprocessing(16),
+        dataset.labels,
+    )
+    # Of class 0 four times as many as of all others together.
+    of = [np.flatnonzero(every.train.targets == k)[: 2 if k else 72] for k in range(10)]
+    images = ArrayImages(
+        np.stack([every.train[i] for i in np.concatenate(of)]), every.train.targets[np.concatenate(of)]
+    )
+    seen = {}
+    for told in (subnet, dataclasses.replace(subnet, details={})):
+        unbalanced = dataclasses.replace(dataset, train=images)
+        batches = batches_of(told, unbalanced, dataset.normalization, batch_size=90, augment=False, seed=0)
+        (batch,) = batches.epoch(0)
+        seen[batches.flip] = np.bincount(batch[1]).tolist()
+    assert seen == {True: [9] * 10, False: [72, *[2] * 9]}
+
+    with mlflow.start_run():
+        info = log_model(subnet, name="subnet", registered_model_name="foxnas-subnet-cpu")
+    uri = f"models:/foxnas-subnet-cpu/{info.registered_model_version}"
+    request = FinetuneRequest(subnet=uri, data="digits", epochs=2, max_train=320)
+    result = run_finetune(request, checkpoint=tmp_path / "checkpoint.safetensors")
+    model = load_model(result.model_uri)
+    assert isinstance(model, SubnetModel)
+    assert model.details["training"] == training
+    assert model.weights is not None
+    images = np.stack([dataset.preprocessing(16).resize(dataset.val[i]) for i in range(100)])
+    assert (plain_logits(network, model.weights, dataset.normalization(images)).argmax(1) == 3).all()

@@ -19,7 +19,7 @@ from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.tracking.registry import version_metrics
 from tests.measuring import shorten
 from tests.pipelines import Running
-from tests.supernets import MINI_SPACE, register_mini_supernet
+from tests.supernets import MINI_SPACE, TRAINING, register_mini_supernet
 
 pytestmark = [pytest.mark.server, pytest.mark.train]
 
@@ -101,6 +101,7 @@ def test_the_found_network_has_weights_whose_accuracy_is_the_evaluators(
     assert isinstance(model, SubnetModel)
     assert model.architecture == Architecture.from_json(chosen["architecture"])
     assert model.labels == tuple("0123456789")
+    assert model.details["training"] == TRAINING
     assert model.preprocessing is not None
     assert model.preprocessing.image_size == model.architecture.image_size
     dataset = load_dataset("digits", seed=3, max_train=400)
