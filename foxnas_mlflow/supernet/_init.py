@@ -132,7 +132,8 @@ def _content(path: Path) -> bytes:
 def _state_dict(content: bytes, path: Path) -> dict[str, Tensor]:
     """The state dict of a file, its tensors as float32."""
     try:
-        if content.startswith(_PICKLES):
+        # The length before a safetensors' header may begin as a pickle does.
+        if content.startswith(_PICKLES) and content[8:9] != b"{":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 data: Any = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

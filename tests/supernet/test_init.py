@@ -314,6 +314,17 @@ def test_another_architecture_names_the_first_layer_that_differs(tmp_path: Path)
         assert all(torch.equal(t, before[name]) for name, t in supernet.state_dict().items())
 
 
+def test_a_safetensors_file_of_any_length_of_header_is_read(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "net.safetensors", published("lite").tensors
+    # Where its length is a multiple of 256 and 128 more, it begins as a pickle does.
+    for n in range(0, 256, 8):
+        save_file(tensors, path, {"note": "x" * n})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80
+    assert load_init(path, Supernet(LITE)).family == "timm's EfficientNet-Lite"
+
+
 def test_a_supernet_begins_another_of_other_widths_kernels_depths_and_channels() -> None:
     torch.manual_seed(0)
     known = Supernet(SMALL)
