@@ -87,8 +87,8 @@ def from_published(tensors: Mapping[str, Tensor], *, of_tensorflow: bool = False
     elif "_conv_stem.weight" in tensors:
         maker, skeleton = "efficientnet_pytorch", _efficientnet_pytorch(tensors)
     else:
-        raise InvalidInputError(f"init must hold the weights of {_KNOWN}", received=", ".join(list(tensors)[:3]))
-    if not skeleton.blocks or "expand" in skeleton.blocks[0]:
+        raise _unknown(", ".join(list(tensors)[:3]))
+    if len(skeleton.blocks) < 2 or "expand" in skeleton.blocks[0]:
         raise InvalidInputError("init must begin with a separable block", received=f"{maker}: another first block")
     names = _names(skeleton, tensors)
     values: dict[str, Tensor] = {}
@@ -96,14 +96,16 @@ def from_published(tensors: Mapping[str, Tensor], *, of_tensorflow: bool = False
         values |= _tensors(name, layer, tensors, skeleton.epsilon)
     swish = any(name == "head.hidden" for name, _ in skeleton.tail)
     if not swish and any(".se" in name for name in names):
-        raise InvalidInputError(
-            f"init must hold the weights of {_KNOWN}", received=f"{maker}: an EfficientNet with gates and swish"
-        )
+        raise _unknown(f"{maker}: an EfficientNet with gates and swish")
     family, strides = _family(len(skeleton.blocks), swish)
     activations = _activations(list(names), len(skeleton.blocks)) if swish else {}
     if maker == "timm" and of_tensorflow:
         family += " of TensorFlow"
     return Source(f"{maker}'s {family}", values, Style(activations, symmetric=skeleton.symmetric), strides=strides)
+
+
+def _unknown(received: str) -> InvalidInputError:
+    return InvalidInputError(f"init must hold the weights of {_KNOWN}", received=received)
 
 
 def _family(n_blocks: int, swish: bool) -> tuple[str, tuple[int, ...]]:
@@ -140,7 +142,10 @@ def _names(skeleton: _Skeleton, tensors: Mapping[str, Tensor]) -> dict[str, _Lay
     stages = others[:-1] if lite else others
     stage, block, width = 0, 0, 0
     for layers in stages:
-        out = tensors[f"{layers['project'].conv}.weight"].shape[0]
+        projection = f"{layers['project'].conv}.weight"
+        if projection not in tensors:
+            raise _unknown(f"no tensor {projection!r}: other blocks")
+        out = tensors[projection].shape[0]
         stage, block, width = (stage, block + 1, width) if out == width else (stage + 1, 0, out)
         names |= {f"stage{stage}.block{block}.{layer}": where for layer, where in layers.items()}
     if lite:
@@ -184,6 +189,8 @@ def _torchvision(tensors: Mapping[str, Tensor]) -> _Skeleton:
         parts = sorted({name.split(".")[3] for name in tensors if name.startswith(f"features.{i}.block.")}, key=int)
         gates = [part for part in parts if f"features.{i}.block.{part}.fc1.weight" in tensors]
         convs = [f"features.{i}.block.{part}" for part in parts if part not in gates]
+        if len(convs) not in (2, 3):
+            raise _unknown(f"torchvision: other blocks, the first is features.{i}")
         kinds = ("expand", "depthwise", "project")[-len(convs) :]
         layers: _Block = {}
         for kind, conv in zip(kinds, convs, strict=True):
@@ -234,7 +241,5 @@ def _tensors(name: str, layer: _Layer, theirs: Mapping[str, Tensor], epsilon: fl
         # Their batch norms add another constant to variances: the sum is what matters.
         values[f"{name}.norm.running_var"] = values[f"{name}.norm.running_var"] + (epsilon - NORM_EPSILON)
     except KeyError as error:
-        raise InvalidInputError(
-            f"init must hold the weights of {_KNOWN}", received=f"no tensor {error.args[0]!r} for {name}"
-        ) from error
+        raise _unknown(f"no tensor {error.args[0]!r} for {name}") from error
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +313,27 @@ def test_another_architecture_names_the_first_layer_that_differs(tmp_path: Path)
         with pytest.raises(InvalidInputError, match=layer):
             load_init(tmp_path / f"{name}.pth", supernet)
         assert all(torch.equal(t, before[name]) for name, t in supernet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("names", "received"),
+    [
+        # torchvision's mobilenet_v2 and efficientnet_b0, timm's mobilenetv4_conv_small and ghostnet.
+        (("features.0.0", "features.1.conv.0.0", "features.2.conv.0.0"), "other blocks, the first is features.1"),
+        (("features.0.0", "features.1.0.block.0.0", "features.2.0.block.0.0"), "other blocks, the first is features.1"),
+        (
+            ("conv_stem", "blocks.0.0.conv", "blocks.2.0.dw_start.conv", "blocks.2.1.dw_start.conv", "conv_head"),
+            "no tensor 'blocks.2.1.conv_pw.weight': other blocks",
+        ),
+        (("conv_stem", "blocks.0.0.ghost1.primary_conv.0", "conv_head"), "another first block"),
+    ],
+)
+def test_a_network_of_blocks_that_are_not_known_is_refused(
+    names: tuple[str, ...], received: str, tmp_path: Path
+) -> None:
+    torch.save({f"{name}.weight": torch.zeros(8, 8, 1, 1) for name in names}, tmp_path / "net.pth")
+    with pytest.raises(InvalidInputError, match=rf"init must .*; received .*{re.escape(received)}"):
+        load_init(tmp_path / "net.pth", Supernet(CPU_SPACE))
 
 
 def test_a_safetensors_file_of_any_length_of_header_is_read(tmp_path: Path) -> None:
