@@ -245,6 +245,12 @@ def _rows(path: Path) -> list[tuple[int, Mapping[str, object]]]:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
             return list(enumerate(csv.DictReader(text.splitlines()), 2))
-        return [(i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    except (OSError, ValueError) as error:
+        rows = [(i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
         raise InvalidInputError("a list of pictures must be readable", received=f"{path.name}: {error}") from error
+    for number, row in rows:
+        if not isinstance(row, dict):
+            raise InvalidInputError(
+                "every line of a list is one JSON object", received=f"another value in line {number} of {path.name}"
+            )
+    return rows

@@ -163,8 +163,8 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Any]:
             f"an image must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
             received=f"{len(data)} bytes of something else",
         ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        # Pillow raises these for truncated and damaged files.
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
+        # Pillow raises these for truncated and damaged files, the fifth for AVIF.
         raise InvalidInputError("an image must be whole and undamaged", received=str(error)) from error
 
 

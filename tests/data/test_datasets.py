@@ -296,6 +296,19 @@ def test_a_list_of_pictures(tmp_path: Path, suffix: str) -> None:
         load_dataset(str(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "received"),
+    [
+        ('[{"file": "all/0.png", "label": "a"}, {"file": "all/1.png", "label": "b"}]', "in line 1 of list.jsonl"),
+        ('{"file": "all/0.png", "label": "a"}\n\n"all/1.png"', "in line 3 of list.jsonl"),
+    ],
+)
+def test_a_line_of_a_list_that_is_no_object_is_refused_by_its_number(text: str, received: str, tmp_path: Path) -> None:
+    (tmp_path / "list.jsonl").write_text(text)
+    with pytest.raises(InvalidInputError, match=f"every line of a list is one JSON object; received .* {received}"):
+        load_dataset(str(tmp_path / "list.jsonl"))
+
+
 def test_a_list_with_other_labels_is_other_data(tmp_path: Path) -> None:
     write_images(tmp_path / "all", 12)
     path = tmp_path / "list.csv"

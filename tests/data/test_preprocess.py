@@ -142,6 +142,20 @@ def test_a_description_tells_the_background_and_old_ones_are_read() -> None:
         Preprocessing(8, background=256)
 
 
+@pytest.mark.parametrize("file_format", ["AVIF", "JPEG", "PNG", "WEBP"])
+def test_a_byte_that_is_wrong_ends_in_no_other_error_than_ours(file_format: str) -> None:
+    if file_format not in read_formats():
+        pytest.skip(f"this Pillow decodes no {file_format}")
+    data = encoded(picture(12, 18), file_format)
+    refused = 0
+    for i in range(min(len(data), 500)):
+        try:
+            assert decode_image(data[:i] + bytes([data[i] ^ 255]) + data[i + 1 :], max_pixels=10**6).shape[2] == 3
+        except InvalidInputError:
+            refused += 1
+    assert refused > 30
+
+
 def test_an_older_pillow_has_its_constants_elsewhere_and_one_that_is_too_old_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
