@@ -88,7 +88,7 @@ def _pyfunc_teacher(uri: str, channels: int, image_size: int = 0) -> TeacherMode
         shown: NDArray[Any] = images.astype(np.float32) / 255 if kind == "f" else images
         try:
             return _probabilities(model.predict(np.ascontiguousarray(shown.transpose(0, 3, 1, 2)) if first else shown))
-        except (MlflowException, TypeError, ValueError) as error:
+        except (MlflowException, RuntimeError, TypeError, ValueError) as error:
             raise InvalidInputError(
                 "a teacher must answer images given as an array (n, height, width, channels)",
                 received=f"{uri}: {str(error).strip().splitlines()[0]}",

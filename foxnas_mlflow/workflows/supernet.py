@@ -406,25 +406,31 @@ def _teacher(request: SupernetRequest, dataset: ImageDataset, worker: Worker) ->
     """The teacher, which has answered two images of the training already."""
     if not request.teacher:
         return None
+    import dataclasses
+
     import numpy as np
     import torch
 
     from foxnas_mlflow.core.network import build_network
     from foxnas_mlflow.data import prepared_batches
     from foxnas_mlflow.flavor import SupernetModel
-    from foxnas_mlflow.supernet import PlainNetwork, Supernet, function_teacher, network_teacher
+    from foxnas_mlflow.supernet import PlainNetwork, SubnetEvaluator, Supernet, function_teacher, network_teacher
     from foxnas_mlflow.tracking.teacher import open_teacher
 
     opened = open_teacher(request.teacher, labels=dataset.labels, channels=dataset.channels)
     ours = dataset.normalization
     if opened.network is not None:
         model = opened.network
-        plain = (
-            Supernet.from_weights(model.space, model.weights).extract(model.space.largest())
-            if isinstance(model, SupernetModel)
-            else PlainNetwork.from_weights(build_network(model.space, model.architecture), model.weights or {})
-        )
         its = ours if model.preprocessing is None else model.preprocessing.normalization
+        if isinstance(model, SupernetModel):
+            # Its statistics are those of whatever network its last step trained.
+            shown = dataclasses.replace(dataset, normalization=its)
+            known = Supernet.from_weights(model.space, model.weights)
+            plain = SubnetEvaluator(known, shown, seed=request.seed, device=worker.device).network(
+                model.space.largest()
+            )
+        else:
+            plain = PlainNetwork.from_weights(build_network(model.space, model.architecture), model.weights or {})
         return network_teacher(plain, its=its, ours=ours, device=worker.device)
     if opened.answer is None:
         raise TypeError("a teacher is a network or a function")

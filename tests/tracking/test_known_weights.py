@@ -91,3 +91,39 @@ def test_a_teacher_of_other_classes_or_channels_is_refused_by_name(tracking: str
     ):
         with pytest.raises(InvalidInputError, match=told):
             open_teacher(uri, labels=labels, channels=channels)
+
+
+def test_a_supernet_teaches_with_statistics_of_its_largest_network(tracking: str) -> None:
+    import torch
+
+    from foxnas_mlflow.data import load_dataset
+    from foxnas_mlflow.flavor import load_model
+    from foxnas_mlflow.supernet import SubnetEvaluator, Supernet, Worker
+    from foxnas_mlflow.workflows import SupernetRequest
+    from foxnas_mlflow.workflows.supernet import _teacher
+    from tests.supernets import MINI_SPACE, register_mini_supernet
+
+    uri, dataset = register_mini_supernet(), load_dataset("digits", seed=3, max_train=400)
+    teacher = _teacher(SupernetRequest(data="digits", teacher=uri, seed=3), dataset, Worker(0, 1, "cpu"))
+    assert teacher is not None
+    # Its running statistics are those of no network: 0 and 1.
+    supernet = Supernet.from_weights(MINI_SPACE, load_model(uri).weights)
+    expected = SubnetEvaluator(supernet, dataset).network(MINI_SPACE.largest())
+    images = np.stack([dataset.preprocessing(16).resize(dataset.val[i]) for i in range(20)])
+    x = torch.from_numpy(dataset.normalization(images)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(x), expected(x).softmax(1), rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_of_pytorch_that_takes_no_bytes_is_refused_in_words(tracking: str) -> None:
+    import torch
+
+    from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.tracking.teacher import open_teacher
+
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10), torch.nn.Softmax(1))
+    uri = log_teacher(lambda images: network(torch.from_numpy(images)).detach().numpy())
+    teacher = open_teacher(uri, labels=[str(i) for i in range(10)], channels=1)
+    assert teacher.answer is not None
+    with pytest.raises(InvalidInputError, match=r"a teacher must answer images given as an array .*; received models:"):
+        teacher.answer(np.zeros((2, 16, 16, 1), np.uint8))
