@@ -151,6 +151,7 @@ def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str
         (["--confidence", "1"], "confidence must be"),
         (["--target", "gpu"], "runtime must be litert or edgetpu"),
         (["--data", "/does/not/exist"], "path of a folder"),
+        (["--unknown", "/does/not/exist"], "unknown must be a folder of pictures"),
         (["--device", "ftp://x"], "a device is local"),
         (["--name", "a/b"], "registered model's name"),
         (["--seed", "-1"], "seed must be 0 or more"),

@@ -12,6 +12,7 @@ from foxnas_mlflow.data._datasets import (
     stratified_split,
 )
 from foxnas_mlflow.data._listings import earlier_digests
+from foxnas_mlflow.data._sources import pictures_below, unread_words
 from foxnas_mlflow.data._vary import Variations
 from foxnas_mlflow.data.preprocess import Normalization, Preprocessing, resize
 
@@ -28,7 +29,9 @@ __all__ = [
     "earlier_digests",
     "evaluate",
     "load_dataset",
+    "pictures_below",
     "prepared_batches",
     "resize",
     "stratified_split",
+    "unread_words",
 ]

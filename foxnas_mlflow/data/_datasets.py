@@ -50,6 +50,7 @@ from foxnas_mlflow.data._sources import (
     pictures_of_list,
     reader_for,
     subfolders,
+    unread_words,
 )
 from foxnas_mlflow.data.preprocess import (
     MAX_PIXELS,
@@ -270,7 +271,7 @@ class ImageDataset:
         if missing:
             found.append(f"classes without validation images: {', '.join(missing)}")
         if self.unread:
-            found.append(f"files that are not read: {_unread_words(self.unread)}")
+            found.append(f"files that are not read: {unread_words(self.unread)}")
         large: list[str] = []
         damaged: list[str] = []
         for name in self.unreadable:
@@ -329,16 +330,9 @@ class ImageDataset:
         return ArrayImages(pixels[: len(kept)], images.targets[kept])
 
 
-def _unread_words(unread: Mapping[str, int]) -> str:
-    """How many files of each suffix are not read, and what would read them."""
-    reader = reader_for(unread)
-    listed = ", ".join(f"{n} {suffix}" for suffix, n in sorted(unread.items()))
-    return listed + (f" (read with: {reader})" if reader else "")
-
-
 def _beside(unread: Mapping[str, int] | None) -> str:
     """What an error says of files that are not read."""
-    return f", beside {_unread_words(unread)}" if unread else ""
+    return f", beside {unread_words(unread)}" if unread else ""
 
 
 def _local(source: str) -> str:

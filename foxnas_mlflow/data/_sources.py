@@ -195,6 +195,19 @@ def reader_for(suffixes: Iterable[str]) -> str | None:
     return " and ".join(how for name, how in known.items() if name in lacking) or None
 
 
+def unread_words(unread: Mapping[str, int]) -> str:
+    """How many files of each suffix are not read, and what would read them."""
+    reader = reader_for(unread)
+    listed = ", ".join(f"{n} {suffix}" for suffix, n in sorted(unread.items()))
+    return listed + (f" (read with: {reader})" if reader else "")
+
+
+def pictures_below(folder: Path) -> Pictures:
+    """The pictures in a folder and in folders inside it, which have no classes."""
+    folder = folder.resolve()
+    return pictures_of(folder.parent, [folder.name])
+
+
 def _files(folder: Path, prefix: str) -> list[str]:
     names = []
     for entry in os.scandir(folder):

@@ -31,7 +31,7 @@ from foxnas_mlflow.workflows.compare import CompareRequest, CompareResult, run_c
 from foxnas_mlflow.workflows.finetune import FinetuneRequest, FinetuneResult, run_finetune
 from foxnas_mlflow.workflows.fit import FitRequest, FitStepResult, run_fit
 from foxnas_mlflow.workflows.promote import PromoteRequest, PromoteResult, run_promote
-from foxnas_mlflow.workflows.quantize import QuantizeRequest, QuantizeResult, run_quantize
+from foxnas_mlflow.workflows.quantize import QuantizeRequest, QuantizeResult, find_unknown, run_quantize
 from foxnas_mlflow.workflows.sample import SampleRequest, SampleResult, run_sample
 from foxnas_mlflow.workflows.search import SearchRequest, SearchResult, run_search
 from foxnas_mlflow.workflows.supernet import SupernetRequest, SupernetResult, run_supernet
@@ -187,6 +187,8 @@ def run_main(request: MainRequest) -> MainResult:
     # Hours of training are not spent before what ends the work is known to be there.
     for needed in _NEEDS:
         _require(*needed)
+    if request.unknown:
+        find_unknown(request.unknown)
 
     from foxnas_mlflow.supernet import get_preset
 

@@ -12,6 +12,7 @@ from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
@@ -57,7 +58,7 @@ class QuantizeRequest(Request):
 
 REPAIR_LEARNING_RATE = 0.02
 _REPAIR_BATCH = 64
-_NAMED_LAYERS = 5
+_NAMED_LAYERS = _NAMED_FILES = 5
 _PARITY_IMAGES = 8
 _TABLE_IMAGES = 8
 
@@ -347,27 +348,55 @@ def _repaired(
     return with_weights(conversion, network, simulated.parameters_of_file(), how), subnet_weights(simulated)
 
 
-def _unknown_images(folder: str, preprocessing: Preprocessing) -> NDArray[np.uint8] | None:
-    """The pictures in a folder and in folders inside it, (n, size, size, channels); None where none is given."""
-    if not folder:
-        return None
-    import contextlib
+def find_unknown(folder: str) -> tuple[list[Path], Mapping[str, int]]:
+    """The pictures of none of the classes, and how many files of each suffix are none that are read.
+
+    They are found as those of the classes are.
+
+    Raises:
+        InvalidInputError: If there is no such folder, or no picture in it that can be read.
+    """
     from pathlib import Path
 
+    from foxnas_mlflow.data import pictures_below, unread_words
+    from foxnas_mlflow.data.preprocess import Preprocessing
+
+    rule = "unknown must be a folder of pictures that are none of the classes"
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise InvalidInputError(rule, received=folder)
+    found = pictures_below(root)
+    paths = [found.root / name for name in found.names]
+    if all(_decoded(path, Preprocessing(8)) is None for path in paths):
+        beside = f", beside {unread_words(found.unread)}" if found.unread else ""
+        raise InvalidInputError(rule, received=f"{folder}: {len(paths)} pictures, none of which can be read{beside}")
+    return paths, found.unread
+
+
+def _unknown_images(folder: str, preprocessing: Preprocessing) -> NDArray[np.uint8] | None:
+    """The pictures of none of the classes, (n, size, size, channels); None where none is given."""
+    if not folder:
+        return None
     import numpy as np
 
-    root = Path(folder).expanduser()
-    paths = [p for p in sorted(root.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-    read = []
-    for path in paths:
-        with contextlib.suppress(InvalidInputError, OSError):
-            read.append(preprocessing.decode(path.read_bytes()))
-    if not read:
-        raise InvalidInputError(
-            "unknown must be a folder of pictures that are none of the classes",
-            received=f"{folder}: {len(paths)} files, none of which is a picture" if root.is_dir() else folder,
-        )
-    return np.stack(read)
+    from foxnas_mlflow.data import unread_words
+
+    paths, unread = find_unknown(folder)
+    images = [_decoded(path, preprocessing) for path in paths]
+    damaged = [str(path) for path, image in zip(paths, images, strict=True) if image is None]
+    if unread:
+        logger.warning("unknown: files that are not read: %s", unread_words(unread))
+    if damaged:
+        logger.warning("unknown: %d damaged files are left out: %s", len(damaged), ", ".join(damaged[:_NAMED_FILES]))
+    return np.stack([image for image in images if image is not None])
+
+
+def _decoded(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8] | None:
+    """A picture as a network gets it; None if it cannot be read."""
+    try:
+        return preprocessing.decode(path.read_bytes())
+    except (InvalidInputError, OSError):
+        return None
 
 
 def _torch_logits(network: Network, weights: Any, normalization: Normalization, images: Any) -> Any:

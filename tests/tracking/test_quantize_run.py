@@ -84,6 +84,38 @@ def register(model: SubnetModel, name: str = "foxnas-subnet-cpu") -> str:
     return f"models:/{name}/{info.registered_model_version}"
 
 
+def test_pictures_of_none_of_the_classes_are_found_as_those_of_the_classes_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from PIL import Image
+
+    from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.workflows.quantize import _unknown_images, find_unknown
+
+    root = tmp_path / "unknown"
+    for place in ("a.png", "more/b.PNG", "@eaDir/a.jpg/thumb.png", ".ipynb_checkpoints/a.png"):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), "red").save(root / place)
+    (root / "notes.txt").write_text("none")
+    (root / "torn.png").write_bytes((root / "a.png").read_bytes()[:-30])
+    assert [path.relative_to(root).as_posix() for path in find_unknown(str(root))[0]] == [
+        "a.png",
+        "more/b.PNG",
+        "torn.png",
+    ]
+    images = _unknown_images(str(root), Preprocessing(16))
+    assert images is not None
+    assert images.shape == (2, 16, 16, 3)
+    assert caplog.messages == [
+        "unknown: files that are not read: 1 .txt",
+        f"unknown: 1 damaged files are left out: {root / 'torn.png'}",
+    ]
+    for path in (root / "a.png", root / "more" / "b.PNG"):
+        path.unlink()
+    with pytest.raises(InvalidInputError, match=r": 1 pictures, none of which can be read, beside 1 \.txt"):
+        find_unknown(str(root))
+
+
 def test_a_quantization_logs_what_the_contract_names(
     tracking: str, subnet: SubnetModel, digits: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
