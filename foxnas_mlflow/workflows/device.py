@@ -119,6 +119,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
     from foxnas_mlflow.core.files import write_atomically
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import BUILTIN_TARGETS, get_target
+    from foxnas_mlflow.devices import with_threads
     from foxnas_mlflow.workflows._timers import open_device
 
     if found.emulated:
@@ -149,7 +150,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
         latency_note=f"milliseconds of a cost model calibrated on {found.device} with {found.runtime}",
         machine=_pattern(base.machine, found.device),
     )
-    machine = found.device, found.runtime
+    machine = found.device, with_threads(found.runtime, base.threads)
     probes = Table(out.with_name(f"{out.stem}-{MEASUREMENTS}"), machine, space)
     checks = Table(out.with_name(f"{out.stem}-{CHECKS}"), machine, space)
     sizes = list(request.image_size) or None
@@ -211,7 +212,7 @@ class Table:
 
     Args:
         path: The table; its rows count.
-        machine: Name and runtime of the machine whose alone they must be.
+        machine: Name of the machine whose alone they must be, and runtime with its threads.
         space: The space that the networks must be of.
 
     Attributes:
@@ -338,10 +339,12 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
     for column, price in zip(predictor.columns, predictor.coefficients, strict=True):
         text = f"{price:.4f} ms" if column == "const" else f"{price:.4f} ns each"
         lines.append(f"  {column:<14}{text}")
+    # Rounded down: nobody saw more.
+    stated = int(100 * predictor.stated_confidence)
     lines += [
         f"  error on {metrics['n_outside']:.0f} random networks, each left out {metrics['outside_mape']:.2f} % "
         f"(mean absolute; on average predicted {_bias(metrics['outside_bias'])})",
-        f"  upper bounds  hold with up to {100 * predictor.stated_confidence:.0f} %: of these networks the formula's "
+        f"  upper bounds  hold with up to {stated} %: of these networks the formula's "
         f"own 95 % held for {metrics['formula_coverage']:.0f} %, so they are {_widened(predictor)}",
         f"  cross-validated error {metrics['cv_mape']:.2f} % (without a probe the others must tell its price)",
         f"  written       {out}, {', '.join(f'{out.stem}-{name}' for name in (PREDICTORS, MEASUREMENTS, CHECKS))}",
@@ -352,11 +355,10 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
             "the same again: what this does not explain is measured once more. Or give a greater --n-probes."
         )
     if image_sizes:
-        stated = int(100 * predictor.stated_confidence) / 100
-        sure = "" if stated >= 0.95 else f" --confidence {stated:g}"
+        sure = "" if stated >= 95 else f" --confidence {stated / 100:g}"
         # What networks are sure to meet: the (geometric) middle of the bounds of the ends.
         ends = [end(size) for size in image_sizes for end in (predictor.space.smallest, predictor.space.largest)]
-        bounds = predictor.upper_bound(ends, min(stated, 0.95))
+        bounds = predictor.upper_bound(ends, min(stated / 100, 0.95))
         limit_ms = math.sqrt(float(bounds.min()) * float(bounds.max()))
         lines.append(f"Next: foxnas search --target {out} --latency-ms {limit_ms:.3g}{sure}")
     else:

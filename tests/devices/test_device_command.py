@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import re
 import zlib
@@ -17,13 +18,16 @@ from numpy.typing import NDArray
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.calibration import calibrate, choose_checks, choose_probes
+from foxnas_mlflow.core.errors import OutOfDomainError
 from foxnas_mlflow.core.measurements import Timing, read_measurements
 from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, load_predictors, reference_latency
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
+from foxnas_mlflow.devices import subnet_timing
 from foxnas_mlflow.workflows._timers import Timer
-from foxnas_mlflow.workflows.device import UNSURE_PERCENT, Table, _pattern, measure_and_fit
+from foxnas_mlflow.workflows.device import UNSURE_PERCENT, Table, _calibrated, _pattern, measure_and_fit
 from tests.measuring import shorten
+from tests.versions import benchmark
 
 from .conftest import TINY_CPU
 
@@ -103,6 +107,11 @@ def test_calibrate_this_host_and_go_on(
     Path("mine-measurements.csv").write_text(text.replace(rows[0].device, "Cray-1", 1))
     assert main([*command, "--n-probes", "13"]) == 2
     assert "must hold measurements of" in capsys.readouterr().err
+    # Neither are those with other threads.
+    Path("mine-measurements.csv").write_text(text)
+    Path("base.yaml").write_text("name: base\nspace: small.yaml\nthreads: 2\n")
+    assert main([*command, "--n-probes", "12"]) == 2
+    assert f"with {rows[0].runtime}, 2 threads alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,12 @@ def test_machines_of_a_calibrated_target(base: str, device: str, others: set[str
     machines = {"Raspberry Pi 4 Model B Rev 1.5", "Raspberry Pi 5 Model B Rev 1.1", "AMD EPYC 9354 (32 cores) 2"}
     found = _pattern(get_target(base).machine, device)
     assert {each for each in {device, *machines} if re.search(found, each)} == {device, *others}
+
+
+def test_rows_say_with_how_many_threads() -> None:
+    once = benchmark({"benchmark/latency_ms_p90": 40.0, "benchmark/valid": 1.0}, b"file", "board", emulated=False)
+    for threads, runtime in ((1, "LiteRT"), (4, "LiteRT, 4 threads")):
+        assert subnet_timing([dataclasses.replace(once, threads=threads)]).runtime == runtime
 
 
 class Shared:
@@ -190,6 +205,19 @@ def test_what_a_shared_processor_disturbs_is_measured_again(slow_share: float, t
     assert len(explained) >= 31
     assert calibrated(board, tables).metrics["outside_mape"] <= latency.metrics["outside_mape"]
     assert not explained & set(board.asked[n_asked:])
+
+
+def test_a_stated_confidence_is_never_more_than_was_seen(tmp_path: Path) -> None:
+    pytest.importorskip("statsmodels")
+    tables = [Table(tmp_path / f"{name}.csv", ("board", "litert"), CPU_SPACE) for name in ("probes", "checks")]
+    latency = calibrated(Shared(0.0), tables)
+    for n, percent, refused in ((199, 99, "0.995"), (2, 66, "0.666"), (20, 95, "0.952")):
+        known = dataclasses.replace(latency, held_out=tuple(sorted(latency.held_out * 10))[:n])
+        rows = [*tables[0].rows.values(), *tables[1].rows.values()]
+        assert f"hold with up to {percent} %" in _calibrated(known, rows, tmp_path / "mine.yaml", ())
+        with pytest.raises(OutOfDomainError, match=f"at most {refused}"):
+            known.check_stated(0.999)
+        known.check_stated(float(refused))
 
 
 def test_what_the_formula_misses_is_measured_again_once(tmp_path: Path) -> None:

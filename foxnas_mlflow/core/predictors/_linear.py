@@ -221,8 +221,9 @@ class LinearPredictor:
         """
         if confidence > self.stated_confidence:
             needed = math.ceil(confidence / (1 - confidence) - 1e-9)
+            stated = math.floor(1000 * self.stated_confidence) / 1000  # one that is not refused in turn
             raise OutOfDomainError(
-                f"an upper bound of {self.quantity} must have a confidence of at most {self.stated_confidence:.3f}: "
+                f"an upper bound of {self.quantity} must have a confidence of at most {stated:.3f}: "
                 f"{len(self.held_out)} networks outside of the calibration bear out no more",
                 received=confidence,
                 remedy=f"ask for less confidence, or calibrate again with --n-checks {needed} or more",
