@@ -367,7 +367,8 @@ def find_meter(energy: str, root: str = "/sys") -> Meter:
             raise BoardError("no_meter", "%s: %s" % (energy, error)) from error
         return Meter(energy, watts=ask)
     packages = sorted(glob.glob(root + "/class/powercap/intel-rapl:[0-9]*"))
-    packages = [path for path in packages if path.count(":") == 1 and _read(path + "/energy_uj")]
+    # Beside packages there are their parts, and on laptops the platform (psys), which has the packages in it.
+    packages = [path for path in packages if _read(path + "/name").startswith("package") and _read(path + "/energy_uj")]
     if packages:
         return Meter("RAPL (processor packages)", joules=_Rapl(packages))
     rails = _rails(root)
@@ -403,25 +404,31 @@ class _Rapl:
 
 
 def _rails(root: str) -> dict[str, Any]:
-    """Readers of power in watts by the name of the rail."""
+    """Readers of power in watts by the name of the rail, and of its chip where two have one name."""
     rails: dict[str, Any] = {}
+
+    def add(label: str, directory: str, reader: Any) -> None:
+        rails["%s (%s)" % (label, os.path.basename(directory)) if label in rails else label] = reader
+
     for hwmon in sorted(glob.glob(root + "/class/hwmon/hwmon*")):
         chip = _read(hwmon + "/name")
-        for path in sorted(glob.glob(hwmon + "/power*_input")):
+        powers = sorted(glob.glob(hwmon + "/power*_input"))
+        for path in powers:
             number = re.sub(r"\D", "", os.path.basename(path))
             label = _read(hwmon + "/power%s_label" % number) or "%s power%s" % (chip, number)
-            rails[label] = _product(1e-6, path)
-        if rails or not chip.startswith("ina"):
+            add(label, hwmon, _product(1e-6, path))
+        if powers or not chip.startswith("ina"):
             continue
         for path in sorted(glob.glob(hwmon + "/curr*_input")):
             number = re.sub(r"\D", "", os.path.basename(path))
             volts = hwmon + "/in%s_input" % number
             label = _read(hwmon + "/in%s_label" % number) or "%s rail %s" % (chip, number)
             if _read(volts) and not label.lower().startswith(("sum", "nc")):
-                rails[label] = _product(1e-6, path, volts)
+                add(label, hwmon, _product(1e-6, path, volts))
     for path in sorted(glob.glob(root + "/bus/i2c/drivers/ina3221x/*/iio:device*/in_power*_input")):
         number = re.sub(r"\D", "", os.path.basename(path))
-        rails[_read(os.path.dirname(path) + "/rail_name_" + number) or "rail " + number] = _product(1e-3, path)
+        device = os.path.dirname(path)
+        add(_read(device + "/rail_name_" + number) or "rail " + number, device, _product(1e-3, path))
     return rails
 
 

@@ -23,12 +23,18 @@ def test_rapl_counts_packages_and_wraps(tmp_path: Path) -> None:
     root = tree(
         tmp_path,
         {
+            "class/powercap/intel-rapl:0/name": "package-0",
             "class/powercap/intel-rapl:0/energy_uj": "900000",
             "class/powercap/intel-rapl:0/max_energy_range_uj": "1000000",
+            "class/powercap/intel-rapl:1/name": "package-1-die-0",
             "class/powercap/intel-rapl:1/energy_uj": "0",
             "class/powercap/intel-rapl:1/max_energy_range_uj": "1000000",
             # Cores are a part of their package.
+            "class/powercap/intel-rapl:0:0/name": "core",
             "class/powercap/intel-rapl:0:0/energy_uj": "5",
+            # The packages are a part of a laptop's platform.
+            "class/powercap/intel-rapl:2/name": "psys",
+            "class/powercap/intel-rapl:2/energy_uj": "7000000",
         },
     )
     meter = board.find_meter("auto", root)
@@ -36,6 +42,7 @@ def test_rapl_counts_packages_and_wraps(tmp_path: Path) -> None:
     assert meter._joules() == 0
     (tmp_path / "class/powercap/intel-rapl:0/energy_uj").write_text("100000")
     (tmp_path / "class/powercap/intel-rapl:1/energy_uj").write_text("50000")
+    (tmp_path / "class/powercap/intel-rapl:2/energy_uj").write_text("9000000")
     assert meter._joules() == pytest.approx(0.25)
     (tmp_path / "class/powercap/intel-rapl:1/energy_uj").write_text("")
     with pytest.raises(board.BoardError, match="intel-rapl:1 stopped"):
@@ -66,6 +73,34 @@ def test_rapl_counts_packages_and_wraps(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_sensors_of_hwmon(files: dict[str, str], name: str, watts: float, tmp_path: Path) -> None:
     meter = board.find_meter("auto", tree(tmp_path, {f"class/hwmon/hwmon0/{key}": text for key, text in files.items()}))
+    assert meter.name == name
+    assert meter.power(0.1)[0] == pytest.approx(watts)
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "watts"),
+    [
+        (
+            {
+                "hwmon0/name": "ina219", "hwmon0/power1_input": "2500000",
+                "hwmon1/name": "ina219", "hwmon1/power1_input": "500000",
+            },
+            "sensor ina219 power1 + ina219 power1 (hwmon1)",
+            3.0,
+        ),
+        (
+            {
+                "hwmon0/name": "ina219", "hwmon0/power1_input": "2500000",
+                "hwmon1/name": "ina3221", "hwmon1/in1_label": "GPU", "hwmon1/in1_input": "5000",
+                "hwmon1/curr1_input": "200",
+            },
+            "sensor ina219 power1 + GPU",
+            3.5,
+        ),
+    ],
+)  # fmt: skip
+def test_boards_with_two_chips(files: dict[str, str], name: str, watts: float, tmp_path: Path) -> None:
+    meter = board.find_meter("auto", tree(tmp_path, {f"class/hwmon/{key}": text for key, text in files.items()}))
     assert meter.name == name
     assert meter.power(0.1)[0] == pytest.approx(watts)
 
