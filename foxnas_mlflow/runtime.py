@@ -104,7 +104,7 @@ def open_interpreter(model: Path | bytes, *, threads: int = 1, delegate: str = "
         InvalidFormatError: If the runtime cannot open the file.
     """
     options: dict[str, Any] = {"num_threads": threads}
-    options |= {"model_content": model} if isinstance(model, bytes) else {"model_path": str(model)}
+    options.update({"model_content": model} if isinstance(model, bytes) else {"model_path": str(model)})
     runtime = load_runtime()
     if delegate:
         options["experimental_delegates"] = [load_delegate(delegate)]
@@ -135,7 +135,8 @@ def inspect_model(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for name, detail in (("input", inputs[0]), ("output", outputs[0])):
         scale, zero_point = detail["quantization"]
-        facts |= {
+        facts = {
+            **facts,
             f"{name}_shape": [int(n) for n in detail["shape"]],
             f"{name}_dtype": np.dtype(detail["dtype"]).name,
             f"{name}_scale": float(scale),

@@ -89,7 +89,7 @@ class Rejection:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` reads them."""
-        return dataclasses.asdict(self) | {"curve": [list(point) for point in self.curve]}
+        return {**dataclasses.asdict(self), "curve": [list(point) for point in self.curve]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Rejection:

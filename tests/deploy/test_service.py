@@ -454,6 +454,10 @@ def test_what_travels_is_python_3_7_and_names_nothing_that_boards_lack() -> None
                 assert not (isinstance(node, ast.Attribute) and node.attr in ("removeprefix", "removesuffix", "cache"))
                 keywords = [k.arg for k in node.keywords] if isinstance(node, ast.Call) else []
                 assert not {"slots", "kw_only", "strict"} & set(keywords), name
+                joined = [node.left, node.right] if isinstance(node, ast.BinOp) else []
+                joined = [node.value] if isinstance(node, ast.AugAssign) else joined
+                if joined and isinstance(node.op, ast.BitOr):  # type: ignore[attr-defined]
+                    assert not any(isinstance(part, ast.Dict) for each in joined for part in ast.walk(each)), name
 
 
 @pytest.fixture
