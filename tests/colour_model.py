@@ -40,14 +40,14 @@ converter.optimizations = [tf.lite.Optimize.DEFAULT]
 converter.representative_dataset = representative
 converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
 converter.inference_input_type = tf.int8
-converter.inference_output_type = tf.int8
+converter.inference_output_type = tf.dtypes.as_dtype(sys.argv[2])
 open(sys.argv[1], "wb").write(converter.convert())
 """
 
 
-def convert_colour_model(path: Path) -> None:
+def convert_colour_model(path: Path, output: str = "int8") -> None:
     """Convert the network."""
-    result = subprocess.run([sys.executable, "-c", _BUILD, str(path)], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", _BUILD, str(path), output], capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(result.stderr[-2000:])
 

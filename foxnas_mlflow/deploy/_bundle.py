@@ -64,7 +64,8 @@ class Options:
         delegate: Shared library of a delegate on the board, empty for its processor, or None for
             the one that the kind needs.
         tolerance: Largest difference between the board's output and the host's, in the output's
-            own steps. Equal kernels give 0; other ones round differently by 1.
+            own steps, of floats in thousandths of the largest one. Equal kernels give 0; other ones round
+            differently by 1.
         serve: Whether the board serves it; None: as it does now, and a new deployment is served.
         host: Address to listen at, or None: as now, at first 127.0.0.1.
         port: Port, or None: as now, at first the first free one from 5001 on.

@@ -42,7 +42,8 @@ Configuration, -C key=value
     threads=       threads of one inference; as the target that the model was made for has
     delegate=PATH  delegate library there; by default libedgetpu.so.1 for a model of kind edgetpu. Of several Edge
                    TPUs that is the first free one; libedgetpu.so.1@usb:1 names one
-    tolerance=2    largest difference between the board's output and this host's, in quantization steps
+    tolerance=2    largest difference between the board's output and this host's, in quantization steps (of floats:
+                   thousandths of the largest one)
     rollback=true  (update only) back to the version that was active before
     serve=true     whether the board serves it; by default a new deployment is
     port=N         port to listen at; by default the first free one from 5001 on, and that one from then on

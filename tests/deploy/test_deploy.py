@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -26,9 +27,11 @@ from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.deploy._board import split_target
 from foxnas_mlflow.deploy._bundle import Options, bundle, runner
+from foxnas_mlflow.deploy.foxnas_edge import Version
+from foxnas_mlflow.deploy.layout import RunnerError
 from foxnas_mlflow.devices import LocalConnection, check, measure
 from foxnas_mlflow.flavor import TfliteModel, model_id_of
-from tests.colour_model import LABELS, SIZE, encoded, image_of
+from tests.colour_model import LABELS, SIZE, convert_colour_model, encoded, image_of
 from tests.deploy.boards import board, needs_sshd, ssh_target
 from tests.flavor.test_seal import deny_its_name, swap_labels
 from tests.pipelines import Running
@@ -51,6 +54,23 @@ def test_threads_are_those_of_its_target(
     model = dataclasses.replace(colour_model, details=details)
     files = bundle(model, Options.from_config(config), name="camera", kind="tflite", source="file", model_id=None)
     assert json.loads(files["deployment.json"])["threads"] == threads
+
+
+def test_the_smoke_test_knows_wrong_floats(colour_model: TfliteModel, tmp_path: Path) -> None:
+    convert_colour_model(tmp_path / "floats.tflite", "float32")
+    model = dataclasses.replace(colour_model, path=tmp_path / "floats.tflite")
+    files = bundle(model, Options(), name="camera", kind="tflite", source="file", model_id=None)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    version = Version(tmp_path)
+    assert version.try_out()["largest_difference"] == 0
+    with np.load(tmp_path / "smoke.npz") as smoke:
+        images, outputs = smoke["images"], smoke["outputs"]
+    assert outputs.dtype == np.float32
+    for wrong, refused in ((1.5e-3, False), (0.1, True), (float("nan"), True)):
+        np.savez(tmp_path / "smoke.npz", images=images, outputs=outputs + np.float32(wrong))
+        with pytest.raises(RunnerError, match="the outputs differ by") if refused else contextlib.nullcontext():
+            assert version.try_out()["largest_difference"] > 0
 
 
 def test_a_deployment_from_creation_to_deletion(versions: tuple[str, str], target: str, tmp_path: Path) -> None:
