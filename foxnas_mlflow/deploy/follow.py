@@ -69,8 +69,9 @@ class Follower:
         registry, board = MlflowClient(), EdgeDeploymentClient(self.target)
         try:
             version = str(registry.get_model_version_by_alias(self.model, self.alias).version)
-        except MlflowException as error:
-            if error.error_code in _NO_ALIAS:
+        except Exception as error:
+            # Whatever it is, also of a library below MLflow's: a watch outlives it, and looks again.
+            if isinstance(error, MlflowException) and error.error_code in _NO_ALIAS:
                 return Followed("none", f"{self.model}@{self.alias} names no version; the board keeps what it has")
             return Followed("away", f"the registry did not tell what {self.model}@{self.alias} is: {_first(error)}")
         wanted = f"models:/{self.model}/{version}"
@@ -99,12 +100,15 @@ class Follower:
             self._note(registry, version, f"refused on {_place(self.target)}: {_first(error)}")
             kept = f"{self.deployment} stays {has}" if has else "nothing is deployed"
             return Followed("refused", f"{wanted} is refused, {kept}: {_first(error)}")
+        except Exception as error:
+            # Of an artifact store's library, or of this host, whose disk is full: a later look may find them well.
+            return Followed("away", f"{self.deployment} is not yet {wanted}: {_first(error)}")
         self._note(registry, version, f"deployed on {_place(self.target)} as version {done['version']}")
         return Followed("updated", f"{self.deployment} is {wanted} now" + (f", before {has}" if has else ""))
 
     def _note(self, registry: MlflowClient, version: str, words: str) -> None:
         # A registry that takes no tag stops no deployment.
-        with contextlib.suppress(MlflowException):
+        with contextlib.suppress(Exception):
             registry.set_model_version_tag(self.model, version, TAG + self.deployment, redacted(words)[:4000])
 
 

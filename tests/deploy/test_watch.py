@@ -13,6 +13,7 @@ import ipaddress
 import json
 import socket
 import ssl
+import tempfile
 import threading
 import time
 import urllib.error
@@ -245,6 +246,19 @@ def test_a_board_follows_the_alias_that_a_server_tells_of(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert run_watch(WatchRequest(model="foxnas-rpi4", target=target, deployment="camera", once=True)).state == "away"
     assert active() == "models:/foxnas-rpi4/2"
+
+
+def test_an_error_of_this_host_ends_no_watch(
+    versions: tuple[str, str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = WatchRequest(model="foxnas-rpi4", target=target, deployment="camera", once=True)
+    with monkeypatch.context() as patched:
+        # Downloads go there, and there is no space.
+        patched.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+        found = run_watch(asked)
+    assert found.state == "away"
+    assert found.summary.startswith("camera is not yet models:/foxnas-rpi4/1: ")
+    assert run_watch(asked).state == "updated"
 
 
 @needs_sshd
