@@ -199,6 +199,9 @@ def switch(root: Path, name: str, version: Path, given: dict[str, Any]) -> None:
         point_to(root, name, version)
         return
     settings = {**(old or DEFAULT_SETTINGS), **{key: given[key] for key in DEFAULT_SETTINGS if key in given}}
+    if old is not None and settings["host"] != old["host"] and "port" not in given:
+        # Beside 127.0.0.1, where it listens until the switch, nobody can listen at the same port of 0.0.0.0.
+        settings["port"] = old["port"] if can_listen(settings["host"], old["port"]) else None
     settings["port"] = settings["port"] or free_port(root, name, settings["host"])
     check_account(settings["account"], version)
     if old is None or not serving(root, name):
@@ -343,14 +346,20 @@ def free_port(root: Path, name: str, host: str) -> int:
     """A port that nobody listens on, and that no other deployment here has."""
     taken = {read_json(file)["port"] for file in root.glob("*/service.json") if file.parent.name != name}
     for port in range(FIRST_PORT, FIRST_PORT + 1000):
-        if port in taken:
-            continue
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                listener.bind((host, port))
-                return port
+        if port not in taken and can_listen(host, port):
+            return port
     raise RunnerError("port", f"{host}: none from {FIRST_PORT} to {FIRST_PORT + 999} is free")
+
+
+def can_listen(host: str, port: int) -> bool:
+    """Whether nobody listens at an address that this machine has."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError:
+            return False
+    return True
 
 
 def check_account(account: str, version: Path) -> None:

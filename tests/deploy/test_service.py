@@ -324,6 +324,26 @@ def test_what_cannot_be_served_leaves_the_old_version_serving(
     assert len(workers_of(root / "camera")) == 2
 
 
+def test_another_host_keeps_the_port_where_it_can(
+    deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str]
+) -> None:
+    client, _, root = deployed
+    image = encoded(image_of("blue"))
+    ports = [layout.read_json(root / "camera" / "service.json")["port"]]
+    # The second one covers the first, whose listener has the port until the switch; from then on it is free.
+    for host in ("127.0.0.2", "0.0.0.0", "127.0.0.1"):
+        updated = client.update_deployment("camera", versions[1], config={"host": host})
+        settings = layout.read_json(root / "camera" / "service.json")
+        assert settings["host"] == host
+        ports.append(settings["port"])
+        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{settings['port']}"
+        assert updated["service"]["state"] == "running"
+        assert send(url, "image/jpeg", image)[1]["predictions"][0]["label"] == "bleu"
+    assert ports[0] == ports[1] != ports[2] != ports[3]
+    with pytest.raises(OSError, match="refused"):
+        request(f"http://127.0.0.2:{ports[0]}/ping")
+
+
 def test_the_service_follows_the_pointer_also_unasked(deployed: tuple[Any, dict[str, Any], Path]) -> None:
     """As when the host is cut off between the pointer and the service."""
     _, deployment, root = deployed
