@@ -360,7 +360,7 @@ def _mend_last_line(path: Path) -> None:
             return
         # Rows written by an editor may lack the newline: a row with all its cells is kept.
         cells = next(csv.reader([tail.decode("utf-8", errors="replace")]))
-        if len(cells) == len(COLUMNS):
+        if len(cells) == len(COLUMNS if start == 0 else _header(path)):
             file.seek(0, os.SEEK_END)
             file.write(b"\n")
         else:

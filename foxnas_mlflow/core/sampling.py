@@ -72,6 +72,10 @@ def collect(
         append_measurement(row, path)
         rows[row.architecture] = row
 
+    def timed_anew(row: Measurement, timing: Timing) -> Measurement:
+        new = Measurement.of(row.architecture, timing, row.accuracy)
+        return dataclasses.replace(new, quantities=row.quantities)
+
     def work(architecture: Architecture) -> Measurement:
         accuracy = evaluate(architecture)
         timing = time(architecture) if time is not None and architecture in timed and not apart else None
@@ -95,7 +99,7 @@ def collect(
             break
         for architecture, timing in as_finished(time, [row.architecture for row in disturbed], n=n_at_once):
             if not timing.problems:
-                keep(Measurement.of(architecture, timing, rows[architecture].accuracy))
+                keep(timed_anew(rows[architecture], timing))
         if all(rows[row.architecture].latency_ms is None for row in disturbed):
             break
     if time is not None:
@@ -103,7 +107,7 @@ def collect(
         for architecture, timing in as_finished(time, doubted, n=n_at_once):
             row = rows[architecture]
             if not timing.problems and row.latency_ms is not None and timing.latency_ms < row.latency_ms:
-                keep(Measurement.of(architecture, timing, row.accuracy))
+                keep(timed_anew(row, timing))
     write_measurements(collected(), path)
     return collected()
 

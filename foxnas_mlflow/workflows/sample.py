@@ -120,7 +120,7 @@ def _sample(
     import shutil
 
     from foxnas_mlflow.core.files import cache_directory, worked_on
-    from foxnas_mlflow.core.measurements import append_measurement, read_finished
+    from foxnas_mlflow.core.measurements import read_finished, write_measurements
     from foxnas_mlflow.core.sampling import collect, unexplained
     from foxnas_mlflow.tracking.inputs import MEASUREMENTS, SPACE
     from foxnas_mlflow.tracking.run import best_effort
@@ -157,10 +157,10 @@ def _sample(
     ):
         run.set_tags({"foxnas.latency_source": timer.source})
         several = (executor is not None and request.workers > 1) or timer.n_boards > 1
-        known = {row.architecture for row in read_finished(path)}
-        for row in given:
-            if row.architecture not in known:
-                append_measurement(row, path)
+        finished = read_finished(path)
+        known = {row.architecture for row in finished}
+        # Together, so that the table has a column of each quantity that any of them has.
+        write_measurements([*finished, *(row for row in given if row.architecture not in known)], path)
         log = SampleLog(run, path, timer, n_images=evaluators.n_images, n_before=len(read_finished(path)))
         try:
             with progress_bar("sample", "subnet") as show:

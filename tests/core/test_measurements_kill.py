@@ -53,6 +53,20 @@ def test_a_row_torn_by_a_power_cut_harms_no_other_row(tmp_path: Path) -> None:
     assert read_measurements(path) == [row, row]
 
 
+def test_a_torn_row_of_a_table_with_further_quantities_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    row = Measurement(CPU_SPACE.largest(256), latency_ms=1.5, latency_source="measured", quantities={"energy_mj": 3.5})
+    append_measurement(row, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.splitlines()[1].removesuffix(b",3.5"))
+    append_measurement(row, path)
+    assert read_measurements(path) == [row, row]
+    # Without its newline the row is kept.
+    path.write_bytes(whole[:-1])
+    append_measurement(row, path)
+    assert read_measurements(path) == [row, row]
+
+
 @pytest.mark.parametrize("tail_bytes", [3, 4096])
 def test_a_torn_row_is_dropped_however_long_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail_bytes: int

@@ -67,6 +67,18 @@ def test_a_latency_that_an_earlier_call_lacks_is_measured_without_another_evalua
     assert [row.latency_ms for row in rows] == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
 
 
+def test_further_quantities_stay_where_a_latency_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    energies = [{"energy_mj": 3.5 + i} for i in range(2)]
+    lacking = Measurement(PLAN[0], 70.0, quantities=energies[0])
+    slow = Measurement(PLAN[1], 71.0, 9.0, "measured", quantities=energies[1])
+    for row in (lacking, slow):
+        append_measurement(row, path)
+    rows = collect(PLAN[:2], path, evaluate=accuracy, time=BusyBoard(0).time, doubt=lambda rows: [PLAN[1]])
+    assert [row.latency_ms for row in rows] == [1.0, 2.0]
+    assert [row.quantities for row in rows] == energies
+
+
 def test_the_last_row_of_a_subnet_counts(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     append_measurement(Measurement.of(PLAN[0], None, 70.0), path)

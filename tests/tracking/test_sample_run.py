@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import DeviceError
-from foxnas_mlflow.core.measurements import Measurement, Timing, read_measurements
+from foxnas_mlflow.core.measurements import Measurement, Timing, read_measurements, write_measurements
 from foxnas_mlflow.core.sampling import collect
 from foxnas_mlflow.core.space import get_space
 from foxnas_mlflow.workflows import SampleRequest
@@ -128,6 +129,11 @@ def test_rows_of_another_run_are_gone_on_from_and_not_repeated(tracking: str, tm
     rows = _rows(tmp_path, _runs("sample")[1])
     assert rows[:4] == _rows(tmp_path, first)
     assert len({row.architecture for row in rows}) == 7
+    # A table of one's own, of whose rows some have what was measured besides.
+    given = [rows[0], dataclasses.replace(rows[1], quantities={"energy_mj": 3.5})]
+    write_measurements(given, tmp_path / "own.csv")
+    assert main(["sample", "--n-samples", "3", "--image-size", "8", "--resume", str(tmp_path / "own.csv")]) == 0
+    assert _rows(tmp_path, _runs("sample")[2])[:2] == given
 
 
 def test_two_processes_do_not_mix_their_rows(tracking: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
