@@ -106,7 +106,7 @@ def check(connection: Connection) -> DeviceCheck:
         DeviceError: If it has no Python or no space for one script.
         ConnectionLostError: If the machine went away.
     """
-    answer = run_board(connection, ["check"], timeout_s=240)
+    answer = run_board(connection, ["check", "--stick", connection.edgetpu], timeout_s=240)
     facts = {key: answer[key] for key in DeviceCheck.__dataclass_fields__ if key in answer}
     findings = (*_software(answer), *_hardware(answer), *_shell(connection))
     return DeviceCheck(connection=connection.uri, findings=findings, **facts)

@@ -71,7 +71,8 @@ class BoardError(Exception):
 def main() -> int:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("check")
+    checking = commands.add_parser("check")
+    checking.add_argument("--stick", default="", help="which Edge TPU, in libedgetpu's words: usb:0")
     trying = commands.add_parser("try")
     trying.add_argument("--library", default="", help="of a delegate; empty: the processor")
     trying.add_argument("--stick", default="")
@@ -100,7 +101,11 @@ def main() -> int:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     status = 0
-    work = {"check": lambda: check(), "try": lambda: try_out(options), "answer": lambda: answer_only(options)}
+    work = {
+        "check": lambda: check(options.stick),
+        "try": lambda: try_out(options),
+        "answer": lambda: answer_only(options),
+    }
     try:
         result = work.get(options.command, lambda: measure(options))()
     except BoardError as error:
@@ -111,7 +116,7 @@ def main() -> int:
     os._exit(status)
 
 
-def check() -> dict[str, Any]:
+def check(stick: str) -> dict[str, Any]:
     """What this machine has, and whether what a measurement does works here."""
     facts = describe_machine()
     facts["free_bytes"] = shutil.disk_usage(os.path.dirname(os.path.abspath(__file__))).free
@@ -133,7 +138,7 @@ def check() -> dict[str, Any]:
         facts["lock_error"] = "" if error.kind == "busy" else str(error)
     # In a process of its own: a wheel for another processor or another NumPy crashes.
     facts["runtime_error"] = _try_apart([])
-    facts["edgetpu"], facts["edgetpu_error"] = False, _try_apart(["--library", EDGETPU_LIBRARY])
+    facts["edgetpu"], facts["edgetpu_error"] = False, _try_apart(["--library", EDGETPU_LIBRARY, "--stick", stick])
     facts["edgetpu"] = not facts["edgetpu_error"]
     facts["edgetpus"] = list_edgetpus() if facts["pycoral"] else []
     return facts

@@ -65,8 +65,11 @@ def test_of_several_accelerators_one_is_named(int8: bytes, tmp_path: Path, monke
     with (tmp_path / "usb:0").open("rb+") as taken:
         fcntl.flock(taken, fcntl.LOCK_EX)
         with connect("local?edgetpu=usb:1") as connection:
+            assert check(connection).edgetpu
             assert measure(connection, compiled, **quick).edgetpu
         for stick in ("usb:0", "usb:2"):
+            with connect(f"local?edgetpu={stick}") as connection:
+                assert not check(connection).edgetpu
             with (
                 connect(f"local?edgetpu={stick}") as connection,
                 pytest.raises(DeviceError, match=rf"received {stick}: .*no other process holds it; with several, name"),
