@@ -119,6 +119,16 @@ class Benchmark:
     samples_ms: tuple[float, ...] = dataclasses.field(repr=False)
 
     @property
+    def shared(self) -> bool | None:
+        """Whether other processes had the processor meanwhile.
+
+        None: with several threads or an Edge TPU waiting is part of the work, and nothing tells.
+        """
+        if self.threads > 1 or self.edgetpu:
+            return None
+        return any(reason.startswith(_SHARED) for reason in self.invalid_reasons)
+
+    @property
     def sustained_seconds(self) -> float:
         """Seconds under load without a pause after the timed runs; 0 when none were asked for."""
         if not self.windows:
@@ -286,6 +296,7 @@ def summarize(
     )
 
 
+_SHARED = "other processes had the processor for"
 _HALVES = "the two halves of the runs differ by"
 
 
@@ -317,7 +328,7 @@ def invalid_reasons(
         share = "" if cpu_share is None else f" for {100 * (1 - cpu_share):.0f} % of the time"
         reasons.append(f"a quota of {quota:g} processors held it back{share}")
     elif cpu_share is not None and cpu_share < MIN_CPU_SHARE:
-        reasons.append(f"other processes had the processor for {100 * (1 - cpu_share):.0f} % of the time")
+        reasons.append(f"{_SHARED} {100 * (1 - cpu_share):.0f} % of the time")
     difference = halves_difference(samples)
     if difference > MAX_HALVES_DIFFERENCE:
         reasons.append(f"{_HALVES} {100 * difference:.1f} %")

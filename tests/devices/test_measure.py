@@ -36,6 +36,7 @@ from foxnas_mlflow.devices._benchmark import invalid_reasons, median_interval
 from foxnas_mlflow.devices._script import BOARD_ERRORS, read_answer
 from foxnas_mlflow.tflite import write_probe
 from tests.measuring import SHORT
+from tests.versions import benchmark as made_up
 
 from .sshd import board_processes
 
@@ -156,6 +157,30 @@ def test_company_that_stays_is_found(probe: bytes) -> None:
         os.sched_setaffinity(0, allowed)
     assert not benchmark.valid
     assert any("other processes had the processor" in reason for reason in benchmark.invalid_reasons)
+
+
+def test_company_under_load_is_found_too() -> None:
+    # Who sleeps has no processor, as one has none who waits for it.
+    windows, _, share = board.sustain(lambda: time.sleep(0.005), 0.2, np)
+    assert windows
+    assert share < 0.5
+    assert board.sustain(lambda: None, 0.0, np) == ([], None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("facts", "shared"),
+    [
+        ({}, False),
+        ({"invalid_reasons": ("other processes had the processor for 50 % of the time",)}, True),
+        ({"threads": 2}, None),
+        ({"edgetpu": True}, None),
+    ],
+)
+def test_whether_the_processor_was_shared_is_told_where_it_is_known(
+    facts: dict[str, object], shared: bool | None
+) -> None:
+    once = made_up({"benchmark/latency_ms_p90": 40.0, "benchmark/valid": 1.0}, b"file", "board", emulated=False)
+    assert dataclasses.replace(once, **facts).shared is shared
 
 
 def test_runs_that_neighbours_slow_down_do_not_count(rng: np.random.Generator) -> None:
