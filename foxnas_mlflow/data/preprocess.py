@@ -20,6 +20,7 @@ import io
 import math
 import numbers
 import struct
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -117,8 +118,11 @@ def decode_each(
 def is_too_large(data: bytes, *, max_pixels: int = MAX_PIXELS, shorter: int = 0) -> bool:
     """Whether `decode_image` refuses an image for its size alone. Nothing is decoded."""
     try:
-        with _opened(data, max_pixels) as opened:
-            _reduce(opened, _scale(opened, shorter, max_pixels), max_pixels)
+        with warnings.catch_warnings():
+            # Pillow has words of its own for large images.
+            warnings.simplefilter("ignore")
+            with _opened(data, max_pixels) as opened:
+                _reduce(opened, _scale(opened, shorter, max_pixels), max_pixels)
     except _TooLargeError:
         return True
     except InvalidInputError:
