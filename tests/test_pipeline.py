@@ -193,3 +193,23 @@ def _text(run_id: str, path: str) -> str:
     import mlflow
 
     return mlflow.artifacts.load_text(f"runs:/{run_id}/{path}")
+
+
+def test_a_latency_that_nobody_asked_for_is_no_gate_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foxnas_mlflow import MainRequest
+    from foxnas_mlflow.workflows.main import _Pipeline
+
+    given: list[float] = []
+
+    def step(self: _Pipeline, name: str, kind: type, inputs: dict[str, Any], *rest: Any, **more: Any) -> None:
+        given.append(inputs["max_latency_ms"])
+
+    monkeypatch.setattr(_Pipeline, "_step", step)
+    for asked in (
+        MainRequest(),
+        MainRequest(objective="knee"),
+        MainRequest(objective="knee", limits="latency_ms<=60, int8_size_bytes<=4MB"),
+        MainRequest(latency_ms=(40, 60)),
+    ):
+        _Pipeline(asked, *[None] * 5)._promote("models:/foxnas-rpi4/1")  # type: ignore[arg-type]
+    assert given == [0, 0, 60, 40]

@@ -70,14 +70,3 @@ def test_a_step_is_asked_for_without_importing_anything_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-def test_the_latency_that_was_asked_for_is_told_apart_from_the_knee_s() -> None:
-    from foxnas_mlflow import SearchRequest
-
-    asked = [
-        SearchRequest(target="rpi4", objective="knee", limits="latency_ms<=60, int8_size_bytes<=4MB"),
-        SearchRequest(target="rpi4", latency_ms=(40, 60)),
-        SearchRequest(target="rpi4", objective="knee"),
-    ]
-    assert [request.asked_latency_ms for request in asked] == [60, 40, None]

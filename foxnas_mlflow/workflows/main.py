@@ -277,7 +277,6 @@ class _Pipeline:
         import time
 
         from foxnas_mlflow.core.errors import PromotionError
-        from foxnas_mlflow.core.searchers import KNEE
         from foxnas_mlflow.tracking.pipeline import conclude
 
         request, start = self._request, time.monotonic()
@@ -291,8 +290,7 @@ class _Pipeline:
             refusal = PromotionError("a network that another one beats is not promoted", received=compared.checks[0])
         elif self._device and request.stage.lower() != "none":
             try:
-                # A limit that nobody asked for refuses nothing; the knee's own is the search's.
-                self._promote(model, request.asked_latency_ms if request.objective == KNEE else latency_ms)
+                self._promote(model)
             except PromotionError as error:
                 refusal = error
         metrics, summary = conclude(
@@ -328,8 +326,9 @@ class _Pipeline:
         latencies = self._latencies(predictors)
         also: list[Architecture] = []
         beaten: list[Architecture] = []
+        aside: list[Architecture] = []
         for again in range(_SEARCHED_AGAIN + 1):
-            found = self._search(latencies, predictors, supernet, samples, also, beaten)
+            found = self._search(latencies, predictors, supernet, samples, also, beaten + aside)
             networks = []
             for number, subnet in enumerate(found.model_uris):
                 place = "" if number == 0 else f".{number + 1}"
@@ -341,17 +340,17 @@ class _Pipeline:
                 limit = latencies[number] if len(latencies) > 1 else found.latency_ms
                 networks.append(PipelineNetwork(place, limit, model))
             compared = self._compare(supernet, samples, [network.model_uri for network in networks], found)
-            # What only chance may have made better is worth one more search.
             others = compared.better if again == 0 and compared.better else compared.beaten_by
             better = [(k, Architecture.from_dict(other)) for k, other in enumerate(others) if other]
             if not better or again == _SEARCHED_AGAIN:
                 break
-            logger.info(
-                "\nThe comparison is a look too: the search is done again without a network that another one beats."
-            )
-            chosen = found.architectures or [found.architecture]
+            chosen = [Architecture.from_dict(one) for one in found.architectures or [found.architecture]]
             also += [other for _, other in better if other not in also]
-            beaten += [Architecture.from_dict(chosen[k]) for k, _ in better]
+            beaten += [chosen[k] for k, _ in better if compared.beaten_by[k]]
+            # What only chance may have made better is worth one more search, after which the found network may return.
+            aside = [chosen[k] for k, _ in better if not compared.beaten_by[k]]
+            which = "that another one beats" if not aside else "beside which a faster one is no less accurate"
+            logger.info("\nThe comparison is a look too: the search is done again without a network %s.", which)
         return found, networks, compared
 
     def is_begun(self) -> bool:
@@ -574,13 +573,17 @@ class _Pipeline:
                 lambda _: lambda *, tags: run_compare(request, directory=directory, tags=tags),
             )
 
-    def _promote(self, model: str, latency_ms: float | None) -> PromoteResult:
+    def _promote(self, model: str) -> PromoteResult:
         """Ask the gates, unless they let this very version through and it still is where they put it."""
         from foxnas_mlflow.tracking.registry import holds_stage
 
         main = self._request
         request = PromoteRequest(
-            model=model, stage=main.stage, max_latency_ms=latency_ms or 0.0, max_accuracy_drop=main.max_accuracy_drop
+            model=model,
+            stage=main.stage,
+            # A limit that nobody asked for, as that of the knee, refuses nothing.
+            max_latency_ms=main.asked_latency_ms or 0.0,
+            max_accuracy_drop=main.max_accuracy_drop,
         )
         return self._step(
             "promote",
