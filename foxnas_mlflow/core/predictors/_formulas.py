@@ -436,6 +436,13 @@ _FORMULAS: tuple[Formula, ...] = (
     # The same with prices of capacity that change with the image size: large images have more to show.
     # 9 coefficients, and a tenth for a size's own part where the rows have four sizes.
     _CAPACITY_OF_SIZES,
+    # An earlier formula in place of the next one, for predictors that were fitted with it.
+    dataclasses.replace(
+        _CAPACITY_OF_SIZES,
+        name="kernels-sizes",
+        shared=("D", "all_log_E", "mean_log_K"),
+        by_size=("mean_log_K",),
+    ),
     # What a stage's blocks are on average, however many there are, and its first block, which every subnet has. A
     # kernel suits images of its size, neither the smallest nor the largest need be best, and wide blocks gain most
     # from large ones: the subnets at both ends of a space are trained in every step of a sandwich, and those that are
