@@ -54,8 +54,11 @@ class ListedPart:
         """Whether the files of both are of the same classes, and together in the same groups."""
         if (self.groups is None) != (other.groups is None):
             return False
-        theirs = {name: i for i, name in enumerate(other.names)}
-        both = [(i, theirs[name]) for i, name in enumerate(self.names) if name in theirs]
+        # A list may name a file twice: its first row is that of the first there.
+        theirs: dict[str, list[int]] = {}
+        for i in range(len(other.names) - 1, -1, -1):
+            theirs.setdefault(other.names[i], []).append(i)
+        both = [(i, theirs[name].pop()) for i, name in enumerate(self.names) if theirs.get(name)]
         ours, its = np.array(both, np.int64).reshape(-1, 2).T
         if (self.targets[ours] != other.targets[its]).any():
             return False
