@@ -66,8 +66,10 @@ class Follower:
         Args:
             again: Try a version that was refused before too.
         """
-        registry, board = MlflowClient(), EdgeDeploymentClient(self.target)
+        board = EdgeDeploymentClient(self.target)
         try:
+            # A store of SQL is connected to at once.
+            registry = MlflowClient()
             version = str(registry.get_model_version_by_alias(self.model, self.alias).version)
         except Exception as error:
             # Whatever it is, also of a library below MLflow's: a watch outlives it, and looks again.

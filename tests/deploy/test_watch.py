@@ -252,6 +252,13 @@ def test_an_error_of_this_host_ends_no_watch(
     versions: tuple[str, str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = WatchRequest(model="foxnas-rpi4", target=target, deployment="camera", once=True)
+    there = mlflow.get_tracking_uri()
+    # A store that is connected to at once: there is no server, or no driver for it.
+    mlflow.set_tracking_uri("postgresql://nobody@127.0.0.1:9/none")
+    try:
+        assert run_watch(asked).state == "away"
+    finally:
+        mlflow.set_tracking_uri(there)
     with monkeypatch.context() as patched:
         # Downloads go there, and there is no space.
         patched.setattr(tempfile, "tempdir", str(tmp_path / "full"))
