@@ -122,9 +122,10 @@ class Benchmark:
     def shared(self) -> bool | None:
         """Whether other processes had the processor meanwhile.
 
-        None: with several threads or an Edge TPU waiting is part of the work, and nothing tells.
+        None: with several threads, an Edge TPU or a quota that held it back waiting is not others' work alone, and
+        nothing tells.
         """
-        if self.threads > 1 or self.edgetpu:
+        if self.threads > 1 or self.edgetpu or self.quota is not None:
             return None
         return any(reason.startswith(_SHARED) for reason in self.invalid_reasons)
 

@@ -233,7 +233,7 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
         ("output", "not compared" if compared is None else f"at most {compared:g} levels from this host's"),
     ]
     rows.append(
-        ("shared", {None: "unknown: only one thread of a processor tells", True: "yes", False: "no"}[benchmark.shared])
+        ("shared", {None: "unknown: only one thread without a quota tells", True: "yes", False: "no"}[benchmark.shared])
     )
     rows.append(
         ("throttled", {None: "unknown: the machine cannot tell", True: "yes", False: "no"}[benchmark.throttled])
