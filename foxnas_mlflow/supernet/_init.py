@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,8 +74,8 @@ def load_init(source: str | Path | KnownSupernet, supernet: Supernet, *, labels:
     Args:
         source: ``timm:NAME`` or ``torchvision:NAME``, which are downloaded; the path of a checkpoint
             (safetensors, or a file of `torch.save`, from which only tensors are read, never code); or a
-            supernet. TensorFlow's weights under timm's names are known by their name: ``tf_...`` of the file or of
-            a folder that holds it.
+            supernet. TensorFlow's weights under timm's names are known by the file's name, ``tf_...``, or by the
+            folder of Hugging Face's cache, ``models--timm--tf_...``.
         supernet: Takes the weights; its activations and padding are the source's until training begins.
         labels: Class names of the new data.
 
@@ -115,7 +114,7 @@ def _source(tensors: dict[str, Tensor], path: Path) -> Source:
     if is_once_for_all(tensors):
         return from_once_for_all(tensors)
     # timm's own files are tf_NAME-DIGEST.pth, Hugging Face's models--timm--tf_NAME/snapshots/.../model.safetensors.
-    of_tensorflow = any(re.match(r"(.*--)?tf_(efficientnet|mobilenet)", part) for part in path.absolute().parts)
+    of_tensorflow = path.name.startswith("tf_") or any("--timm--tf_" in part for part in path.absolute().parts)
     return from_published(tensors, of_tensorflow=of_tensorflow)
 
 
