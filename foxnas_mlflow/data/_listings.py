@@ -56,7 +56,7 @@ class ListedPart:
             return False
         # A list may name a file twice: its first row is that of the first there.
         theirs: dict[str, list[int]] = {}
-        for i in range(len(other.names) - 1, -1, -1):
+        for i in reversed(range(len(other.names))):
             theirs.setdefault(other.names[i], []).append(i)
         both = [(i, theirs[name].pop()) for i, name in enumerate(self.names) if theirs.get(name)]
         ours, its = np.array(both, np.int64).reshape(-1, 2).T

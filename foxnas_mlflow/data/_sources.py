@@ -98,7 +98,10 @@ def find_root(path: Path) -> Path:
 
 def subfolders(path: Path) -> dict[str, Path]:
     """Folders by name, in order, without what is junk."""
-    return {p.name: p for p in sorted(path.iterdir()) if p.is_dir() and not is_junk(p.name)}
+    with os.scandir(path) as entries:
+        # What an entry is costs nothing to ask, but of a link, and classes have thousands of files.
+        found = [e.name for e in entries if not is_junk(e.name) and (Path(e) if e.is_symlink() else e).is_dir()]
+    return {name: path / name for name in sorted(found)}
 
 
 def find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
@@ -115,15 +118,17 @@ def find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
         InvalidInputError: If a part is missing, or two folders mean the same part.
     """
     folders = subfolders(root)
+    inside = {name: tuple(subfolders(folder)) for name, folder in folders.items()}
     meant = dict(zip(folders, _parts_meant(list(folders)), strict=True))
     found: dict[str, Path] = {}
     others: list[str] = []
     for name, folder in folders.items():
-        part = meant[name]
-        if list(subfolders(folder)) == [name]:  # as an archive is unpacked
+        part, classes = meant[name], inside[name]
+        if classes == (name,):  # as an archive is unpacked
             folder = folder / name
+            classes = tuple(subfolders(folder))
         # A class may be called so too; a part has folders inside.
-        if part is None or not subfolders(folder):
+        if part is None or not classes:
             others.append(name)
             continue
         if part in found:
@@ -144,12 +149,11 @@ def find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
             received=sorted(folders),
             remedy="add the other, or put the class folders at the top",
         )
-    return {"": root}, _doubts(folders, found)
+    return {"": root}, _doubts(inside, found)
 
 
-def _doubts(classes: Mapping[str, Path], parts: Mapping[str, Path]) -> list[str]:
+def _doubts(inside: Mapping[str, tuple[str, ...]], parts: Mapping[str, Path]) -> list[str]:
     """What lets folders that are read as classes be parts of a split: a name, or the same folders inside."""
-    inside = {name: tuple(subfolders(folder)) for name, folder in classes.items()}
     found = [f"{folder.name} is read as a class, like all folders beside it" for folder in parts.values()]
     for folders in sorted({names for names in inside.values() if len(names) > 1}):
         alike = [name for name, names in inside.items() if names == folders]
