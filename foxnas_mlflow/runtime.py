@@ -145,6 +145,12 @@ def inspect_model(path: Path) -> dict[str, Any]:
     return facts
 
 
+def float_level(expected: NDArray[Any]) -> float:
+    """What counts as one step between two machines' float outputs: a thousandth of the largest, but no less."""
+    finite = np.abs(expected[np.isfinite(expected)])
+    return 1e-3 * max(1.0, float(finite.max()) if finite.size else 1.0)
+
+
 class Classifier:
     """One interpreter: uint8 image in, probabilities out. For one thread at a time.
 

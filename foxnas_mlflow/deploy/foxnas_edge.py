@@ -25,7 +25,7 @@ from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.data.preprocess import MAX_PIXELS, Preprocessing
 from foxnas_mlflow.data.received import checked_pixels, received_image
 from foxnas_mlflow.deploy.layout import RunnerError, read_json
-from foxnas_mlflow.runtime import Classifier
+from foxnas_mlflow.runtime import Classifier, float_level
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -89,8 +89,7 @@ class Version:
         start = time.perf_counter()
         got = np.stack([self.classifier.raw(image) for image in images])
         milliseconds = 1e3 * (time.perf_counter() - start) / len(images)
-        # A step of floats is a thousandth of the largest one, and no less than a thousandth, as in a benchmark.
-        step = 1e-3 * max(1.0, float(np.abs(outputs).max())) if outputs.dtype.kind == "f" else 1.0
+        step = float_level(outputs) if outputs.dtype.kind == "f" else 1.0
         difference = float(np.abs(got.astype(np.float64) - outputs.astype(np.float64)).max()) / step
         tolerance = self.deployment["tolerance"]
         if got.dtype != outputs.dtype or not difference <= tolerance:

@@ -11,6 +11,7 @@ import numpy as np
 
 from foxnas_mlflow.core.errors import InvalidFormatError
 from foxnas_mlflow.core.measurements import Timing
+from foxnas_mlflow.runtime import float_level
 
 FORMAT = 2
 
@@ -358,8 +359,7 @@ def output_difference(
         x, y = a.astype(np.float64), b.astype(np.float64)
         level = 256.0 if a.dtype == np.int16 else 1.0
         if a.dtype.kind == "f":
-            finite = np.abs(y[np.isfinite(y)])
-            level = 1e-3 * max(1.0, float(finite.max()) if finite.size else 1.0)
+            level = float_level(y)
         with np.errstate(invalid="ignore"):
             differences = np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.abs(x - y))
         largest = float(differences.max()) / level
