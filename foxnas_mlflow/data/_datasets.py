@@ -247,6 +247,11 @@ class ImageDataset:
         return self.source == "glyphs"
 
     @property
+    def may_mirror(self) -> bool:
+        """Whether mirrored images are taken to show the same: pictures in colour, but no letters that are drawn."""
+        return self.channels == 3 and not self.drawn
+
+    @property
     def majority_share(self) -> float:
         """Share of the validation images that the most frequent class has: what always answering it would reach."""
         return float(np.bincount(self.val.targets).max() / len(self.val))

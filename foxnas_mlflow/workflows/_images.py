@@ -67,7 +67,7 @@ def batches_of(
         normalization=normalization,
         image_size=subnet.architecture.image_size,
         batch_size=batch_size,
-        flip=training.get("flip", dataset.channels == 3 and not dataset.drawn),
+        flip=training.get("flip", dataset.may_mirror),
         augment=augment,
         balanced=training.get("sampling") == "balanced",
         seed=seed,

@@ -310,7 +310,7 @@ def _begin(
         normalization=data.normalization,
         image_size=max(space.image_sizes),
         batch_size=request.batch_size or preset.batch_size,
-        flip=data.channels == 3 and not data.drawn if request.flip == "auto" else request.flip == "yes",
+        flip=data.may_mirror if request.flip == "auto" else request.flip == "yes",
         balanced=request.sampling == "balanced",
         seed=request.seed,
         workers=max(n_processors() // worker.world_size - 1, 0),
