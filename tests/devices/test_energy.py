@@ -52,34 +52,25 @@ def test_rapl_counts_packages_and_wraps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "name", "watts"),
     [
-        ({"name": "ina219", "power1_input": "2500000"}, "sensor ina219 power1", 2.5),
+        ({"hwmon0/name": "ina219", "hwmon0/power1_input": "2500000"}, "sensor ina219 power1", 2.5),
         (
             {
-                "name": "ina3221", "in1_label": "VDD_IN", "in1_input": "5000", "curr1_input": "800",
-                "in2_label": "VDD_CPU", "in2_input": "5000", "curr2_input": "300",
+                "hwmon0/name": "ina3221",
+                "hwmon0/in1_label": "VDD_IN", "hwmon0/in1_input": "5000", "hwmon0/curr1_input": "800",
+                "hwmon0/in2_label": "VDD_CPU", "hwmon0/in2_input": "5000", "hwmon0/curr2_input": "300",
             },
             "sensor VDD_IN",
             4.0,
         ),
         (
             {
-                "name": "ina3221", "in1_label": "CPU", "in1_input": "5000", "curr1_input": "200",
-                "in2_label": "GPU", "in2_input": "5000", "curr2_input": "400",
+                "hwmon0/name": "ina3221",
+                "hwmon0/in1_label": "CPU", "hwmon0/in1_input": "5000", "hwmon0/curr1_input": "200",
+                "hwmon0/in2_label": "GPU", "hwmon0/in2_input": "5000", "hwmon0/curr2_input": "400",
             },
             "sensor CPU + GPU",
             3.0,
         ),
-    ],
-)  # fmt: skip
-def test_sensors_of_hwmon(files: dict[str, str], name: str, watts: float, tmp_path: Path) -> None:
-    meter = board.find_meter("auto", tree(tmp_path, {f"class/hwmon/hwmon0/{key}": text for key, text in files.items()}))
-    assert meter.name == name
-    assert meter.power(0.1)[0] == pytest.approx(watts)
-
-
-@pytest.mark.parametrize(
-    ("files", "name", "watts"),
-    [
         (
             {
                 "hwmon0/name": "ina219", "hwmon0/power1_input": "2500000",
@@ -99,7 +90,7 @@ def test_sensors_of_hwmon(files: dict[str, str], name: str, watts: float, tmp_pa
         ),
     ],
 )  # fmt: skip
-def test_boards_with_two_chips(files: dict[str, str], name: str, watts: float, tmp_path: Path) -> None:
+def test_sensors_of_hwmon(files: dict[str, str], name: str, watts: float, tmp_path: Path) -> None:
     meter = board.find_meter("auto", tree(tmp_path, {f"class/hwmon/{key}": text for key, text in files.items()}))
     assert meter.name == name
     assert meter.power(0.1)[0] == pytest.approx(watts)
