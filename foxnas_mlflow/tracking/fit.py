@@ -87,10 +87,10 @@ def log_fit(
             "target": target.name,
             "fitted on": f"{len(rows)} networks of {source}",
             **{
-                f"{_label(quantity)}, {words}": figures[key]
-                for quantity, figures in ((q, fit.predictors.figures(q)) for q in fit.reports)
+                f"{label}, {words}": metrics[f"predictor/{label}/{key}"]
+                for label in map(_label, fit.reports)
                 for key, words in _SHOWN.items()
-                if key in figures
+                if f"predictor/{label}/{key}" in metrics
             },
         },
         command=lambda uri: f"foxnas search --target {target.argument} --predictors {uri}",

@@ -141,15 +141,14 @@ def _summary(fit: FitResult, uri: str, run_id: str, target: Target, noise_floor:
     """A table of both formulas, and the search to type next."""
     lines = [f"{'':<22}{'formula':<16}{'n':>7}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
     for quantity in fit.reports:
-        fitted = list(fit.predictors.groups[quantity])
+        group = fit.predictors.groups[quantity]
         paper = fit.paper.get(quantity)
-        if paper is not None and all(one.formula != paper.predictor.formula for one in fitted):
-            fitted.append(paper.predictor)
-        for one in fitted:
+        beside = [] if paper is None or paper.predictor.formula in {one.formula for one in group} else [paper.predictor]
+        for one in (*group, *beside):
             m, px = one.metrics, ",".join(map(str, one.fitted_sizes))
+            what = quantity if len(group) == 1 else f"{quantity}, {px} px"
             lines.append(
-                f"{f'{quantity}, {px} px' if len(fit.predictors.groups[quantity]) > 1 else quantity:<22}"
-                f"{one.formula:<16}{m['n_samples']:>7.0f}{m['r2_adjusted']:>10.4f}"
+                f"{what:<22}{one.formula:<16}{m['n_samples']:>7.0f}{m['r2_adjusted']:>10.4f}"
                 f"{m['cv_rmse']:>10.4f}{m['cv_mape']:>11.3f}{m['kendall_tau']:>8.3f}"
             )
     if noise_floor is not None:

@@ -160,8 +160,9 @@ def _sample(
         finished = read_finished(path)
         known = {row.architecture for row in finished}
         # Together, so that the table has a column of each quantity that any of them has.
-        write_measurements([*finished, *(row for row in given if row.architecture not in known)], path)
-        log = SampleLog(run, path, timer, n_images=evaluators.n_images, n_before=len(read_finished(path)))
+        before = [*finished, *(row for row in given if row.architecture not in known)]
+        write_measurements(before, path)
+        log = SampleLog(run, path, timer, n_images=evaluators.n_images, n_before=len(before))
         try:
             with progress_bar("sample", "subnet") as show:
 
@@ -265,7 +266,6 @@ def _digest(
     given: Sequence[Measurement],
 ) -> str:
     """Of everything that the rows and their order depend on: the same command finds its own rows."""
-
     from foxnas_mlflow.core.files import json_digest
     from foxnas_mlflow.core.measurements import measurements_digest
 
