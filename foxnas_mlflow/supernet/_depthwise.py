@@ -38,7 +38,7 @@ def depthwise(x: Tensor, weight: Tensor, *, stride: int, padding: int) -> Tensor
 
     The same values and gradients as ``torch.nn.functional.conv2d`` with c groups, up to rounding.
     """
-    if x.is_cuda:
+    if not x.is_cpu:
         return _convolution(x, weight, stride, padding)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

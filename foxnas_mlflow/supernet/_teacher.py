@@ -21,20 +21,23 @@ Answer = Callable[[NDArray[np.uint8]], NDArray[np.float64]]
 _SUM_TOLERANCE = 0.02
 
 
-def network_teacher(plain: PlainNetwork, *, its: Normalization, ours: Normalization, device: str) -> Teacher:
+def network_teacher(plain: PlainNetwork, *, its: Normalization, ours: Normalization) -> Teacher:
     """A network that was trained elsewhere, perhaps on images of another mean, as a teacher.
+
+    It computes where the batches are that it is shown.
 
     Args:
         plain: The network, with our classes.
         its, ours: Normalisation of its images and of the batches that it is shown.
-        device: Where the batches are.
     """
-    plain = plain.to(device).eval()
-    scale, offset = (t.to(device) for t in _between(ours, its))
+    plain.eval()
+    scale, offset = _between(ours, its)
 
     def answer(images: Tensor) -> Tensor:
+        device = images.device
+        shown = resized(images * scale.to(device) + offset.to(device), plain.image_size)
         with torch.no_grad():
-            return F.softmax(plain(resized(images * scale + offset, plain.image_size)).float(), 1)
+            return F.softmax(plain.to(device)(shown).float(), 1)
 
     return answer
 

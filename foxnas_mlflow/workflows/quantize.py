@@ -333,7 +333,7 @@ def _repaired(
 
     file, ours = read_tflite(conversion.data), preprocessing.normalization
     batches = batches_of(subnet, dataset, ours, batch_size=_REPAIR_BATCH, augment=False, seed=seed)
-    teacher = network_teacher(PlainNetwork.from_weights(network, weights), its=ours, ours=ours, device="cpu")
+    teacher = network_teacher(PlainNetwork.from_weights(network, weights), its=ours, ours=ours)
     simulated = SimulatedNetwork(network, weights, grids_of(file, network), one_scale=one_scale_of(file, network))
     with progress_bar("repair", "step") as show:
         simulated.trained(

@@ -431,7 +431,7 @@ def _teacher(request: SupernetRequest, dataset: ImageDataset, worker: Worker) ->
             )
         else:
             plain = PlainNetwork.from_weights(build_network(model.space, model.architecture), model.weights or {})
-        return network_teacher(plain, its=its, ours=ours, device=worker.device)
+        return network_teacher(plain, its=its, ours=ours)
     if opened.answer is None:
         raise TypeError("a teacher is a network or a function")
     teacher = function_teacher(opened.answer, ours=ours, image_size=opened.image_size, n_classes=dataset.n_classes)

@@ -27,9 +27,12 @@ def test_a_network_answers_as_it_does_on_images_normalised_its_own_way(rng: np.r
     network = build_network(MINI_SPACE, MINI_SPACE.largest())
     plain = PlainNetwork(network).eval()
     pixels = rng.integers(0, 256, (5, 16, 16, 1), dtype=np.uint8)
-    answer = network_teacher(plain, its=ITS, ours=OURS, device="cpu")(batch(pixels))
+    teacher = network_teacher(plain, its=ITS, ours=OURS)
+    answer = teacher(batch(pixels))
     logits = torch.from_numpy(plain_logits(network, subnet_weights(plain), ITS(pixels)))
     torch.testing.assert_close(answer, logits.softmax(1), rtol=1e-4, atol=1e-5)
+    # Wherever a training computes: a device without values stands for a GPU.
+    assert teacher(batch(pixels).to("meta")).device.type == "meta"
 
 
 def test_a_function_is_shown_the_pixels_and_may_give_probabilities_only(rng: np.random.Generator) -> None:
