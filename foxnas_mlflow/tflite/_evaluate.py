@@ -39,8 +39,8 @@ class QuantizationLoss:
 
     @property
     def drop_points(self) -> float:
-        """Float less int8, in percentage points."""
-        return self.float_top1_percent - self.int8_top1_percent
+        """Float less int8, in percentage points: of whole images, so that a drop of what is allowed is no more."""
+        return 100 * round((self.float_top1_percent - self.int8_top1_percent) * self.n_images / 100) / self.n_images
 
 
 class FloatModel:

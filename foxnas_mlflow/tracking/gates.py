@@ -250,7 +250,7 @@ def _latency(candidate: Candidate, limit: float) -> Verdict:
     if not 0 < value < math.inf:
         text = f"p90 {value:g} ms is no latency: run foxnas benchmark on this version"
         return Verdict("latency", False, text, limit=limit or None)
-    words = f"p90 {value:.4g} ms{' of a minute under load' if SUSTAINED in candidate.benchmark.figures else ''}"
+    words = f"p90 {told(value, limit, 4)} ms{' of a minute under load' if SUSTAINED in candidate.benchmark.figures else ''}"
     if not limit:
         return Verdict("latency", True, f"{words}, no limit given", value)
     passed = value <= limit
@@ -263,9 +263,17 @@ def _drop(candidate: Candidate, limit: float) -> Verdict:
         return Verdict(
             "quantization", False, "no quantization drop: run foxnas quantize with labelled images", limit=limit
         )
+    # Models of earlier releases are sealed with the difference of two percentages, which errs in its last digits.
+    value = round(value, 9)
     passed = -100 <= value <= limit
-    text = f"int8 loses {value:.3g} points of top-1 {'<=' if passed else '>'} {limit:g}"
+    text = f"int8 loses {told(value, limit)} points of top-1 {'<=' if passed else '>'} {limit:g}"
     return Verdict("quantization", passed, text, value, limit)
+
+
+def told(value: float, limit: float, digits: int = 3) -> str:
+    """A value with the fewest digits, but so many, that show on which side of a limit it lies."""
+    texts = (f"{value:.{n}g}" for n in range(digits, 18))
+    return next((text for text in texts if (float(text) <= limit) == (value <= limit)), str(value))
 
 
 def _holder(candidate: Candidate, holder: Candidate | None) -> Verdict:

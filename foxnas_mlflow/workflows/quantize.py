@@ -419,6 +419,7 @@ def _summary(
     max_drop: float,
 ) -> str:
     from foxnas_mlflow.core.classification import balanced_percent, no_better_than_majority, worst_classes
+    from foxnas_mlflow.tracking.gates import told
     from foxnas_mlflow.tracking.quantize import benchmark_command
 
     conversion, loss = quantized.conversion, quantized.loss
@@ -450,7 +451,7 @@ def _summary(
     lines.append(f"  none of these        {quantized.rejection.describe()}")
     lines += [f"  {useless}"] if useless else []
     if loss.drop_points > max_drop:
-        lines.append(f"  More than {max_drop:g} points; the layers that lose most (all in layer_errors.csv):")
+        lines.append(f"  {told(loss.drop_points, max_drop)} points are more than {max_drop:g}; the layers that lose most (all in layer_errors.csv):")
         lines += [
             f"    {row.name:<28} {row.kind:<18} adds {100 * row.own_error:.1f} %, {100 * row.error:.1f} % in all"
             for row in quantized.errors[:_NAMED_LAYERS]

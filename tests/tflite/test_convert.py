@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import ConversionError, FoxNasError, InvalidFormatError, InvalidInputError
 from foxnas_mlflow.core.network import build_network
+from foxnas_mlflow.data import Evaluation
 from foxnas_mlflow.runtime import open_interpreter
 from foxnas_mlflow.tflite import (
     Conversion,
     Int8Model,
+    QuantizationLoss,
     check_int8,
     convert,
     edgetpu_readiness,
@@ -140,6 +142,15 @@ def test_layer_errors_agree_with_the_whole_model(conversion: Conversion, weights
     exact, got = float_logits(weights, images), Int8Model(conversion.data).logits(images)
     # The per-layer table starts from the dequantized input, `exact` from the float one.
     assert row.error == pytest.approx(np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2)), rel=0.3)
+
+
+def test_a_drop_is_of_whole_images() -> None:
+    for n, n_right in ((100, 28), (300, 13), (700, 11)):
+        float_, int8 = (
+            Evaluation.of(np.eye(2)[(np.arange(n) >= right).astype(int)], np.zeros(n, np.int64))
+            for right in (n_right, n_right - n // 100)
+        )
+        assert QuantizationLoss(float_.top1_percent, int8.top1_percent, 0.0, n, int8).drop_points == 1
 
 
 @pytest.mark.parametrize("runtime", ["litert", "edgetpu"])

@@ -62,6 +62,8 @@ def failed(candidate: Candidate, holder: Candidate | None = None, max_latency_ms
 def test_a_good_version_passes_at_the_limits() -> None:
     assert failed(GOOD) == {}
     assert failed(changed({LATENCY: 60.0, DROP: 1.0, VALID: 1.0})) == {}
+    # As earlier releases sealed a drop of one image in a hundred.
+    assert failed(changed({DROP: 100 * 0.28 - 100 * 0.27})) == {}
     assert failed(changed({LATENCY: 999.0}), max_latency_ms=0) == {}
     assert failed(changed({DROP: -0.2})) == {}  # int8 can be better by chance
     assert passed(judge(changed(tags={}), None, max_latency_ms=60, max_accuracy_drop=1))
@@ -79,10 +81,12 @@ def test_throttling_that_nobody_saw_is_unknown(throttled: dict[str, float], told
     ("candidate", "gates", "words"),
     [
         (changed({LATENCY: 60.1}), {"latency"}, "p90 60.1 ms > 60 ms"),
+        (changed({LATENCY: 60.0004}), {"latency"}, "p90 60.0004 ms > 60 ms"),
         (changed({LATENCY: None}), {"measured", "valid", "latency"}, "run foxnas benchmark"),
         (changed({VALID: 0.0}), {"valid"}, "benchmark.json"),
         (changed({VALID: None}), {"valid"}, "run foxnas benchmark"),
         (changed({DROP: 1.5}), {"quantization"}, "1.5 points of top-1 > 1"),
+        (changed({DROP: 1.004}), {"quantization"}, "1.004 points of top-1 > 1"),
         (changed({DROP: float("nan")}), {"quantization"}, "nan points of top-1"),
         (changed({DROP: float("-inf")}), {"quantization"}, "-inf points of top-1"),
         (changed({DROP: None}), {"quantization"}, "run foxnas quantize"),
