@@ -7,9 +7,9 @@ from foxnas_mlflow.data._datasets import (
     ImageDataset,
     ImageSet,
     calibration_images,
+    choose_by_class,
     load_dataset,
     prepared_batches,
-    stratified_split,
 )
 from foxnas_mlflow.data._listings import earlier_digests
 from foxnas_mlflow.data._sources import pictures_below, unread_words
@@ -26,12 +26,12 @@ __all__ = [
     "Preprocessing",
     "Variations",
     "calibration_images",
+    "choose_by_class",
     "earlier_digests",
     "evaluate",
     "load_dataset",
     "pictures_below",
     "prepared_batches",
     "resize",
-    "stratified_split",
     "unread_words",
 ]

@@ -416,6 +416,11 @@ def load_dataset(
             raise _no_source(source, path)
     if not limited:
         return _slim(dataset)
+    if max_train is not None and max_train < dataset.n_classes:
+        raise InvalidInputError(
+            "max_train must leave an image of every class",
+            received=f"max_train={max_train} for {dataset.n_classes} classes",
+        )
     rng = np.random.default_rng([seed, 1])
     train, val = _at_most(dataset.train, max_train, rng), _at_most(dataset.val, max_val, rng)
     if sizes:
@@ -479,6 +484,29 @@ def stratified_split(
         chosen.append(members[:count])
     taken = np.sort(np.concatenate(chosen))
     return np.setdiff1d(np.arange(len(targets)), taken), taken
+
+
+def choose_by_class(targets: NDArray[np.int64], limit: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw at most so many indices, of every class about the same share.
+
+    There is at least one of each class where the limit allows it; where there are more classes, one of some.
+
+    Args:
+        targets: Class of each image (n,).
+        limit: Most indices, at least 1.
+        rng: Draws them.
+
+    Returns:
+        Ascending indices.
+    """
+    classes = [rng.permutation(np.flatnonzero(targets == label)) for label in np.unique(targets)]
+    counts = np.array([max(round(limit / len(targets) * len(members)), 1) for members in classes])
+    if counts.sum() > limit:
+        # What was rounded up is taken back where it is missed least.
+        order = rng.permutation(len(counts))
+        while counts.sum() > limit:
+            counts[order[counts[order].argmax()]] -= 1
+    return np.sort(np.concatenate([members[:n] for members, n in zip(classes, counts, strict=True)]))
 
 
 def grouped_split(
@@ -568,7 +596,7 @@ def calibration_images(dataset: ImageDataset, preprocessing: Preprocessing, n: i
     rng = np.random.default_rng([seed, 5])
     index = np.arange(len(dataset.train))
     if n < len(index):
-        index = stratified_split(dataset.train.targets, n / len(index), rng)[1]
+        index = choose_by_class(dataset.train.targets, n, rng)
     return np.concatenate(
         [images for images, _ in prepared_batches(dataset.train, preprocessing, rng.permutation(index))]
     )
@@ -579,7 +607,7 @@ def _at_most(images: ImageSet, limit: int | None, rng: np.random.Generator) -> I
         return images
     if limit < 1:
         raise InvalidInputError("a number of images must be positive", received=limit)
-    return _subset(images, stratified_split(images.targets, limit / len(images), rng)[1])
+    return _subset(images, choose_by_class(images.targets, limit, rng))
 
 
 def _subset(images: ImageSet, index: NDArray[np.int64]) -> ImageSet:

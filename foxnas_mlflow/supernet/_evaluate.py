@@ -16,9 +16,9 @@ from foxnas_mlflow.data import (
     Evaluation,
     ImageDataset,
     ImageSet,
+    choose_by_class,
     evaluate,
     prepared_batches,
-    stratified_split,
 )
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, norms_of, subnet_weights
 
@@ -76,7 +76,7 @@ class SubnetEvaluator:
         self._calibration = rng.permutation(n_train)[: min(calibration_images, n_train)]
         self._validation = np.arange(n_val)
         if validation_images is not None and validation_images < n_val:
-            self._validation = stratified_split(dataset.val.targets, validation_images / n_val, rng)[1]
+            self._validation = choose_by_class(dataset.val.targets, validation_images, rng)
         self._cache: dict[tuple[int, bool], tuple[NDArray[np.uint8], NDArray[np.int64]]] = {}
 
     @property

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.data import Preprocessing, load_dataset, prepared_batches, stratified_split
-from foxnas_mlflow.data._datasets import grouped_split
+from foxnas_mlflow.data import Preprocessing, choose_by_class, load_dataset, prepared_batches
+from foxnas_mlflow.data._datasets import grouped_split, stratified_split
 
 image = pytest.importorskip("PIL.Image")
 
@@ -62,6 +62,34 @@ def test_a_split_takes_the_asked_share_of_every_class(rng: np.random.Generator) 
     rest, taken = stratified_split(targets, 0.2, rng)
     assert sorted([*rest, *taken]) == list(range(62))
     assert list(np.bincount(targets[taken])) == [10, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "counts"),
+    [
+        ([40, 1], 20, [19, 1]),
+        ([50, 10, 2], 31, [25, 5, 1]),
+        ([11, 11], 11, [5, 6]),
+        ([4] * 1000, 200, [0] * 800 + [1] * 200),
+        ([3, 2, 1], 1, [0, 0, 1]),
+    ],
+)
+def test_a_choice_has_every_class_and_no_more_than_asked_for(
+    sizes: list[int], limit: int, counts: list[int], rng: np.random.Generator
+) -> None:
+    targets = np.repeat(np.arange(len(sizes)), sizes)
+    chosen = choose_by_class(targets, limit, rng)
+    assert len(set(chosen.tolist())) == len(chosen)
+    assert sorted(np.bincount(targets[chosen], minlength=len(sizes))) == sorted(counts)
+
+
+def test_a_limit_leaves_rare_classes(tmp_path: Path) -> None:
+    for n, name in ((50, "cat"), (2, "dog")):
+        write_images(tmp_path / name, n, size=4)
+    few = load_dataset(str(tmp_path), max_train=20, max_val=5)
+    assert (np.bincount(few.train.targets).tolist(), np.bincount(few.val.targets).tolist()) == ([19, 1], [4, 1])
+    with pytest.raises(InvalidInputError, match=r"an image of every class.*max_train=1 for 2 classes"):
+        load_dataset(str(tmp_path), max_train=1)
 
 
 def test_a_folder_of_classes(tmp_path: Path) -> None:
