@@ -250,7 +250,8 @@ def _latency(candidate: Candidate, limit: float) -> Verdict:
     if not 0 < value < math.inf:
         text = f"p90 {value:g} ms is no latency: run foxnas benchmark on this version"
         return Verdict("latency", False, text, limit=limit or None)
-    words = f"p90 {told(value, limit, 4)} ms{' of a minute under load' if SUSTAINED in candidate.benchmark.figures else ''}"
+    words = f"p90 {told(value, limit, 4)} ms"
+    words += " of a minute under load" if SUSTAINED in candidate.benchmark.figures else ""
     if not limit:
         return Verdict("latency", True, f"{words}, no limit given", value)
     passed = value <= limit

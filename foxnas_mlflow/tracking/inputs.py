@@ -5,6 +5,7 @@ Each comes as a path or as a URI of MLflow (``models:/NAME/VERSION``, ``runs:/RU
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class TrainedSupernet:
     Attributes:
         uri: Where it was loaded from.
         model: The supernet.
-        dataset: Its images, split as in training.
+        dataset: Its images, split and normalised as in training.
     """
 
     uri: str
@@ -100,6 +101,8 @@ def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedS
             received=f"{dataset.source} with the digest {dataset.digest[:12]}, not {config['data_digest'][:12]}",
             remedy="give the same images with data, or train a supernet on these",
         )
+    if model.preprocessing is not None:
+        dataset = dataclasses.replace(dataset, normalization=model.preprocessing.normalization)
     return TrainedSupernet(uri, model, dataset)
 
 

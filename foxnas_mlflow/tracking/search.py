@@ -424,11 +424,12 @@ def _facts(verification: Verification | None) -> dict[str, float | str]:
 
 
 def _training(verification: Verification | None) -> dict[str, Any]:
-    """How the supernet drew its images and weighed its classes, for what trains the network further."""
+    """How many images the supernet drew, how, and how it weighed its classes, for what trains the network further."""
     if verification is None or verification.supernet is None:
         return {}
     config = verification.supernet.model.config
-    return {"training": {key: config[key] for key in ("flip", "sampling", "class_weights") if key in config}}
+    keys = ("max_train", "flip", "sampling", "class_weights")
+    return {"training": {key: config[key] for key in keys if key in config}}
 
 
 def write_front(front: Front, path: Path) -> None:

@@ -8,42 +8,50 @@ from foxnas_mlflow.core.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from foxnas_mlflow.data import ImageDataset
-    from foxnas_mlflow.data.preprocess import Normalization
     from foxnas_mlflow.flavor import SubnetModel
     from foxnas_mlflow.supernet import Batches
 
 
 def images_of(subnet: SubnetModel, source: str, **options: Any) -> ImageDataset:
-    """Read images as a subnet was trained on them: without files that broke since, on the same background.
+    """Read images as a subnet was trained on them.
+
+    Without files that broke since, on the same background, as many to train on, with the same normalisation.
 
     Args:
         subnet: The subnet.
         source: Where the images are now.
-        options: Further ones of `foxnas_mlflow.data.load_dataset`.
+        options: Further ones of `foxnas_mlflow.data.load_dataset`, or others.
 
     Raises:
         InvalidInputError: If they are other images whose split is drawn anew: among the validation images there may be
             some that it was trained on.
     """
+    import dataclasses
+
     from foxnas_mlflow.data import load_dataset
     from foxnas_mlflow.data.preprocess import WHITE
 
     digest = str(subnet.details.get("data_digest", ""))
-    background = WHITE if subnet.preprocessing is None else subnet.preprocessing.background
-    dataset = load_dataset(source, digest=digest, background=background, **options)
+    its: dict[str, Any] = {
+        "digest": digest,
+        "background": WHITE if subnet.preprocessing is None else subnet.preprocessing.background,
+        "max_train": subnet.details.get("training", {}).get("max_train") or None,
+    }
+    dataset = load_dataset(source, **its | options)
     if digest and dataset.digest != digest and dataset.drawn_split:
         raise InvalidInputError(
             "data must be the images that the network was trained on, or be split by folders train and val",
             received=f"{dataset.source} with the digest {dataset.digest[:12]}, not {digest[:12]}",
             remedy="give the same images, or put those that it has never seen into a folder val beside train",
         )
-    return dataset
+    if subnet.preprocessing is None:
+        return dataset
+    return dataclasses.replace(dataset, normalization=subnet.preprocessing.normalization)
 
 
 def batches_of(
     subnet: SubnetModel,
     dataset: ImageDataset,
-    normalization: Normalization,
     *,
     batch_size: int,
     augment: bool,
@@ -54,7 +62,6 @@ def batches_of(
     Args:
         subnet: The subnet.
         dataset: Its images.
-        normalization: Applied last.
         batch_size: Images a batch.
         augment: Crop, colour and erase at random too.
         seed: Seed of order and augmentation.
@@ -64,7 +71,7 @@ def batches_of(
     training = subnet.details.get("training", {})
     return Batches(
         dataset.train,
-        normalization=normalization,
+        normalization=dataset.normalization,
         image_size=subnet.architecture.image_size,
         batch_size=batch_size,
         flip=training.get("flip", dataset.may_mirror),

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from foxnas_mlflow.workflows._images import batches_of, class_weights_of, images_of
 from foxnas_mlflow.workflows._request import PresetName, Request, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
 
 if TYPE_CHECKING:
-    from foxnas_mlflow.data import ImageDataset
+    from numpy.typing import NDArray
+
+    from foxnas_mlflow.core.network import Network
+    from foxnas_mlflow.data import Evaluation, ImageDataset
     from foxnas_mlflow.data.preprocess import Preprocessing
     from foxnas_mlflow.flavor import SubnetModel
     from foxnas_mlflow.tracking.run import EntryRun
@@ -112,7 +115,6 @@ def _finetuned(
     batches = batches_of(
         model,
         dataset,
-        dataset.normalization,
         batch_size=preset.batch_size,
         augment=epochs > AUGMENTED_EPOCHS and not dataset.drawn,
         seed=request.seed,
@@ -126,15 +128,23 @@ def _finetuned(
         progress=progress,
         checkpoint=checkpoint,
     )
+    weights = subnet_weights(plain)
+    inherited, evaluated = (_evaluated(network, w, dataset, model.preprocessing) for w in (model.weights, weights))
+    before, after = inherited.top1_percent, evaluated.top1_percent
     better = SubnetModel(
         model.architecture,
         model.space,
-        {**model.details, "finetuned_epochs": epochs, "finetuned_from": subnet_uri},
-        subnet_weights(plain),
+        {
+            **model.details,
+            "evaluated_accuracy": after,
+            "evaluated_accuracy_standard_error": evaluated.standard_error,
+            "finetuned_epochs": epochs,
+            "finetuned_from": subnet_uri,
+        },
+        weights,
         model.preprocessing,
         model.labels,
     )
-    before, after = (_top1(m, dataset, m.preprocessing or model.preprocessing) for m in (model, better))
     version = find_version(subnet_uri)
     info = log_model(better, name="subnet")
     figures = {
@@ -170,15 +180,15 @@ def _finetuned(
     )
 
 
-def _top1(model: SubnetModel, dataset: ImageDataset, preprocessing: Preprocessing) -> float:
-    """Top-1 of float weights in percent."""
-    from foxnas_mlflow.core.network import build_network
+def _evaluated(
+    network: Network, weights: Mapping[str, NDArray[Any]], dataset: ImageDataset, preprocessing: Preprocessing
+) -> Evaluation:
+    """What float weights answer to the validation images."""
     from foxnas_mlflow.data import evaluate, prepared_batches
     from foxnas_mlflow.supernet import plain_logits
 
-    network = build_network(model.space, model.architecture)
     (evaluation,) = evaluate(
         prepared_batches(dataset.val, preprocessing),
-        lambda images: plain_logits(network, model.weights or {}, preprocessing.normalization(images)),
+        lambda images: plain_logits(network, weights, preprocessing.normalization(images)),
     )
-    return evaluation.top1_percent
+    return evaluation

@@ -332,7 +332,7 @@ def _repaired(
     from foxnas_mlflow.tflite import grids_of, one_scale_of, read_tflite, with_weights
 
     file, ours = read_tflite(conversion.data), preprocessing.normalization
-    batches = batches_of(subnet, dataset, ours, batch_size=_REPAIR_BATCH, augment=False, seed=seed)
+    batches = batches_of(subnet, dataset, batch_size=_REPAIR_BATCH, augment=False, seed=seed)
     teacher = network_teacher(PlainNetwork.from_weights(network, weights), its=ours, ours=ours)
     simulated = SimulatedNetwork(network, weights, grids_of(file, network), one_scale=one_scale_of(file, network))
     with progress_bar("repair", "step") as show:
@@ -451,7 +451,8 @@ def _summary(
     lines.append(f"  none of these        {quantized.rejection.describe()}")
     lines += [f"  {useless}"] if useless else []
     if loss.drop_points > max_drop:
-        lines.append(f"  {told(loss.drop_points, max_drop)} points are more than {max_drop:g}; the layers that lose most (all in layer_errors.csv):")
+        too_much = f"{told(loss.drop_points, max_drop)} points are more than {max_drop:g}"
+        lines.append(f"  {too_much}; the layers that lose most (all in layer_errors.csv):")
         lines += [
             f"    {row.name:<28} {row.kind:<18} adds {100 * row.own_error:.1f} %, {100 * row.error:.1f} % in all"
             for row in quantized.errors[:_NAMED_LAYERS]

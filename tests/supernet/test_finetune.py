@@ -86,7 +86,7 @@ def test_a_network_is_trained_further_as_its_supernet_drew_mirrored_and_weighed_
 
     from foxnas_mlflow.flavor import SubnetModel, load_model, log_model
     from foxnas_mlflow.workflows import FinetuneRequest, run_finetune
-    from foxnas_mlflow.workflows._images import batches_of
+    from foxnas_mlflow.workflows._images import batches_of, images_of
 
     every, dataset = load_dataset("digits"), load_dataset("digits", max_train=96)
     space = get_preset("tiny").space(CPU_SPACE, in_channels=1, n_classes=10)
@@ -96,11 +96,11 @@ def test_a_network_is_trained_further_as_its_supernet_drew_mirrored_and_weighed_
     # What no supernet of digits does by itself, so that it shows: mirrored, and of one class alone.
     weights = [1e-3] * 10
     weights[3] = 1e3
-    training = {"flip": True, "sampling": "balanced", "class_weights": weights}
+    training = {"max_train": 96, "flip": True, "sampling": "balanced", "class_weights": weights}
     subnet = SubnetModel(
         architecture,
         space,
-        {"data": "digits", "data_digest": dataset.digest, "training": training},
+        {"data": "digits", "data_digest": dataset.digest, "training": training, "evaluated_accuracy": 12.5},
         subnet_weights(PlainNetwork(network)),
         dataset.preprocessing(16),
         dataset.labels,
@@ -113,10 +113,16 @@ def test_a_network_is_trained_further_as_its_supernet_drew_mirrored_and_weighed_
     seen = {}
     for told in (subnet, dataclasses.replace(subnet, details={})):
         unbalanced = dataclasses.replace(dataset, train=images)
-        batches = batches_of(told, unbalanced, dataset.normalization, batch_size=90, augment=False, seed=0)
+        batches = batches_of(told, unbalanced, batch_size=90, augment=False, seed=0)
         (batch,) = batches.epoch(0)
         seen[batches.flip] = np.bincount(batch[1]).tolist()
     assert seen == {True: [9] * 10, False: [72, *[2] * 9]}
+
+    # As many as the supernet was trained on, or other ones: normalised as it knows them.
+    assert len(images_of(subnet, "digits").train) == len(dataset.train)
+    others = images_of(subnet, "digits", max_train=None)
+    assert len(others.train) == len(every.train)
+    assert others.normalization == dataset.normalization != every.normalization
 
     with mlflow.start_run():
         info = log_model(subnet, name="subnet", registered_model_name="foxnas-subnet-cpu")
@@ -126,6 +132,8 @@ def test_a_network_is_trained_further_as_its_supernet_drew_mirrored_and_weighed_
     model = load_model(result.model_uri)
     assert isinstance(model, SubnetModel)
     assert model.details["training"] == training
+    # What is known of the shared weights is not said of its own.
+    assert model.details["evaluated_accuracy"] == result.finetuned_top1
     assert model.weights is not None
     images = np.stack([dataset.preprocessing(16).resize(dataset.val[i]) for i in range(100)])
     assert (plain_logits(network, model.weights, dataset.normalization(images)).argmax(1) == 3).all()
