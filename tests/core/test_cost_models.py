@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
+import importlib.util
 import itertools
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from foxnas_mlflow.core.edgetpu import CACHE_BYTES, array_ms, edgetpu_terms
+from foxnas_mlflow.core.edgetpu import CHIP_BYTES, array_ms, edgetpu_terms
 from foxnas_mlflow.core.errors import OutOfDomainError
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.network import build_network
@@ -48,30 +50,70 @@ def test_shipped_edgetpu_models_are_what_the_script_builds(tmp_path: Path) -> No
         np.testing.assert_allclose(model.coefficients, shipped.coefficients, rtol=1e-9)
         assert model.provenance == shipped.provenance
     metrics = reference_predictors("edgetpu").latency[0].metrics
-    assert metrics["mape"] < 6.5
-    assert metrics["left_out_mape"] < 9
+    assert metrics["mape"] < 3
+    assert metrics["left_out_mape"] < 4
+
+
+def test_the_networks_behind_the_edgetpu_figures_have_their_published_numbers_of_weights() -> None:
+    path = ROOT / "scripts" / "build_edgetpu"
+    loader = importlib.machinery.SourceFileLoader("build_edgetpu", str(path))
+    spec = importlib.util.spec_from_loader("build_edgetpu", loader)
+    assert spec is not None
+    script = importlib.util.module_from_spec(spec)
+    loader.exec_module(script)
+    millions = {
+        "mobilenet_v1": 4.2,
+        "mobilenet_v1_0.25_128": 0.47,
+        "mobilenet_v2": 3.5,
+        "inception_v1": 6.6,
+        "inception_v2": 11.2,
+        "inception_v3": 23.8,
+        "inception_v4": 42.7,
+        "resnet_50": 25.6,
+        "resnet_152": 60.3,
+        "squeezenet": 1.25,
+        "vgg16": 138.4,
+        "vgg19": 143.7,
+        "efficientnet_edgetpu_s": 5.4,
+        "efficientnet_edgetpu_m": 6.9,
+        "efficientnet_edgetpu_l": 10.6,
+    }
+    for name, published in millions.items():
+        assert script.NETWORKS[name]().params / 1e6 == pytest.approx(published, rel=0.02), name
+
+
+def test_predictors_of_the_earlier_edgetpu_formula_are_read_and_priced_as_before(rng: np.random.Generator) -> None:
+    model = reference_predictors("edgetpu").latency[0].to_dict()
+    prices = [1.59, 0.026, 2.0, 0.57]
+    columns = ["array", "depthwise", "link", "const"]
+    earlier = model | {"formula": "edgetpu", "columns": columns, "coefficients": prices, "covariance": None}
+    predictor = LinearPredictor.from_dict(earlier, TPU_SPACE)
+    (network,) = TPU_SPACE.sample(rng, n=1)
+    array, depthwise, _, _ = edgetpu_terms(build_network(TPU_SPACE, network).layers)
+    link = (3 * network.image_size**2 + 1000) / 1e6
+    assert predictor.predict([network])[0] == pytest.approx(np.dot(prices, [array, depthwise, link, 1]))
 
 
 @pytest.mark.parametrize("space", [TPU_SPACE, CPU_SPACE, SMALL])
 def test_edgetpu_design_is_the_networks_own_count(space: SearchSpace, rng: np.random.Generator) -> None:
     architectures = space.sample(rng, n=5)
-    x = get_formula("edgetpu", "latency_ms").design(space, architectures)
+    x = get_formula("edgetpu-outputs", "latency_ms").design(space, architectures)
     for row, architecture in zip(x, architectures, strict=True):
         terms = edgetpu_terms(build_network(space, architecture).layers)
-        assert terms[2] * 1e6 < CACHE_BYTES
-        np.testing.assert_allclose(row[:2], terms[:2])
+        assert terms[3] * 1e6 < CHIP_BYTES
+        np.testing.assert_allclose(row[:3], terms[:3])
         # All weights stay on chip: only image and class scores travel.
-        assert row[2] == pytest.approx((space.in_channels * architecture.image_size**2 + space.n_classes) / 1e6)
+        assert row[3] == pytest.approx((space.in_channels * architecture.image_size**2 + space.n_classes) / 1e6)
 
 
 @pytest.mark.parametrize("width", [1.5, 4.0])
 def test_streamed_weights_are_bounded_from_above(width: float, rng: np.random.Generator) -> None:
     space = TPU_SPACE.replace(width_mult=width)
     architectures = [space.smallest(224), space.largest(224), *space.sample(rng, n=20, image_size=224)]
-    x = get_formula("edgetpu", "latency_ms").design(space, architectures)
-    streamed = x[:, 2] - (3 * 224**2 + 1000) / 1e6
-    weights = np.array([edgetpu_terms(build_network(space, a).layers)[2] for a in architectures])
-    exact = np.maximum(0, weights - CACHE_BYTES / 1e6)
+    x = get_formula("edgetpu-outputs", "latency_ms").design(space, architectures)
+    streamed = x[:, 3] - (3 * 224**2 + 1000) / 1e6
+    weights = np.array([edgetpu_terms(build_network(space, a).layers)[3] for a in architectures])
+    exact = np.maximum(0, weights - CHIP_BYTES / 1e6)
     np.testing.assert_allclose(streamed[:2], exact[:2], atol=1e-9)
     assert (streamed >= exact - 1e-9).all()
     if exact.min() > 0:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.cost import COST_TERMS, FAST_TAPS, LAUNCH_TERMS, cost_terms, launch_terms, wide_depthwise_macs
-from foxnas_mlflow.core.edgetpu import CACHE_BYTES, EDGETPU_TERMS, edgetpu_terms
+from foxnas_mlflow.core.edgetpu import CHIP_BYTES, EDGETPU_TERMS, edgetpu_terms
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.network import Layer, build_network, stage_unit, stem_units, tail_units
 from foxnas_mlflow.core.options import KindArray, encode
@@ -318,8 +318,9 @@ def _streamed_chord(space: SearchSpace) -> tuple[float, float]:
     The weights beyond the on-chip memory, ``s(P) = max(0, P - cache)`` with P a sum over stages, are
     not a sum over stages. s is convex, so on the space's range [P_min, P_max] it lies under its
     chord, which is linear in P: the chord takes its place. It is exact where no network of the
-    space exceeds the memory (both built-in spaces) or all do, and an upper bound between: no
-    network is promised faster than it is.
+    space exceeds the memory (both built-in spaces) or all do, and an upper bound between. The memory
+    is the whole chip's: what the compiler leaves of it to weights (`edgetpu.CACHE_BYTES`) lies
+    between the spaces' ends, where the chord would charge what every network keeps on the chip.
 
     Weights grow with depth, expansion ratio and kernel size and do not depend on the image size.
     """
@@ -327,7 +328,7 @@ def _streamed_chord(space: SearchSpace) -> tuple[float, float]:
     least, most = (
         float(edgetpu_terms(build_network(space, a).layers)[_LINK]) for a in (space.smallest(size), space.largest(size))
     )
-    cache = CACHE_BYTES / 1e6
+    cache = CHIP_BYTES / 1e6
     if most <= cache:
         return 0.0, 0.0
     start, end = max(0.0, least - cache), most - cache
@@ -360,6 +361,13 @@ def _cpu_amounts_wide(layers: Sequence[Layer]) -> FloatArray:
 
 def _cpu_amounts_and_launches(layers: Sequence[Layer]) -> FloatArray:
     return np.append(_cpu_amounts(layers), launch_terms(layers))
+
+
+_EARLIER_EDGETPU_TERMS = ("array", "depthwise", "link")
+
+
+def _earlier_edgetpu_terms(layers: Sequence[Layer]) -> FloatArray:
+    return edgetpu_terms(layers)[[EDGETPU_TERMS.index(term) for term in _EARLIER_EDGETPU_TERMS]]
 
 
 _ACCURACY_OF_SIZES = BlockFormula(
@@ -490,7 +498,9 @@ _FORMULAS: tuple[Formula, ...] = (
     # These two alone, for few rows of a device that waits for starts.
     CostFormula("launches", LAUNCH_TERMS, launch_terms, optional=LAUNCH_TERMS, launches=True),
     # The Edge TPU's cost model: array, depthwise convolutions, link and a constant (`core.edgetpu`).
-    CostFormula("edgetpu", EDGETPU_TERMS, edgetpu_terms, streamed=_LINK),
+    CostFormula("edgetpu-outputs", EDGETPU_TERMS, edgetpu_terms, streamed=_LINK),
+    # An earlier formula in its place, for predictors that were fitted with it.
+    CostFormula("edgetpu", _EARLIER_EDGETPU_TERMS, _earlier_edgetpu_terms, streamed=len(_EARLIER_EDGETPU_TERMS) - 1),
 )
 
 FORMULAS: Mapping[tuple[str, str], Formula] = {(formula.name, formula.quantity): formula for formula in _FORMULAS}
