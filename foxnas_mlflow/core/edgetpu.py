@@ -38,8 +38,8 @@ CHIP_BYTES = 8 * 2**20
 """On-chip memory; weights that exceed it are sent over the link in every inference for sure."""
 
 CACHE_BYTES = int(6.9 * 2**20)
-"""What of it is left for weights: the compiler keeps a part for activations, by its logs of networks whose weights do not
-all fit 0.8 to 1.7 MiB."""
+"""What of it is left for weights: the compiler keeps a part for activations, 0.8 to 1.7 MiB by its logs of networks
+that do not fit."""
 
 _ARRAY = 64
 _CYCLES_PER_MS = 480_000
