@@ -36,6 +36,7 @@ class Stream(enum.IntEnum):
     PROBE_WEIGHTS = 13  # weights of a network that is only timed
     SAMPLE_INPUT = 14  # inputs of an answer that two machines compare
     GLYPHS = 15  # letters, colours and clutter of the drawn data set
+    POSSIBLE_ROWS = 16  # networks that show which columns of a formula a space tells apart
 
 
 def stream(seed: int, purpose: Stream, *numbers: int) -> np.random.Generator:

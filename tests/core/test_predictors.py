@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,7 @@ from foxnas_mlflow.core.predictors import (
 )
 from foxnas_mlflow.core.random import Stream, stream
 from foxnas_mlflow.core.searchers import accuracy_signal, search
-from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
+from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, BlockType, SearchSpace, StageSpec
 
 
 @pytest.fixture(scope="module")
@@ -650,8 +651,37 @@ def test_figures_of_several_fits_are_those_of_all_their_rows() -> None:
     assert min(m["cv_rmse"] for m in each) < figures["cv_rmse"] < max(m["cv_rmse"] for m in each)
 
 
-def test_means_of_one_block_are_no_formula() -> None:
-    formula, one = get_formula("means-sizes", "accuracy"), CPU_SPACE.replace(depths=(1,))
-    assert formula.applies(CPU_SPACE, 3)
-    assert not formula.applies(one, 3)
-    assert not formula.applies(CPU_SPACE, 1)
+def _small(block: BlockType = "mbconv", **changes: Any) -> SearchSpace:
+    stages = tuple(StageSpec(width, 2, block) for width in (24, 40))
+    return CPU_SPACE.replace(**{"name": "small", "image_sizes": (96,), "stages": stages} | changes)
+
+
+@pytest.mark.parametrize(
+    ("space", "own"),
+    [
+        # At most one identity block: its ratio is the stage's total.
+        (_small(depths=(1, 2)), False),
+        (_small(depths=(2,), image_sizes=(96, 128)), False),
+        # The first block is all that there is, and its own mean; what it reads and what it writes are multiples.
+        (_small(depths=(1,), image_sizes=(64, 96, 128)), True),
+        # The same residual adds in all networks: their price is in the constant, and elsewhere they would cost nothing.
+        (_small(depths=(3,), kernels=(3,)), True),
+        (_small(depths=(4,), expansions=(3,)), True),
+        # The first block's depthwise convolution is the only one.
+        (_small("fused"), True),
+        (_small("fused", image_sizes=(96, 128)), True),
+    ],
+)
+def test_a_space_is_fitted_whatever_its_columns_have_in_common(space: SearchSpace, own: bool) -> None:
+    rng = np.random.default_rng(0)
+    networks = space.sample(rng, n=90)
+    ms = get_formula("calibrated", "latency_ms").design(space, networks).sum(axis=1)
+    capacity = np.array([sum(b.expansion * b.kernel for s in a.stages for b in s.blocks) for a in networks])
+    accuracy = 90 - 20 * np.exp(-capacity / 100) + rng.normal(0, 0.1, len(networks))
+    rows = [Measurement(a, *figures, "measured") for a, *figures in zip(networks, accuracy, ms, strict=True)]
+    fit = fit_predictors(rows[:70], space)
+    assert not fit.refused
+    table = fit.predictors.predict_table(networks[70:])
+    np.testing.assert_allclose(table["latency_ms"], ms[70:], rtol=1e-6)
+    assert np.sqrt(np.mean((np.array(table["accuracy"]) - accuracy[70:]) ** 2)) < 0.3 * np.std(accuracy)
+    assert fit.predictors.latency[0].own_space_only == own

@@ -420,7 +420,8 @@ def fit_formula(
     all_x, all_columns = formula.design_of_kinds(space, kinds, row_sizes), formula.columns(space)
     y = np.array([row.value(quantity) for row in rows], dtype=np.float64)
     sizes = tuple(int(size) for size in np.unique(row_sizes))
-    kept = _usable_columns(formula, all_x, space, all_columns)
+    kept = _usable_columns(formula, all_x, space, all_columns, sizes)
+    left_out = ~np.isin(np.arange(len(all_columns)), kept) & ~np.isin(all_columns, formula.optional)
     x, columns = all_x[:, kept], tuple(all_columns[i] for i in kept)
     p = len(kept)
     spare_rows = formula.spare_rows if spare_rows is None else spare_rows
@@ -467,6 +468,8 @@ def fit_formula(
         ceiling=top,
         metrics=metrics,
         provenance=dict(provenance or {}),
+        # In another space what the constant stands for here would cost nothing.
+        own_space_only=formula.any_size and bool(all_x[:, left_out].any()),
     )
     return FitReport(
         predictor=predictor,
@@ -623,18 +626,36 @@ def _rank(x: FloatArray) -> tuple[int, NDArray[np.int64]]:
     return int(np.sum(diagonal > diagonal[0] * 1e-10)), order
 
 
-def _usable_columns(formula: Formula, x: FloatArray, space: SearchSpace, columns: Sequence[str]) -> NDArray[np.int64]:
-    """Indices of the columns to fit: those that the space has, and the optional ones where rows tell them apart.
+def _usable_columns(
+    formula: Formula, x: FloatArray, space: SearchSpace, columns: Sequence[str], sizes: Sequence[int]
+) -> NDArray[np.int64]:
+    """Indices of the columns to fit: those that the space tells apart, and the optional ones where rows do.
 
-    The coefficients of the others are 0: a space without squeeze-excite has no price of it.
+    The coefficients of the others are 0: a space without squeeze-excite has no price of it, and what is the same
+    in all networks, or a sum of other columns in each, is in the constant or in those.
     """
-    occurring = x.any(axis=0) | formula.design(space, [space.largest()]).any(axis=0)
-    kept = np.flatnonzero(occurring | np.isin(columns, formula.optional))
+    optional = np.isin(columns, formula.optional)
+    required = np.flatnonzero(~optional)
+    if _rank(x[:, required])[0] < len(required):
+        possible = _possible_rows(formula, space, space.image_sizes if formula.any_size else sizes)
+        rank, order = _rank(possible[:, required])
+        required = required[order[:rank]]
+    kept = np.sort(np.append(required, np.flatnonzero(optional)))
     for name in reversed(formula.optional):
         if _rank(x[:, kept])[0] == len(kept):
             break
         kept = kept[kept != list(columns).index(name)]
     return kept
+
+
+def _possible_rows(formula: Formula, space: SearchSpace, sizes: Sequence[int]) -> FloatArray:
+    """Design rows of random networks of a space, enough to tell all columns apart that it tells apart."""
+    rng = stream(0, Stream.POSSIBLE_ROWS)
+    n = 50 * len(formula.columns(space))
+    kinds = rng.integers(len(space.kinds), size=(n, space.n_stages, space.max_depth), dtype=np.int16)
+    absent = np.arange(space.max_depth) >= rng.choice(space.depths, size=(n, space.n_stages, 1))
+    kinds[absent] = -1
+    return formula.design_of_kinds(space, kinds, rng.choice(sizes, size=n))
 
 
 def _spread_out(values: FloatArray, kept: NDArray[np.int64], n: int) -> FloatArray:

@@ -186,7 +186,7 @@ class BlockFormula(Formula):
     Attributes:
         own: Terms with one coefficient a stage.
         shared: Terms with one coefficient for all stages.
-        everywhere: Whether terms stay that do not vary in a space; a fit then needs a space that varies all.
+        everywhere: Whether terms stay that do not vary in a space; a fit leaves them out.
         size_powers: Powers of the log of the image size that shift the linear scale.
         by_size: Terms of `shared` whose coefficients change with the log of the image size.
         several_sizes: Whether it needs rows of several image sizes.
@@ -205,9 +205,6 @@ class BlockFormula(Formula):
     several_sizes: bool = False
 
     def applies(self, space: SearchSpace, n_sizes: int) -> bool:
-        if "mean_log_E" in self.shared and space.max_depth == 1:
-            # The first block is all that there is, and its own mean.
-            return False
         return (n_sizes > 1 or not self.several_sizes) and (bool(self._by_size(space)) or not self.by_size)
 
     def columns(self, space: SearchSpace) -> tuple[str, ...]:
