@@ -5,12 +5,15 @@ as done when its run is FINISHED, says what it made, and all of that is still th
 their files, artifacts. A run that a kill left behind is ended and offered to the step, which goes on
 from what it left (a checkpoint, measured rows); a version that it registered is withdrawn before.
 
-| tag of a step's run   | meaning                                                         |
-|-----------------------|-----------------------------------------------------------------|
-| foxnas.step_digest    | SHA-256 of name, inputs and format of the step                  |
-| foxnas.step_outputs   | JSON: what the step returned; set when it is done               |
-| foxnas.step_artifacts | JSON: names at the root of the run's artifacts when it was done |
-| foxnas.process        | host, process id and its start: tells a running run from a dead |
+| tag of a step's run   | meaning                                                          |
+|-----------------------|------------------------------------------------------------------|
+| foxnas.step_digest    | SHA-256 of name, inputs and format of the step                   |
+| foxnas.step_outputs   | JSON: the versions that the step made or used; set when it is done |
+| foxnas.step_artifacts | JSON: names at the root of the run's artifacts when it was done  |
+| foxnas.process        | host, process id and its start: tells a running run from a dead  |
+
+What the step returned is the artifact ``outputs.json``: a tag is cut off after 8,000 characters. Runs recorded before
+have it in the tag ``foxnas.step_outputs`` itself, a JSON object.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import functools
 import json
 import logging
 import random
+import re
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,13 +38,14 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.tracking.claims import Claims
-from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, is_here
+from foxnas_mlflow.tracking.process import PROCESS_TAG, is_here
 from foxnas_mlflow.tracking.registry import is_away, lacks_right, withdraw
-from foxnas_mlflow.tracking.run import EntryRun, best_effort
+from foxnas_mlflow.tracking.run import EntryRun, best_effort, download_artifact
 
 DIGEST_TAG = "foxnas.step_digest"
 OUTPUTS_TAG = "foxnas.step_outputs"
 ARTIFACTS_TAG = "foxnas.step_artifacts"
+OUTPUTS_FILE = "outputs.json"
 
 _WAIT_SECONDS = (1.0, 4.0)
 
@@ -140,15 +146,19 @@ def run_step(
         # Another may have finished it between the look and the claim.
         if (found := _find(client, parent, digest, holds)) is not None:
             return StepResult(step.name, *found, True, time.monotonic() - start)
-        cut_off = [run for run in _runs(client, parent, digest) if not _is_at_work(run)]
+        # Who works on the step has claimed it, and the claim is this run's: what still runs was left behind.
+        cut_off = _runs(client, parent, digest)
         for run in cut_off:
+            if run.info.status == "RUNNING":
+                client.set_terminated(run.info.run_id, "KILLED")
             _adopt(client, run, parent)
             if OUTPUTS_TAG not in run.data.tags:
                 withdraw(run.info.run_id, is_used=functools.partial(_is_output, client, parent))
         outputs = dict(action([run.info.run_id for run in cut_off], {DIGEST_TAG: digest}))
         run_id = str(outputs["run_id"])
+        client.log_dict(run_id, outputs, OUTPUTS_FILE)
         client.set_tag(run_id, ARTIFACTS_TAG, json.dumps(sorted(_names(client, run_id))))
-        client.set_tag(run_id, OUTPUTS_TAG, json.dumps(outputs))
+        client.set_tag(run_id, OUTPUTS_TAG, json.dumps([text for text in _texts(outputs) if _is_version(text)]))
     finally:
         # The end of this run ends the claim too, should the server be away now.
         best_effort(claims.release)()
@@ -186,21 +196,43 @@ def _outputs(client: MlflowClient, run: Run) -> dict[str, Any] | None:
     text = run.data.tags.get(OUTPUTS_TAG)
     if run.info.status != "FINISHED" or text is None:
         return None
-    outputs: dict[str, Any] = json.loads(text)
-    expected = set(json.loads(run.data.tags.get(ARTIFACTS_TAG, "[]")))
-    if not expected <= _names(client, run.info.run_id):
+    try:
+        expected = set(json.loads(run.data.tags.get(ARTIFACTS_TAG, "[]")))
+        if not expected <= _names(client, run.info.run_id):
+            return None
+        outputs: dict[str, Any] = json.loads(text if text.startswith("{") else _outputs_file(run.info.run_id))
+    except ValueError:
+        # A tag that was cut off.
         return None
-    return outputs if all(_exists(client, value) for value in outputs.values()) else None
+    return outputs if all(_exists(client, text) for text in _texts(outputs)) else None
 
 
-def _exists(client: MlflowClient, value: object) -> bool:
-    """Whether a registered version or an artifact that a result names is there; anything else always is."""
-    if not isinstance(value, str) or value.count("/") < 2:
-        return True
-    if value.startswith("runs:/"):
+def _outputs_file(run_id: str) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
+        return download_artifact(run_id, OUTPUTS_FILE, directory).read_bytes()
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts in JSON values, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _texts(list(value.values()))
+    elif isinstance(value, Sequence):
+        for one in value:
+            yield from _texts(one)
+
+
+def _is_version(text: str) -> bool:
+    return re.fullmatch(r"models:/[^/]+/\d+", text) is not None
+
+
+def _exists(client: MlflowClient, value: str) -> bool:
+    """Whether a registered version or an artifact that a result names is there; any other text always is."""
+    if value.startswith("runs:/") and value.count("/") > 1:
         run_id, _, path = value.removeprefix("runs:/").partition("/")
         return any(file.path == path for file in client.list_artifacts(run_id, path.rpartition("/")[0] or None))
-    if not value.startswith("models:/"):
+    if not _is_version(value):
         return True
     name, version = value.removeprefix("models:/").split("/", 1)
     try:
@@ -215,18 +247,14 @@ def _exists(client: MlflowClient, value: object) -> bool:
 
 def _is_output(client: MlflowClient, parent: EntryRun, uri: str) -> bool:
     """Whether a step that is done made or uses the version of a URI."""
-    quote = '"' if "'" in uri else "'"
-    runs = client.search_runs([parent.experiment_id], f"tags.`{OUTPUTS_TAG}` LIKE {quote}%{uri}%{quote}")
+    # Quotes end the text of a filter, and JSON escapes them and whatever is not ASCII.
+    like = re.sub(r"[^\w:/. -]", "%", uri, flags=re.ASCII)
+    runs = client.search_runs([parent.experiment_id], f"tags.`{OUTPUTS_TAG}` LIKE '%{like}%'")
     return any(json.dumps(uri) in run.data.tags[OUTPUTS_TAG] for run in runs)
 
 
 def _names(client: MlflowClient, run_id: str) -> set[str]:
     return {file.path for file in client.list_artifacts(run_id)}
-
-
-def _is_at_work(run: Run) -> bool:
-    identity = run.data.tags.get(PROCESS_TAG, "")
-    return run.info.status == "RUNNING" and not is_dead(identity)
 
 
 def _adopt(client: MlflowClient, run: Run, parent: EntryRun) -> None:

@@ -19,7 +19,7 @@ logger = logging.getLogger("foxnas_mlflow")
 class Result:
     """Base of what a step made: JSON values that carry all that the next step needs.
 
-    `main` keeps them in the tag of the step's run, from where a later run finds them again.
+    `main` keeps them in ``outputs.json`` of the step's run, from where a later run finds them again.
 
     Attributes:
         run_id: The step's run; empty where it made none.

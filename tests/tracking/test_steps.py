@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -131,7 +132,7 @@ def test_a_step_of_whose_result_something_is_gone_is_done_again(
             run.log_text("<html>", "report.html")
             info = log_model(colour_model, name="model", registered_model_name="m", code_paths=[])
         version = f"models:/m/{info.registered_model_version}"
-        return {"run_id": run.run_id, "model_uri": version, "measurements": f"runs:/{run.run_id}/tables/rows.csv"}
+        return {"run_id": run.run_id, "model_uris": [version], "measurements": f"runs:/{run.run_id}/tables/rows.csv"}
 
     with entry_run(stage="main", params={}) as parent:
         run_id = run_step(parent, Step("quantize", {}), act).run_id
@@ -147,6 +148,57 @@ def test_a_step_of_whose_result_something_is_gone_is_done_again(
         assert not run_step(parent, Step("quantize", {}), act).reused
         assert run_step(parent, Step("quantize", {}), act).reused
     assert n_done == 2
+
+
+def test_a_result_of_many_classes_is_found_again(tracking: str) -> None:
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.steps import Step, run_step
+
+    rows = [{"label": f"class {i}", "images": 100, "recall": 97.5, "taken_for": f"class {i + 1}"} for i in range(200)]
+    action = Action({"classes": rows})
+    with entry_run(stage="main", params={}) as parent:
+        run_step(parent, Step("quantize", {}), action)
+        found = run_step(parent, Step("quantize", {}), action)
+    assert found.reused
+    assert found.outputs["classes"] == rows
+
+
+@pytest.mark.parametrize(("kept", "reused"), [(8000, True), (20, False)])
+def test_results_that_their_tag_has_itself_are_found_unless_it_was_cut_off(
+    tracking: str, kept: int, reused: bool
+) -> None:
+    """As releases before kept them."""
+    from mlflow import MlflowClient
+
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.steps import DIGEST_TAG, OUTPUTS_TAG, Step, run_step
+
+    step, client = Step("sample", {"seed": 0}), MlflowClient()
+    before = client.create_run("0", tags={DIGEST_TAG: step.digest}).info.run_id
+    client.set_tag(before, OUTPUTS_TAG, json.dumps({"run_id": before, "accuracy": 97.5})[:kept])
+    client.set_terminated(before)
+    action = Action({"accuracy": 97.5})
+    with entry_run(stage="main", params={}) as parent:
+        done = run_step(parent, step, action)
+    assert (done.reused, done.outputs["accuracy"]) == (reused, 97.5)
+    assert action.cut_off == ([] if reused else [[before]])
+
+
+@pytest.mark.parametrize("name", ["foxnas-cpu", "größe-cpu", "anna's 100%_\"net\"-cpu"])
+def test_a_version_of_any_name_is_known_to_be_in_use(tracking: str, name: str) -> None:
+    from mlflow import MlflowClient
+
+    from foxnas_mlflow.tracking import steps
+    from foxnas_mlflow.tracking.run import entry_run
+
+    client, uri = MlflowClient(), f"models:/{name}/1"
+    with entry_run(stage="main", params={}) as parent:
+        assert not steps._is_output(client, parent, uri)
+        run_id = steps.run_step(parent, steps.Step("search", {}), Action({"model_uris": [uri]})).run_id
+        assert steps._is_output(client, parent, uri)
+        assert not steps._is_output(client, parent, f"{uri}2")
+        client.set_tag(run_id, steps.OUTPUTS_TAG, json.dumps({"model_uris": [uri]}))
+        assert steps._is_output(client, parent, uri)
 
 
 def test_a_failed_step_is_done_again_and_told_of_its_runs(tracking: str) -> None:
@@ -274,6 +326,28 @@ def test_a_claimant_on_another_host_is_taken_over_once_its_heart_stops(
     thread.join()
     assert action.cut_off == [[begun]]
     assert [client.get_run(run_id).info.status for run_id in (there, begun)] == ["KILLED", "KILLED"]
+
+
+@pytest.mark.parametrize("of", ["a pipeline that failed", "a pipeline that was deleted", "this very pipeline"])
+def test_a_step_that_another_host_left_running_is_ended_and_handed_over(tracking: str, of: str) -> None:
+    from mlflow import MlflowClient
+
+    from foxnas_mlflow.tracking.run import entry_run
+    from foxnas_mlflow.tracking.steps import DIGEST_TAG, Step, run_step
+
+    client, step, action = MlflowClient(), Step("sample", {"seed": 0}), Action()
+    before = client.create_run("0").info.run_id
+    client.set_terminated(before, "FAILED")
+    if "deleted" in of:
+        client.delete_run(before)
+    with entry_run(stage="main", params={}) as parent:
+        tags = {"mlflow.parentRunId": parent.run_id if "this" in of else before, "foxnas.process": "elsewhere 7 8"}
+        left = client.create_run("0", tags={**tags, DIGEST_TAG: step.digest}).info.run_id
+        run_step(parent, step, action)
+    assert action.cut_off == [[left]]
+    assert client.get_run(left).info.status == "KILLED"
+    if "deleted" not in of:
+        assert mlflow_tags(left)["mlflow.parentRunId"] == parent.run_id
 
 
 def test_a_pipeline_at_work_shows_its_heart_beating(tracking: str, monkeypatch: pytest.MonkeyPatch) -> None:
