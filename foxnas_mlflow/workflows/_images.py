@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from foxnas_mlflow.supernet import Batches
 
 
-def images_of(subnet: SubnetModel, source: str, **options: Any) -> ImageDataset:
+def images_of(subnet: SubnetModel, source: str, *, seed: int, **options: Any) -> ImageDataset:
     """Read images as a subnet was trained on them.
 
-    Without files that broke since, on the same background, as many to train on, with the same normalisation.
+    Split alike, without files that broke since, on the same background, as many to train on, with the same
+    normalisation.
 
     Args:
         subnet: The subnet.
         source: Where the images are now.
+        seed: Seed of the split where the subnet does not tell that of its training: any other would set images aside
+            that it was trained on.
         options: Further ones of `foxnas_mlflow.data.load_dataset`, or others.
 
     Raises:
@@ -37,7 +40,8 @@ def images_of(subnet: SubnetModel, source: str, **options: Any) -> ImageDataset:
         "background": WHITE if subnet.preprocessing is None else subnet.preprocessing.background,
         "max_train": subnet.details.get("training", {}).get("max_train") or None,
     }
-    dataset = load_dataset(source, **its | options)
+    seed = int(subnet.details.get("data_seed", seed))
+    dataset = load_dataset(source, seed=seed, **its | options)
     if digest and dataset.digest != digest and dataset.drawn_split:
         raise InvalidInputError(
             "data must be the images that the network was trained on, or be split by folders train and val",

@@ -34,7 +34,7 @@ class FinetuneRequest(Request):
     epochs: int = parameter(1, "Passes over the training images.", at_least=1)
     max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
     target: str = parameter("", "Target of the search, for the run's tag.")
-    seed: int = parameter(0, "Seed of split and batches.", at_least=0)
+    seed: int = parameter(0, "Seed of the batches.", at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

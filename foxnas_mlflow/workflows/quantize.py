@@ -49,9 +49,7 @@ class QuantizeRequest(Request):
         0.05, "Share of images of none of the classes that may be answered with a class.", above=0, below=1
     )
     unknown: str = parameter("", "Folder of images of none of the classes; empty: wrong answers stand for them.")
-    seed: int | None = parameter(
-        None, "Seed of the split and of the calibration images; empty: that of the training.", at_least=0
-    )
+    seed: int | None = parameter(None, "Seed of the calibration images; empty: that of the training.", at_least=0)
     compiler_image: str = compiler_image()
     name: str = parameter("foxnas", "Prefix of the registered model.")
 
@@ -127,7 +125,6 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     source = request.data or str(subnet.details.get("data", ""))
     if not source:
         raise InvalidInputError("data must be given: the subnet does not tell what it was trained on", received=uri)
-    # The seed decides which images are validation images where the source has no split of its own.
     seed = int(subnet.details.get("data_seed", 0)) if request.seed is None else request.seed
     size = subnet.architecture.image_size
     dataset = images_of(subnet, source, seed=seed, max_val=request.max_val or None, sizes=(size,))

@@ -137,3 +137,15 @@ def test_a_network_is_trained_further_as_its_supernet_drew_mirrored_and_weighed_
     assert model.weights is not None
     images = np.stack([dataset.preprocessing(16).resize(dataset.val[i]) for i in range(100)])
     assert (plain_logits(network, model.weights, dataset.normalization(images)).argmax(1) == 3).all()
+
+
+@pytest.mark.parametrize("details", [{"data_seed": "7"}, {}])
+def test_images_are_split_as_in_training_whatever_the_seed_of_a_later_step(details: dict[str, str]) -> None:
+    from foxnas_mlflow.flavor import SubnetModel
+    from foxnas_mlflow.workflows._images import images_of
+
+    read = images_of(SubnetModel(CPU_SPACE.smallest(), CPU_SPACE, details), "digits", seed=3)
+    split = load_dataset("digits", seed=int(details.get("data_seed", 3)))
+    assert [read.val[i].tobytes() for i in range(len(read.val))] == [
+        split.val[i].tobytes() for i in range(len(split.val))
+    ]

@@ -184,7 +184,7 @@ def test_results_that_their_tag_has_itself_are_found_unless_it_was_cut_off(
     assert action.cut_off == ([] if reused else [[before]])
 
 
-@pytest.mark.parametrize("name", ["foxnas-cpu", "größe-cpu", "anna's 100%_\"net\"-cpu"])
+@pytest.mark.parametrize("name", ["foxnas-cpu", "größe-cpu", 'anna\'s 100%_"net"-cpu'])
 def test_a_version_of_any_name_is_known_to_be_in_use(tracking: str, name: str) -> None:
     from mlflow import MlflowClient
 
