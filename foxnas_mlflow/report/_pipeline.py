@@ -142,7 +142,7 @@ def _lead(page: PipelinePage) -> Markup:
         sentence += ". "
     if len(page.networks) > 1:
         sentence += f"It is the first of {len(page.networks)} networks, one for each latency. "
-    if page.refusal and not page.gates:
+    if page.refusal and all(gate["passed"] for gate in page.gates):
         return sentence + f"It was not promoted: {page.refusal}"
     if page.refusal:
         return sentence + fill("The gates refused <b>{}</b>.", page.stage)

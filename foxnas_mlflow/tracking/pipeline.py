@@ -25,7 +25,7 @@ from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
 from foxnas_mlflow.tracking.lineage import draw, page_of_run, trace
 from foxnas_mlflow.tracking.promotion import PROMOTION_FILE
 from foxnas_mlflow.tracking.run import EntryRun, best_effort, download_artifact
-from foxnas_mlflow.tracking.steps import StepResult
+from foxnas_mlflow.tracking.steps import StepResult, has_artifact
 
 _SERIES = ("eval/top1_max", "eval/top1_random", "eval/top1_min")
 
@@ -196,7 +196,8 @@ def _broken_meanwhile(runs: Mapping[str, Run]) -> Iterator[str]:
 
 
 def _artifact(run: Run | None, path: str) -> dict[str, Any] | None:
-    if run is None:
+    """A JSON artifact; None where there is no run, or it ended before it wrote it."""
+    if run is None or not has_artifact(run.info.run_id, path):
         return None
     with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
         content: dict[str, Any] = json.loads(download_artifact(run.info.run_id, path, directory).read_bytes())

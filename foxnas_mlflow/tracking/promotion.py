@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
-from foxnas_mlflow.core.errors import InvalidFormatError, PromotionError
+from foxnas_mlflow.core.errors import FoxNasError, InvalidFormatError, PromotionError
 from foxnas_mlflow.core.targets import BUILTIN_TARGETS
 from foxnas_mlflow.devices import Benchmark
 from foxnas_mlflow.flavor import (
@@ -129,21 +130,25 @@ def promote(
         PromotionError: If a gate fails, the registry refuses, or another promotion came in between.
     """
     keeper, number = StageKeeper(version.name), str(version.version)
-    if version.status != "READY":
-        raise PromotionError("only a version that is ready is promoted", received=f"{version.name} is {version.status}")
-    candidate, files = _candidate(version, run.directory, verify_key)
-    if verify_key is not None:
-        candidate = dataclasses.replace(candidate, signature=_signed(files, verify_key))
     former = keeper.holder(stage)
-    if stage == "Staging" and keeper.holder("Production") == number:
-        raise PromotionError(
-            "the production version does not go back to staging",
-            received=f"{version.name} version {number}",
-            remedy="promote another version to Production first, or roll back",
-        )
+    promotion = Promotion(version.name, number, stage, "promote", former, former, (), dry_run)
+    with _refusal_told(run, promotion):
+        if version.status != "READY":
+            raise PromotionError(
+                "only a version that is ready is promoted", received=f"{version.name} is {version.status}"
+            )
+        if stage == "Staging" and keeper.holder("Production") == number:
+            raise PromotionError(
+                "the production version does not go back to staging",
+                received=f"{version.name} version {number}",
+                remedy="promote another version to Production first, or roll back",
+            )
+        candidate, files = _candidate(version, run.directory, verify_key)
+        if verify_key is not None:
+            candidate = dataclasses.replace(candidate, signature=_signed(files, verify_key))
     holder = None if former is None else held(version.name, former, verify_key)
     verdicts = tuple(judge(candidate, holder, max_latency_ms=max_latency_ms, max_accuracy_drop=max_accuracy_drop))
-    promotion = Promotion(version.name, number, stage, "promote", former, former, verdicts, dry_run)
+    promotion = dataclasses.replace(promotion, verdicts=verdicts)
     logger.info(_table(promotion))
     if not passed(verdicts):
         failed = "; ".join(f"{v.gate}: {v.text}" for v in verdicts if not v.passed)
@@ -174,19 +179,31 @@ def rollback(run: EntryRun, name: str, stage: str, *, leaving: str | None, dry_r
     """
     keeper = StageKeeper(name)
     holder = keeper.holder(stage)
+    with _refusal_told(run, Promotion(name, "", stage, "rollback", holder, holder, (), dry_run)):
+        former = _gone_back_to(run, keeper, stage, holder, leaving)
+    return _carry_out(run, keeper, Promotion(name, former, stage, "rollback", holder, holder, (), dry_run))
+
+
+def _gone_back_to(run: EntryRun, keeper: StageKeeper, stage: str, holder: str | None, leaving: str | None) -> str:
+    """The version that held a stage before, whose files are whole."""
+    name = keeper.name
     if leaving is not None and leaving != holder:
         raise PromotionError(
             "a rollback leaves the version that holds the stage",
             received=f"version {leaving}, while version {holder or 'none'} holds {stage}",
             remedy=f"give models:/{name} to go back from whatever holds it",
         )
-    for former in former_versions(keeper.history(stage)):
-        if former != holder and _is_ready(name, former):
+    # A version has one stage: of those that held Staging before, one may be the production version now.
+    production = keeper.holder("Production")
+    before = [former for former in former_versions(keeper.history(stage)) if former != holder]
+    for former in before:
+        if former != production and _is_ready(name, former):
             break
     else:
+        but = f" but version {production}, which holds Production" if production in before else ""
         raise PromotionError(
             "a rollback needs a version that held the stage before",
-            received=f"{name} has none for {stage}",
+            received=f"{name} has none for {stage}{but}",
             remedy="see foxnas promote --history",
         )
     try:
@@ -197,13 +214,23 @@ def rollback(run: EntryRun, name: str, stage: str, *, leaving: str | None, dry_r
             received=f"{name} version {former}: {error.received}",
             remedy="nothing was moved; promote a version that is whole",
         ) from error
-    return _carry_out(run, keeper, Promotion(name, former, stage, "rollback", holder, holder, (), dry_run))
+    return former
 
 
 def archive(run: EntryRun, version: ModelVersion, *, dry_run: bool) -> Promotion:
     """Withdraw a version from whatever it holds."""
     promotion = Promotion(version.name, str(version.version), ARCHIVED, "archive", None, None, (), dry_run)
     return _carry_out(run, StageKeeper(version.name), promotion)
+
+
+@contextlib.contextmanager
+def _refusal_told(run: EntryRun, promotion: Promotion) -> Iterator[None]:
+    """Write ``promotion.json`` of what is refused before any gate is asked."""
+    try:
+        yield
+    except FoxNasError as error:
+        run.log_json(dataclasses.replace(promotion, error=str(error)).to_dict(run.run_id), PROMOTION_FILE)
+        raise
 
 
 def _carry_out(

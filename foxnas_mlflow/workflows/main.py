@@ -585,12 +585,18 @@ class _Pipeline:
             max_latency_ms=main.asked_latency_ms or 0.0,
             max_accuracy_drop=main.max_accuracy_drop,
         )
+
+        def promote(*, tags: Mapping[str, str]) -> PromoteResult:
+            # What serves already is not moved back: it must still pass.
+            stage = "Production" if holds_stage(model, "Production") else main.stage
+            return run_promote(request.replace(stage=stage), tags=tags)
+
         return self._step(
             "promote",
             PromoteResult,
             _inputs(request),
             ("quantize", "benchmark"),
-            lambda _: lambda *, tags: run_promote(request, tags=tags),
+            lambda _: promote,
             # What somebody else moved since then is moved again.
             holds=lambda _: any(holds_stage(model, stage) for stage in (main.stage, "Production")),
         )

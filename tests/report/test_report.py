@@ -181,6 +181,22 @@ def test_the_page_of_a_pipeline_tells_each_of_its_networks(tmp_path: Path) -> No
     assert {"40", "models:/n-rpi4/2", "30, within"} <= set(cells(page))
 
 
+@pytest.mark.parametrize(
+    ("passed", "said"),
+    [
+        (False, "The gates refused <b>Staging</b>."),
+        (True, "It was not promoted: version 3 took Staging in the meantime"),
+        (None, "It was not promoted: version 3 took Staging in the meantime"),
+    ],
+)
+def test_the_page_of_a_pipeline_says_what_refused(tmp_path: Path, passed: bool | None, said: str) -> None:
+    gates = [] if passed is None else [{"gate": "latency", "passed": passed, "text": "p90 40 ms"}]
+    page = pipeline_page([40.0])
+    page = dataclasses.replace(page, gates=gates, stage="Staging", refusal="version 3 took Staging in the meantime")
+    write_pipeline_report(tmp_path / "report.html", page)
+    assert said in (tmp_path / "report.html").read_text()
+
+
 def cells(page: str) -> list[str]:
     """Texts of all cells of all tables of a page."""
     return re.findall(r"<td>([^<]*)</td>", page)

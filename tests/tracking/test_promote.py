@@ -426,6 +426,42 @@ def test_rollback_and_history(tracking: str, tmp_path: Path, capsys: pytest.Capt
     assert main(["promote", "--history", "--model", NAME, "--date", "yesterday"]) == 2
 
 
+def test_a_rollback_of_staging_does_not_take_the_production_version(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for top1 in (75.0, 76.0):
+        register_version(tmp_path, {"accuracy/int8_top1": top1})
+        assert promote(NAME, "Staging") == 0
+    assert promote(f"models:/{NAME}/1") == 0
+    assert promote(NAME, "Staging", "--rollback") == 2
+    assert f"{NAME} has none for Staging but version 1, which holds Production" in capsys.readouterr().err
+    assert document()["error"]
+    assert state()["aliases"] == {"production": "1", "staging": "2"}
+    register_version(tmp_path, {"accuracy/int8_top1": 77.0})
+    assert promote(NAME, "Staging") == 0
+    assert promote(f"models:/{NAME}/2") == 0
+    # Of versions 1 and 2, which held staging before, the nearest serves now.
+    assert promote(NAME, "Staging", "--rollback") == 0
+    assert state()["aliases"] == {"production": "2", "staging": "1"}
+
+
+def test_a_pipeline_asks_a_version_that_serves_whether_it_still_may(tracking: str, tmp_path: Path) -> None:
+    from foxnas_mlflow import MainRequest
+    from foxnas_mlflow.workflows.main import _Pipeline
+    from foxnas_mlflow.workflows.promote import PromoteResult
+
+    class AlwaysDone(_Pipeline):
+        def _step(self, name: str, result: Any, inputs: Any, after: Any, do: Any, **more: Any) -> Any:
+            return do([])(tags={})
+
+    register_version(tmp_path)
+    assert promote(f"models:/{NAME}/1") == 0
+    asked = AlwaysDone(MainRequest(target="rpi4"), *[None] * 5)  # type: ignore[arg-type]
+    result: PromoteResult = asked._promote(f"models:/{NAME}/1")
+    assert (result.stage, document()["holder"]) == ("Production", "1")
+    assert state() == {"aliases": {"production": "1"}, "stages": {"1": "Production"}}
+
+
 def test_a_registry_that_fails_is_no_reason_to_go_back_further(
     tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -476,7 +512,9 @@ def test_what_others_moved_is_noted_and_mended(tracking: str, tmp_path: Path) ->
     history = StageKeeper(NAME).history("Production")
     assert [e.version for e in history] == ["1", "2", "3"]
     assert history[0].action == "outside"
-    assert promote(NAME, "Staging") == 2  # production does not go back to staging
+    assert promote(NAME, "Staging") == 2
+    assert "the production version does not go back to staging" in document()["error"]
+    assert document()["verdicts"] == []
     client.delete_model_version(NAME, "2")
     assert promote(NAME, "Production", "--rollback") == 0  # 2 is gone
     assert state()["aliases"] == {"production": "1"}
@@ -597,3 +635,4 @@ def test_files_that_are_not_as_logged(
     assert words.get(damage, "") in line
     assert state() == {"aliases": {}, "stages": {"1": "None"}}
     assert last_run().info.status == "FAILED"
+    assert document()["error"]
