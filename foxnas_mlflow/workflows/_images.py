@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.supernet import Batches
 
 
-def images_of(subnet: SubnetModel, source: str, *, seed: int, **options: Any) -> ImageDataset:
+def images_of(subnet: SubnetModel, source: str, *, seed: int = 0, **options: Any) -> ImageDataset:
     """Read images as a subnet was trained on them.
 
     Split alike, without files that broke since, on the same background, as many to train on, with the same
