@@ -22,6 +22,7 @@ import glob
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import re
@@ -231,10 +232,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["windows"], result["sustained_p90_ms"], share = sustain(
             interpreter.invoke, options.sustained_seconds, np
         )
-        result["cpu_share"] = min(result["cpu_share"], share)
+        shares = [result["cpu_share"], share]
+        if meter:
+            energy, share = measure_energy(interpreter.invoke, meter, idle)
+            result.update(energy)
+            shares.append(share)
+        result["cpu_share"] = min(shares)
         result["throttled"] = throttled(before, throttle_state())
         result["quota_waits"] = quota_waits() - waits
-        result.update(measure_energy(interpreter.invoke, meter, idle) if meter else {})
     result["samples_ms"] = [round(sample / 1e6, 6) for sample in samples]
     result["clock_tick_ms"] = clock_tick_ns() / 1e6
     result["peak_memory_bytes"] = peak_memory_bytes()
@@ -318,46 +323,49 @@ class Meter:
     def __init__(self, name: str, watts: Any = None, joules: Any = None) -> None:
         self.name, self._watts, self._joules = name, watts, joules
 
-    def power(self, seconds: float, work: Any = None) -> tuple[float, int]:
-        """Mean power in watts over some seconds, of idling or of a work that is repeated; and how often it was."""
-        begin, count = time.perf_counter(), 0
+    def power(self, seconds: float, work: Any = None) -> tuple[float, float, float]:
+        """Mean power in watts over some seconds, of idling or of a work that is repeated.
+
+        And seconds a run of the work, and the share of the time that this process had a processor. A reading counts
+        that ended meanwhile; one that takes longer is waited for.
+        """
+        begin, busy, count = time.perf_counter(), time.process_time(), 0
         readings: list[float] = []
         done = threading.Event()
         thread = threading.Thread(target=self._collect, args=(readings, done), daemon=True)
         before = self._joules() if self._joules else 0.0
         if not self._joules:
             thread.start()
-        while time.perf_counter() - begin < seconds or (work and not count):
+        while time.perf_counter() - begin < seconds or (work and not count) or not (self._joules or readings):
             if work is None:
                 time.sleep(min(0.05, seconds))
             else:
                 work()
                 count += 1
-        elapsed = time.perf_counter() - begin
+        elapsed, busy = time.perf_counter() - begin, time.process_time() - busy
         if self._joules:
-            return (self._joules() - before) / elapsed, count
-        done.set()
-        thread.join(60)
-        if not readings or readings[-1] != readings[-1]:
+            watts = (self._joules() - before) / elapsed
+        else:
+            counted = list(readings)
+            watts = sum(counted) / len(counted)
+            done.set()
+            thread.join(60)
+        if watts != watts:
             raise BoardError("no_meter", "%s stopped" % self.name)
-        return sum(readings) / len(readings), count
+        return watts, elapsed / max(count, 1), busy / elapsed
 
-    def segments(self, seconds: float, work: Any = None) -> list[tuple[float, float]]:
-        """Mean power in watts and seconds a run, of several segments in turn."""
-        found = []
-        for _ in range(ENERGY_SEGMENTS):
-            begin = time.perf_counter()
-            watts, count = self.power(seconds / ENERGY_SEGMENTS, work)
-            found.append((watts, (time.perf_counter() - begin) / max(count, 1)))
-        return found
+    def segments(self, seconds: float, work: Any = None) -> list[tuple[float, float, float]]:
+        """What `power` tells of several segments in turn."""
+        return [self.power(seconds / ENERGY_SEGMENTS, work) for _ in range(ENERGY_SEGMENTS)]
 
     def _collect(self, readings: list[float], done: threading.Event) -> None:
-        while not readings or not done.wait(0.05):
+        while not done.is_set():
             try:
-                readings.append(float(self._watts()))
+                readings.append(self._watts())
             except (OSError, ValueError, subprocess.SubprocessError):
                 readings.append(float("nan"))
                 return
+            done.wait(0.05)
 
 
 def find_meter(energy: str, root: str = "/sys") -> Meter:
@@ -372,11 +380,14 @@ def find_meter(energy: str, root: str = "/sys") -> Meter:
 
         def ask() -> float:
             run = subprocess.run(command, stdout=subprocess.PIPE, timeout=10, check=True)  # noqa: S603
-            return float(run.stdout.decode().split()[0])
+            watts = float((run.stdout.split() or [b""])[0])
+            if not math.isfinite(watts):
+                raise ValueError("%s is no number of watts" % watts)
+            return watts
 
         try:
             ask()
-        except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             raise BoardError("no_meter", "%s: %s" % (energy, error)) from error
         return Meter(energy, watts=ask)
     packages = sorted(glob.glob(root + "/class/powercap/intel-rapl:[0-9]*"))
@@ -420,8 +431,11 @@ def _rails(root: str) -> dict[str, Any]:
     """Readers of power in watts by the name of the rail, and of its chip where two have one name."""
     rails: dict[str, Any] = {}
 
-    def add(label: str, directory: str, reader: Any) -> None:
-        rails["%s (%s)" % (label, os.path.basename(directory)) if label in rails else label] = reader
+    def add(label: str, directory: str, factor: float, *paths: str) -> None:
+        # A channel that is switched off has files that cannot be read.
+        if all(_read(path) for path in paths):
+            name = "%s (%s)" % (label, os.path.basename(directory)) if label in rails else label
+            rails[name] = _product(factor, *paths)
 
     for hwmon in sorted(glob.glob(root + "/class/hwmon/hwmon*")):
         chip = _read(hwmon + "/name")
@@ -429,19 +443,18 @@ def _rails(root: str) -> dict[str, Any]:
         for path in powers:
             number = re.sub(r"\D", "", os.path.basename(path))
             label = _read(hwmon + "/power%s_label" % number) or "%s power%s" % (chip, number)
-            add(label, hwmon, _product(1e-6, path))
+            add(label, hwmon, 1e-6, path)
         if powers or not chip.startswith("ina"):
             continue
-        for path in sorted(glob.glob(hwmon + "/curr*_input")):
-            number = re.sub(r"\D", "", os.path.basename(path))
-            volts = hwmon + "/in%s_input" % number
+        # Three channels; the fourth current is their sum, the fourth voltage the first one's shunt.
+        for number in "123":
             label = _read(hwmon + "/in%s_label" % number) or "%s rail %s" % (chip, number)
-            if _read(volts) and not label.lower().startswith(("sum", "nc")):
-                add(label, hwmon, _product(1e-6, path, volts))
+            if not label.lower().startswith("nc"):
+                add(label, hwmon, 1e-6, hwmon + "/curr%s_input" % number, hwmon + "/in%s_input" % number)
     for path in sorted(glob.glob(root + "/bus/i2c/drivers/ina3221x/*/iio:device*/in_power*_input")):
         number = re.sub(r"\D", "", os.path.basename(path))
         device = os.path.dirname(path)
-        add(_read(device + "/rail_name_" + number) or "rail " + number, device, _product(1e-3, path))
+        add(_read(device + "/rail_name_" + number) or "rail " + number, device, 1e-3, path)
     return rails
 
 
@@ -455,10 +468,12 @@ def _product(factor: float, *paths: str) -> Any:
     return read
 
 
-def measure_energy(invoke: Any, meter: Meter, idle: list[tuple[float, float]]) -> dict[str, Any]:
+def measure_energy(
+    invoke: Any, meter: Meter, idle: list[tuple[float, float, float]]
+) -> tuple[dict[str, Any], float]:
     """Energy of one inference in mJ above what the board draws when it idles, with its error (95 %).
 
-    Both powers are means of segments; the error is two standard errors of their difference. Idling was measured
+    And the share of the time under load that this process had a processor. Both powers are means of segments; the error is two standard errors of their difference. Idling was measured
     before; here it is measured once more afterwards, so that a drift shows as error.
     """
     loaded = meter.segments(ENERGY_SECONDS, invoke)
@@ -468,15 +483,16 @@ def measure_energy(invoke: Any, meter: Meter, idle: list[tuple[float, float]]) -
         middle = sum(values) / len(values)
         return middle, sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values)
 
-    (busy, busy_error), (idling, idling_error) = mean([w for w, _ in loaded]), mean([w for w, _ in idle])
-    seconds = sum(s for _, s in loaded) / len(loaded)
-    return {
+    (busy, busy_error), (idling, idling_error) = mean([w for w, _, _ in loaded]), mean([w for w, _, _ in idle])
+    seconds, share = (sum(values) / len(loaded) for values in list(zip(*loaded))[1:])
+    energy = {
         "energy_mj": 1e3 * (busy - idling) * seconds,
         "energy_error_mj": 2e3 * (busy_error + idling_error) ** 0.5 * seconds,
         "idle_w": idling,
         "load_w": busy,
         "power_meter": meter.name,
     }
+    return energy, share
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -67,6 +69,9 @@ def test_rapl_counts_packages_and_wraps(tmp_path: Path) -> None:
                 "hwmon0/name": "ina3221",
                 "hwmon0/in1_label": "CPU", "hwmon0/in1_input": "5000", "hwmon0/curr1_input": "200",
                 "hwmon0/in2_label": "GPU", "hwmon0/in2_input": "5000", "hwmon0/curr2_input": "400",
+                # Switched off, then the sum of the currents and the first channel's shunt in microvolts.
+                "hwmon0/in3_label": "IO", "hwmon0/in3_input": "5000", "hwmon0/curr3_input": "",
+                "hwmon0/in4_input": "1000", "hwmon0/curr4_input": "600",
             },
             "sensor CPU + GPU",
             3.0,
@@ -124,10 +129,60 @@ def test_idling_is_subtracted_and_the_error_covers_the_truth(monkeypatch: pytest
         clock["joules"] += 2.0 * spent[-1]
 
     meter = board.Meter("stand-in", joules=joules)
-    result = board.measure_energy(work, meter, meter.segments(0.5))
+    result, _ = board.measure_energy(work, meter, meter.segments(0.5))
     assert result["idle_w"] == pytest.approx(3.0, rel=0.01)
     truth = 2e3 * sum(spent) / len(spent)
     assert result["energy_mj"] == pytest.approx(truth, abs=result["energy_error_mj"] + 0.05 * truth)
+
+
+def test_what_a_slow_meter_says_after_the_work_is_no_power_of_it() -> None:
+    """Of its second reading most is of idling: neither it nor the wait for it is of the work."""
+    second, answered = threading.Event(), [0.0]
+
+    def watts() -> float:
+        if not answered[0]:
+            answered[0] = time.perf_counter()
+            return 5.0
+        second.set()
+        time.sleep(0.5)
+        answered[0] = time.perf_counter()
+        return 1.0
+
+    runs = []
+
+    def work() -> None:
+        second.wait()
+        runs.append(time.perf_counter())
+
+    begin = time.perf_counter()
+    power, seconds_a_run, _ = board.Meter("slow", watts=watts).power(0.0, work)
+    assert power == 5.0
+    assert begin + seconds_a_run * len(runs) < answered[0]
+
+
+@pytest.mark.parametrize("printed", ["nan", "inf", ""])
+def test_what_is_no_number_of_watts_is_no_power(printed: str, tmp_path: Path) -> None:
+    """Neither at the start nor when the meter breaks later."""
+    with pytest.raises(board.BoardError, match="meter: "):
+        board.find_meter(script(tmp_path / "meter", f"echo {printed}"))
+    said = tmp_path / "said"
+    said.write_text("3.5\n")
+    broken = board.find_meter(script(tmp_path / "meter", f"cat {said}; echo {printed} > {said}"))
+    with pytest.raises(board.BoardError, match="meter stopped"):
+        broken.power(0.5)
+
+
+def test_energy_that_company_disturbed_is_told(tmp_path: Path, probe: bytes) -> None:
+    """What the meter's own command takes of the only processor is time that the model does not have."""
+    command = script(tmp_path / "meter", "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo 4.25")
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        with Hasty() as connection:
+            benchmark = measure(connection, probe, runs=3, warmup=1, max_seconds=0.05, attempts=1, energy=command)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert any("other processes had the processor" in reason for reason in benchmark.invalid_reasons)
 
 
 def script(path: Path, text: str) -> str:
