@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Connection(ABC):
 
     def __init__(self) -> None:
         self._directory: str | None = None
+        self._sent: dict[str, str] = {}
 
     @abstractmethod
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
@@ -94,6 +96,7 @@ class Connection(ABC):
         """
         self._reopen()
         stale, self._directory = self._directory, None
+        self._sent.clear()
         if stale is not None:
             self._remove(stale)
 
@@ -112,11 +115,27 @@ class Connection(ABC):
             try:
                 for name, data in files.items():
                     self.put(data, f"{directory}/{name}")
-            except DeviceError:
+            except BaseException:
                 self._remove(directory)
                 raise
             self._directory = directory
         return self._directory
+
+    def send(self, data: bytes, name: str) -> str:
+        """Write a file of the working directory, unless it is what was sent there last.
+
+        Returns:
+            Its path.
+
+        Raises:
+            DeviceError: If the machine refuses.
+            ConnectionLostError: If the machine went away.
+        """
+        path, digest = f"{self.workspace({})}/{name}", hashlib.sha256(data).hexdigest()
+        if self._sent.pop(name, None) != digest:
+            self.put(data, path)
+        self._sent[name] = digest
+        return path
 
     def close(self) -> None:
         """Remove the working directory and close the connection; a machine that is gone is no error."""

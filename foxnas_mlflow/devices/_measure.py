@@ -6,9 +6,9 @@ import io
 import logging
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,16 @@ from foxnas_mlflow.devices._script import prepare, run_board
 RECONNECT_SECONDS = 60.0
 """How long a lost machine is waited for: one that restarts needs half a minute."""
 
+MAX_LOSSES = 3
+"""How often a machine may go away while it measures one model: one that does each time never ends."""
+
 ANSWER_SECONDS = 600.0
 DAY_SECONDS = 86_400
 
 Outputs = Sequence[NDArray[Any]]
 """What a model answers to the board script's fixed inputs."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -102,14 +107,19 @@ def measure(
     longer += ["--energy", energy] if energy else []
     timeout_s = wait_seconds + 3 * max_seconds + sustained_seconds + 180 if max_seconds else float(DAY_SECONDS)
 
+    compared = expected is not None
     answer: Mapping[str, Any] = {}
     attempt, steady, got = 0, False, None
+    if energy:
+        # Before minutes of runs that would be lost without it.
+        _with_reconnect(connection, lambda: run_board(connection, ["meter", energy], timeout_s=60))
     while not steady and attempt < attempts:
-        answer, got = _with_reconnect(connection, data, expected is not None, options, timeout_s)
+        answer, got = _with_reconnect(connection, lambda: _measure_once(connection, data, compared, options, timeout_s))
         steady = is_steady(answer, threads=threads, edgetpu=edgetpu)
         attempt += 1
     if longer:
-        answer, got = _with_reconnect(connection, data, expected is not None, [*options, *longer], timeout_s)
+        options += longer
+        answer, got = _with_reconnect(connection, lambda: _measure_once(connection, data, compared, options, timeout_s))
     return summarize(
         answer,
         connection=connection.uri,
@@ -175,25 +185,28 @@ def host_answer(model: str | Path | bytes) -> list[NDArray[Any]] | None:
     data = read_model(model)
     with LocalConnection() as connection:
         directory = prepare(connection)
-        connection.put(data, f"{directory}/model.tflite")
-        outputs = f"{directory}/answer.npz"
+        model, outputs = connection.send(data, "model.tflite"), f"{directory}/answer.npz"
         try:
-            run_board(
-                connection, ["answer", f"{directory}/model.tflite", "--outputs", outputs], timeout_s=ANSWER_SECONDS
-            )
+            run_board(connection, ["answer", model, "--outputs", outputs], timeout_s=ANSWER_SECONDS)
         except DeviceError as error:
             _log.info("the outputs are not compared: %s", error)
             return None
         return _outputs(connection.get(outputs))
 
 
-def _with_reconnect(
-    connection: Connection, data: bytes, compared: bool, options: Sequence[str], timeout_s: float
-) -> tuple[dict[str, Any], list[NDArray[Any]] | None]:
+def _with_reconnect(connection: Connection, work: Callable[[], T]) -> T:
+    n_losses = 0
     while True:
         try:
-            return _measure_once(connection, data, compared, options, timeout_s)
+            return work()
         except ConnectionLostError as error:
+            n_losses += 1
+            if n_losses == MAX_LOSSES:
+                raise ConnectionLostError(
+                    f"{connection.uri} must not go away whenever it measures",
+                    received=f"{n_losses} times in turn: {error}",
+                    remedy="check its power supply; what was measured before is kept",
+                ) from error
             await_machine(connection, error)
 
 
@@ -225,9 +238,8 @@ def _measure_once(
     connection: Connection, data: bytes, compared: bool, options: Sequence[str], timeout_s: float
 ) -> tuple[dict[str, Any], list[NDArray[Any]] | None]:
     directory = prepare(connection)
-    connection.put(data, f"{directory}/model.tflite")
-    outputs = f"{directory}/answer.npz"
-    arguments = ["measure", f"{directory}/model.tflite", *options, *(["--outputs", outputs] if compared else [])]
+    model, outputs = connection.send(data, "model.tflite"), f"{directory}/answer.npz"
+    arguments = ["measure", model, *options, *(["--outputs", outputs] if compared else [])]
     answer = run_board(connection, arguments, timeout_s=timeout_s)
     return answer, _outputs(connection.get(outputs)) if compared else None
 

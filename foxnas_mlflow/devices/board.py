@@ -77,6 +77,8 @@ def main() -> int:
     trying = commands.add_parser("try")
     trying.add_argument("--library", default="", help="of a delegate; empty: the processor")
     trying.add_argument("--stick", default="")
+    metering = commands.add_parser("meter")
+    metering.add_argument("energy", help="auto: the board's own sensors; else a command that prints watts")
     answering = commands.add_parser("answer")
     measuring = commands.add_parser("measure")
     for command in (answering, measuring):
@@ -91,9 +93,7 @@ def main() -> int:
     measuring.add_argument("--min-seconds", type=float, default=0.5)
     measuring.add_argument("--max-seconds", type=float, default=10.0, help="0: no limit")
     measuring.add_argument("--sustained-seconds", type=float, default=0.0)
-    measuring.add_argument(
-        "--energy", default="", help="auto: the board's own sensors; else a command that prints watts"
-    )
+    measuring.add_argument("--energy", default="", help="as for meter; empty: none")
     measuring.add_argument("--wait-seconds", type=float, default=600.0, help="how long to wait for the machine")
     measuring.add_argument("--watch-stdin", action="store_true", help="end when standard input ends")
     options = parser.parse_args()
@@ -105,6 +105,7 @@ def main() -> int:
     work = {
         "check": lambda: check(options.stick),
         "try": lambda: try_out(options),
+        "meter": lambda: {"power_meter": find_meter(options.energy).name},
         "answer": lambda: answer_only(options),
     }
     try:

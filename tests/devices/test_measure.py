@@ -12,19 +12,21 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.protocol import in_turns
-from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError
+from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError, InvalidFormatError, InvalidInputError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.devices import (
     Benchmark,
     Completed,
     LocalConnection,
+    _measure,
     board,
     check,
     connect,
@@ -268,6 +270,59 @@ def test_a_measurement_ends_with_the_process_that_asked(probe: bytes, tmp_path: 
         time.sleep(0.05)
     assert not board_processes(tmp_path)
     assert not list(tmp_path.glob("foxnas-board-*"))
+
+
+class Watched(LocalConnection):
+    """This machine, which tells what it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.commands: list[str] = []
+        self.files: list[str] = []
+
+    def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
+        self.commands += argv[2:3] if argv[0] == self.python else []
+        return super().run(argv, timeout_s=timeout_s)
+
+    def put(self, data: bytes, path: str) -> None:
+        self.files.append(os.path.basename(path))
+        super().put(data, path)
+
+
+def test_a_machine_that_goes_away_under_load_is_given_up(probe: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_measure, "RECONNECT_SECONDS", 0.02)
+
+    class Weak(Watched):
+        """This machine with a power supply that is too weak; it is back at once."""
+
+        def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
+            if "measure" in argv and len(self.commands) < 20:
+                self.commands.append("measure")
+                raise ConnectionLostError("the connection was lost")
+            return super().run(argv, timeout_s=timeout_s)
+
+    with Weak() as connection, pytest.raises(ConnectionLostError, match="3 times in turn.*check its power") as caught:
+        measure(connection, probe, **SHORT)
+    assert connection.commands == ["measure"] * 3
+    assert "\n" not in str(caught.value)
+
+
+def test_a_meter_that_is_missing_is_told_before_anything_is_measured(probe: bytes) -> None:
+    with Watched() as connection, pytest.raises(DeviceError, match="needs a meter"):
+        measure(connection, probe, energy="/no/such/meter", **SHORT)
+    assert connection.commands == ["meter"]
+
+
+def test_a_model_travels_once(probe: bytes) -> None:
+    other = probe + b"\0"
+    with Watched() as connection:
+        for model in (probe, probe, other, probe):
+            measure(connection, model, **SHORT)
+        assert connection.files == ["board.py", *["model.tflite"] * 3]
+        # A machine that was started anew has nothing.
+        connection.reconnect()
+        measure(connection, probe, **SHORT)
+        assert connection.files[-2:] == ["board.py", "model.tflite"]
 
 
 def test_check_here() -> None:
