@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from foxnas_mlflow.core.errors import DeviceError
+from foxnas_mlflow.devices.board import DIRECTORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class Connection(ABC):
             ConnectionLostError: If the machine went away.
         """
         if self._directory is None:
-            made = self.run(["mktemp", "-d", "-t", "foxnas-board-XXXXXXXXXX"], timeout_s=60)
+            made = self.run(["mktemp", "-d", "-t", f"{DIRECTORY}XXXXXXXXXX"], timeout_s=60)
             if made.status != 0:
                 raise refused("making a directory", made.stderr, self.uri)
             directory = made.stdout.strip()

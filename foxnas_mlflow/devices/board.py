@@ -47,6 +47,8 @@ WINDOW_SECONDS = 10.0
 LAST_SECONDS = 60.0
 THROTTLED_NOW, THROTTLED_SINCE_BOOT = 0xF, 0xF0000
 PI_THROTTLED = "/sys/devices/platform/soc/soc:firmware/get_throttled"
+DIRECTORY = "foxnas-board-"
+LEFT_SECONDS = 7 * 86400.0
 ENERGY_SEGMENTS = 5
 ENERGY_SECONDS = 10.0
 
@@ -97,6 +99,7 @@ def main() -> int:
     measuring.add_argument("--wait-seconds", type=float, default=600.0, help="how long to wait for the machine")
     measuring.add_argument("--watch-stdin", action="store_true", help="end when standard input ends")
     options = parser.parse_args()
+    tidy(os.path.dirname(os.path.abspath(__file__)))
 
     # Libraries print to standard output as they like: the JSON gets a descriptor of its own.
     answer = os.fdopen(os.dup(1), "w")
@@ -116,6 +119,23 @@ def main() -> int:
     answer.flush()
     # Without interpreter shutdown: some runtimes crash while they unload.
     os._exit(status)
+
+
+def tidy(directory: str) -> None:
+    """Mark this script's directory as used, and remove those of this user that nobody used for a week.
+
+    A host that was killed between two measurements leaves its own behind.
+    """
+    parent, name = os.path.split(directory)
+    if not name.startswith(DIRECTORY):
+        return
+    with contextlib.suppress(OSError):
+        os.utime(directory)
+    for path in glob.glob(os.path.join(parent, DIRECTORY + "*")):
+        with contextlib.suppress(OSError):
+            status = os.lstat(path)
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > LEFT_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def check(stick: str) -> dict[str, Any]:
@@ -860,7 +880,7 @@ def _end_with_stdin() -> None:
     while os.read(0, 4096):
         pass
     directory = os.path.dirname(os.path.abspath(__file__))
-    if os.path.basename(directory).startswith("foxnas-board-"):
+    if os.path.basename(directory).startswith(DIRECTORY):
         shutil.rmtree(directory, ignore_errors=True)
     os._exit(4)
 

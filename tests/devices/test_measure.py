@@ -426,6 +426,31 @@ def test_local_refusals_name_the_reason(tmp_path: Path) -> None:
         connect("telnet://board")
 
 
+def test_no_working_directory_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by Ctrl-C while it is filled nor, for ever, by a host that was killed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    class Interrupted(LocalConnection):
+        """This machine, on which a user loses patience."""
+
+        def put(self, data: bytes, path: str) -> None:
+            raise KeyboardInterrupt
+
+    with Interrupted() as connection, pytest.raises(KeyboardInterrupt):
+        check(connection)
+    assert not list(tmp_path.iterdir())
+    for name, days in (("foxnas-board-used", 6), ("foxnas-board-left", 8), ("foxnas-others", 8)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "board.py").touch()
+        os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
+    with connect("local") as connection:
+        # It is in use, however long ago it was made.
+        directory = connection.workspace({"board.py": BOARD.read_bytes()})
+        os.utime(directory, (0, 0))
+        assert check(connection).ready
+    assert {path.name for path in tmp_path.iterdir()} == {"foxnas-board-used", "foxnas-others"}
+
+
 def test_a_working_directory_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/proc/nowhere")
     with connect("local") as connection, pytest.raises(DeviceError, match="making a directory on local was refused"):
