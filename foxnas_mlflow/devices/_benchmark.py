@@ -52,11 +52,12 @@ class Benchmark:
         emulated: Whether the processor is emulated: its times say nothing of real hardware.
         n_runs: Timed runs.
         attempts: Measurements that it took: all before the last were not steady.
-        threads, batch, warmup: Of the runtime; images a run; asked runs before the timed ones.
+        threads, batch, warmup: Of the runtime; images a run (of inputs that are no images 1); asked runs before the
+            timed ones.
         runtime: Runtime with version.
         device: The machine in one line.
         connection: The address that it was reached at.
-        governor: Of the CPU's frequency, or empty where the machine does not tell.
+        governor: Of the CPU's frequency, or empty where the machine does not tell; ``mixed`` where processors differ.
         temperature_c_start, temperature_c_end: In degrees Celsius, None where not told.
         throttled: Whether it was throttled, None where the machine does not tell.
         load_ms, first_invoke_ms: Loading the model, and its first run, in ms.
@@ -64,7 +65,7 @@ class Benchmark:
         output_difference: Largest difference from the host's outputs in 8-bit levels, see `output_difference`;
             None when nothing was compared.
         asked_runs: How many timed runs were asked for; fewer were made where the time limit ended them.
-        frequency_mhz_start, frequency_mhz_end: The processor's clock, None where not told.
+        frequency_mhz_start, frequency_mhz_end: Clock of the processor that ran it last, None where not told.
         quota: Processors' worth of time that a container's quota left; None without one.
         windows: Of the sustained load, ten seconds each: second, seconds, n_runs, p50_ms, p90_ms, temperature_c,
             frequency_mhz.

@@ -10,8 +10,8 @@ from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 from foxnas_mlflow.devices._base import Connection
 from foxnas_mlflow.devices._script import install_command, run_board
 
-MIN_FREE_BYTES = 256 * 2**20
-"""Space for the script, models and a runtime's caches."""
+MIN_FREE_BYTES = 64 * 2**20
+"""Space for the script, a model and its outputs; where /tmp is in memory, small boards have little more."""
 
 MIN_FREE_MEMORY_BYTES = 128 * 2**20
 """Memory for Python, a runtime and a mobile network."""
@@ -51,7 +51,7 @@ class DeviceCheck:
     Attributes:
         connection: The address.
         device: The machine in one line.
-        machine: Its instruction set, as `uname -m` says it.
+        machine: Instruction set of its Python, as `uname -m` says it.
         system: Kernel and C library.
         cores: Processors that a process may use: its affinity, within the quota of its container.
         quota: Processors' worth of time that a container's quota leaves; None without one.
@@ -172,7 +172,7 @@ def _hardware(answer: Mapping[str, Any]) -> Iterator[Finding]:
         "free disk",
         "fine" if free >= MIN_FREE_BYTES else "not fine",
         f"{free / 2**30:.1f} GiB",
-        "" if free >= MIN_FREE_BYTES else f"{MIN_FREE_BYTES >> 20} MiB are needed: free some (df -h)",
+        "" if free >= MIN_FREE_BYTES else f"{MIN_FREE_BYTES >> 20} MiB are needed: free some (df -h), or set TMPDIR there to a directory with more",
         needed=True,
     )
     if memory is None:

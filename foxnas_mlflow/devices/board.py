@@ -46,6 +46,7 @@ MIN_TIMED_RUNS = 20
 WINDOW_SECONDS = 10.0
 LAST_SECONDS = 60.0
 THROTTLED_NOW, THROTTLED_SINCE_BOOT = 0xF, 0xF0000
+PROCESSORS = "/sys/devices/system/cpu"
 PI_THROTTLED = "/sys/devices/platform/soc/soc:firmware/get_throttled"
 DIRECTORY = "foxnas-board-"
 LEFT_SECONDS = 7 * 86400.0
@@ -265,7 +266,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     result["clock_tick_ms"] = clock_tick_ns() / 1e6
     result["peak_memory_bytes"] = peak_memory_bytes()
     result["runtime"] = runtime_name
-    result["batch"] = int(inputs[0]["shape"][0]) if len(inputs[0]["shape"]) else 1
+    # Of anything but images the first axis may be any: 15600 samples of one sound.
+    result["batch"] = int(inputs[0]["shape"][0]) if len(inputs[0]["shape"]) == 4 else 1
     result["model_sha256"] = hashlib.sha256(model).hexdigest()
     return result
 
@@ -581,15 +583,21 @@ def describe_machine() -> dict[str, Any]:
     emulated = is_emulated()
     return {
         "device": device_name() + (" (emulated)" if emulated else ""),
-        "machine": platform.machine(),
+        "machine": instruction_set(),
         "system": platform.platform(),
         "cores": n_processors(),
         "quota": quota_processors(),
         "python": platform.python_version(),
         "emulated": emulated,
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "governor": governor(),
         "temperature_c": temperature_c(),
     }
+
+
+def instruction_set(machine: str = "", bits: int = 8 * struct.calcsize("P")) -> str:
+    """As `uname -m` says it, but of this Python: a 64-bit kernel also runs systems of 32 bits."""
+    machine = machine or platform.machine()
+    return {"aarch64": "armv7l", "armv8l": "armv7l", "x86_64": "i686"}.get(machine, machine) if bits == 32 else machine
 
 
 def device_name() -> str:
@@ -622,11 +630,12 @@ def is_emulated() -> bool:
     return "QEMU TCG CPU" in cpuinfo or "CPU implementer\t: 0x00" in cpuinfo
 
 
-def temperature_c() -> float | None:
+def temperature_c(root: str = "/sys") -> float | None:
     """The processor's temperature, or None where nothing tells it."""
-    zones = sorted(glob.glob("/sys/class/thermal/thermal_zone*"))
+    zones = sorted(glob.glob(root + "/class/thermal/thermal_zone*"))
+    # TCPU, CPU-therm and cpu_thermal are the processor's too.
     names = ("cpu", "x86_pkg", "soc")
-    zones.sort(key=lambda zone: not any(name in _read(zone + "/type") for name in names))
+    zones.sort(key=lambda zone: not any(name in _read(zone + "/type").lower() for name in names))
     for zone in zones:
         try:
             return int(_read(zone + "/temp")) / 1000
@@ -646,7 +655,7 @@ def throttle_state() -> str:
     flags = re.match(r"(?:0x)?([0-9a-fA-F]+)$", _read(PI_THROTTLED))
     if flags:
         return "0x" + flags.group(1)
-    counts = glob.glob("/sys/devices/system/cpu/cpu*/thermal_throttle/core_throttle_count")
+    counts = glob.glob(PROCESSORS + "/cpu*/thermal_throttle/core_throttle_count")
     return str(sum(int(_read(path) or 0) for path in counts)) if counts else ""
 
 
@@ -671,24 +680,34 @@ def peak_memory_bytes() -> int:
 
 
 def free_memory_bytes() -> int | None:
-    """Memory that a new process may have, or None where nothing tells it."""
+    """Memory that a new process may have, or None where nothing tells it.
+
+    Files that the system merely keeps in memory are given up for it.
+    """
     found = []
     for line in _read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
     for directory in _cgroups("memory"):
-        for limit, used in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        for limit, used, files in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
+            kept = re.search(r"^%s (\d+)$" % files, _read(directory + "/memory.stat"), re.MULTILINE)
             with contextlib.suppress(ValueError):
-                found.append(max(int(_read(directory + "/" + limit)) - int(_read(directory + "/" + used)), 0))
+                in_use = int(_read(directory + "/" + used)) - (int(kept.group(1)) if kept else 0)
+                found.append(max(int(_read(directory + "/" + limit)) - in_use, 0))
     return min(found) if found else None
+
+
+def _allowed() -> list[int]:
+    """Numbers of the processors that this process may use."""
+    return sorted(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def n_processors() -> int:
     """Processors that this process may use: its affinity, within the quota of its container."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = len(_allowed())
     quota = quota_processors()
     return allowed if quota is None else max(1, min(allowed, int(quota)))
 
@@ -825,9 +844,19 @@ def write_outputs(interpreter: Any, np: Any, path: str) -> None:
     np.savez(path, *[output for output in outputs if output.dtype.kind in "iufb"])
 
 
+def governor() -> str:
+    """Of the clock of the processors that this process may use: ``mixed`` where they differ, empty where untold."""
+    found = {_read("%s/cpu%d/cpufreq/scaling_governor" % (PROCESSORS, number)) for number in _allowed()}
+    return found.pop() if len(found) == 1 else "mixed"
+
+
 def _clock_state() -> dict[str, Any]:
+    """The processor's temperature, and the clock in MHz of the one that this process ran on last."""
+    # The 39th word; the second is a name in brackets, with any words in it.
+    words = _read("/proc/self/stat").rpartition(")")[2].split()
+    number = words[36] if len(words) > 36 else "0"
     try:
-        frequency: float | None = int(_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")) / 1000
+        frequency: float | None = int(_read("%s/cpu%s/cpufreq/scaling_cur_freq" % (PROCESSORS, number))) / 1000
     except ValueError:
         frequency = None
     return {"temperature_c": temperature_c(), "frequency_mhz": frequency}

@@ -66,7 +66,12 @@ def models() -> dict[str, bytes]:
         concrete = function.get_concrete_function()
         return bytes(tf.lite.TFLiteConverter.from_concrete_functions([concrete]).convert())
 
+    @tf.function(input_signature=[tf.TensorSpec((15600,), tf.float32)])
+    def sound(samples):  # type: ignore[no-untyped-def]
+        return tf.reduce_max(samples, keepdims=True)
+
     return {
+        "sound": of_function(sound),
         "float": convert(network),
         "dynamic range": convert(network, quantized="dynamic"),
         "int8 with float input": convert(network, quantized="int8"),
@@ -86,6 +91,8 @@ def test_every_kind_is_measured_and_compared(models: dict[str, bytes], here: Con
         benchmark = measure(here, data, expected=expected, **QUICK)
         assert benchmark.n_runs >= 3, kind
         assert benchmark.output_difference == 0, kind
+        # The first axis of one sound is no batch.
+        assert benchmark.batch == 1, kind
     answer = host_answer(models["two inputs"])
     assert answer is not None
     # Both inputs are filled, and not alike: else their difference would be nothing.

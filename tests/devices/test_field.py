@@ -217,15 +217,90 @@ def test_a_read_only_tmp_with_another_directory(tmp_path: Path, probe: bytes) ->
 def test_quotas_of_both_versions_of_control_groups(
     cgroup: str, files: dict[str, str], quota: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path, text in files.items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text + "\n")
-    read = board._read
-    monkeypatch.setattr(board, "CGROUPS", str(tmp_path))
-    monkeypatch.setattr(board, "_read", lambda path: cgroup if path == "/proc/self/cgroup" else read(path))
+    in_control_groups(cgroup, files, tmp_path, monkeypatch)
     assert board.quota_processors() == quota
     expected = len(os.sched_getaffinity(0)) if quota is None else max(1, min(len(os.sched_getaffinity(0)), int(quota)))
     assert board.n_processors() == expected
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "free"),
+    [
+        ("0::/a\n", {"a/memory.max": "1000", "a/memory.current": "900"}, 100),
+        (
+            "0::/a\n",
+            {"a/memory.max": "1000", "a/memory.current": "900", "a/memory.stat": "anon 100\ninactive_file 700\nslab 1"},
+            800,
+        ),
+        (
+            "4:memory:/x\n",
+            {
+                "memory/x/memory.limit_in_bytes": "1000",
+                "memory/x/memory.usage_in_bytes": "900",
+                "memory/x/memory.stat": "inactive_file 1\ntotal_inactive_file 600",
+            },
+            700,
+        ),
+    ],
+)
+def test_files_kept_in_memory_are_free_memory(
+    cgroup: str, files: dict[str, str], free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_control_groups(cgroup, files, tmp_path, monkeypatch)
+    assert board.free_memory_bytes() == free
+
+
+def in_control_groups(cgroup: str, files: dict[str, str], root: Path, patch: pytest.MonkeyPatch) -> None:
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text + "\n")
+    read = board._read
+    patch.setattr(board, "CGROUPS", str(root))
+    patch.setattr(board, "_read", lambda path: cgroup if path == "/proc/self/cgroup" else read(path))
+
+
+@pytest.mark.parametrize(
+    ("machine", "bits", "python"),
+    [
+        ("aarch64", 64, "aarch64"),
+        ("aarch64", 32, "armv7l"),
+        ("armv8l", 32, "armv7l"),
+        ("armv6l", 32, "armv6l"),
+        ("x86_64", 32, "i686"),
+    ],
+)
+def test_a_32_bit_system_on_a_64_bit_kernel(machine: str, bits: int, python: str) -> None:
+    assert board.instruction_set(machine, bits) == python
+
+
+def test_the_clock_is_that_of_the_processor_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors of other kinds, or with clocks of their own, stand beside each other."""
+    allowed = os.sched_getaffinity(0)
+    monkeypatch.setattr(board, "PROCESSORS", str(tmp_path))
+    # Of those which this process may not use nothing is told.
+    for number in {*allowed, max(allowed) + 1, 0}:
+        (tmp_path / f"cpu{number}" / "cpufreq").mkdir(parents=True)
+        (tmp_path / f"cpu{number}" / "cpufreq" / "scaling_cur_freq").write_text(f"{1000 * (number + 7)}\n")
+        word = "performance" if number in allowed else "powersave"
+        (tmp_path / f"cpu{number}" / "cpufreq" / "scaling_governor").write_text(f"{word}\n")
+    assert board.governor() == "performance"
+    try:
+        for number in allowed:
+            os.sched_setaffinity(0, {number})
+            assert board._clock_state()["frequency_mhz"] == number + 7
+    finally:
+        os.sched_setaffinity(0, allowed)
+    (tmp_path / f"cpu{min(allowed)}" / "cpufreq" / "scaling_governor").write_text("ondemand\n")
+    assert board.governor() == ("mixed" if len(allowed) > 1 else "ondemand")
+
+
+@pytest.mark.parametrize("name", ["cpu-thermal", "CPU-therm", "TCPU", "x86_pkg_temp"])
+def test_the_processors_temperature_is_found_by_any_spelling(name: str, tmp_path: Path) -> None:
+    for zone, kind, temperature in ((0, "acpitz", 20_000), (1, name, 60_000)):
+        (tmp_path / "class" / "thermal" / f"thermal_zone{zone}").mkdir(parents=True)
+        (tmp_path / "class" / "thermal" / f"thermal_zone{zone}" / "type").write_text(f"{kind}\n")
+        (tmp_path / "class" / "thermal" / f"thermal_zone{zone}" / "temp").write_text(f"{temperature}\n")
+    assert board.temperature_c(str(tmp_path)) == 60.0
 
 
 def test_a_quota_is_named_for_what_it_takes(probe: bytes, control_group: Path) -> None:
