@@ -44,6 +44,11 @@ class Connection(ABC):
     python: str
     edgetpu: str = ""
     login_words: str = ""
+    install = (
+        "install it there: python3 -m venv ~/foxnas && ~/foxnas/bin/pip install {packages}, "
+        "and add ?python=~/foxnas/bin/python to the address"
+    )
+    """How its Python gets packages. Debian's own takes none (PEP 668); a virtual environment does everywhere."""
     keeps_stdin = True
     """Whether a command's standard input ends when this side goes away, so that it can end too."""
 

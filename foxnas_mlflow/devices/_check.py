@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._script import install_command, run_board
+from foxnas_mlflow.devices._script import run_board, runtime_packages
 
 MIN_FREE_BYTES = 64 * 2**20
 """Space for the script, a model and its outputs; where /tmp is in memory, small boards have little more."""
@@ -108,19 +108,19 @@ def check(connection: Connection) -> DeviceCheck:
     """
     answer = run_board(connection, ["check", "--stick", connection.edgetpu], timeout_s=240)
     facts = {key: answer[key] for key in DeviceCheck.__dataclass_fields__ if key in answer}
-    findings = (*_software(answer), *_hardware(answer), *_shell(connection))
+    findings = (*_software(answer, connection), *_hardware(answer), *_shell(connection))
     return DeviceCheck(connection=connection.uri, findings=findings, **facts)
 
 
-def _software(answer: Mapping[str, Any]) -> Iterator[Finding]:
-    command = install_command(answer["machine"], answer["python"])
-    install = f"install it there: {command}, and add ?python=~/foxnas/bin/python to the address"
-    if not command:
+def _software(answer: Mapping[str, Any], connection: Connection) -> Iterator[Finding]:
+    packages = runtime_packages(answer["machine"], answer["python"])
+    install = connection.install.format(packages=packages)
+    if not packages and "{packages}" in connection.install:
         install = (
             f"no runtime's wheel fits {answer['machine']} with Python {answer['python']}: "
             "give a Python 3.7 to 3.11 of a 32-bit or 64-bit ARM or x86 with ?python=/path"
         )
-    if answer["managed"] and command:
+    elif answer["managed"] and "-m venv" in install:
         install += " (Debian's venv comes with: sudo apt install python3-venv)"
     numpy, runtime, error = answer["numpy"], answer["runtime"], answer["runtime_error"]
     if not numpy:
@@ -168,13 +168,10 @@ def _mend(runtime: str, numpy: str, install: str) -> str:
 
 def _hardware(answer: Mapping[str, Any]) -> Iterator[Finding]:
     free, memory = answer["free_bytes"], answer["free_memory_bytes"]
-    yield Finding(
-        "free disk",
-        "fine" if free >= MIN_FREE_BYTES else "not fine",
-        f"{free / 2**30:.1f} GiB",
-        "" if free >= MIN_FREE_BYTES else f"{MIN_FREE_BYTES >> 20} MiB are needed: free some (df -h), or set TMPDIR there to a directory with more",
-        needed=True,
-    )
+    enough = free >= MIN_FREE_BYTES
+    remedy = f"{MIN_FREE_BYTES >> 20} MiB are needed: free some (df -h), or set TMPDIR there to a directory with more"
+    text = f"{free / 2**30:.1f} GiB"
+    yield Finding("free disk", "fine" if enough else "not fine", text, "" if enough else remedy, needed=True)
     if memory is None:
         yield Finding("free memory", "unknown", "not told")
     else:

@@ -37,6 +37,7 @@ class DockerConnection(Connection):
 
     # `docker exec` without a terminal has none.
     keeps_stdin = False
+    install = "install it in the image: pip install {packages}"
 
     def __init__(self, uri: str, image: str, *, python: str | None = None, cpus: float | None = None) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ class LocalConnection(Connection):
 
     uri = "local"
     python = sys.executable
+    install = "pip install 'foxnas-mlflow[device]'"
 
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
         # The board script ends when its standard input does: also when this process is killed.

@@ -10,10 +10,9 @@ from typing import Any
 from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.devices._base import Completed, Connection
 
-INSTALL = (
-    "install it there: python3 -m venv ~/foxnas && ~/foxnas/bin/pip install numpy ai-edge-litert, "
-    "and add ?python=~/foxnas/bin/python to the address (foxnas device check says what fits its processor)"
-)
+USUAL_PACKAGES = "numpy ai-edge-litert"
+
+INSTALL = "{install} (foxnas device check says what fits its processor)"
 
 MISSING_OPERATOR = (
     "convert it with TensorFlow Lite's own operators alone (target_spec.supported_ops = [TFLITE_BUILTINS])"
@@ -76,24 +75,19 @@ BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
 """Rule and remedy of every error that the board script names."""
 
 
-def install_command(machine: str, python: str) -> str:
-    """What installs a runtime on a machine, in an environment of its own; empty where no wheel fits.
-
-    Debian's own Python takes no packages (PEP 668): a virtual environment does, everywhere.
+def runtime_packages(machine: str, python: str) -> str:
+    """What pip installs for a runtime on a machine; empty where no wheel fits.
 
     Args:
         machine: Instruction set, as `uname -m` says it.
         python: Version of its Python.
     """
     major, minor = (int(part) for part in python.split(".")[:2])
-    packages = ""
     if machine in ("x86_64", "aarch64") and (major, minor) >= (3, 10):
-        packages = "numpy ai-edge-litert"
-    elif machine in ("x86_64", "aarch64", "armv7l") and (3, 7) <= (major, minor) <= (3, 11):
-        packages = "'numpy<2' tflite-runtime"
-    if not packages:
-        return ""
-    return f"python3 -m venv ~/foxnas && ~/foxnas/bin/pip install {packages}"
+        return USUAL_PACKAGES
+    if machine in ("x86_64", "aarch64", "armv7l") and (3, 7) <= (major, minor) <= (3, 11):
+        return "'numpy<2' tflite-runtime"
+    return ""
 
 
 def prepare(connection: Connection) -> str:
@@ -133,6 +127,7 @@ def read_answer(completed: Completed, connection: Connection) -> dict[str, Any]:
     rule, remedy = BOARD_ERRORS.get(
         str(answer.get("error")), ("the measurement on {uri} failed", "run it again with --debug")
     )
+    remedy = remedy.format(install=connection.install.format(packages=USUAL_PACKAGES))
     raise DeviceError(rule.format(uri=uri), received=answer.get("message") or None, remedy=remedy)
 
 

@@ -106,7 +106,7 @@ def main() -> int:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     status = 0
-    work = {
+    work: dict[str, Any] = {
         "check": lambda: check(options.stick),
         "try": lambda: try_out(options),
         "meter": lambda: {"power_meter": find_meter(options.energy).name},
@@ -491,13 +491,12 @@ def _product(factor: float, *paths: str) -> Any:
     return read
 
 
-def measure_energy(
-    invoke: Any, meter: Meter, idle: list[tuple[float, float, float]]
-) -> tuple[dict[str, Any], float]:
+def measure_energy(invoke: Any, meter: Meter, idle: list[tuple[float, float, float]]) -> tuple[dict[str, Any], float]:
     """Energy of one inference in mJ above what the board draws when it idles, with its error (95 %).
 
-    And the share of the time under load that this process had a processor. Both powers are means of segments; the error is two standard errors of their difference. Idling was measured
-    before; here it is measured once more afterwards, so that a drift shows as error.
+    And the share of the time under load that this process had a processor. Both powers are means of segments; the
+    error is two standard errors of their difference. Idling was measured before; here it is measured once more
+    afterwards, so that a drift shows as error.
     """
     loaded = meter.segments(ENERGY_SECONDS, invoke)
     idle = idle + meter.segments(ENERGY_SECONDS / 2)

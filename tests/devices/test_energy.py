@@ -196,7 +196,10 @@ def script(path: Path, text: str) -> str:
     [
         (lambda d: str(d / "none"), "a meter that it can read; received .*No such file"),
         (lambda d: script(d / "words", "echo on fire"), "a meter that it can read"),
-        (lambda d: script(d / "stops", f"test -e {d}/2 && exit 1; test -e {d}/1 && touch {d}/2; touch {d}/1; echo 3"), "stops stopped"),
+        (
+            lambda d: script(d / "stops", f"cd {d}; test -e 2 && exit 1; test -e 1 && touch 2; touch 1; echo 3"),
+            "stops stopped",
+        ),
     ],
     ids=["none", "words", "stops"],
 )

@@ -301,7 +301,7 @@ def test_a_machine_that_goes_away_under_load_is_given_up(probe: bytes, monkeypat
                 raise ConnectionLostError("the connection was lost")
             return super().run(argv, timeout_s=timeout_s)
 
-    with Weak() as connection, pytest.raises(ConnectionLostError, match="3 times in turn.*check its power") as caught:
+    with Weak() as connection, pytest.raises(ConnectionLostError, match=r"3 times in turn.*check its power") as caught:
         measure(connection, probe, **SHORT)
     assert connection.commands == ["measure"] * 3
     assert "\n" not in str(caught.value)
@@ -333,6 +333,25 @@ def test_check_here() -> None:
     assert found.runtime
     assert found.cores == len(os.sched_getaffinity(0))
     assert not found.emulated
+
+
+@pytest.mark.parametrize(("free", "ready"), [(100 * 2**20, True), (20 * 2**20, False)])
+def test_a_small_board_needs_little_space(free: int, ready: bool) -> None:
+    """Half of the memory of a small board is what a /tmp there has at most."""
+
+    class Small(LocalConnection):
+        """This machine with a small /tmp."""
+
+        def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
+            done = super().run(argv, timeout_s=timeout_s)
+            if "check" not in argv:
+                return done
+            return dataclasses.replace(done, stdout=json.dumps({**json.loads(done.stdout), "free_bytes": free}))
+
+    with Small() as connection:
+        found = check(connection)
+    assert found.ready is ready
+    assert ready or "or set TMPDIR there" in found.missing[0]
 
 
 def test_a_pillow_that_is_too_old_is_not_fine(tmp_path: Path) -> None:
@@ -370,9 +389,10 @@ def test_a_machine_that_lacks_packages_is_told_how_to_get_them(tmp_path: Path) -
         found = check(connection)
         assert not found.ready
         assert [text.split(":")[0] for text in found.missing] == ["NumPy", "runtime"]
-        assert "pip install" in found.missing[0]
+        # A connection to this machine takes no other Python.
+        assert found.missing[0] == "NumPy: none; pip install 'foxnas-mlflow[device]'"
         connection.put(b"\0\0\0\0TFL3", str(tmp_path / "model.tflite"))
-        with pytest.raises(DeviceError, match="must have NumPy"):
+        with pytest.raises(DeviceError, match=r"must have NumPy.*; pip install 'foxnas-mlflow\[device\]'"):
             measure(connection, tmp_path / "model.tflite")
 
 
