@@ -121,7 +121,7 @@ BUILTIN_TARGETS: Mapping[str, Target] = {
                 predictors="reference",
                 latency_note=(
                     f"milliseconds of a cost model of the Edge TPU ({host}) fitted to published figures, "
-                    "about 10 % off on networks that it has not seen; nothing was measured on your board"
+                    "about 5 % off on networks that it has not seen; nothing was measured on your board"
                 ),
                 machine=machine,
             )

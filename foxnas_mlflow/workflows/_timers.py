@@ -360,7 +360,12 @@ def _open_one(
         yield time
 
 
-def _on_gpu(target: Target, space: SearchSpace, device: str) -> Callable[[Architecture], Timing]:
+def this_gpu(target: Target, device: str) -> tuple[str, str]:
+    """Name of this machine's GPU with the target's batch, and the runtime, as measurements on it have them.
+
+    Raises:
+        DeviceError: If there is none, or the device is not this machine.
+    """
     import_or_raise("torch", extra="train", feature="measuring in PyTorch")
     import torch
 
@@ -370,10 +375,13 @@ def _on_gpu(target: Target, space: SearchSpace, device: str) -> Callable[[Archit
             received=device if device != "local" else "no GPU here",
             remedy="type the command on the machine with the GPU, with device=local",
         )
+    return f"{torch.cuda.get_device_name()}, batch {target.batch}", f"torch {torch.__version__}"
+
+
+def _on_gpu(target: Target, space: SearchSpace, device: str) -> Callable[[Architecture], Timing]:
+    name, runtime = this_gpu(target, device)
     from foxnas_mlflow.devices import invalid_reasons, undisturbed
     from foxnas_mlflow.supernet import time_forward
-
-    name = torch.cuda.get_device_name()
 
     def time(architecture: Architecture) -> Timing:
         samples = time_forward(build_network(space, architecture), batch=target.batch, device="cuda")
@@ -381,8 +389,8 @@ def _on_gpu(target: Target, space: SearchSpace, device: str) -> Callable[[Archit
         return Timing(
             latency_ms=float(np.median(runs)),
             source="measured",
-            device=f"{name}, batch {target.batch}",
-            runtime=f"torch {torch.__version__}",
+            device=name,
+            runtime=runtime,
             n_runs=len(runs),
             problems=invalid_reasons(runs, throttled=None, clock_tick_ms=1e-6),
         )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.measurements import Measurement
     from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet
     from foxnas_mlflow.core.space import SearchSpace
+    from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.devices import DeviceCheck
     from foxnas_mlflow.workflows._timers import Timer
 
@@ -33,7 +34,9 @@ class DeviceRequest(Request):
         positional=True,
     )
     device: str = parameter("local", "The machine: local, ssh://user@host[:port], docker://image.")
-    target: str = parameter("rpi4", "calibrate: target whose space and threads the new one has: a name or a YAML.")
+    target: str = parameter(
+        "rpi4", "calibrate: target whose space, runtime, threads and batch the new one has: a name or a YAML."
+    )
     n_probes: int = parameter(12, "calibrate: networks to measure; more make the cost model surer.", at_least=1)
     n_checks: int = parameter(
         20,
@@ -94,38 +97,59 @@ def run_device(request: DeviceRequest) -> DeviceResult:
     Raises:
         DeviceError: If it cannot be reached, lacks something, or is disturbed; finished probes are kept.
     """
-    from foxnas_mlflow.core.errors import DeviceError
     from foxnas_mlflow.devices import check, connect
 
+    if request.action == "calibrate":
+        return _calibrate(request)
     with connect(request.device) as connection:
         found = check(connection)
-    if request.action == "check":
-        logger.info(_found(found))
+    logger.info(_found(found))
+    _require_ready(found)
+    return DeviceResult(run_id="", device=found.device, summary=_next(request.device))
+
+
+def _require_ready(found: DeviceCheck) -> None:
+    from foxnas_mlflow.core.errors import DeviceError
+
     if not found.ready:
         raise DeviceError(f"{found.connection} cannot measure yet: it lacks {'; '.join(found.missing)}")
-    if request.action == "check":
-        return DeviceResult(run_id="", device=found.device, summary=_next(request.device))
-    return _calibrate(request, found)
 
 
-def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
+def _machine(request: DeviceRequest, base: Target) -> tuple[str, str]:
+    """Name of the machine to calibrate, and its runtime with the target's threads.
+
+    Raises:
+        DeviceError: If it cannot be reached, lacks something, or is emulated.
+    """
+    from foxnas_mlflow.core.errors import DeviceError
+    from foxnas_mlflow.devices import check, connect, with_threads
+    from foxnas_mlflow.workflows._timers import this_gpu
+
+    if base.runtime == "torch":
+        return this_gpu(base, request.device)
+    with connect(request.device) as connection:
+        found = check(connection)
+    _require_ready(found)
+    if found.emulated:
+        raise DeviceError(
+            "only a real processor can be calibrated", received=found.device, remedy="give the board's address"
+        )
+    return found.device, with_threads(found.runtime, base.threads)
+
+
+def _calibrate(request: DeviceRequest) -> DeviceResult:
     import dataclasses
     from pathlib import Path
 
     import yaml
 
     from foxnas_mlflow.core.calibration import calibrate, choose_checks, choose_probes
-    from foxnas_mlflow.core.errors import DeviceError, InvalidInputError
+    from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.core.files import write_atomically
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import BUILTIN_TARGETS, get_target
-    from foxnas_mlflow.devices import with_threads
     from foxnas_mlflow.workflows._timers import open_device
 
-    if found.emulated:
-        raise DeviceError(
-            "only a real processor can be calibrated", received=found.device, remedy="give the board's address"
-        )
     out = Path(request.out)
     if out.suffix not in (".yaml", ".yml") or not out.parent.is_dir():
         raise InvalidInputError("out must be the path of a .yaml file in a directory that exists", received=request.out)
@@ -134,25 +158,28 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
             "a target file is called by its target's name, and that of a built-in target is taken", received=request.out
         )
     base = get_target(request.target)
-    if base.runtime != "litert":
+    if base.runtime == "edgetpu":
         raise InvalidInputError(
-            "a processor with LiteRT is calibrated; target says in which space",
+            "a processor with LiteRT or a GPU with PyTorch is calibrated; target says in which space",
             received=f"the target {base.name} with the runtime {base.runtime}",
-            remedy="give a target with the runtime litert, such as rpi4",
+            remedy="give a target with the runtime litert, such as rpi4, or torch, such as gpu",
         )
     space = get_space(base.space)
+    device, runtime = _machine(request, base)
     target = dataclasses.replace(
         base,
         name=out.stem,
-        description=f"{found.device}, {found.runtime}, {base.threads} thread(s), int8, batch {base.batch}",
+        # A GPU's name has its batch.
+        description=f"{device}, {runtime}, fp32"
+        if base.runtime == "torch"
+        else f"{device}, {runtime}, int8, batch {base.batch}",
         device=request.device,
         predictors=f"{out.stem}-{PREDICTORS}",
-        latency_note=f"milliseconds of a cost model calibrated on {found.device} with {found.runtime}",
-        machine=_pattern(base.machine, found.device),
+        latency_note=f"milliseconds of a cost model calibrated on {device} with {runtime}",
+        machine=_pattern(base.machine, device),
     )
-    machine = found.device, with_threads(found.runtime, base.threads)
-    probes = Table(out.with_name(f"{out.stem}-{MEASUREMENTS}"), machine, space)
-    checks = Table(out.with_name(f"{out.stem}-{CHECKS}"), machine, space)
+    probes = Table(out.with_name(f"{out.stem}-{MEASUREMENTS}"), (device, runtime), space)
+    checks = Table(out.with_name(f"{out.stem}-{CHECKS}"), (device, runtime), space)
     sizes = list(request.image_size) or None
     probes.ask(choose_probes(space, request.n_probes, measured=list(probes.rows), image_sizes=sizes, seed=request.seed))
     checks.ask(choose_checks(space, request.n_checks, image_sizes=sizes, seed=request.seed))
@@ -163,11 +190,11 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
             space,
             target=target.name,
             notes=[
-                f"Latency is calibrated on {found.device} with {found.runtime} from "
+                f"Latency is calibrated on {device} with {runtime} from "
                 f"{len(probes.rows) + len(checks.rows)} measured networks."
             ],
             seed=request.seed,
-            provenance={"device": found.device, "runtime": found.runtime, "threads": base.threads},
+            provenance={"device": device, "runtime": runtime, "threads": base.threads},
             outside=list(checks.rows.values()),
         )
 
@@ -181,7 +208,7 @@ def _calibrate(request: DeviceRequest, found: DeviceCheck) -> DeviceResult:
     metrics = latency.metrics
     return DeviceResult(
         run_id="",
-        device=found.device,
+        device=device,
         target=str(out),
         outside_mape=metrics["outside_mape"],
         stated_confidence=latency.stated_confidence,

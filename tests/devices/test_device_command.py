@@ -20,6 +20,7 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.calibration import calibrate, choose_checks, choose_probes
 from foxnas_mlflow.core.errors import OutOfDomainError
 from foxnas_mlflow.core.measurements import Timing, read_measurements
+from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, load_predictors, reference_latency
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
@@ -47,7 +48,8 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
         (["calibrate", "--n-probes", "3"], "n_probes must be 11 or more"),
         (["calibrate", "--out", "no-such-directory/it.yaml"], "a directory that exists"),
         (["calibrate", "--target", "nope"], "target must be one of"),
-        (["calibrate", "--target", "edgetpu"], "a processor with LiteRT"),
+        (["calibrate", "--target", "edgetpu"], "a processor with LiteRT or a GPU"),
+        (["calibrate", "--target", "gpu", "--device", "ssh://pi@board"], "CUDA GPU of this machine"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -112,6 +114,34 @@ def test_calibrate_this_host_and_go_on(
     Path("base.yaml").write_text("name: base\nspace: small.yaml\nthreads: 2\n")
     assert main([*command, "--n-probes", "12"]) == 2
     assert f"with {rows[0].runtime}, 2 threads alone" in capsys.readouterr().err
+
+
+@pytest.mark.train
+def test_a_gpu_is_calibrated_as_a_board_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stand-in for a GPU: this machine's processor, called one."""
+    torch = pytest.importorskip("torch")
+    from foxnas_mlflow import supernet
+    from foxnas_mlflow.supernet import _timing
+
+    def time_forward(network: Network, *, batch: int, device: str) -> list[float]:
+        assert device == "cuda"
+        return _timing.time_forward(network, batch=batch, device="cpu", runs=5, warmup_seconds=0)
+
+    monkeypatch.chdir(tmp_path)
+    shorten(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Stand-in")
+    monkeypatch.setattr(supernet, "time_forward", time_forward)
+    Path("small.yaml").write_text(yaml.safe_dump(TINY_CPU.to_dict()))
+    Path("base.yaml").write_text("name: base\nspace: small.yaml\nruntime: torch\nbatch: 2\ndevice: local\n")
+    assert main(["device", "calibrate", "--target", "base.yaml", "--out", "mine.yaml", "--n-checks", "3"]) == 0
+    rows = [*read_measurements("mine-measurements.csv"), *read_measurements("mine-checks.csv")]
+    assert {(row.device, row.runtime) for row in rows} == {("Stand-in, batch 2", f"torch {torch.__version__}")}
+    target = get_target("mine.yaml")
+    assert (target.runtime, target.batch, target.device) == ("torch", 2, "local")
+    assert target.description == f"Stand-in, batch 2, torch {torch.__version__}, fp32"
+    (latency,) = load_predictors(target.predictors).latency
+    assert latency.metrics["n_samples"] == len(rows)
 
 
 @pytest.mark.parametrize(
