@@ -387,7 +387,8 @@ def load_dataset(
         sizes: Sizes in pixels that images will be asked for at: their pixels are found where they are kept.
         keep: Decode and keep those that are not, as far as there is room; see `foxnas_mlflow.data._cache`.
         digest: What it had when work on it began. Where only few files differ since, mended, broken or removed, it
-            is the same set still: what is not there any more is skipped, what was not there is left out.
+            is the same set still: what is not there any more is skipped, what was replaced is used as it is now, what
+            was not there is left out.
         background: Grey level, 0 to 255, behind transparent parts of pictures.
 
     Raises:
@@ -939,15 +940,17 @@ def _as_begun(now: Listing, digest: str, source: str, reading: _Reading) -> List
 def _gone_on_with(
     begun: Listing, now: Listing, roots: Mapping[str, Path], source: str, reading: _Reading
 ) -> ImageDataset:
-    """The data set as it was listed; pictures that are not as they were are broken."""
+    """The data set as it was listed; pictures that are not whole any more are broken, others are as they are now."""
     looked: dict[str, _Looked] = {}
     lost: list[str] = []
+    replaced: list[str] = []
     for name, part in begun.parts.items():
         paths = Paths(roots[name], part.names)
         facts, n_bytes, pixels = look_through(paths, reading.sizes, keep=reading.keep)
         looked[name] = _Looked(paths, part, facts, pixels)
-        gone = part.whole & ~(facts["whole"] & (n_bytes == part.n_bytes))
-        lost += [str(path) for path in paths.take(np.flatnonzero(gone))]
+        others = facts["whole"] & (n_bytes != part.n_bytes)
+        lost += [str(path) for path in paths.take(np.flatnonzero(part.whole & ~facts["whole"]))]
+        replaced += [str(path) for path in paths.take(np.flatnonzero(part.whole & others))]
     dataset = _of_parts(looked, begun.labels, source, reading.digest, (), reading)
     n_new = now.n_whole - (begun.n_whole - len(lost))
     notes = []
@@ -955,6 +958,11 @@ def _gone_on_with(
         notes.append(
             f"{len(lost)} pictures of when work on them began are not whole any more and are skipped: "
             f"{', '.join(lost[:5])}"
+        )
+    if replaced:
+        notes.append(
+            f"{len(replaced)} pictures were replaced since work on them began, and are used as they are now: "
+            f"{', '.join(replaced[:5])}"
         )
     if n_new:
         notes.append(f"{n_new} pictures that were damaged or not there when work on them began are left out")
