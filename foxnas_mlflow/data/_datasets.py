@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import hashlib
 import importlib.util
 import itertools
@@ -23,7 +22,7 @@ import re
 import shlex
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,16 +40,19 @@ from foxnas_mlflow.data._look import FACTS, LOOKS, STATISTICS_SIDE
 from foxnas_mlflow.data._names import Names, Paths
 from foxnas_mlflow.data._sources import (
     LIST_SUFFIXES,
+    UNREADABLE,
     Pictures,
     find_parts,
     find_root,
     is_idx,
     is_junk,
+    open_unpacked,
     pictures_of,
     pictures_of_list,
     reader_for,
     subfolders,
     unread_words,
+    validated_on,
 )
 from foxnas_mlflow.data.preprocess import (
     MAX_PIXELS,
@@ -756,13 +758,20 @@ def _idx(path: Path, source: str, val_fraction: float, seed: int) -> ImageDatase
                 received=f"{images.shape} and {targets.shape}",
             )
         parts[part] = ArrayImages(images[..., None], targets.astype(np.int64))
-    n_classes = int(parts["train"].targets.max()) + 1
-    if "t10k" in parts and int(parts["t10k"].targets.max()) >= n_classes:
-        raise InvalidInputError("every class of the test files must be in the training files", received=str(path))
-    labels = _FASHION_LABELS if source == "fashion-mnist" else [str(i) for i in range(n_classes)]
-    return _assemble(
+    # Some begin with 1, as EMNIST's letters do.
+    present = np.unique(parts["train"].targets)
+    for part, labelled in parts.items():
+        extra = np.setdiff1d(labelled.targets, present)
+        if len(extra):
+            raise InvalidInputError(
+                "every class of the test files must be in the training files", received=f"class {extra[0]} in {path}"
+            )
+        parts[part] = dataclasses.replace(labelled, targets=np.searchsorted(present, labelled.targets))
+    labels = _FASHION_LABELS if source == "fashion-mnist" else [str(label) for label in present]
+    dataset = _assemble(
         source, labels, parts["train"], parts.get("t10k"), 1, digest.hexdigest(), split=(val_fraction, seed)
     )
+    return dataclasses.replace(dataset, notes=(validated_on("t10k"),)) if "t10k" in parts else dataset
 
 
 _FASHION_LABELS = [
@@ -785,13 +794,12 @@ def _find_idx(path: Path, part: str, kind: str) -> Path | None:
 
 def _read_idx(path: Path) -> ImageArray:
     """An IDX file of unsigned bytes, compressed with gzip or not."""
-    opener: Callable[..., gzip.GzipFile] = gzip.open if path.suffix == ".gz" else open  # type: ignore[assignment]
     try:
-        with opener(path, "rb") as file:
+        with open_unpacked(path) as file:
             zeros, kind, n_dimensions = struct.unpack(">HBB", file.read(4))
             shape = struct.unpack(f">{n_dimensions}I", file.read(4 * n_dimensions))
             data = file.read()
-    except (OSError, EOFError, struct.error) as error:
+    except (*UNREADABLE, struct.error) as error:
         raise InvalidInputError("an IDX file must be readable", received=path.name) from error
     if zeros != 0 or kind != 8 or len(data) != int(np.prod(shape)):
         raise InvalidInputError("an IDX file must hold unsigned bytes of the size it states", received=path.name)
@@ -828,7 +836,7 @@ def _list(path: Path, source: str, reading: _Reading) -> ImageDataset:
         found[name].groups.append(group)
     dataset = _pictures(found, sorted(set(every.labels)), source, reading, is_list=True)
     split = {part: set(pictures.groups) for part, pictures in found.items()}
-    return dataclasses.replace(dataset, notes=(*dataset.notes, *_straddling(split)))
+    return dataclasses.replace(dataset, notes=(*dataset.notes, *every.notes, *_straddling(split)))
 
 
 def _straddling(groups: Mapping[str, set[str]]) -> Iterator[str]:

@@ -8,10 +8,12 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.data._names import Names
@@ -48,6 +50,9 @@ _SUFFIXES: Mapping[str, str] = {
     ".heif": "HEIF",
 }
 _JUNK = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle.bin", "lost+found"})
+UNREADABLE = (OSError, EOFError, zlib.error)
+"""What reading a file that may be packed with gzip raises where it is damaged."""
+
 _IDX_HEADERS = tuple(bytes((0, 0, 8, n)) for n in (1, 3))
 
 
@@ -62,6 +67,7 @@ class Pictures:
         parts: ``train``, ``val`` or ``test``; empty where the source does not say.
         groups: The group that each belongs to; none where the source has no groups.
         unread: How many files of each suffix are not read.
+        notes: What a user should know of the source.
     """
 
     root: Path
@@ -70,6 +76,7 @@ class Pictures:
     parts: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
 
 def is_junk(name: str) -> bool:
@@ -80,14 +87,21 @@ def is_junk(name: str) -> bool:
 def is_idx(path: Path) -> bool:
     """Whether a file begins as an IDX file of labels or grey images does, compressed with gzip or not."""
     try:
-        with path.open("rb") as file:
-            header = file.read(4)
-        if header[:2] == b"\x1f\x8b":
-            with gzip.open(path, "rb") as packed:
-                header = packed.read(4)
-    except (OSError, EOFError):
+        with open_unpacked(path) as file:
+            return file.read(4) in _IDX_HEADERS
+    except UNREADABLE:
         return False
-    return header in _IDX_HEADERS
+
+
+def open_unpacked(path: Path) -> BinaryIO:
+    """A file's bytes; unpacked where they begin as gzip does, whatever its name ends with.
+
+    Raises:
+        OSError: If it cannot be opened; reading it may raise any of `UNREADABLE`.
+    """
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")
 
 
 def find_root(path: Path) -> Path:
@@ -136,20 +150,26 @@ def find_parts(root: Path) -> tuple[dict[str, Path], list[str]]:
                 f"one folder is the part '{part}'", received=f"{found[part].name} and {name}", remedy="remove one"
             )
         found[part] = folder
+    notes = [f"{name} is not used: it has no class folders of a part" for name in others]
     if "val" not in found and "train" in found and "test" in found:
         found["val"] = found.pop("test")
-    unused = [f"{name} is not used: it has no class folders of a part" for name in others]
+        notes.append(validated_on(found["val"].name))
     if {"train", "val"} <= set(found):
-        return found, unused
+        return found, notes
     if (found or len(folders) > 1) and None not in meant.values():
         if "train" in found and others:
-            return {"": found["train"]}, unused
+            return {"": found["train"]}, notes
         raise InvalidInputError(
             "a folder with a split needs both 'train' and 'val', with one folder a class in each",
             received=sorted(folders),
             remedy="add the other, or put the class folders at the top",
         )
     return {"": root}, _doubts(inside, found)
+
+
+def validated_on(test: str) -> str:
+    """What a user should know where test images are all that there is to validate on."""
+    return f"{test} is validated on, as there is no val: networks are chosen by it, and no images are held out"
 
 
 def _doubts(inside: Mapping[str, tuple[str, ...]], parts: Mapping[str, Path]) -> list[str]:
@@ -250,7 +270,8 @@ def pictures_of_list(path: Path) -> Pictures:
         raise InvalidInputError("every line of a list has a group, or none has", received=path.name)
     if any(found.parts) and not all(found.parts):
         raise InvalidInputError("every line of a list has a split, or none has", received=path.name)
-    if "val" not in found.parts:
+    if "val" not in found.parts and "test" in found.parts:
+        found.notes.append(validated_on("test"))
         found.parts = ["val" if part == "test" else part for part in found.parts]
     if any(found.parts) and not {"train", "val"} <= set(found.parts):
         raise InvalidInputError("a list with a split needs both 'train' and 'val'", received=sorted(set(found.parts)))

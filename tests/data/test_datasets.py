@@ -138,20 +138,57 @@ def test_damaged_files_are_named_and_left_out_below_a_limit(tmp_path: Path) -> N
         load_dataset(str(tmp_path))
 
 
+def write_idx(folder: Path, part: str, images: np.ndarray, targets: np.ndarray, *, compress: bool = False) -> None:
+    for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", targets)):
+        data = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+        data += array.astype(np.uint8).tobytes()
+        (folder / f"{name}{'.gz' if compress else ''}").write_bytes(gzip.compress(data) if compress else data)
+
+
 @pytest.mark.parametrize("compress", [True, False])
 def test_idx_files(tmp_path: Path, rng: np.random.Generator, compress: bool) -> None:
-    images, targets = rng.integers(0, 256, (30, 6, 6), dtype=np.uint8), np.tile([0, 1, 2], 10).astype(np.uint8)
-    for name, array in (("train-images-idx3-ubyte", images), ("train-labels-idx1-ubyte", targets)):
-        data = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-        if compress:
-            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
-        else:
-            (tmp_path / name).write_bytes(data)
+    images = rng.integers(0, 256, (30, 6, 6), dtype=np.uint8)
+    write_idx(tmp_path, "train", images, np.tile([0, 1, 2], 10), compress=compress)
     dataset = load_dataset(str(tmp_path))
     assert dataset.n_classes == 3
     assert len(dataset.val) == 6
     got = {dataset.train[i].tobytes() for i in range(len(dataset.train))}
     assert got < {x.tobytes() for x in images}
+    assert not dataset.notes
+
+
+def test_idx_labels_that_begin_with_one_are_classes(tmp_path: Path, rng: np.random.Generator) -> None:
+    images, labels = rng.integers(0, 256, (30, 6, 6), dtype=np.uint8), np.tile([1, 2, 26], 10)
+    write_idx(tmp_path, "train", images, labels)
+    write_idx(tmp_path, "t10k", images[:3], labels[:3])
+    dataset = load_dataset(str(tmp_path))
+    assert dataset.labels == ("1", "2", "26")
+    assert dataset.train.targets.tolist() == [0, 1, 2] * 10
+    assert dataset.val.targets.tolist() == [0, 1, 2]
+    assert dataset.notes == (
+        "t10k is validated on, as there is no val: networks are chosen by it, and no images are held out",
+    )
+    write_idx(tmp_path, "t10k", images[:3], np.array([1, 2, 3]))
+    with pytest.raises(InvalidInputError, match="must be in the training files; received class 3 in"):
+        load_dataset(str(tmp_path))
+
+
+def test_an_idx_file_is_known_by_what_it_begins_with(tmp_path: Path, rng: np.random.Generator) -> None:
+    write_idx(tmp_path, "train", rng.integers(0, 256, (30, 6, 6)), np.tile([0, 1], 15), compress=True)
+    images, labels = tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.decompress(labels.read_bytes()))
+    assert load_dataset(str(tmp_path)).n_classes == 2
+    packed = bytearray(images.read_bytes())
+    packed[len(packed) // 2 :] = b"\xff" * (len(packed) - len(packed) // 2)
+    images.write_bytes(packed)
+    with pytest.raises(InvalidInputError, match=r"must be readable; received train-images-idx3-ubyte\.gz"):
+        load_dataset(str(tmp_path))
+
+
+def test_an_archive_that_is_damaged_spoils_no_folder_of_pictures(tmp_path: Path) -> None:
+    write_classes(tmp_path, 4)
+    (tmp_path / "backup.gz").write_bytes(gzip.compress(b"")[:10] + b"\xff" * 20)
+    assert load_dataset(str(tmp_path)).labels == ("cat", "dog")
 
 
 def test_unusable_sources_are_refused(tmp_path: Path) -> None:
@@ -234,7 +271,10 @@ def test_parts_behind_a_common_prefix_in_folders_of_their_own_names(tmp_path: Pa
     dataset = load_dataset(str(tmp_path))
     assert dataset.labels == ("cat", "dog")
     assert (len(dataset.train), len(dataset.val)) == (24, 6)
-    assert dataset.warnings() == ["seg_pred is not used: it has no class folders of a part"]
+    assert dataset.warnings() == [
+        "seg_pred is not used: it has no class folders of a part",
+        "seg_test is validated on, as there is no val: networks are chosen by it, and no images are held out",
+    ]
 
 
 def test_classes_that_may_be_parts_are_named(tmp_path: Path) -> None:
@@ -319,6 +359,7 @@ def test_a_list_of_pictures(tmp_path: Path, suffix: str) -> None:
     dataset = load_dataset(str(path))
     assert dataset.labels == ("a", "b")
     assert (len(dataset.train), len(dataset.val)) == (8, 4)
+    assert "test is validated on, as there is no val" in " ".join(dataset.notes)
     path.write_text(lines[0].replace("label", "other") + "\n" + lines[1].replace("label", "other"), encoding="utf-8")
     with pytest.raises(InvalidInputError, match="needs a 'file' and a 'label'"):
         load_dataset(str(path))
