@@ -238,7 +238,7 @@ def _train_and_register(
         "batch_size": batches.batch_size,
         "flip": batches.flip,
         "augment": batches.augment,
-        "init": request.init,
+        "init": state.origin.get("init", ""),
         "teacher": request.teacher,
         "sampling": request.sampling,
         "background": request.background,
@@ -360,16 +360,20 @@ def _begin(
         "world_size": worker.world_size,
         "seed": request.seed,
     }
-    origin |= {key: getattr(request, key) for key in ("teacher", "class_weights", "sampling", "background")}
+    origin |= {key: getattr(request, key) for key in ("init", "teacher", "class_weights", "sampling", "background")}
     if not request.resume:
         state.origin = origin
         return state, batches
-    differing = sorted(key for key in {*origin, *state.origin} if state.origin.get(key) != origin.get(key))
+    # What is resumed has its weights, and names no others.
+    compared = {*origin, *state.origin} - {"init"}
+    differing = sorted(key for key in compared if state.origin.get(key) != origin.get(key))
     if request.epochs not in (0, state.config.epochs):
         differing.append("epochs")
     if request.learning_rate not in (0, state.config.learning_rate / worker.world_size):
         differing.append("learning_rate")
-    differing += [key for key in ("strategy", "accumulate") if getattr(request, key) != getattr(state.config, key)]
+    differing += [
+        key for key in ("strategy", "accumulate", "ema") if getattr(request, key) != getattr(state.config, key)
+    ]
     if differing:
         raise InvalidInputError(
             "a training is resumed with the parameters that it was begun with",

@@ -118,8 +118,8 @@ def test_an_interrupted_training_goes_on_from_its_run(
     assert resumed.info.status == "FINISHED"
     capsys.readouterr()
     for other, told in (
-        (["--seed", "1", "--learning-rate", "0.5", "--augment", "yes", "--flip", "yes"],
-         "received other augment, flip, seed, learning_rate"),
+        (["--seed", "1", "--learning-rate", "0.5", "--augment", "yes", "--flip", "yes", "--ema", "0.5"],
+         "received other augment, flip, seed, learning_rate, ema"),
         (["--space", "tpu"], "space"),
     ):  # fmt: skip
         assert main([*command, *other, "--resume", killed.info.run_id]) == 2
@@ -181,6 +181,7 @@ def test_once_for_all_weights_begin_a_training(
     import mlflow
     import torch
 
+    from foxnas_mlflow.flavor import load_model
     from tests.supernet.test_once_for_all import shapes_of, weights_of
 
     torch.save({"state_dict": weights_of(shapes_of("mbv3", 0.35))}, tmp_path / "net")
@@ -189,7 +190,12 @@ def test_once_for_all_weights_begin_a_training(
     out = capsys.readouterr().out
     assert "once-for-all's MobileNetV3" in out
     assert "one input channel" in out
-    assert mlflow.MlflowClient().search_runs(["0"])[0].data.tags["foxnas.space"] == "cpu-tiny"
+    (run,) = mlflow.MlflowClient().search_runs(["0"])
+    assert run.data.tags["foxnas.space"] == "cpu-tiny"
+    # What goes on with it is from the same weights.
+    assert main([*argv[:-2], "--resume", run.info.run_id]) == 0
+    for version in "12":
+        assert load_model(f"models:/foxnas-supernet/{version}").config["init"] == str(tmp_path / "net")
     # Weights of other blocks do not fit.
     assert main([*argv, "--space", "proxyless"]) == 2
     assert "first to differ is" in capsys.readouterr().err
