@@ -77,7 +77,11 @@ class Batches:
         return len(self.images) // (self.batch_size * self._world_size)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from index `start`: (n, c, s, s) float32 normalised, (n,) int64."""
+        """The batches of an epoch from index `start`: (n, c, s, s) float32 normalised, (n,) int64.
+
+        Raises:
+            InvalidInputError: If no image of a batch can be read any more.
+        """
         rng = np.random.default_rng([self._seed, epoch])
         order = balanced_order(self.images.targets, rng) if self._balanced else rng.permutation(len(self.images))
         step = self.batch_size * self._world_size
@@ -90,8 +94,15 @@ class Batches:
         for pixels, targets, skipped in self._read(chosen):
             if skipped and isinstance(self.images, FileImages):
                 self.images.say_broken(skipped)
-            if len(targets) > 1:  # Batch norm has no variance of one image.
-                yield self._normalized(pixels), targets
+            if not len(targets):
+                raise InvalidInputError(
+                    "the images of a batch must be readable",
+                    received=f"none of {len(skipped)}",
+                    remedy="look whether they are where they were, and run the same command again: it continues",
+                )
+            if len(targets) == 1:  # Batch norm has no variance of one image.
+                pixels, targets = pixels.repeat(2, 1, 1, 1), targets.repeat(2)
+            yield self._normalized(pixels), targets
 
     def _read(self, chosen: Sequence[_Chosen]) -> Iterable[_Read]:
         """Bytes of each batch, varied."""

@@ -26,7 +26,7 @@ _BATCH = 250
 
 
 def recalibrate(plain: PlainNetwork, batches: Iterable[Tensor]) -> None:
-    """Compute the statistics of all batch norms anew: their mean over batches of normalised images.
+    """Compute the statistics of all batch norms anew: their mean over batches of normalised images, by images.
 
     The statistics of a supernet mix those of all its subnets, so a subnet needs its own. Leaves
     the network in evaluation mode.
@@ -34,10 +34,12 @@ def recalibrate(plain: PlainNetwork, batches: Iterable[Tensor]) -> None:
     norms = list(norms_of(plain))
     moments = [norm.momentum for norm in norms]
     plain.train()
+    n_seen = 0
     with torch.no_grad():
-        for i, batch in enumerate(batches):
+        for batch in batches:
+            n_seen += len(batch)
             for norm in norms:
-                norm.momentum = 1 / (i + 1)
+                norm.momentum = len(batch) / n_seen
             plain(batch)
     for norm, momentum in zip(norms, moments, strict=True):
         norm.momentum = momentum
@@ -128,8 +130,10 @@ class SubnetEvaluator:
                 raise InvalidInputError("the images must be readable", received="none is any more")
             self._cache[key] = np.concatenate([p for p, _ in read]), np.concatenate([t for _, t in read])
         pixels, targets = self._cache[key]
-        for start in range(0, len(pixels), _BATCH):
-            normalized = self._dataset.normalization(pixels[start : start + _BATCH])
+        # Even ones: batch norm has no variance of one image that is left over.
+        for batch in np.array_split(np.arange(len(pixels)), -(-len(pixels) // _BATCH)):
+            part = slice(batch[0], batch[-1] + 1)
+            normalized = self._dataset.normalization(pixels[part])
             # Channels stay last in memory: up to 1.8 times as fast for colour images on a processor without AVX-512.
             x = torch.from_numpy(normalized).to(self._device).permute(0, 3, 1, 2)
-            yield x, targets[start : start + _BATCH]
+            yield x, targets[part]

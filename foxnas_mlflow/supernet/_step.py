@@ -114,8 +114,8 @@ def set_gradients(
     config, strategy = state.config, strategy_of(state.config)
     rng = np.random.default_rng([config.seed, int(Stream.TRAINED_SUBNETS), state.step])
     networks = strategy.prepare(state.network, workers.copies, phase, rng)
-    # In parts, for memory: every part adds its share of the batch's mean.
-    parts = torch.arange(len(images)).tensor_split(config.accumulate)
+    # In parts, for memory: every part adds its share of the batch's mean, and has two images at least for batch norm.
+    parts = torch.arange(len(images)).tensor_split(min(config.accumulate, max(len(images) // 2, 1)))
     losses: list[Tensor] = [images.new_zeros(())] * len(networks)
     first: list[Future[Tensor]] = [Future() for _ in parts]
     weights = torch.tensor(config.class_weights, device=images.device) if config.class_weights else None

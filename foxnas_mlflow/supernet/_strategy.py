@@ -115,8 +115,9 @@ class ProgressiveShrinking(_Elastic):
             state.teacher = {name: t.detach().clone() for name, t in largest.state_dict().items()}
         elif phase == self._EXPANSIONS:
             supernet.sort_channels()
-            # Its velocities are those of other channels now.
+            # Its velocities and averages are those of other channels now.
             optimizer.velocity.clear()
+            state.average.clear()
 
     def draw(self, space: SearchSpace, phase: int, rng: np.random.Generator) -> list[Architecture]:
         limited = space.replace(

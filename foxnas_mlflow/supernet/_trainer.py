@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812 - the field's own name
 from torch import Tensor
 
-from foxnas_mlflow.core.errors import TrainingError, WorkerLostError
+from foxnas_mlflow.core.errors import InvalidInputError, TrainingError, WorkerLostError
 from foxnas_mlflow.supernet._distributed import GradientAverage, average_statistics, distributed, mean_over_ranks
 from foxnas_mlflow.supernet._modes import resolved
 from foxnas_mlflow.supernet._optimizer import (
@@ -120,13 +120,14 @@ class Trainer:
         Raises:
             TrainingError: If the loss is not finite; the last good checkpoint stays.
             WorkerLostError: If processes that read images ended; a checkpoint has what is done.
+            InvalidInputError: If images cannot be read any more; a checkpoint has what is done.
         """
         state = self._state
         state.config = resolved(state, self._n_steps, lambda: next(self._batches.epoch(0)), self._teacher, self._device)
         with held_signals() as arrived, Workers(self._network, state.config.workers) as workers:
             try:
                 stopped = self._run_epochs(workers, arrived)
-            except WorkerLostError:
+            except (WorkerLostError, InvalidInputError):
                 # What ends a service or a container is a signal to all its processes: the readers are gone first.
                 stopped = bool(arrived)
                 if not stopped:

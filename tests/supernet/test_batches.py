@@ -13,8 +13,8 @@ import pytest
 torch = pytest.importorskip("torch")
 image = pytest.importorskip("PIL.Image")
 
-from foxnas_mlflow.core.errors import WorkerLostError  # noqa: E402
-from foxnas_mlflow.data import ArrayImages, ImageSet, Normalization, Variations, load_dataset  # noqa: E402
+from foxnas_mlflow.core.errors import InvalidInputError, WorkerLostError  # noqa: E402
+from foxnas_mlflow.data import ArrayImages, FileImages, ImageSet, Normalization, Variations, load_dataset  # noqa: E402
 from foxnas_mlflow.data._vary import colour_matrix  # noqa: E402
 from foxnas_mlflow.supernet import Batches  # noqa: E402
 
@@ -130,6 +130,28 @@ def test_crops_of_kept_pixels_and_of_files_show_the_same(tmp_path: Path, monkeyp
     assert float((x - y).abs().mean()) < 0.02
     unchanged = [next(batches_of(images, augment=False).epoch(0))[0] for images in sets]
     assert torch.equal(*unchanged)
+
+
+def test_no_batch_is_left_out_where_pictures_break(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training counts its steps by them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i, x in enumerate(pictures(12).images):
+            image.fromarray(np.roll(x, ord(name), axis=2)).save(tmp_path / "data" / name / f"{i}.png")
+    images = load_dataset(str(tmp_path / "data"), sizes=(64,), keep=False).train
+    assert isinstance(images, FileImages)
+    batches = batches_of(images, batch_size=4)
+    first = np.random.default_rng([5, 0]).permutation(len(images))[:4]
+    for i in first[1:]:
+        Path(images.paths[int(i)]).write_bytes(b"broken")
+    epoch = list(batches.epoch(0))
+    assert len(epoch) == len(batches)
+    # Batch norm has no variance of one image.
+    assert epoch[0][1].tolist() == [images.targets[first[0]]] * 2
+    Path(images.paths[int(first[0])]).write_bytes(b"broken")
+    with pytest.raises(InvalidInputError, match="must be readable; received none of 4; look"):
+        next(batches.epoch(0))
 
 
 def test_balanced_sampling_shows_every_class_as_often_and_its_images_in_turn() -> None:

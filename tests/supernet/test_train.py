@@ -35,9 +35,9 @@ from foxnas_mlflow.supernet import (
 )
 from foxnas_mlflow.supernet._distributed import GradientAverage
 from foxnas_mlflow.supernet._modes import _fastest, _likely, fastest_workers, resolved
-from foxnas_mlflow.supernet._optimizer import Sgd, learning_rate
+from foxnas_mlflow.supernet._optimizer import Sgd, learning_rate, sgd
 from foxnas_mlflow.supernet._step import Workers, set_gradients
-from foxnas_mlflow.supernet._strategy import Sandwich
+from foxnas_mlflow.supernet._strategy import ProgressiveShrinking, Sandwich
 from foxnas_mlflow.workflows._request import PresetName
 
 pytestmark = pytest.mark.train
@@ -418,15 +418,26 @@ def test_batches_depend_on_seed_epoch_and_index_only(digits) -> None:
 def test_recalibration_gives_the_mean_of_the_batches_statistics(digits) -> None:
     supernet = Supernet(SPACE).eval()
     plain = supernet.extract(SPACE.largest())
-    images = [torch.randn(50, 1, 12, 12) for _ in range(3)]
+    images = [torch.randn(n, 1, 12, 12) + n for n in (50, 50, 20)]
     recalibrate(plain, images)
     stem = plain.get_submodule("stem.conv")
     expected = []
     for batch in images:
         padded = torch.nn.functional.pad(batch, (0, 1, 0, 1))
         expected.append(torch.nn.functional.conv2d(padded, stem.weight, None, 2).mean((0, 2, 3)))
-    torch.testing.assert_close(stem.norm.running_mean, torch.stack(expected).mean(0), rtol=1e-4, atol=1e-6)
+    # Images count alike, in a small last batch too.
+    mean = torch.tensor([50.0, 50.0, 20.0]) @ torch.stack(expected) / 120
+    torch.testing.assert_close(stem.norm.running_mean, mean, rtol=1e-4, atol=1e-6)
     assert not plain.training
+
+
+def test_no_image_is_left_over_for_recalibration() -> None:
+    """One image at one pixel has no variance."""
+    space = SPACE.replace(image_sizes=(4,))
+    images = ArrayImages(np.random.default_rng(0).integers(0, 256, (251, 4, 4, 1), dtype=np.uint8), np.arange(251) % 10)
+    dataset = dataclasses.replace(few_digits(), train=images, val=images)
+    evaluation = SubnetEvaluator(Supernet(space), dataset).evaluate(space.smallest())
+    assert evaluation.n_images == 251
 
 
 @pytest.mark.slow
@@ -487,6 +498,23 @@ def new_step(accumulate: int) -> tuple[TrainingState, Tensor, Tensor]:
 
     state = new_state(epochs=1, accumulate=accumulate, workers=1)
     return state, torch.randn(16, 1, 12, 12), torch.arange(16) % 10
+
+
+def test_parts_of_a_batch_with_broken_pictures_have_two_images() -> None:
+    state, images, targets = new_step(8)
+    with Workers(state.network.train(), 1) as workers:
+        # As many as are left of 16; at one pixel batch norm refuses a part of one.
+        loss = set_gradients(state, images[:5, :, :4, :4], targets[:5], workers)
+    assert loss.isfinite()
+
+
+def test_sorted_channels_are_not_averaged_with_those_before() -> None:
+    state = new_state(strategy="progressive_shrinking", ema=0.9)
+    state.average = {name: p.detach().clone() for name, p in state.network.named_parameters()}
+    strategy = ProgressiveShrinking(state.config)
+    strategy.begin(3, state, sgd(state.network, state.config))
+    for name, p in state.network.named_parameters():
+        torch.testing.assert_close(state.average.get(name, p), p)
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])
