@@ -678,7 +678,7 @@ def test_a_space_is_fitted_whatever_its_columns_have_in_common(space: SearchSpac
     ms = get_formula("calibrated", "latency_ms").design(space, networks).sum(axis=1)
     capacity = np.array([sum(b.expansion * b.kernel for s in a.stages for b in s.blocks) for a in networks])
     accuracy = 90 - 20 * np.exp(-capacity / 100) + rng.normal(0, 0.1, len(networks))
-    rows = [Measurement(a, *figures, "measured") for a, *figures in zip(networks, accuracy, ms, strict=True)]
+    rows = [Measurement(a, float(y), float(t), "measured") for a, y, t in zip(networks, accuracy, ms, strict=True)]
     fit = fit_predictors(rows[:70], space)
     assert not fit.refused
     table = fit.predictors.predict_table(networks[70:])
