@@ -244,11 +244,13 @@ class EdgeDeploymentClient(BaseDeploymentClient):
             raise InvalidInputError(f"the target edge deploys the flavor {FLAVOR_NAME!r} only", received=flavor)
         options = Options.from_config(config)
         _checked(name)
-        info = mlflow.models.get_model_info(model_uri)
+        # An alias may move meanwhile: what is looked up, copied and written down is one version.
+        source = _resolved(model_uri)
+        info = mlflow.models.get_model_info(source)
         kind = info.flavors.get(FLAVOR_NAME, {}).get("kind", "another flavor")
         with tempfile.TemporaryDirectory() as directory:
             # What is checked is what is deployed: its files are downloaded once, and its seal looked up by its URI.
-            model = load_model(model_uri, directory)
+            model = load_model(source, directory)
             if options.verify_key is not None:
                 (description,) = Path(directory).rglob(MLMODEL_FILE_NAME)
                 check_signed(description.parent, info.model_id, options.verify_key)
@@ -258,7 +260,7 @@ class EdgeDeploymentClient(BaseDeploymentClient):
                     received=f"{model_uri}: {kind}",
                     remedy="convert a subnet with: foxnas quantize",
                 )
-            files = bundle(model, options, name=name, kind=kind, source=_resolved(model_uri), model_id=info.model_id)
+            files = bundle(model, options, name=name, kind=kind, source=source, model_id=info.model_id)
         with _board(self.target_uri) as board:
             return _public(board.deploy(name, files, options.service, new=new))
 

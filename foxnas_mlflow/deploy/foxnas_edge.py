@@ -24,7 +24,7 @@ from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidIn
 from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.data.preprocess import MAX_PIXELS, Preprocessing
 from foxnas_mlflow.data.received import checked_pixels, received_image
-from foxnas_mlflow.deploy.layout import RunnerError, read_json
+from foxnas_mlflow.deploy.layout import RunnerError, current, read_json
 from foxnas_mlflow.runtime import Classifier, float_level
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def load(directory: str | Path) -> Model:
     Raises:
         RunnerError: If there is none, or the runtime cannot open the model.
     """
-    return Model(Path(directory).expanduser())
+    return Model(Path(directory).expanduser().absolute())
 
 
 class Version:
@@ -161,11 +161,9 @@ class Model:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._pointer = directory / "current"
+        self._directory = directory
         self._lock = threading.Lock()
-        if not self._pointer.exists():
-            raise RunnerError("no_deployment", str(directory))
-        self._version = Version(self._pointer.resolve())
+        self._opened, self._version = self._open_active()
 
     @property
     def version(self) -> str:
@@ -185,8 +183,21 @@ class Model:
     def classify(self, image: Any, *, top_k: int = 1) -> dict[str, Any]:
         """Label and probabilities of an image: see `Version.classify`."""
         with self._lock:
-            active = self._pointer.resolve()
-            if active != self._version.directory:
-                self._version = Version(active)
+            if _identity(self._active()) != self._opened:
+                self._opened, self._version = self._open_active()
             (row,) = self._version.classify([image], top_k=top_k)
             return row
+
+    def _open_active(self) -> tuple[tuple[Any, ...], Version]:
+        active = self._active()
+        # Taken first: what takes its place while it is opened is another one at the next call.
+        return _identity(active), Version(active)
+
+    def _active(self) -> Path:
+        return current(self._directory.parent, self._directory.name)
+
+
+def _identity(version: Path) -> tuple[Any, ...]:
+    """What tells a version from all others: numbers begin anew in a deployment that was deleted and made again."""
+    status = (version / "deployment.json").stat()
+    return version, status.st_dev, status.st_ino, status.st_ctime_ns
