@@ -18,6 +18,7 @@ import hmac
 import json
 import logging
 import re
+import socket
 import ssl
 import threading
 import time
@@ -153,17 +154,19 @@ def receiving(
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             # A sender that went away, or one that does not speak TLS.
             logger.debug("a connection of %s failed", client_address, exc_info=True)
 
+    place = f"[{host}]" if ":" in host else host
     try:
         server = Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise InvalidInputError(
             f"the receiver needs an address and a port that are free ({getattr(error, 'strerror', None) or error})",
-            received=f"{host}:{port}",
+            received=f"{place}:{port}",
             remedy="give others with --host and --port",
         ) from None
     try:
@@ -180,7 +183,7 @@ def receiving(
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         thread.start()
         try:
-            yield f"http{'s' if certificate else ''}://{host}:{server.server_port}/"
+            yield f"http{'s' if certificate else ''}://{place}:{server.server_port}/"
         finally:
             server.shutdown()
             thread.join()

@@ -105,6 +105,16 @@ def certificate(path: Path) -> Path:
     return path
 
 
+@pytest.mark.skipif(
+    f"{1:032x}" not in (Path("/proc/net/if_inet6").read_text() if Path("/proc/net/if_inet6").exists() else ""),
+    reason="this machine has no ::1",
+)
+def test_deliveries_come_through_ipv6() -> None:
+    with receiving(SECRET, "::1", 0, str) as url:
+        assert url.startswith("http://[::1]:")
+        assert request(f"{url}ping")[0] == 200
+
+
 def test_deliveries_come_through_tls(tmp_path: Path) -> None:
     pem, told = certificate(tmp_path / "watch.pem"), list[object]()
 
