@@ -95,6 +95,13 @@ def moment() -> tuple[str, float]:
         return "unknown", time.monotonic()
 
 
+def let_in(directory: Path) -> None:
+    """Let other accounts enter and list a directory; one that they may is left alone, it may be another account's."""
+    mode = directory.stat().st_mode
+    if mode & 0o055 != 0o055:
+        directory.chmod(mode | 0o055)
+
+
 def open_to_read(directory: Path) -> None:
     """Let other accounts read a version: the service may run as one of them."""
     for path in (*directory.iterdir(), directory):

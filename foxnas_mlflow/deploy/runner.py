@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import errno
 import fcntl
 import http.client
 import io
@@ -34,6 +35,7 @@ from foxnas_mlflow.deploy.layout import (
     RunnerError,
     current,
     digest,
+    let_in,
     locked,
     make_incoming,
     open_to_read,
@@ -83,7 +85,7 @@ def main() -> int:
         run_worker(Path(options.version), options.descriptor)
         os._exit(0)
     if options.command == "serve":
-        return run_service(Path(options.root).expanduser(), options.name)
+        return run_service(_directory(options.root), options.name)
     # Libraries print to standard output as they like: the JSON gets a descriptor of its own.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -105,7 +107,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.command == "classify":
         here = Path(sys.argv[0]).resolve().parent
         return {"predictions": classify(here, [read_file(Path(image)) for image in options.images])}
-    root = Path(options.root).expanduser()
+    root = _directory(options.root)
     if options.command == "list":
         return {"deployments": [describe(root, path.parent.name) for path in sorted(root.glob("*/current"))]}
     name = options.name
@@ -131,6 +133,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return delete(root, name)
     request = json.loads(Path(options.request).read_text())
     return {"predictions": predict(root, name, request["images"])}
+
+
+def _directory(root: str) -> Path:
+    """The directory of the deployments: what starts the service does so from another place."""
+    return Path(root).expanduser().absolute()
 
 
 def begin(root: Path, name: str, *, new: bool) -> dict[str, Any]:
@@ -162,7 +169,7 @@ def activate(root: Path, name: str, incoming: Path, *, sha256: str, new: bool, g
         versions = root / name / "versions"
         versions.mkdir(exist_ok=True)
         for directory in (root, root / name, versions):
-            directory.chmod(directory.stat().st_mode | 0o055)
+            let_in(directory)
         numbers = [int(path.name) for path in versions.iterdir() if path.name.isdigit()]
         target = versions / f"{max(numbers, default=0) + 1:04d}"
         replaces = None if new else current(root, name).name
@@ -175,7 +182,9 @@ def activate(root: Path, name: str, incoming: Path, *, sha256: str, new: bool, g
         try:
             switch(root, name, target, given)
         except BaseException:
-            shutil.rmtree(str(target), ignore_errors=True)
+            # It may be the active one already when it is interrupted.
+            if (root / name / "current").resolve() != target.resolve():
+                shutil.rmtree(str(target), ignore_errors=True)
             raise
         for path in versions.iterdir():
             if path.name not in (target.name, replaces):
@@ -216,8 +225,8 @@ def switch(root: Path, name: str, version: Path, given: dict[str, Any]) -> None:
         point_to(root, name, version)
         ask(root, name, "follow")
     except BaseException:
-        write_json(file, old)
         point_to(root, name, before)
+        write_json(file, old)
         raise
     with contextlib.suppress(RunnerError):
         boot.refresh(root, name)
@@ -244,17 +253,17 @@ def start(root: Path, name: str, version: Path, settings: dict[str, Any], old: d
         await_service(root, name, version)
         write_json(place / "service.json", settings)
     except BaseException:
-        stop(root, name)
-        (place / "service.json").unlink()
         if before is None:
             (place / "current").unlink()
         else:
             point_to(root, name, before)
-            if old is not None:
-                # It did not run either; it is tried again all the same.
-                write_json(place / "service.json", old)
-                with contextlib.suppress(RunnerError):
-                    boot.install(root, name)
+        stop(root, name)
+        (place / "service.json").unlink()
+        if before is not None and old is not None:
+            # It did not run either; it is tried again all the same.
+            write_json(place / "service.json", old)
+            with contextlib.suppress(RunnerError):
+                boot.install(root, name)
         raise
 
 
@@ -352,13 +361,19 @@ def free_port(root: Path, name: str, host: str) -> int:
 
 
 def can_listen(host: str, port: int) -> bool:
-    """Whether nobody listens at an address that this machine has."""
+    """Whether nobody listens at a port that this account may have.
+
+    Raises:
+        RunnerError: If no port would do: the address is none of this machine's.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
-        except OSError:
-            return False
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                return False
+            raise RunnerError("port", f"{host}: {error.strerror}") from error
     return True
 
 

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -23,8 +24,10 @@ from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
 import foxnas_mlflow.deploy as plugin
+from foxnas_mlflow import flavor
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
+from foxnas_mlflow.deploy import layout
 from foxnas_mlflow.deploy._board import split_target
 from foxnas_mlflow.deploy._bundle import Options, bundle, runner
 from foxnas_mlflow.deploy.foxnas_edge import Version
@@ -107,6 +110,41 @@ def test_a_deployment_from_creation_to_deletion(versions: tuple[str, str], targe
     assert client.list_deployments() == []
     with pytest.raises(MlflowException, match="there must be a deployment of that name"):
         client.get_deployment("camera")
+
+
+def test_an_alias_that_moves_meanwhile_deploys_one_version(
+    versions: tuple[str, str], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, client = flavor.load_model, get_deploy_client(target)
+
+    def moved(*arguments: Any) -> Any:
+        mlflow.MlflowClient().set_registered_model_alias("foxnas-rpi4", "production", "2")
+        return load(*arguments)
+
+    monkeypatch.setattr(flavor, "load_model", moved)
+    created = client.create_deployment("camera", versions[0], config={"serve": "false"})
+    assert created["model_uri"] == "models:/foxnas-rpi4/1"
+    assert labels_of(client) == list(LABELS)
+
+
+def test_a_root_without_a_leading_slash_is_served_too(
+    versions: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with board(Path("board")) as target:
+        created = get_deploy_client(target).create_deployment("camera", versions[0])
+        assert created["directory"] == str(tmp_path / "board" / "camera" / "current")
+        assert created["service"]["state"] == "running"
+
+
+def test_directories_that_others_may_enter_are_left_alone(tmp_path: Path) -> None:
+    """They may be another account's, and then nobody else may change their mode."""
+    for before, after in ((0o700, 0o755), (0o775, 0o775)):
+        tmp_path.chmod(before)
+        changed = tmp_path.stat().st_ctime_ns
+        layout.let_in(tmp_path)
+        assert stat.S_IMODE(tmp_path.stat().st_mode) == after
+        assert (tmp_path.stat().st_ctime_ns == changed) == (before == after)
 
 
 def test_the_board_answers_as_the_pyfunc_does(versions: tuple[str, str], target: str, tmp_path: Path) -> None:

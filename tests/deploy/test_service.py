@@ -28,9 +28,10 @@ import pytest
 from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
-from foxnas_mlflow.deploy import layout
+from foxnas_mlflow.deploy import boot, foxnas_edge, layout
 from foxnas_mlflow.deploy._bundle import runner
-from foxnas_mlflow.deploy.runner import current, serving, switch
+from foxnas_mlflow.deploy.layout import RunnerError
+from foxnas_mlflow.deploy.runner import activate, current, serving, switch
 from foxnas_mlflow.devices import LocalConnection
 from tests.colour_model import LABELS, SIZE, encoded, image_of
 from tests.deploy.boards import clear
@@ -324,6 +325,33 @@ def test_what_cannot_be_served_leaves_the_old_version_serving(
     assert len(workers_of(root / "camera")) == 2
 
 
+def test_an_address_that_is_not_the_boards_is_no_taken_port(
+    versions: tuple[str, str], target: str, tmp_path: Path
+) -> None:
+    client = get_deploy_client(target)
+    for host, reason in (("203.0.113.1", "Cannot assign requested address"), ("no.such.host.invalid", "[Nn]ame")):
+        with pytest.raises(MlflowException, match=f"port that are free.*received {host}: .*{reason}"):
+            client.create_deployment("camera", versions[0], config={"host": host})
+    assert client.list_deployments() == []
+
+
+def test_an_interruption_after_the_switch_leaves_the_active_version_its_files(
+    deployed: tuple[Any, dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, deployment, root = deployed
+    incoming = Path(layout.make_incoming(root / "camera"))
+    shutil.copytree(root / "camera" / "versions" / "0002", incoming, dirs_exist_ok=True)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(boot, "refresh", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        activate(root, "camera", incoming, sha256=layout.digest(incoming / "deployment.json"), new=False, given={})
+    assert (current(root, "camera") / "model.tflite").exists()
+    assert send(deployment["service"]["url"], "image/jpeg", encoded(image_of("blue")))[2] == "0003"
+
+
 def test_another_host_keeps_the_port_where_it_can(
     deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str]
 ) -> None:
@@ -453,6 +481,21 @@ assert not {{"mlflow", "PIL", "pandas"}} & set(sys.modules)
         assert program.wait(timeout=60) == 0
     over_http = send(client.get_deployment("camera")["service"]["url"], "application/x-npy", pixels.read_bytes())[1]
     assert [float(value) for value in probabilities] == over_http["predictions"][0]["probabilities"]
+
+
+def test_a_program_sees_that_a_deployment_was_made_anew(
+    deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str]
+) -> None:
+    """Its first version has the number of the one that was deleted."""
+    client, _, root = deployed
+    model, pixels = foxnas_edge.load(root / "camera"), image_of("blue", height=SIZE, width=SIZE)
+    assert (model.classify(pixels)["label"], model.version) == ("blue", "0001")
+    client.delete_deployment("camera")
+    with pytest.raises(RunnerError) as error:
+        model.classify(pixels)
+    assert error.value.kind == "no_deployment"
+    client.create_deployment("camera", versions[1], config={"serve": "false"})
+    assert (model.classify(pixels)["label"], model.version) == ("bleu", "0001")
 
 
 def test_what_travels_is_python_3_7_and_names_nothing_that_boards_lack() -> None:
