@@ -36,6 +36,12 @@ def json_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Write a file so that readers, and a crash, see the old content or the new, never half of it."""
     path = Path(path)

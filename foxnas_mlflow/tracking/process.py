@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -13,12 +16,27 @@ PROCESS_TAG = "foxnas.process"
 def process_identity() -> str:
     """Host, process id and start of this process, in a text that no later process has."""
     pid = os.getpid()
-    return f"{platform.node()} {pid} {_start(pid)}"
+    return f"{_host()} {pid} {_start(pid)}"
 
 
 def is_here(identity: str) -> bool:
-    """Whether a process is, or was, one of this host."""
-    return identity.rsplit(" ", 2)[0] == platform.node()
+    """Whether a process is, or was, one of this host, as this process sees it."""
+    # Releases before told the name alone.
+    return identity.rsplit(" ", 2)[0] in (_host(), platform.node())
+
+
+@functools.cache
+def _host() -> str:
+    """This host's name, and what tells it from others of that name: the machine, and the processes that are seen.
+
+    A container may have its host's name, where its processes have other ids.
+    """
+    facts = ""
+    with contextlib.suppress(OSError):
+        facts += os.readlink("/proc/self/ns/pid")
+    with contextlib.suppress(OSError):
+        facts += Path("/etc/machine-id").read_text(encoding="utf-8")
+    return f"{platform.node()} {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
 def is_dead(identity: str) -> bool:

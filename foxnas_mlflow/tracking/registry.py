@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.artifacts import list_artifacts
 from mlflow.entities import Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.models.model import MLMODEL_FILE_NAME
 
 from foxnas_mlflow.core.addresses import UNKNOWN_HOST
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
@@ -308,6 +310,35 @@ def find_version(model: str) -> ModelVersion:
         received=model,
         remedy=f"{name} has the versions {known}" if known else f"no version of {name} is registered",
     )
+
+
+def fixed_uri(uri: str) -> str:
+    """The URI of the version that an alias, a stage or ``latest`` means now; anything else as it is.
+
+    Raises:
+        InvalidInputError: If it names no version.
+        MlflowException: If the registry cannot be asked.
+    """
+    if not uri.startswith("models:/") or uri.startswith("models:/m-"):
+        return uri
+    version = find_version(uri)
+    return f"models:/{version.name}/{version.version}"
+
+
+def has_files(uri: str) -> bool:
+    """Whether a version ``models:/name/version`` is registered and its files are there.
+
+    Raises:
+        MlflowException: If the server fails or refuses, which does not say that they are gone.
+    """
+    name, version = uri.removeprefix("models:/").split("/", 1)
+    try:
+        MlflowClient().get_model_version(name, version)
+        return any(file.path == MLMODEL_FILE_NAME for file in list_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        if is_away(error) or lacks_right(error):
+            raise
+        return False
 
 
 def holds_stage(model_uri: str, stage: str) -> bool:

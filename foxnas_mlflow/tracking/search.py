@@ -25,6 +25,7 @@ from foxnas_mlflow.tracking.inputs import MEASUREMENTS
 from foxnas_mlflow.tracking.registry import (
     PICTURE,
     PREDICTORS_DIGEST,
+    has_files,
     list_versions,
     newest,
     picture_of,
@@ -369,8 +370,9 @@ def _register_predictors(
     registered = registered_name(name, "predictors", target.name)
     digest = json_digest(predictors.to_dict())
     for version in list_versions(registered):
-        if version.tags.get(PREDICTORS_DIGEST) == digest:
-            return f"models:/{registered}/{version.version}"
+        uri = f"models:/{registered}/{version.version}"
+        if version.tags.get(PREDICTORS_DIGEST) == digest and has_files(uri):
+            return uri
     return register(
         logged.model_uri,
         registered,

@@ -30,16 +30,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mlflow import MlflowClient
-from mlflow.artifacts import list_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
-from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.tracking.claims import Claims
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_here
-from foxnas_mlflow.tracking.registry import is_away, lacks_right, withdraw
+from foxnas_mlflow.tracking.registry import has_files, withdraw
 from foxnas_mlflow.tracking.run import EntryRun, best_effort, download_artifact
 
 DIGEST_TAG = "foxnas.step_digest"
@@ -232,17 +230,7 @@ def _exists(client: MlflowClient, value: str) -> bool:
     if value.startswith("runs:/") and value.count("/") > 1:
         run_id, _, path = value.removeprefix("runs:/").partition("/")
         return any(file.path == path for file in client.list_artifacts(run_id, path.rpartition("/")[0] or None))
-    if not _is_version(value):
-        return True
-    name, version = value.removeprefix("models:/").split("/", 1)
-    try:
-        client.get_model_version(name, version)
-        return any(file.path == MLMODEL_FILE_NAME for file in list_artifacts(artifact_uri=value))
-    except (MlflowException, OSError) as error:
-        # A server that fails, or refuses, does not say that hours of work are gone.
-        if is_away(error) or lacks_right(error):
-            raise
-        return False
+    return not _is_version(value) or has_files(value)
 
 
 def _is_output(client: MlflowClient, parent: EntryRun, uri: str) -> bool:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import DeviceError, OutOfDomainError, WorkerLostError, import_or_raise
+from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.parallel import as_finished, one_at_a_time
@@ -191,6 +192,21 @@ def check_device(device: str, executor: Executor | None = None) -> DeviceCheck:
 class _Check:
     def __call__(self) -> Callable[[str], DeviceCheck]:
         return check_device
+
+
+def target_content(target: Target, space: SearchSpace, device: str) -> dict[str, Any]:
+    """What latencies of a target depend on, whatever its files are called; the space counts by itself.
+
+    Args:
+        target: The target.
+        space: The space whose networks are timed.
+        device: Connection; empty: its cost model tells their latency, where it has one.
+    """
+    facts = {key: value for key, value in target.to_dict().items() if key not in ("space", "predictors")}
+    if not device:
+        with contextlib.suppress(OutOfDomainError):
+            facts["cost_model"] = json_digest(reference_latency(target, space).to_dict())
+    return facts
 
 
 def first_answering(device: str, executor: Executor | None = None) -> str:

@@ -156,9 +156,12 @@ _LOOKS = 3
 """Networks of the front that a round looks at. Of five one more often truly beats the chosen one, which is no better
 (``benchmarks/verification.py``)."""
 
+_MODELS = ("supernet", "init", "teacher")
+"""Parameters that may name a registered model."""
+
 _MOVABLE = ("data", "target", "space", "resume", "signing_key", *WORKING)
-"""Parameters that are no inputs of a step: data, target and space count by their content, what is resumed and who
-works or signs change nothing."""
+"""Parameters that are no inputs of a step: data, target and space count apart from them, what is resumed and who works
+or signs change nothing."""
 
 
 def run_main(request: MainRequest) -> MainResult:
@@ -177,6 +180,7 @@ def run_main(request: MainRequest) -> MainResult:
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.data import earlier_digests, load_dataset
+    from foxnas_mlflow.workflows._timers import target_content
 
     target = get_target(request.target)
     if target.runtime == "torch":
@@ -209,20 +213,22 @@ def run_main(request: MainRequest) -> MainResult:
     dataset = read()
 
     from foxnas_mlflow.tracking.claims import heartbeat
-    from foxnas_mlflow.tracking.registry import check_rights, registered_name
+    from foxnas_mlflow.tracking.registry import check_rights, fixed_uri, registered_name
     from foxnas_mlflow.tracking.run import entry_run
 
     kinds = ["predictors", "subnet", "tflite"]
     kinds += [] if request.supernet else ["supernet"]
     kinds += ["edgetpu"] if target.runtime == "edgetpu" and device else []
     registered = {registered_name(request.name, kind, target.name): kind for kind in kinds}
-    request = request.replace(space=request.space or target.space)
+    # An alias or "latest" may mean another version when the same command goes on.
+    models = {key: fixed_uri(getattr(request, key)) for key in _MODELS}
+    request = request.replace(space=request.space or target.space, **models)
     params = request.texts() | {"device": device, "latency_ms": request.texts()["latency_ms"] or "auto"}
     with entry_run(stage="main", params=params, target=target.name) as run:
         common = {
             "data": dataset.digest,
             "space": get_space(request.space).digest,
-            "target": target.to_dict(),
+            "target": target_content(target, space, device),
             "machine": machine,
         }
         pipeline = _Pipeline(request, run, target, device, dataset, common)
@@ -377,7 +383,7 @@ class _Pipeline:
             seed=main.seed,
             name=main.name,
         )
-        return request, _inputs(request) | {"init": _content_of(main.init)}
+        return request, _inputs(request)
 
     def _supernet(self) -> SupernetResult:
         from foxnas_mlflow.tracking.supernet import has_checkpoint
@@ -504,6 +510,8 @@ class _Pipeline:
             )
 
     def _quantize(self, subnet: str, place: str) -> QuantizeResult:
+        from foxnas_mlflow.tflite import find_compiler
+
         main = self._request
         request = QuantizeRequest(
             subnet=subnet,
@@ -517,10 +525,14 @@ class _Pipeline:
             unknown=main.unknown,
             name=main.name,
         )
+        inputs = _inputs(request)
+        if self._target.runtime == "edgetpu":
+            # Without one no file for the Edge TPU is made.
+            inputs["compiler"] = find_compiler(main.compiler_image) is not None
         return self._step(
             "quantize",
             QuantizeResult,
-            _inputs(request) | {"unknown": _content_of(main.unknown)},
+            inputs,
             ("search", f"finetune{place}"),
             lambda _: lambda *, tags: run_quantize(request, tags=tags),
             place=place,
@@ -664,36 +676,41 @@ class _Pipeline:
 
 
 def _inputs(request: Request) -> dict[str, Any]:
-    return {key: value for key, value in request.values().items() if key not in _MOVABLE}
+    """What a step's result depends on; models and pictures that are files count by their content."""
+    values = {key: value for key, value in request.values().items() if key not in _MOVABLE}
+    return values | {key: _content_of(values[key]) for key in (*_MODELS, "unknown") if key in values}
 
 
 def _content_of(given: str) -> str:
-    """What a parameter stands for: the digest of a file, of a folder's names and sizes, else what was given."""
-    import hashlib
+    """What a parameter stands for: the digest of a file, or of a folder's names and files, else what was given."""
     from pathlib import Path
 
-    from foxnas_mlflow.core.files import json_digest
+    from foxnas_mlflow.core.files import file_digest, json_digest
 
     path = Path(given).expanduser()
     if given and path.is_dir():
-        return json_digest([[str(p.relative_to(path)), p.stat().st_size] for p in sorted(path.rglob("*"))])
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else given
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return json_digest([[str(file.relative_to(path)), file_digest(file)] for file in files])
+    return file_digest(path) if path.is_file() else given
 
 
 def _rows_to_go_on_from(cut_off: Sequence[str], n_samples: int) -> str:
-    """The run whose rows this host's cache does not have: of another host, or all but finished."""
+    """The run whose rows this host's cache does not have: of another host, of a cache that is gone, or all."""
     import tempfile
-    from pathlib import Path
 
-    from foxnas_mlflow.tracking.inputs import MEASUREMENTS, open_measurements
+    from foxnas_mlflow.core.files import cache_directory
+    from foxnas_mlflow.tracking.inputs import MEASUREMENTS
+    from foxnas_mlflow.tracking.run import download_artifact
     from foxnas_mlflow.tracking.steps import began_here, has_artifact
 
+    caches = [set(path.read_bytes().splitlines()) for path in cache_directory("samples").glob(f"*/{MEASUREMENTS}")]
     for run_id in cut_off:
         if not has_artifact(run_id, MEASUREMENTS):
             continue
         with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
-            rows, _ = open_measurements(f"runs:/{run_id}/{MEASUREMENTS}", Path(directory))
-        if not began_here(run_id) or len(rows) >= n_samples:
+            rows = set(download_artifact(run_id, MEASUREMENTS, directory).read_bytes().splitlines())
+        # The run's table is a copy of its cache's, of a while before.
+        if not began_here(run_id) or len(rows) > n_samples or not any(rows <= cache for cache in caches):
             return run_id
     return ""
 
@@ -709,7 +726,7 @@ def _require(module: str, extra: str, feature: str) -> None:
 
 
 def _machine(device: str, target: Target, space: SearchSpace, compiler_image: str, executor: Executor | None) -> str:
-    """The machine behind an address, which must be ready to measure for the target; of several boards their kinds.
+    """The machine behind an address and its runtime, ready to measure for the target; of several boards their kinds.
 
     Raises:
         DeviceError: If one does not answer, or lacks something; without the compiler that its Edge TPU needs; if
@@ -734,7 +751,7 @@ def _machine(device: str, target: Target, space: SearchSpace, compiler_image: st
                 received=f"none that answers on {address}",
                 remedy="plug it in and install libedgetpu1-std there, or give --device none for the cost model",
             )
-        kinds.add(found.device)
+        kinds.add(f"{found.device}, {found.runtime}")
     # Several are compared when they are opened.
     with contextlib.ExitStack() as stack:
         if len(addresses(device)) > 1:

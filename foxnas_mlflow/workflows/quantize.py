@@ -174,7 +174,7 @@ def _load_subnet(uri: str) -> tuple[SubnetModel, str]:
 
     from foxnas_mlflow.core.errors import InvalidFormatError
     from foxnas_mlflow.flavor import SubnetModel, load_model
-    from foxnas_mlflow.tracking.registry import find_version
+    from foxnas_mlflow.tracking.registry import fixed_uri
 
     if not uri or Path(uri).is_file():
         raise InvalidInputError(
@@ -182,9 +182,7 @@ def _load_subnet(uri: str) -> tuple[SubnetModel, str]:
             received=uri or None,
             remedy="make one with: foxnas search --supernet models:/foxnas-supernet/1",
         )
-    if uri.startswith("models:/") and not uri.startswith("models:/m-"):
-        version = find_version(uri)
-        uri = f"models:/{version.name}/{version.version}"
+    uri = fixed_uri(uri)
     model = load_model(uri)
     if not isinstance(model, SubnetModel):
         raise InvalidFormatError(

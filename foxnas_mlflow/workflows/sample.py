@@ -268,10 +268,11 @@ def _digest(
     """Of everything that the rows and their order depend on: the same command finds its own rows."""
     from foxnas_mlflow.core.files import json_digest
     from foxnas_mlflow.core.measurements import measurements_digest
+    from foxnas_mlflow.workflows._timers import target_content
 
     inputs = {
         "supernet": supernet.digest,
-        "target": target.to_dict(),
+        "target": target_content(target, supernet.space, request.device),
         "image_sizes": sizes,
         "given": measurements_digest(given),
         **{key: getattr(request, key) for key in ("device", "design", "n_measurements", "validation_images", "seed")},

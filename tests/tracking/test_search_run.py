@@ -21,9 +21,9 @@ import pytest
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.predictors import reference_predictors
+from foxnas_mlflow.core.predictors import PredictorSet, reference_predictors
 from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE
-from foxnas_mlflow.flavor import model_id_of
+from foxnas_mlflow.flavor import load_model, model_id_of
 from tests.forked import CONTEXT
 from tests.pipelines import Running
 
@@ -246,7 +246,17 @@ def test_fit_registers_predictors_that_search_uses(tracking: str, shared_data: P
     latest = client.search_runs(["0"], order_by=["attributes.start_time DESC"])[0]
     assert latest.data.tags["foxnas.predictors"] == uri
     # They are registered already, and so they are not registered again.
-    assert [v.version for v in client.search_model_versions("name='foxnas-predictors-rpi4'")] == [version.version]
+    versions = client.search_model_versions("name='foxnas-predictors-rpi4'")
+    assert [v.version for v in versions] == [version.version]
+    # Without its files a version is nothing to use again.
+    predictors = load_model(uri)
+    assert isinstance(predictors, PredictorSet)
+    predictors.save(tmp_path / "predictors.json")
+    (description,) = tmp_path.glob(f"mlruns/**/{model_id_of(version)}/artifacts/MLmodel")
+    description.unlink()
+    command = ["search", "--predictors", str(tmp_path / "predictors.json"), "--latency-ms", "90"]
+    assert main([*command, "--evaluations", "5000"]) == 0
+    assert len(client.search_model_versions("name='foxnas-predictors-rpi4'")) == 2
 
 
 def test_the_next_command_names_a_target_of_ones_own_by_its_file(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -385,7 +386,139 @@ def test_a_process_is_known_by_its_start() -> None:
     assert is_dead(f"{host} {pid} 1")
     assert not is_dead(f"elsewhere {pid} 1")
     assert not is_dead("")
+    # As releases before told it.
+    assert is_dead(f"{host.partition(' ')[0]} {pid} 1")
     process = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert is_dead(f"{host} {process.pid} 1")
     process.wait()
+
+
+@pytest.fixture
+def begun(tracking: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Begins a pipeline, and returns it before its first step."""
+    from foxnas_mlflow import MainRequest
+    from foxnas_mlflow.workflows.main import _Pipeline, run_main
+
+    # The real `run` would train for minutes.
+    monkeypatch.setattr(_Pipeline, "run", lambda self: self)
+    return lambda **values: run_main(MainRequest(data="digits", n_samples=4, **values))
+
+
+@pytest.mark.train
+@pytest.mark.tflite
+def test_a_pipeline_takes_the_versions_that_an_alias_and_latest_mean(begun: Any) -> None:
+    from mlflow import MlflowClient
+
+    from tests.supernets import register_mini_supernet
+
+    uri = register_mini_supernet()
+    MlflowClient().set_registered_model_alias("foxnas-supernet", "best", "1")
+    for given in (uri, "models:/foxnas-supernet@best", "models:/foxnas-supernet/latest"):
+        assert begun(target="rpi4", device="none", supernet=given)._request.supernet == uri
+    pipeline = begun(target="rpi4", device="none", init="models:/foxnas-supernet@best", teacher="runs:/0/m")
+    assert (pipeline._request.init, pipeline._request.teacher) == (uri, "runs:/0/m")
+
+
+@pytest.mark.train
+@pytest.mark.tflite
+def test_a_target_counts_by_the_content_of_its_files(begun: Any, tmp_path: Path) -> None:
+    from foxnas_mlflow.core.predictors import reference_predictors
+
+    def content(directory: str, *notes: str) -> Mapping[str, Any]:
+        place = tmp_path / directory
+        place.mkdir(exist_ok=True)
+        predictors = reference_predictors("rpi4")
+        latency = tuple(dataclasses.replace(each, notes=notes) for each in predictors.latency)
+        dataclasses.replace(predictors, latency=latency).save(place / "board.json")
+        (place / "board.yaml").write_text("{name: my-board, predictors: board.json}")
+        return begun(target=str(place / "board.yaml"), device="none")._common
+
+    first = content("a")
+    assert content("b") == first
+    assert content("a", "calibrated again")["target"] != first["target"]
+
+
+def test_models_and_pictures_count_by_content(tmp_path: Path) -> None:
+    from foxnas_mlflow.workflows import QuantizeRequest, SampleRequest
+    from foxnas_mlflow.workflows.main import _inputs
+
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "1.bmp").write_bytes(b"red")
+    a, b = (str(tmp_path / place) for place in ("a", "b"))
+    for request, key in ((QuantizeRequest(), "unknown"), (SampleRequest(), "supernet")):
+        before = _inputs(request.replace(**{key: a}))
+        assert before == _inputs(request.replace(**{key: b}))
+        (tmp_path / "b" / "1.bmp").write_bytes(b"fed")
+        assert before != _inputs(request.replace(**{key: b}))
+        (tmp_path / "b" / "1.bmp").write_bytes(b"red")
+    # A name is no path, whatever lies beside it.
+    assert _inputs(SampleRequest(name=a))["name"] == a
+
+
+@pytest.mark.tflite
+def test_a_runtime_belongs_to_the_machine() -> None:
+    from foxnas_mlflow.core.space import get_space
+    from foxnas_mlflow.core.targets import get_target
+    from foxnas_mlflow.workflows._timers import check_device
+    from foxnas_mlflow.workflows.main import _machine
+
+    found = check_device("local")
+    assert _machine("local", get_target("cpu"), get_space("cpu"), "", None) == f"{found.device}, {found.runtime}"
+
+
+def test_a_compiler_that_came_since_makes_another_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from foxnas_mlflow import MainRequest, get_target
+    from foxnas_mlflow.workflows.main import _Pipeline
+
+    seen = []
+
+    class Seen(_Pipeline):
+        def _step(self, name: str, result: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+            seen.append(inputs)
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for target in ("edgetpu", "edgetpu", "rpi4"):
+        pipeline = Seen(MainRequest(target=target), None, get_target(target), "", *[None] * 2)  # type: ignore[arg-type]
+        pipeline._quantize("models:/foxnas-subnet/1", "")
+        (tmp_path / "edgetpu_compiler").touch(0o755)
+    assert [inputs.get("compiler") for inputs in seen] == [False, True, None]
+
+
+def test_rows_that_the_cache_of_this_host_lost_are_taken_from_the_run(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    from foxnas_mlflow.core.files import cache_directory
+    from foxnas_mlflow.workflows.main import _rows_to_go_on_from
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    client = MlflowClient()
+
+    def cut_off(process: str, n_rows: int) -> str:
+        run_id = client.create_run("0", tags={"foxnas.process": process}).info.run_id
+        client.log_text(run_id, "".join(f"row {i}\n" for i in range(-1, n_rows)), "measurements.csv")
+        return str(run_id)
+
+    here, elsewhere = cut_off(process_identity(), 3), cut_off("elsewhere 7 8", 3)
+    assert _rows_to_go_on_from([here, elsewhere], 9) == here
+    kept = cache_directory("samples", "digest") / "measurements.csv"
+    kept.write_text("".join(f"row {i}\n" for i in range(-1, 2)))
+    assert _rows_to_go_on_from([here, elsewhere], 9) == here
+    kept.write_text("".join(f"row {i}\n" for i in range(-1, 5)))
+    assert _rows_to_go_on_from([here], 9) == ""
+    assert _rows_to_go_on_from([here, elsewhere], 9) == elsewhere
+    assert _rows_to_go_on_from([here], 3) == here
+
+
+def test_of_a_container_with_its_hosts_name_no_process_is_known_to_be_dead() -> None:
+    code = "from foxnas_mlflow.tracking.process import process_identity; print(process_identity())"
+    inside = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
+    done = subprocess.run(inside, capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"needs namespaces: {done.stderr.strip()}")
+    # It has ended, but nothing here can tell: its ids are not those that are seen here.
+    assert done.stdout.split()[0] == process_identity().split()[0]
+    assert not is_dead(done.stdout.strip())
