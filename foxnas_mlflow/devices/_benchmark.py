@@ -127,7 +127,7 @@ class Benchmark:
         None: with several threads, an Edge TPU or a quota that held it back waiting is not others' work alone, and
         nothing tells.
         """
-        if self.threads > 1 or self.edgetpu or self.quota is not None:
+        if self.threads > 1 or self.edgetpu or any(reason.startswith(_HELD) for reason in self.invalid_reasons):
             return None
         return any(reason.startswith(_SHARED) for reason in self.invalid_reasons)
 
@@ -299,6 +299,7 @@ def summarize(
     )
 
 
+_HELD = "a quota of"
 _SHARED = "other processes had the processor for"
 _HALVES = "the two halves of the runs differ by"
 
@@ -329,7 +330,7 @@ def invalid_reasons(
         reasons.append("the machine was throttled")
     if quota is not None:
         share = "" if cpu_share is None else f" for {100 * (1 - cpu_share):.0f} % of the time"
-        reasons.append(f"a quota of {quota:g} processors held it back{share}")
+        reasons.append(f"{_HELD} {quota:g} processors held it back{share}")
     elif cpu_share is not None and cpu_share < MIN_CPU_SHARE:
         reasons.append(f"{_SHARED} {100 * (1 - cpu_share):.0f} % of the time")
     difference = halves_difference(samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.devices import Benchmark, VelaEstimate
 from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
+from foxnas_mlflow.tracking.quantize import benchmark_command
 from foxnas_mlflow.tracking.registry import describe_version, find_version, lacks_right, reason, tag_version
 from foxnas_mlflow.tracking.run import EntryRun
 
@@ -161,12 +163,25 @@ def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, tar
         facts = {
             f"measured for {target.name} too": f"p90 {benchmark.latency_ms_p90:.4g} ms on {benchmark.device}, {words}"
         }
-    describe_version(model.version.name, model.version.version, model.kind, facts=facts, command=promote_command(model))
+    command = next_command(benchmark, model, target, benchmark.connection)
+    describe_version(model.version.name, model.version.version, model.kind, facts=facts, command=command)
 
 
-def promote_command(model: MeasuredModel) -> str:
-    """What to type after a measurement of a registered version."""
-    return f"foxnas promote --stage staging --model {model.source}"
+def next_command(benchmark: Benchmark, model: MeasuredModel, target: Target, device: str) -> str:
+    """What to type after a measurement; a promotion refuses one that is not valid, or emulated.
+
+    Args:
+        benchmark: The measurement.
+        model: What was measured.
+        target: The target that it was measured for.
+        device: Address that it was measured at.
+    """
+    if benchmark.valid and not benchmark.emulated:
+        if model.version is None:
+            return "mlflow ui, and compare the run."
+        return f"foxnas promote --stage staging --model {shlex.quote(model.source)}"
+    device = "ssh://user@board" if benchmark.emulated else device
+    return f"{benchmark_command(model.source, model.kind, target)} --device {shlex.quote(device)}"
 
 
 def log_estimate(run: EntryRun, estimate: VelaEstimate, model: MeasuredModel) -> None:

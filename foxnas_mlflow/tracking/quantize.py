@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,7 +250,7 @@ def _origin(subnet: SubnetModel) -> dict[str, str]:
 def benchmark_command(uri: str, kind: str, target: Target) -> str:
     """How to measure a model: one that was not compiled for its Edge TPU runs on this host only."""
     runs_there = target.runtime != "edgetpu" or kind == "edgetpu"
-    return f"foxnas benchmark --model {uri} --target {target.argument if runs_there else 'cpu'}"
+    return f"foxnas benchmark --model {shlex.quote(uri)} --target {target.argument if runs_there else 'cpu'}"
 
 
 def _sha256(path: Path) -> dict[str, str]:

@@ -148,7 +148,7 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
         valid=benchmark.valid,
         emulated=benchmark.emulated,
         metrics=benchmark.metrics(),
-        summary=_summary(benchmark, model, target, run.run_id),
+        summary=_summary(benchmark, model, target, run.run_id, _device(request, target)),
     )
 
 
@@ -212,8 +212,8 @@ def _limited(benchmark: Benchmark) -> str:
     return f"; {benchmark.asked_runs} were asked for, the time limit ended them (--max-seconds 0: no limit)"
 
 
-def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id: str) -> str:
-    from foxnas_mlflow.tracking.benchmark import promote_command
+def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id: str, device: str) -> str:
+    from foxnas_mlflow.tracking.benchmark import next_command
     from foxnas_mlflow.tracking.gates import SUSTAINED_SECONDS
 
     compared = benchmark.output_difference
@@ -232,12 +232,11 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
         ("peak memory", f"{benchmark.peak_memory_bytes / 2**20:.1f} MiB, Python and runtime included"),
         ("output", "not compared" if compared is None else f"at most {compared:g} levels from this host's"),
     ]
-    rows.append(
-        ("shared", {None: "unknown: only one thread without a quota tells", True: "yes", False: "no"}[benchmark.shared])
-    )
-    rows.append(
-        ("throttled", {None: "unknown: the machine cannot tell", True: "yes", False: "no"}[benchmark.throttled])
-    )
+    known: dict[bool | None, str] = {True: "yes", False: "no"}
+    rows += [
+        ("shared", known.get(benchmark.shared, "unknown: only one thread tells, which no quota holds back")),
+        ("throttled", known.get(benchmark.throttled, "unknown: the machine cannot tell")),
+    ]
     if benchmark.sustained_p90_ms is not None:
         seconds = benchmark.sustained_seconds
         rows.append(
@@ -265,8 +264,7 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
         lines.append("EMULATED: the processor is emulated; these times say nothing of real hardware.")
     if not benchmark.valid:
         lines.append(f"INVALID: {'; '.join(benchmark.invalid_reasons)}. Measure again on a quiet, cool machine.")
-    following = promote_command(model) if model.version else "mlflow ui, and compare the run."
-    lines.append(f"Next: {following}")
+    lines.append(f"Next: {next_command(benchmark, model, target, device)}")
     return "\n".join(lines)
 
 

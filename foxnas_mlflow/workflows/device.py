@@ -105,7 +105,7 @@ def run_device(request: DeviceRequest) -> DeviceResult:
         found = check(connection)
     logger.info(_found(found))
     _require_ready(found)
-    return DeviceResult(run_id="", device=found.device, summary=_next(request.device))
+    return DeviceResult(run_id="", device=found.device, summary=_next(request.device, emulated=found.emulated))
 
 
 def _require_ready(found: DeviceCheck) -> None:
@@ -354,7 +354,11 @@ def _found(found: DeviceCheck) -> str:
     return "\n".join(lines)
 
 
-def _next(device: str) -> str:
+def _next(device: str, *, emulated: bool) -> str:
+    if emulated:
+        return (
+            "Next: foxnas device check --device ssh://user@board, since an emulated processor has no times to calibrate"
+        )
     # With its ?python= and ?key=, quoted: shells look for files at a question mark.
     return f"Next: foxnas device calibrate --device {shlex.quote(device)} --target rpi4"
 
@@ -381,15 +385,16 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
             f"UNSURE: above {UNSURE_PERCENT:g} % the search's budgets are not worth much. Quiet the machine and type "
             "the same again: what this does not explain is measured once more. Or give a greater --n-probes."
         )
+    target = shlex.quote(str(out))
     if image_sizes:
         sure = "" if stated >= 95 else f" --confidence {stated / 100:g}"
         # What networks are sure to meet: the (geometric) middle of the bounds of the ends.
         ends = [end(size) for size in image_sizes for end in (predictor.space.smallest, predictor.space.largest)]
         bounds = predictor.upper_bound(ends, min(stated / 100, 0.95))
         limit_ms = math.sqrt(float(bounds.min()) * float(bounds.max()))
-        lines.append(f"Next: foxnas search --target {out} --latency-ms {limit_ms:.3g}{sure}")
+        lines.append(f"Next: foxnas search --target {target} --latency-ms {limit_ms:.3g}{sure}")
     else:
-        lines.append(f"Next: foxnas sample --target {out}, for accuracies in this space")
+        lines.append(f"Next: foxnas sample --target {target}, for accuracies in this space")
     return "\n".join(lines)
 
 

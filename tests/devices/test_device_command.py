@@ -26,7 +26,7 @@ from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import subnet_timing
 from foxnas_mlflow.workflows._timers import Timer
-from foxnas_mlflow.workflows.device import UNSURE_PERCENT, Table, _calibrated, _pattern, measure_and_fit
+from foxnas_mlflow.workflows.device import UNSURE_PERCENT, Table, _calibrated, _next, _pattern, measure_and_fit
 from tests.measuring import shorten
 from tests.versions import benchmark
 
@@ -38,6 +38,11 @@ def test_check(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     for word in ("machine", "runtime", "governor", "free disk", "Next: foxnas device calibrate --device local"):
         assert word in out
+
+
+def test_an_emulated_board_is_not_advised_to_be_calibrated() -> None:
+    assert "device calibrate" in _next("local", emulated=False)
+    assert "device calibrate" not in _next("ssh://pi@qemu", emulated=True)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +249,9 @@ def test_a_stated_confidence_is_never_more_than_was_seen(tmp_path: Path) -> None
     for n, percent, refused in ((199, 99, "0.995"), (2, 66, "0.666"), (20, 95, "0.952")):
         known = dataclasses.replace(latency, held_out=tuple(sorted(latency.held_out * 10))[:n])
         rows = [*tables[0].rows.values(), *tables[1].rows.values()]
-        assert f"hold with up to {percent} %" in _calibrated(known, rows, tmp_path / "mine.yaml", ())
+        text = _calibrated(known, rows, tmp_path / "my board.yaml", ())
+        assert f"hold with up to {percent} %" in text
+        assert f"Next: foxnas sample --target '{tmp_path}/my board.yaml'" in text
         with pytest.raises(OutOfDomainError, match=f"at most {refused}"):
             known.check_stated(0.999)
         known.check_stated(float(refused))

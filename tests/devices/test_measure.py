@@ -176,6 +176,10 @@ def test_company_under_load_is_found_too() -> None:
         ({"invalid_reasons": ("other processes had the processor for 50 % of the time",)}, True),
         ({"threads": 2}, None),
         ({"edgetpu": True}, None),
+        ({"quota": 0.5, "invalid_reasons": ("a quota of 0.5 processors held it back for 50 % of the time",)}, None),
+        # A quota that did not hold it back hides nothing.
+        ({"quota": 2.0}, False),
+        ({"quota": 2.0, "invalid_reasons": ("other processes had the processor for 50 % of the time",)}, True),
     ],
 )
 def test_whether_the_processor_was_shared_is_told_where_it_is_known(
@@ -355,18 +359,20 @@ def test_a_small_board_needs_little_space(free: int, ready: bool) -> None:
 
 
 def test_a_pillow_that_is_too_old_is_not_fine(tmp_path: Path) -> None:
-    (tmp_path / "PIL").mkdir()
+    version = ""
 
     class Old(LocalConnection):
         """This machine with another Pillow."""
 
         def run(self, argv: list[str], *, timeout_s: float) -> Completed:  # type: ignore[override]
-            argv = ["env", f"PYTHONPATH={tmp_path}", *argv] if argv[0] == self.python else argv
+            argv = ["env", f"PYTHONPATH={tmp_path / version}", *argv] if argv[0] == self.python else argv
             return super().run(argv, timeout_s=timeout_s)
 
     found = {}
     for version in ("8.1.2", "5.4.1"):
-        (tmp_path / "PIL" / "__init__.py").write_text(f"__version__ = {version!r}")
+        # Each in a place of its own: bytecode knows its source by second and size.
+        (tmp_path / version / "PIL").mkdir(parents=True)
+        (tmp_path / version / "PIL" / "__init__.py").write_text(f"__version__ = {version!r}")
         with Old() as connection:
             found[version] = check(connection)
         assert (found[version].ready, found[version].pillow) == (True, version)

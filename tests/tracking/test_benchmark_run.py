@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+from mlflow.entities.model_registry import ModelVersion
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
 from foxnas_mlflow.tflite import write_probe
+from foxnas_mlflow.tracking.benchmark import MeasuredModel, next_command
 from foxnas_mlflow.workflows import BenchmarkRequest, BenchmarkResult, run_benchmark
+from tests.versions import benchmark as made_up
 
 pytestmark = pytest.mark.server
 
@@ -69,7 +73,11 @@ def test_a_registered_model_gets_its_figures(
     median = run.data.metrics["benchmark/latency_ms_p50"]
     assert version.description.count(f"| latency median, ms | {median:.4g} |") == 1
     assert version.description.count("latency median") == 1
-    assert version.description.endswith("foxnas promote --stage staging --model models:/mine-cpu/1")
+    following = "promote --stage staging --model models:/mine-cpu/1"
+    if status == 3:
+        following = "benchmark --model models:/mine-cpu/1 --target cpu --device local"
+    assert version.description.endswith(f"foxnas {following}")
+    assert out.endswith(f"Next: foxnas {following}\n")
     figures = {metric.key: metric.value for metric in mlflow.get_logged_model(info.model_id).metrics}
     names = ("latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "latency_ms_mean", "latency_ms_std")
     names += ("throughput_per_s", "peak_memory_bytes", "valid")
@@ -95,6 +103,23 @@ def test_a_file_is_measured_too(tracking: str, model_path: Path) -> None:
     run = mlflow.get_run(result.run_id)
     assert run.data.metrics["benchmark/latency_ms_p50"] == result.latency_ms
     assert run.data.params["cfg.model"] == str(model_path)
+
+
+@pytest.mark.parametrize(
+    ("valid", "emulated", "version", "command"),
+    [
+        (True, False, "1", "foxnas promote --stage staging --model 'models:/my net/1'"),
+        (True, False, "", "mlflow ui, and compare the run."),
+        (False, False, "1", "foxnas benchmark --model 'models:/my net/1' --target rpi4 --device 'ssh://a?python=b'"),
+        (True, True, "1", "foxnas benchmark --model 'models:/my net/1' --target rpi4 --device ssh://user@board"),
+    ],
+)
+def test_a_promotion_is_advised_where_it_may_pass(valid: bool, emulated: bool, version: str, command: str) -> None:
+    figures = {"benchmark/latency_ms_p90": 1.0, "benchmark/valid": float(valid)}
+    registered = ModelVersion("my net", version, 0) if version else None
+    model = MeasuredModel("models:/my net/1", Path("file"), version=registered)
+    found = next_command(made_up(figures, b"", "board", emulated), model, get_target("rpi4"), "ssh://a?python=b")
+    assert found == command
 
 
 @pytest.mark.parametrize(("valid", "status"), [(True, 0), (False, 3)])
