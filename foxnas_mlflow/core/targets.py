@@ -7,6 +7,7 @@ its reference predictors come from. Built-in ones are data; a user's own is the 
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -59,11 +60,19 @@ class Target:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
             raise UnknownTargetError("a target's name has only letters, digits, '-' and '_'", received=repr(self.name))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(field.default, str) and not isinstance(value, str):
+                raise UnknownTargetError(
+                    f"a target's {field.name} must be text",
+                    received=repr(value),
+                    remedy="put quotes around a number",
+                )
         if self.runtime not in ("litert", "edgetpu", "torch"):
             raise UnknownTargetError("a target's runtime is litert, edgetpu or torch", received=repr(self.runtime))
         try:
             re.compile(self.machine)
-        except (re.error, TypeError):
+        except re.error:
             raise UnknownTargetError(
                 "a target's machine is a regular expression", received=repr(self.machine)
             ) from None
@@ -83,7 +92,7 @@ class Target:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Target:
-        """Read a mapping; unknown keys are refused.
+        """Read a mapping; unknown keys are refused, a key without a value is as one that is not there.
 
         Raises:
             UnknownTargetError: If keys are unknown or a value breaks a rule.
@@ -94,8 +103,10 @@ class Target:
         unknown = sorted(str(key) for key in data if key not in known)
         if unknown:
             raise UnknownTargetError(f"a target has only the keys {known}", received=f"also {unknown}")
-        return cls(**data)
+        return cls(**{key: value for key, value in data.items() if value is not None or key == "name"})
 
+
+_YAML = (".yaml", ".yml")
 
 _PI_4 = r"Raspberry Pi (Compute Module )?4\b"
 
@@ -167,7 +178,7 @@ def get_target(name_or_path: str) -> Target:
     if name_or_path in BUILTIN_TARGETS:
         return BUILTIN_TARGETS[name_or_path]
     path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in _YAML:
         raise UnknownTargetError(
             f"target must be one of {sorted(BUILTIN_TARGETS)} or the path of a YAML file", received=name_or_path
         )
@@ -189,7 +200,7 @@ def get_target(name_or_path: str) -> Target:
     # Files that a target names lie beside its own, wherever the command is typed.
     return dataclasses.replace(
         target,
-        space=_beside(path, target.space, ".yaml", ".yml"),
+        space=_beside(path, target.space, *_YAML),
         predictors=_beside(path, target.predictors, ".json"),
         file=name_or_path,
     )
@@ -197,3 +208,9 @@ def get_target(name_or_path: str) -> Target:
 
 def _beside(path: Path, name: str, *suffixes: str) -> str:
     return str(path.parent / name) if name.endswith(suffixes) and ":/" not in name else name
+
+
+def named_beside(path: Path, space: str) -> str:
+    """The space of a target that was read, as a target file at another path names it."""
+    is_file = space.endswith(_YAML) and ":/" not in space and not Path(space).is_absolute()
+    return os.path.relpath(Path(space).resolve(), path.parent.resolve()) if is_file else space

@@ -147,7 +147,7 @@ def _calibrate(request: DeviceRequest) -> DeviceResult:
     from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.core.files import write_atomically
     from foxnas_mlflow.core.space import get_space
-    from foxnas_mlflow.core.targets import BUILTIN_TARGETS, get_target
+    from foxnas_mlflow.core.targets import BUILTIN_TARGETS, get_target, named_beside
     from foxnas_mlflow.workflows._timers import open_device
 
     out = Path(request.out)
@@ -169,6 +169,7 @@ def _calibrate(request: DeviceRequest) -> DeviceResult:
     target = dataclasses.replace(
         base,
         name=out.stem,
+        space=named_beside(out, base.space),
         # A GPU's name has its batch.
         description=f"{device}, {runtime}, fp32"
         if base.runtime == "torch"

@@ -16,7 +16,7 @@ from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.predictors import get_formula, load_predictors, reference_predictors
 from foxnas_mlflow.core.searchers import Objective
 from foxnas_mlflow.core.space import CPU_SPACE
-from foxnas_mlflow.core.targets import get_target
+from foxnas_mlflow.core.targets import get_target, named_beside
 
 
 def measured(n: int, *, noise: float = 0.0035) -> list[Measurement]:
@@ -154,3 +154,12 @@ def test_a_target_file_names_files_beside_it(tmp_path: Path, monkeypatch: pytest
     path.write_text("name: board\npredictors: models:/board/1.json\nspace: small.yaml\n")
     assert get_target(str(path)).predictors == "models:/board/1.json"
     assert get_target(str(path)).space == str(tmp_path / "targets" / "small.yaml")
+    # A target that is made from it elsewhere has the same space.
+    (tmp_path / "targets" / "small.yaml").touch()
+    (tmp_path / "others").mkdir()
+    other = tmp_path / "others" / "copy.yaml"
+    for given in ("targets/board.yaml", str(path)):
+        space = named_beside(Path("others/copy.yaml"), get_target(given).space)
+        other.write_text(f"name: copy\nspace: {space}\n")
+        assert Path(get_target(str(other)).space).samefile(tmp_path / "targets" / "small.yaml")
+    assert named_beside(other, "cpu") == "cpu"

@@ -22,7 +22,7 @@ from foxnas_mlflow.core.errors import OutOfDomainError
 from foxnas_mlflow.core.measurements import Timing, read_measurements
 from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, load_predictors, reference_latency
-from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.core.space import CPU_SPACE, get_space
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import subnet_timing
 from foxnas_mlflow.workflows._timers import Timer
@@ -74,28 +74,30 @@ def test_calibrate_this_host_and_go_on(
     pytest.importorskip("statsmodels")
     monkeypatch.chdir(tmp_path)
     shorten(monkeypatch)
+    Path("boards").mkdir()
     Path("small.yaml").write_text(yaml.safe_dump(TINY_CPU.to_dict()))
     Path("base.yaml").write_text("name: base\nspace: small.yaml\nmachine: Cray-1\n")
-    command = ["device", "calibrate", "--target", "base.yaml", "--out", "mine.yaml", "--n-checks", "3"]
+    command = ["device", "calibrate", "--target", "base.yaml", "--out", "boards/mine.yaml", "--n-checks", "3"]
     assert main([*command, "--n-probes", "11"]) == 0
-    rows = read_measurements("mine-measurements.csv")
+    rows = read_measurements("boards/mine-measurements.csv")
     assert len(rows) == 11
     assert {row.latency_source for row in rows} == {"measured"}
     out = capsys.readouterr().out
     assert "error on 3 random networks, each left out" in out
     assert "upper bounds  hold with up to 75 %" in out
-    assert "written       mine.yaml, mine-predictors.json, mine-measurements.csv, mine-checks.csv" in out
+    assert "written       boards/mine.yaml, mine-predictors.json, mine-measurements.csv, mine-checks.csv" in out
     # Whether a calibration is good, the check decides.
     sure = "UNSURE" not in out
     assert sure or "what this does not explain is measured once more" in out
-    checks = read_measurements("mine-checks.csv")
+    checks = read_measurements("boards/mine-checks.csv")
     assert len(checks) == 3
     assert not {row.architecture for row in checks} & {row.architecture for row in rows}
-    target = get_target("mine.yaml")
+    target = get_target("boards/mine.yaml")
     assert (target.name, target.device, target.runtime) == ("mine", "local", "litert")
     # Figures count that are of this machine, and no longer those of the target that it was made from.
     assert re.search(target.machine, rows[0].device)
     assert not any(re.search(target.machine, other) for other in ("Cray-1", f"{rows[0].device} 2"))
+    assert get_space(target.space) == TINY_CPU
     predictors = load_predictors(target.predictors)
     (latency,) = predictors.latency
     assert latency.metrics["n_samples"] == 14
@@ -103,19 +105,19 @@ def test_calibrate_this_host_and_go_on(
     assert sure == (latency.metrics["outside_mape"] <= UNSURE_PERCENT)
     # The space is not that of the packaged accuracies: these must be sampled.
     assert predictors.accuracy == ()
-    assert "foxnas sample --target mine.yaml" in out
+    assert "foxnas sample --target boards/mine.yaml" in out
     # One more: what is measured stays.
     assert main([*command, "--n-probes", "12"]) == 0
-    assert read_measurements("mine-checks.csv") == checks
-    assert read_measurements("mine-measurements.csv")[:11] == rows
+    assert read_measurements("boards/mine-checks.csv") == checks
+    assert read_measurements("boards/mine-measurements.csv")[:11] == rows
     assert load_predictors(target.predictors).latency[0].metrics["n_samples"] == 15
     # Another machine's rows are not mixed with these.
-    text = Path("mine-measurements.csv").read_text()
-    Path("mine-measurements.csv").write_text(text.replace(rows[0].device, "Cray-1", 1))
+    text = Path("boards/mine-measurements.csv").read_text()
+    Path("boards/mine-measurements.csv").write_text(text.replace(rows[0].device, "Cray-1", 1))
     assert main([*command, "--n-probes", "13"]) == 2
     assert "must hold measurements of" in capsys.readouterr().err
     # Neither are those with other threads.
-    Path("mine-measurements.csv").write_text(text)
+    Path("boards/mine-measurements.csv").write_text(text)
     Path("base.yaml").write_text("name: base\nspace: small.yaml\nthreads: 2\n")
     assert main([*command, "--n-probes", "12"]) == 2
     assert f"with {rows[0].runtime}, 2 threads alone" in capsys.readouterr().err

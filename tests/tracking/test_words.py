@@ -90,6 +90,16 @@ def test_a_target_of_ones_own_takes_no_name_that_is_built_in(tmp_path: Path) -> 
         get_target(str(path))
 
 
+@pytest.mark.parametrize("key", ["description", "space", "runtime", "device", "predictors", "latency_note", "machine"])
+def test_a_key_of_a_target_is_text_or_empty(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\n{key}:\n")
+    assert get_target(str(path)) == Target("mine")
+    path.write_text(f"name: mine\n{key}: 4\n")
+    with pytest.raises(UnknownTargetError, match=f"a target's {key} must be text; received 4; put quotes"):
+        get_target(str(path))
+
+
 def test_a_target_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
     path = tmp_path / "my board.yaml"
     path.write_text("name: my-board\nruntime: edgetpu\n")
