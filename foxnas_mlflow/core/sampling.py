@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -81,18 +82,20 @@ def collect(
         timing = time(architecture) if time is not None and architecture in timed and not apart else None
         return Measurement.of(architecture, timing, accuracy)
 
-    n_settled = 0
-    for _, row in as_finished(work, [a for a in plan if a not in rows], n=n_at_once):
+    n_settled, enough = 0, False
+    missing = itertools.takewhile(lambda _: not enough, [a for a in plan if a not in rows])
+    for _, row in as_finished(work, missing, n=n_at_once):
+        if enough:
+            # What was in progress ends before anything is timed again.
+            continue
         keep(row)
         on_row(row, len(rows))
-        enough = False
         while stop is not None and n_settled < len(plan) and plan[n_settled] in rows and not enough:
             n_settled += 1
             # Rows are asked about in the plan's order, so that it does not matter which of them finished first.
             enough = plan[n_settled - 1] not in before and stop(collected(n_settled))
         if enough:
             rows = {row.architecture: row for row in collected(n_settled)}
-            break
     for _ in range(_TIMING_ROUNDS + apart):
         disturbed = [row for row in collected() if row.latency_ms is None and row.architecture in timed]
         if time is None or not disturbed:

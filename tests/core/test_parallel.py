@@ -146,6 +146,26 @@ def test_rows_do_not_depend_on_how_many_are_in_progress(tmp_path: Path, apart: b
     assert [row.latency_ms for row in tables[0]] == [1.0 + i for i in range(17)]
 
 
+def test_nothing_is_evaluated_any_more_when_latencies_are_measured_apart(tmp_path: Path) -> None:
+    begun, ended = list[Architecture](), list[Architecture]()
+
+    def evaluate(architecture: Architecture) -> float:
+        begun.append(architecture)
+        # The others are in progress when the first row is enough.
+        threading.Event().wait(0.0 if architecture == PLAN[0] else 0.3)
+        ended.append(architecture)
+        return accuracy(architecture)
+
+    def timed(architecture: Architecture) -> Timing:
+        assert sorted(map(PLAN.index, begun)) == sorted(map(PLAN.index, ended))
+        return time(architecture)
+
+    path = tmp_path / "rows.csv"
+    (row,) = collect(PLAN, path, evaluate=evaluate, time=timed, stop=lambda rows: True, n_at_once=4, apart=True)
+    assert (row.architecture, row.latency_ms) == (PLAN[0], 1.0)
+    assert len(begun) < len(PLAN)
+
+
 def test_a_collection_that_was_cut_off_ends_with_the_same_table(tmp_path: Path) -> None:
     whole = collect(PLAN, tmp_path / "whole.csv", evaluate=accuracy, time=time)
     path, done = tmp_path / "rows.csv", Counter[Architecture]()
