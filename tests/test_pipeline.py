@@ -15,7 +15,7 @@ import pytest
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import InvalidMeasurementsError
 from foxnas_mlflow.core.measurements import Measurement, read_measurements
-from tests.pipelines import N_SAMPLES, STEPS, Running, options
+from tests.pipelines import N_SAMPLES, SPACE, STEPS, Running, options
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.train, pytest.mark.tflite]
 
@@ -165,6 +165,18 @@ def test_bad_input_is_told_before_anything_is_done(
 
     assert main(["main", *argv]) == 2
     assert message in capsys.readouterr().err
+    assert mlflow.MlflowClient().search_runs(["0"]) == []
+
+
+def test_a_space_that_cannot_be_searched_is_refused_before_anything_is_done(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    path = tmp_path / "deep.yaml"
+    path.write_text(SPACE.replace("depths: [2, 3]", "depths: [2, 11]"), encoding="utf-8")
+    assert main(["main", "--data", "digits", "--space", str(path)]) == 2
+    assert "may be at most 20,000,000 for the exact search; received 5 ^ 11" in capsys.readouterr().err
     assert mlflow.MlflowClient().search_runs(["0"]) == []
 
 

@@ -57,9 +57,8 @@ class StageOptions:
         return rows
 
 
-@functools.lru_cache(maxsize=16)
-def stage_options(space: SearchSpace) -> StageOptions:
-    """The options table of a space.
+def check_options(space: SearchSpace) -> None:
+    """Refuse a space that cannot be searched.
 
     Raises:
         InvalidSpaceError: If a stage has too many options to enumerate.
@@ -71,6 +70,17 @@ def stage_options(space: SearchSpace) -> StageOptions:
             received=f"{base} ^ {longest}",
             remedy="use fewer kernel sizes, expansion ratios or a smaller depth",
         )
+
+
+@functools.lru_cache(maxsize=16)
+def stage_options(space: SearchSpace) -> StageOptions:
+    """The options table of a space.
+
+    Raises:
+        InvalidSpaceError: If a stage has too many options to enumerate.
+    """
+    check_options(space)
+    base, longest = len(space.kinds) + 1, space.max_depth
     weights = base ** np.arange(longest, dtype=np.int64)
     codes = np.arange(base**longest, dtype=np.int64)
     # Digit 0 is an absent block. Identity blocks in descending order name their multiset.

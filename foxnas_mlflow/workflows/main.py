@@ -176,6 +176,7 @@ def run_main(request: MainRequest) -> MainResult:
     """
     import functools
 
+    from foxnas_mlflow.core.options import check_options
     from foxnas_mlflow.core.predictors import reference_latency
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
@@ -197,6 +198,7 @@ def run_main(request: MainRequest) -> MainResult:
     from foxnas_mlflow.supernet import get_preset
 
     space = get_space(request.space or target.space)
+    check_options(space)
     with open_executor(request) as executor:
         if not device:
             reference_latency(target, space)  # refuses a target without a cost model

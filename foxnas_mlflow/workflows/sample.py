@@ -249,7 +249,11 @@ def _plan(
     from foxnas_mlflow.core.predictors import widest_formula
 
     first = list(dict.fromkeys(row.architecture for row in given))
-    n = request.n_samples - len(first)
+    n_possible = space.replace(image_sizes=sizes).n_architectures
+    n_left = n_possible - sum(architecture.image_size in sizes for architecture in first)
+    n = min(request.n_samples - len(first), n_left)
+    if n < request.n_samples - len(first):
+        logger.info("The space has %d networks of these image sizes: all are sampled.", n_possible)
     if n <= 0:
         return first
     formulas = [widest_formula("calibrated", quantity, space, len(sizes)) for quantity in ("accuracy", "latency_ms")]

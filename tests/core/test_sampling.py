@@ -134,6 +134,19 @@ def test_a_sampling_asks_for_as_many_latencies_as_the_fit() -> None:
     assert len(get_formula("calibrated", "latency_ms").columns(CPU_SPACE)) + Formula.spare_rows == MIN_LATENCIES
 
 
+def test_a_small_space_is_sampled_whole() -> None:
+    from foxnas_mlflow.workflows.sample import SampleRequest, _plan
+
+    space = CPU_SPACE.replace(depths=(1,), kernels=(3,), image_sizes=(128, 160), stages=CPU_SPACE.stages[:1])
+    assert space.n_architectures == 8
+    plan = _plan(SampleRequest(n_samples=55), space, [128, 160], [])
+    assert len(set(plan)) == 8
+    # Rows of another size are none of those that are left.
+    given = [Measurement(a, 70.0, None) for a in plan if a.image_size == 128]
+    assert len(_plan(SampleRequest(n_samples=55), space, [160], given)) == 8
+    assert len(_plan(SampleRequest(n_samples=6), space, [160], given)) == 6
+
+
 def test_an_emulated_board_is_named_so_once() -> None:
     """Boards that are emulated say so in their name already."""
     timing = Timing(5.0, "measured", device="Raspberry Pi 4 (emulated)")
