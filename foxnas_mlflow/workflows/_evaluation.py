@@ -31,7 +31,7 @@ def supernet_evaluator(
     Args:
         trained: The supernet and its images.
         image_sizes: Image sizes in pixels that it will be asked for.
-        validation_images: At most so many validation images; 0: as many as memory holds.
+        validation_images: At most so many validation images, and no more than 1 GiB holds; 0: all.
         seed: Seed of the choice of calibration and validation images.
     """
     return evaluator_making(
@@ -131,7 +131,14 @@ def supernet_evaluators(
         seed=seed,
         n_threads=None if executor is None else executor.threads(n),
     )
-    evaluator = making.evaluator()
+    evaluator, n_val = making.evaluator(), len(trained.dataset.val)
+    n_asked = min(validation_images or n_val, n_val)
+    if making.validation_images < n_asked:
+        logger.warning(
+            "accuracies are of %s validation images, not of %s: at image sizes of %s px the %.3g GiB that they are kept "
+            "in hold no more",
+            *(f"{evaluator.n_images:,}", f"{n_asked:,}", "/".join(map(str, image_sizes)), _CACHED_BYTES / 2**30),
+        )
     if executor is None:
         yield Evaluators(one_at_a_time(evaluator.evaluate), evaluator.n_images, evaluator.weights)
         return

@@ -39,7 +39,11 @@ class SampleRequest(ExecutorRequest):
     design: Literal["design", "random"] = parameter("design", "How to choose: D-optimal, or random as in the paper.")
     n_measurements: int = parameter(0, "Measure the latency of only so many of them; 0: of all.", at_least=0)
     image_size: tuple[int, ...] = parameter((), "Image sizes in px, comma separated; empty: all of the space.")
-    validation_images: int = parameter(10000, "Evaluate on at most so many validation images; 0: all.", at_least=0)
+    validation_images: int = parameter(
+        10000,
+        "Evaluate on at most so many validation images, and no more than 1 GiB holds at all sizes; 0: all.",
+        at_least=0,
+    )
     stop_width: float = parameter(
         0.0, "Stop once accuracies along the front are known to so many points; 0: never.", at_least=0
     )

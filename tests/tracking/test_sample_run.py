@@ -84,6 +84,21 @@ def test_rows_are_accuracies_of_the_evaluator_and_estimates_of_the_cost_model(tr
     assert [m.value for m in sorted(history, key=lambda m: m.step)] == [row.accuracy for row in rows]
 
 
+def test_validation_images_that_memory_does_not_hold_are_told(
+    tracking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from foxnas_mlflow.tracking.inputs import open_supernet
+    from foxnas_mlflow.workflows import _evaluation
+
+    trained = open_supernet(register_mini_supernet())
+    monkeypatch.setattr(_evaluation, "_CACHED_BYTES", 90 * (8 * 8 + 16 * 16))
+    for asked in (0, 10_000, 300, 90):
+        with _evaluation.supernet_evaluators(trained, image_sizes=(8, 16), validation_images=asked) as evaluators:
+            assert evaluators.n_images == 90
+    told = [message.split(":")[0] for message in caplog.messages]
+    assert told == [f"accuracies are of 90 validation images, not of {n}" for n in (359, 359, 300)]
+
+
 def test_a_sampling_killed_in_the_middle_goes_on_by_the_same_command(
     tracking: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
