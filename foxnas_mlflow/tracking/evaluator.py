@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from foxnas_mlflow.flavor import TfliteModel
 
 _KINDS = ("tflite", "edgetpu")
-_DEFAULTS: Mapping[str, Any] = {"device": "", "threads": 1, "runs": 200, "warmup": 10}
+_DEFAULTS: Mapping[str, Any] = {"device": "", "threads": 0, "runs": 200, "warmup": 10, "max_seconds": 120.0}
 _CHUNK = 256
 
 
@@ -60,7 +60,8 @@ class FoxnasEvaluator(ModelEvaluator):
                 of the model's classes, or their indices.
             run_id: Run that gets the artifacts.
             evaluator_config: ``device``: ``local``, ``ssh://user@host[:port]``, or empty for no
-                latency. ``threads``, ``runs``, ``warmup``: as for ``foxnas benchmark``.
+                latency. ``threads`` (0: those of the target that the model was made for), ``runs``, ``warmup``,
+                ``max_seconds``: as for ``foxnas benchmark``.
             model: The loaded pyfunc.
             model_id: Id of the logged model where MLflow knows it; it then logs the metrics.
             **kwargs: What MLflow passes to every evaluator.
@@ -224,14 +225,16 @@ def _predict(model: Any, features: Any, n_images: int) -> NDArray[np.float64]:
 
 
 def _measure(model: TfliteModel, config: Mapping[str, Any]) -> Benchmark:
-    from foxnas_mlflow.devices import connect, measure
+    from foxnas_mlflow.devices import connect, host_answer, measure
 
     with connect(str(config["device"])) as connection:
         return measure(
             connection,
             model.path,
-            threads=int(config["threads"]),
+            threads=int(config["threads"]) or int(model.details.get("threads", 0)) or 1,
             runs=int(config["runs"]),
             warmup=int(config["warmup"]),
+            max_seconds=float(config["max_seconds"]),
+            expected=host_answer(model.fallback or model.path),
             edgetpu=model.path.name.endswith("_edgetpu.tflite"),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
 
 @pytest.fixture
 def uri(tracking: str, colour_model: TfliteModel) -> str:
+    made_for_two_threads = dataclasses.replace(colour_model, details={**colour_model.details, "threads": 2})
     with mlflow.start_run():
-        log_model(colour_model, name="model", registered_model_name="foxnas-cpu", code_paths=[])
+        log_model(made_for_two_threads, name="model", registered_model_name="foxnas-cpu", code_paths=[])
     return "models:/foxnas-cpu/1"
 
 
@@ -60,6 +62,9 @@ def test_an_evaluation_with_latency(uri: str, tmp_path: Path) -> None:
     assert logged["evaluation/size_bytes"] == model_size(uri)
     names = {Path(file.path).name for file in mlflow.MlflowClient().list_artifacts(run.info.run_id, "evaluation")}
     assert names == {"confusion_matrix.png", "classes.csv", "benchmark.json"}
+    # As foxnas benchmark measures: with the threads of the model's target, its output held against this host's.
+    measured = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/evaluation/benchmark.json")
+    assert (measured["threads"], measured["output_difference"]) == (2, 0)
     path = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="evaluation/classes.csv")
     rows = pd.read_csv(path).set_index("label")
     assert rows.loc["green", "recall"] == 80
