@@ -56,6 +56,11 @@ class Comparison:
         share = self.accuracy / 100
         return 100 * math.sqrt(share * (1 - share) / self.n_images)
 
+    @property
+    def trusted_latency_ms(self) -> float | None:
+        """The latency where there is one that can be trusted."""
+        return self.latency_ms if self.latency_valid else None
+
 
 def spread_over(front: Front, n: int, *, without: Sequence[Architecture]) -> list[Architecture]:
     """Networks of a front, evenly spread over the logarithm of their predicted latency.
@@ -84,22 +89,23 @@ def agreement(rows: Sequence[Comparison], latency_ms: float | None) -> dict[str,
         latency_ms: The limit, or None.
 
     Returns:
-        ``accuracy_kendall_tau``, ``accuracy_mean_error`` (points) and, where latencies were measured,
+        ``accuracy_kendall_tau``, ``accuracy_mean_error`` (points) and, of latencies that can be trusted,
         ``latency_kendall_tau``, ``latency_mape`` (percent), ``upper_bound_kept`` (share of the
         networks within their predicted upper bound) and ``constraint_met`` (0 or 1, of the found
         one). A rank correlation is left out for fewer than three networks, or where all are equal.
     """
     metrics = {"accuracy_mean_error": float(np.mean([abs(r.accuracy - r.predicted_accuracy) for r in rows]))}
     metrics |= _tau("accuracy_kendall_tau", [(r.predicted_accuracy, r.accuracy) for r in rows])
-    timed = [(r, r.latency_ms) for r in rows if r.latency_ms is not None]
+    timed = [(r, r.trusted_latency_ms) for r in rows if r.trusted_latency_ms is not None]
     if timed:
         metrics |= _tau("latency_kendall_tau", [(r.predicted_latency_ms, real) for r, real in timed])
         metrics |= {
             "latency_mape": 100 * float(np.mean([abs(r.predicted_latency_ms / real - 1) for r, real in timed])),
             "upper_bound_kept": float(np.mean([real <= r.predicted_latency_upper_ms for r, real in timed])),
         }
-    if rows[0].latency_ms is not None and latency_ms is not None:
-        metrics["constraint_met"] = float(rows[0].latency_ms <= latency_ms)
+    found_ms = rows[0].trusted_latency_ms
+    if found_ms is not None and latency_ms is not None:
+        metrics["constraint_met"] = float(found_ms <= latency_ms)
     return metrics
 
 
@@ -177,21 +183,21 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
         answers: Whether each of them is within all limits but that on latency, and so could have been found.
         i: The found network.
     """
-    found = rows[i]
+    found, found_ms = rows[i], rows[i].trusted_latency_ms
     timed = [
-        (row, row.latency_ms)
+        (row, row.trusted_latency_ms)
         for j, (row, answer) in enumerate(zip(rows, answers, strict=True))
-        if j != i and answer and row.latency_ms is not None and row.latency_valid
+        if j != i and answer and row.trusted_latency_ms is not None
     ]
-    if found.latency_ms is None or not found.latency_valid or not timed:
+    if found_ms is None or not timed:
         return Check(None, "Whether another network beats the found one is not known: it needs valid latencies.", False)
-    faster = [(row, ms, *_more(row, found)) for row, ms in timed if ms < found.latency_ms]
+    faster = [(row, ms, *_more(row, found)) for row, ms in timed if ms < found_ms]
     beating = [(row, ms, more, error) for row, ms, more, error in faster if more > error]
     if beating:
         row, ms, more, error = max(beating, key=lambda b: b[2])
         return Check(
             row.architecture,
-            f"BEATEN: another network takes {ms:.4g} ms in place of {found.latency_ms:.4g} ms and is {more:.2f} points "
+            f"BEATEN: another network takes {ms:.4g} ms in place of {found_ms:.4g} ms and is {more:.2f} points "
             f"(standard error {error:.2f}) more accurate than the found one.",
             True,
             row.architecture,
@@ -200,7 +206,7 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
     if faster:
         _, _, more, error = max(faster, key=lambda f: f[2])
         best = f"{more:+.2f} points (standard error {error:.2f})"
-    as_accurate = [(row, ms) for row, ms, more, _ in faster if more >= 0 and ms < _TIED * found.latency_ms]
+    as_accurate = [(row, ms) for row, ms, more, _ in faster if more >= 0 and ms < _TIED * found_ms]
     return Check(
         None,
         f"No network of the {len(timed)} compared beats the found one on measured latency and, beyond noise, on int8 "

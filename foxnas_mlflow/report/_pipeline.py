@@ -216,9 +216,10 @@ def _agreement(page: PipelinePage) -> str:
         ranks = "ranks cannot be compared" if tau is None else f"Kendall's tau {tau:.2f}"
         parts.append(f"{name}: {ranks}, mean error {values[error]:.3g} {unit}")
     if "upper_bound_kept" in values:
-        kept = round(values["upper_bound_kept"] * n)
+        n_timed = sum(row.trusted_latency_ms is not None for row in page.comparisons)
+        kept = round(values["upper_bound_kept"] * n_timed)
         confidence = float(page.request["confidence"])
-        parts.append(f"{kept} of {n} networks stay within their upper latency bound (confidence {confidence:g})")
+        parts.append(f"{kept} of {n_timed} networks stay within their upper latency bound (confidence {confidence:g})")
     if "constraint_met" in values:
         met = "meets" if values["constraint_met"] else "misses"
         parts.append(f"the found network {met} the constraint")

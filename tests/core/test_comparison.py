@@ -52,6 +52,15 @@ def test_what_cannot_be_said_is_left_out(rows: list[Comparison]) -> None:
     }
 
 
+def test_latencies_that_cannot_be_trusted_do_not_count(rows: list[Comparison]) -> None:
+    doubtful = dataclasses.replace(rows[2], latency_ms=99.0, latency_valid=False)
+    of_the_others = agreement([*rows[:2], rows[3]], 10.5)
+    metrics = agreement([*rows[:2], doubtful, rows[3]], 10.5)
+    latencies = ("latency_kendall_tau", "latency_mape", "upper_bound_kept", "constraint_met")
+    assert [metrics[key] for key in latencies] == [of_the_others[key] for key in latencies]
+    assert "constraint_met" not in agreement([dataclasses.replace(rows[0], latency_valid=False), *rows[1:]], 10.5)
+
+
 def test_a_network_that_is_faster_and_beyond_noise_more_accurate_beats_the_found_one(rows: list[Comparison]) -> None:
     found = dataclasses.replace(rows[0], accuracy=70.0, latency_ms=10.0)
     # 400 images at 70 %: 2.3 points each, 3.2 of the difference of two that nothing pairs.

@@ -171,6 +171,11 @@ def test_the_page_of_a_pipeline_tells_each_of_its_networks(tmp_path: Path) -> No
     # Every network took twice what was predicted: half of what was measured is missing, in the rows as in the mean.
     assert page.count("-50.0 %") == 3
     assert "mean error 50 %" in page
+    assert "0 of 3 networks stay within their upper latency bound" in page
+    told = pipeline_page([40.0])
+    rows = [*told.comparisons[:2], dataclasses.replace(told.comparisons[2], latency_valid=False)]
+    write_pipeline_report(path, dataclasses.replace(told, comparisons=rows, agreement=agreement(rows, 40.0)))
+    assert "0 of 2 networks stay within their upper latency bound" in path.read_text()
     write_pipeline_report(path, pipeline_page([20.0, 40.0], latency_ms=[20.0, 40.0]))
     page = path.read_text()
     assert "<b>above</b> the limit of 20 ms" in page
