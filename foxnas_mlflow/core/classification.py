@@ -59,9 +59,12 @@ def class_table(counts: NDArray[np.int64], names: Sequence[str]) -> list[dict[st
 
 def worst_classes(counts: NDArray[np.int64], names: Sequence[str], n: int = 3) -> str:
     """The classes with the least recall, for people; empty where every image is answered right."""
-    rows = [row for row in class_table(counts, names) if row["images"] and row["recall"] < 100]
-    rows.sort(key=lambda row: (row["recall"], row["label"]))
-    return ", ".join(f"{row['label']} {row['recall']:.1f} % (taken for {row['taken_for']})" for row in rows[:n])
+    images, right, rows = counts.sum(axis=1), np.diag(counts), class_table(counts, names)
+    worst = sorted(map(int, np.flatnonzero(right < images)), key=lambda k: (right[k] / images[k], names[k]))
+    return ", ".join(
+        f"{names[k]} {images[k] - right[k]:,} of {images[k]:,} wrong (taken for {rows[k]['taken_for']})"
+        for k in worst[:n]
+    )
 
 
 def no_better_than_majority(counts: NDArray[np.int64], names: Sequence[str]) -> str:

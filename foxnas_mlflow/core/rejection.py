@@ -72,9 +72,9 @@ class Rejection:
         if not self.n_negatives:
             return "nothing is rejected: no validation image was answered wrongly (unknown=FOLDER gives others)"
         return (
-            f"below {self.threshold:.3f} confidence at temperature {self.temperature:.2f}: of {self.n_negatives} "
-            f"{self.negatives} {100 * self.false_accept:.1f} % pass (at most {100 * self.max_false_accept:g} % were "
-            f"asked for), of right answers {100 * self.accepted:.1f} %"
+            f"below {confidence_words(self.threshold)} confidence at temperature {self.temperature:.2f}: of "
+            f"{self.n_negatives} {self.negatives} {100 * self.false_accept:.1f} % pass (at most "
+            f"{100 * self.max_false_accept:g} % were asked for), of right answers {100 * self.accepted:.1f} %"
         )
 
     def metrics(self) -> dict[str, float]:
@@ -96,6 +96,12 @@ class Rejection:
         """Read what `to_dict` wrote."""
         curve = tuple((float(t), float(a), float(f)) for t, a, f in data["curve"])
         return cls(**{**data, "curve": curve})
+
+
+def confidence_words(threshold: float) -> str:
+    """A threshold with three decimals, or as many as it takes not to be 1 where it is less."""
+    texts = (f"{threshold:.{n}f}" for n in range(3, 17))
+    return next((text for text in texts if float(text) < 1), f"{threshold:.3f}")
 
 
 def confidence_of(probabilities: NDArray[Any], temperature: float) -> NDArray[np.float64]:

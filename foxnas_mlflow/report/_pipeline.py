@@ -15,6 +15,7 @@ from foxnas_mlflow.core.classification import held_out
 from foxnas_mlflow.core.comparison import Comparison
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.predictors import PredictorSet
+from foxnas_mlflow.core.rejection import confidence_words
 from foxnas_mlflow.core.searchers import Front
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.report._page import axes_layout, fill, link, plot, scatter, table, write_page
@@ -298,7 +299,10 @@ def _rejection(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     if not n:
         return [("none of these", "nothing is rejected: no image was answered wrongly")]
     return [
-        ("none of these", f"below {threshold:.3f} confidence, temperature {metrics['rejection/temperature']:.2f}"),
+        (
+            "none of these",
+            f"below {confidence_words(threshold)} confidence, temperature {metrics['rejection/temperature']:.2f}",
+        ),
         ("of right answers pass", f"{100 * metrics['rejection/accepted']:.1f} %"),
         ("of what should be rejected pass", f"{100 * metrics['rejection/false_accept']:.1f} % of {n:.0f}"),
     ]

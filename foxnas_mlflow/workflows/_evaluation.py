@@ -135,8 +135,8 @@ def supernet_evaluators(
     n_asked = min(validation_images or n_val, n_val)
     if making.validation_images < n_asked:
         logger.warning(
-            "accuracies are of %s validation images, not of %s: at image sizes of %s px the %.3g GiB that they are kept "
-            "in hold no more",
+            "accuracies are of %s validation images, not of %s: at image sizes of %s px the %.3g GiB that they are "
+            "kept in hold no more",
             *(f"{evaluator.n_images:,}", f"{n_asked:,}", "/".join(map(str, image_sizes)), _CACHED_BYTES / 2**30),
         )
     if executor is None:

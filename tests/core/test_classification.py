@@ -22,8 +22,14 @@ def test_a_rare_class_weighs_as_much_as_a_frequent_one() -> None:
     assert np.trace(counts) == 98
     assert balanced_percent(counts) == pytest.approx(100 * 2 / 3)
     assert majority_percent(counts) == 90
-    assert worst_classes(counts, NAMES) == "owl 0.0 % (taken for cat)"
+    assert worst_classes(counts, NAMES) == "owl 2 of 2 wrong (taken for cat)"
     assert no_better_than_majority(counts, NAMES) == ""
+
+
+def test_one_mistake_among_many_is_told_as_one() -> None:
+    counts = np.array([[1999, 1, 0], [2, 8, 0], [0, 0, 9]])
+    assert worst_classes(counts, NAMES) == "dog 2 of 10 wrong (taken for cat), cat 1 of 2,000 wrong (taken for dog)"
+    assert worst_classes(np.diag([3, 0, 2]), NAMES) == ""
 
 
 def test_classes_without_images_do_not_count() -> None:

@@ -76,6 +76,12 @@ def test_nothing_is_rejected_where_nothing_was_wrong_and_all_where_the_unknown_i
         fit_rejection(logits[:0], targets[:0], max_false_accept=0.05)
 
 
+@pytest.mark.parametrize(("threshold", "told"), [(0.7594, "0.759"), (0.99998, "0.99998"), (1 + 1e-9, "1.000")])
+def test_a_threshold_below_certainty_is_not_told_as_certainty(threshold: float, told: str) -> None:
+    rejection = Rejection(1.0, threshold, 0.05, "wrong answers", 4, 0.0, 0.9)
+    assert rejection.describe().startswith(f"below {told} confidence")
+
+
 def test_a_rejection_is_json_and_reads_itself(answers: tuple[np.ndarray, np.ndarray]) -> None:
     found = fit_rejection(*answers, max_false_accept=0.1)
     assert Rejection.from_dict(json.loads(json.dumps(found.to_dict()))) == found
