@@ -216,6 +216,12 @@ def _write_tflite(model: TfliteModel, kind: str, directory: Path) -> dict[str, A
                 "a network's input must be what its preprocessing makes",
                 received=f"input {runtime['input_shape']}, preprocessing {size} px with {channels} channels",
             )
+        if runtime["input_shape"][0] != 1:
+            raise InvalidInputError(
+                "a network must take one image at a time",
+                received=f"a fixed batch of {runtime['input_shape'][0]}",
+                remedy="convert it with a batch of 1, or one that is not fixed",
+            )
         if runtime["output_shape"][-1] != len(model.labels):
             raise InvalidInputError(
                 "there must be one label for each output",

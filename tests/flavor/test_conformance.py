@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -869,6 +870,11 @@ def test_24_a_network_that_contradicts_its_description(colour_model: TfliteModel
     larger = dataclasses.replace(colour_model.preprocessing, image_size=64)
     with pytest.raises(InvalidInputError, match="what its preprocessing makes"):
         save_model(dataclasses.replace(colour_model, preprocessing=larger), tmp_path / "b")
+    pairs = tmp_path / "pairs.tflite"
+    one, two = (struct.pack("<5i", 4, n, 32, 32, 3) for n in (1, 2))
+    pairs.write_bytes(colour_model.path.read_bytes().replace(one, two))
+    with pytest.raises(InvalidInputError, match="one image at a time; received a fixed batch of 2"):
+        save_model(dataclasses.replace(colour_model, path=pairs), tmp_path / "e")
     broken = tmp_path / "broken.tflite"
     broken.write_bytes(b"TFL3" + b"\0" * 100)
     with pytest.raises(InvalidFormatError, match="can open"):
