@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.data._names import Names
-from foxnas_mlflow.data.preprocess import read_formats
+from foxnas_mlflow.data.preprocess import READERS, read_formats
 
 PARTS: Mapping[str, str] = {
     "train": "train",
@@ -215,8 +215,7 @@ def pictures_of(root: Path, labels: list[str]) -> Pictures:
 def reader_for(suffixes: Iterable[str]) -> str | None:
     """What brings the decoders of these suffixes that are not here; None where nothing is known to."""
     lacking = {_SUFFIXES.get(suffix) for suffix in suffixes} - set(read_formats())
-    known = {"AVIF": "pip install --upgrade pillow", "HEIF": "pip install pillow-heif"}
-    return " and ".join(how for name, how in known.items() if name in lacking) or None
+    return " and ".join(how for name, how in READERS.items() if name in lacking) or None
 
 
 def unread_words(unread: Mapping[str, int]) -> str:

@@ -38,6 +38,9 @@ MAX_PIXELS = 40_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 """Image formats that are read, the last two where Pillow has a decoder; every other decoder of Pillow stays closed."""
 
+READERS = {"AVIF": "pip install --upgrade pillow", "HEIF": "pip install pillow-heif"}
+"""What brings the decoders that a Pillow may lack."""
+
 OLDEST_PILLOW = 8
 """Release of Pillow from which on a file is opened as one of the formats above only."""
 
@@ -55,6 +58,7 @@ _LARGEST_REDUCTION = 8
 _MODES_OF_EIGHT_BITS = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 _MODES_OF_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 _ORIENTATION = 0x0112
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIF", b"heix": "HEIF", b"mif1": "HEIF"}
 
 
 def decode_image(
@@ -163,9 +167,12 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Any]:
     except (image.DecompressionBombError, image.DecompressionBombWarning) as error:
         raise _too_large(str(error), max_pixels) from error
     except pillow.UnidentifiedImageError:
+        formats = read_formats()
+        name = _BRANDS.get(data[8:12], "something else")
         raise InvalidInputError(
-            f"an image must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
-            received=f"{len(data)} bytes of something else",
+            f"an image must be {', '.join(formats[:-1])} or {formats[-1]}",
+            received=f"{len(data)} bytes of {name}",
+            remedy=None if name in formats else READERS.get(name),
         ) from None
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as error:
         # Pillow raises these for truncated and damaged files, the fifth for AVIF.

@@ -156,6 +156,16 @@ def test_a_byte_that_is_wrong_ends_in_no_other_error_than_ours(file_format: str)
     assert refused > 30
 
 
+def test_a_format_without_its_reader_is_told_what_reads_it() -> None:
+    if "HEIF" in read_formats():
+        pytest.skip("pillow-heif is installed")
+    told = f"an image must be JPEG, .* or {read_formats()[-1]}; received 20 bytes of HEIF; pip install pillow-heif"
+    with pytest.raises(InvalidInputError, match=told):
+        decode_image(b"\0\0\0\x14ftypheic" + b"\0" * 8)
+    with pytest.raises(InvalidInputError, match="received 5 bytes of something else"):
+        decode_image(b"hello")
+
+
 def test_an_older_pillow_has_its_constants_elsewhere_and_one_that_is_too_old_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
