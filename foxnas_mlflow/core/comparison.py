@@ -180,16 +180,17 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
 
     Args:
         rows: The networks.
-        answers: Whether each of them is within all limits but that on latency, and so could have been found.
+        answers: Whether each of them could have been found in place of this one, as `Problem.stands_in` tells.
         i: The found network.
     """
     found, found_ms = rows[i], rows[i].trusted_latency_ms
-    timed = [
-        (row, row.trusted_latency_ms)
+    valid = [
+        (row, row.trusted_latency_ms, answer)
         for j, (row, answer) in enumerate(zip(rows, answers, strict=True))
-        if j != i and answer and row.trusted_latency_ms is not None
+        if j != i and row.trusted_latency_ms is not None
     ]
-    if found_ms is None or not timed:
+    timed = [(row, ms) for row, ms, answer in valid if answer]
+    if found_ms is None or not valid:
         return Check(None, "Whether another network beats the found one is not known: it needs valid latencies.", False)
     faster = [(row, ms, *_more(row, found)) for row, ms in timed if ms < found_ms]
     beating = [(row, ms, more, error) for row, ms, more, error in faster if more > error]

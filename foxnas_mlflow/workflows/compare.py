@@ -12,7 +12,6 @@ from foxnas_mlflow.workflows._request import compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, progress_bar
 
 if TYPE_CHECKING:
-    from foxnas_mlflow.core.architecture import Architecture
     from foxnas_mlflow.core.comparison import Comparison
     from foxnas_mlflow.core.measurements import Measurement
 
@@ -29,6 +28,8 @@ class CompareRequest(ExecutorRequest):
     data: str = parameter("", "The images that it was trained on, where they are now.")
     latency_ms: float | None = parameter(None, "Latency limit of the first one in milliseconds; empty: none.", above=0)
     limits: str = parameter("", "All limits of the first one, as text; of the others only that on latency differs.")
+    objective: str = parameter("accuracy", "What was to be best: accuracy, the least of a quantity, or the knee.")
+    min_accuracy: float | None = parameter(None, "Least predicted accuracy in percent; empty: none.")
     confidence: float = parameter(0.95, "Confidence of the search.", at_least=0.5, below=1)
     n_compare: int = parameter(5, "Networks of the front beside the found ones.", at_least=0)
     target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")
@@ -68,7 +69,7 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
     """
     from foxnas_mlflow.core.comparison import check_found, spread_over
     from foxnas_mlflow.core.files import worked_on
-    from foxnas_mlflow.core.searchers import Objective, front_of, parse_limits
+    from foxnas_mlflow.core.searchers import KNEE, Objective, Problem, front_of, parse_limits
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.tracking.comparison import log_comparison
     from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors, open_supernet
@@ -90,15 +91,10 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
         predictors, _ = open_predictors(request.predictors, target.name)
         found = [find_found(model, run.directory / f"found{i}") for i, model in enumerate(request.models)]
         limits = parse_limits(request.limits)
-        quantities = [limit.quantity for limit in limits] or ["latency_ms"]
-        objective = Objective(predictors, confidence=request.confidence, quantities=quantities)
-        others = [limit for limit in limits if limit.quantity != "latency_ms"]
-
-        def answers(architecture: Architecture) -> bool:
-            if architecture.image_size not in objective.image_sizes:
-                return False
-            amounts = objective.amounts(architecture)
-            return all(amounts[limit.quantity] <= limit.value for limit in others)
+        goal = "accuracy" if request.objective == KNEE else request.objective
+        quantities = [limit.quantity for limit in limits] + ([] if goal == "accuracy" else [goal])
+        objective = Objective(predictors, confidence=request.confidence, quantities=quantities or ["latency_ms"])
+        problem = Problem(objective, limits, goal, request.min_accuracy)
 
         rows = compare(
             found,
@@ -115,15 +111,16 @@ def run_compare(request: CompareRequest, *, directory: Path, tags: Mapping[str, 
             directory=directory,
             on_row=lambda done, total: show(done, total, ""),
         )
-        answer = [answers(row.architecture) for row in rows]
         sampled: list[Measurement] = []
         if request.measurements:
             sampled = open_measurements(request.measurements, run.directory)[0]
-        sampled = [row for row in sampled if answers(row.architecture)]
-        checks = [
-            check_found(rows, answer, i).beside(find_searched(subnet, run.directory / f"subnet{i}"), sampled)
-            for i, subnet in enumerate(request.subnets)
-        ]
+        checks = []
+        for i, subnet in enumerate(request.subnets):
+            found_one = rows[i].architecture
+            answers = [problem.stands_in(row.architecture, found_one) for row in rows]
+            beside = [row for row in sampled if problem.stands_in(row.architecture, found_one)]
+            searched = find_searched(subnet, run.directory / f"subnet{i}")
+            checks.append(check_found(rows, answers, i).beside(searched, beside))
         metrics = log_comparison(run, rows, request.latency_ms, checks)
         return CompareResult(
             run_id=run.run_id,

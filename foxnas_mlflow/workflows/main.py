@@ -568,6 +568,8 @@ class _Pipeline:
             data=main.data,
             latency_ms=found.latency_ms,
             limits=found.limits,
+            objective=main.objective,
+            min_accuracy=main.min_accuracy,
             confidence=main.confidence,
             n_compare=main.n_compare,
             target=main.target,

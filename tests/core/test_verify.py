@@ -287,6 +287,32 @@ def test_the_least_of_a_quantity_is_chosen_among_those_evaluated_as_accurate_as_
     assert verdict.candidates[1].predicted_latency_ms < verdict.candidates[2].predicted_latency_ms
 
 
+def test_a_larger_network_does_not_beat_the_smallest_by_being_faster_and_more_accurate() -> None:
+    outcome = search(reference_predictors("rpi4"), objective="int8_size_bytes", min_accuracy=73.0, evaluations=300)
+
+    def time(architecture: Architecture) -> Timing:
+        return Timing(60.0 if architecture == outcome.architecture else 30.0, "measured", "board")
+
+    verdict = verify(outcome, n_candidates=3, time=time, evaluate=evaluations(outcome, [73.5, 75.0, 76.0], 1e-3))
+    sizes = [candidate.amounts["int8_size_bytes"] for candidate in verdict.candidates]
+    assert len(sizes) == 3
+    assert verdict.chosen.amounts["int8_size_bytes"] == min(sizes)
+    assert not verdict.dominated
+    # One that was measured before counts as little; a smaller one would.
+    larger = verdict.candidates[2].architecture
+    row = Measurement(larger, 76.0, 30.0, "measured", "board")
+    for known, beaten_by in (
+        ([row], None),
+        ([dataclasses.replace(row, architecture=smaller(outcome))], smaller(outcome)),
+    ):
+        assert choose(outcome, verdict.candidates[:1], known=known).beaten_by == beaten_by
+
+
+def smaller(outcome: SearchOutcome) -> Architecture:
+    """A network with less of what is to be least."""
+    return outcome.objective.predictors.space.smallest(outcome.architecture.image_size)
+
+
 @pytest.mark.parametrize("slowness", [1.08, 1.4])
 def test_a_slower_board_gets_a_network_edited_until_it_meets(outcome: SearchOutcome, slowness: float) -> None:
     seen = verify(outcome, time=board(outcome, slowness)).candidates

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.options import IndexArray
 from foxnas_mlflow.core.searchers._limits import Limit, describe_limits
@@ -88,6 +89,23 @@ class Problem:
             and self.min_accuracy is None
             and tuple(limit.quantity for limit in self.limits) == ("latency_ms",)
         )
+
+    def allows(self, architecture: Architecture) -> bool:
+        """Whether a network of the objective's sizes meets all limits but that on latency, which a device judges."""
+        amounts = self.objective.amounts(architecture)
+        return all(amounts[limit.quantity] <= limit.value for limit in self.limits if limit.quantity != "latency_ms")
+
+    def stands_in(self, architecture: Architecture, other: Architecture) -> bool:
+        """Whether a network answers in place of another one, given that it is no worse as measured.
+
+        Latency and accuracy are measured; it must be of the objective's sizes, be allowed, and have no more of any
+        other quantity that is to be least.
+        """
+        if architecture.image_size not in self.objective.image_sizes or not self.allows(architecture):
+            return False
+        if self.goal in ("accuracy", "latency_ms"):
+            return True
+        return self.objective.amounts(architecture)[self.goal] <= self.objective.amounts(other)[self.goal]
 
     def __str__(self) -> str:
         wanted = "most accurate" if self.goal == "accuracy" else f"least {self.goal}"

@@ -279,16 +279,20 @@ def choose(
     beaten: Sequence[Architecture] = (),
 ) -> Verdict:
     """Choose among networks that were looked at, one of which meets the limits at least, as `verify` does."""
-    evidence = _combined(outcome, seen)
+    problem, evidence = outcome.problem, _combined(outcome, seen)
     meeting = [i for i, candidate in enumerate(seen) if candidate.meets]
     latencies = [None if (timing := seen[i].timing) is None else timing.latency_ms for i in meeting]
+
+    def evaluated_more(j: int, i: int) -> tuple[float, float] | None:
+        """Of j than i, where j could stand in its place."""
+        return (
+            _evaluated_more(seen[j], seen[i]) if problem.stands_in(seen[j].architecture, seen[i].architecture) else None
+        )
+
     standing = [
-        i
-        for k, i in enumerate(meeting)
-        if not dominated(latencies, [_evaluated_more(seen[j], seen[i]) for j in meeting], k)
+        i for k, i in enumerate(meeting) if not dominated(latencies, [evaluated_more(j, i) for j in meeting], k)
     ]
     standing = [i for i in standing if seen[i].architecture not in beaten] or standing
-    problem = outcome.problem
     tied: list[int] = []
     accuracy = [seen[i].predicted_accuracy if evidence is None else float(evidence.mean[i]) for i in range(len(seen))]
     if problem.goal != "accuracy" and problem.min_accuracy is not None:
@@ -323,10 +327,11 @@ def _beaten_by(
 ) -> Architecture | None:
     """The network, looked at now or before, that beats the winner on both measured figures; the most accurate of them.
 
-    It must be an answer itself: within all other limits, and measured without problems. What was looked at again
-    counts with its newest figures. Earlier evaluations err by as much as the winner's.
+    It must be an answer itself: within all other limits, with no more of what is to be least, and measured without
+    problems. What was looked at again counts with its newest figures. Earlier evaluations err by as much as the
+    winner's.
     """
-    timing, own = winner.timing, winner.evaluated
+    problem, timing, own = outcome.problem, winner.timing, winner.evaluated
     if timing is None or own is None:
         return None
     better: list[tuple[float, Architecture]] = []
@@ -338,20 +343,19 @@ def _beaten_by(
             and c.timing.latency_ms < timing.latency_ms
             and more is not None
             and more[0] > more[1]
-            and _counts_meet(outcome, c.architecture)
+            and problem.stands_in(c.architecture, winner.architecture)
         ):
             better.append((more[0], c.architecture))
     looked = {c.architecture for c in seen}
     for row in known:
         if (
             row.architecture not in looked
-            and row.architecture.image_size in outcome.objective.image_sizes
             and row.accuracy is not None
             and row.timing is not None
             and (row.timing.device, row.timing.source) == (timing.device, timing.source)
             and row.timing.latency_ms < timing.latency_ms
             and row.accuracy - own.accuracy > np.sqrt(2) * own.standard_error
-            and _counts_meet(outcome, row.architecture)
+            and problem.stands_in(row.architecture, winner.architecture)
         ):
             better.append((row.accuracy - own.accuracy, row.architecture))
     return max(better, key=lambda pair: pair[0], default=(0.0, None))[1]
@@ -502,7 +506,7 @@ def _mend(
         while saved < latency - latency_ms or not names:
             missing = (latency - latency_ms - saved) / slowness
             edits_here = rank_edits(outcome.objective.predictors, architecture)
-            edit = _cheapest([e for e in edits_here if _counts_meet(outcome, e.architecture)], missing)
+            edit = _cheapest([e for e in edits_here if outcome.problem.allows(e.architecture)], missing)
             if edit is None or edits >= MAX_EDITS:
                 break
             architecture = edit.architecture
@@ -583,12 +587,6 @@ def _timed(outcome: SearchOutcome, candidate: Candidate, timing: Timing | None) 
     judged = candidate.amounts if timing is None else {**candidate.amounts, "latency_ms": timing.latency_ms}
     meets = all(judged[limit.quantity] <= limit.value for limit in outcome.limits)
     return dataclasses.replace(candidate, timing=timing, meets=meets and (timing is None or not timing.problems))
-
-
-def _counts_meet(outcome: SearchOutcome, architecture: Architecture) -> bool:
-    """Whether a network meets all limits but that on latency, which the device judges."""
-    amounts = outcome.objective.amounts(architecture)
-    return all(amounts[x.quantity] <= x.value for x in outcome.limits if x.quantity != "latency_ms")
 
 
 def _accuracy(outcome: SearchOutcome, architecture: Architecture) -> float:
