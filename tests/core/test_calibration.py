@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.calibration import calibrate, choose_checks, choose_probes
 from foxnas_mlflow.core.errors import InvalidInputError, OutOfDomainError, TooFewSamplesError
 from foxnas_mlflow.core.measurements import Measurement
-from foxnas_mlflow.core.predictors import get_formula, load_predictors, reference_predictors
+from foxnas_mlflow.core.predictors import (
+    LinearPredictor,
+    get_formula,
+    load_predictors,
+    reference_latency,
+    reference_predictors,
+)
 from foxnas_mlflow.core.searchers import Objective
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target, named_beside
@@ -86,6 +93,31 @@ def test_bounds_hold_on_a_gpu(shared_data: Path, batch: int, error: float) -> No
     assert 100 * np.mean(np.abs(latency.predict(networks) / observed - 1)) < error
     assert 0.9 <= np.mean(observed <= latency.upper_bound(networks, 0.95)) <= 1
     assert latency.stated_confidence == pytest.approx(20 / 21)
+
+
+def test_bounds_are_wider_where_nothing_was_measured(tmp_path: Path) -> None:
+    pytest.importorskip("statsmodels")
+    rng = np.random.default_rng(7)
+    rows = biased(choose_probes(CPU_SPACE, 12, image_sizes=[160]), rng)
+    checks = biased(choose_checks(CPU_SPACE, 20, image_sizes=[160]), rng)
+    predictors = calibrate(rows, CPU_SPACE, target="board", outside=checks)
+    (latency,) = predictors.latency
+    assert latency.transfer_sigma >= latency.metrics["outside_mape"] / 100 > 0
+    assert any("At other image sizes than 160 px it extrapolates" in note for note in predictors.notes)
+
+    def shares(model: LinearPredictor, size: int) -> np.ndarray:
+        networks = model.space.sample(np.random.default_rng(3), n=50, image_size=size)
+        return model.upper_bound(networks, 0.95) / model.predict(networks) - 1
+
+    for size, as_before in ((160, True), (224, False)):
+        without = shares(dataclasses.replace(latency, transfer_sigma=0.0), size)
+        assert np.allclose(shares(latency, size), without) == as_before
+        assert (shares(latency, size) >= without).all()
+    # And in another space at every size.
+    predictors.save(tmp_path / "board.json")
+    target = dataclasses.replace(get_target("rpi4"), predictors=str(tmp_path / "board.json"))
+    (elsewhere,) = reference_latency(target, CPU_SPACE.replace(name="other")).latency
+    assert (shares(elsewhere, 160) > shares(latency, 160)).all()
 
 
 def test_no_confidence_is_stated_that_was_not_seen() -> None:

@@ -128,7 +128,7 @@ def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
         )
     note = (
         f"The latency cost model of {target.name} comes from networks of another space or size "
-        f"({source.space.name}): in this space ({space.name}) it extrapolates."
+        f"({source.space.name}): in this space ({space.name}) it extrapolates, and no measurement bears its bounds out."
     )
     model = dataclasses.replace(
         models[0], space=space, image_sizes=space.image_sizes, fitted_sizes=(), notes=(*models[0].notes, note)
