@@ -109,7 +109,7 @@ def start_detached(root: Path, name: str) -> None:
     log = root / name / "run" / "log"
     if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
         os.replace(str(log), str(log.with_name("log.1")))
-    with log.open("ab") as output:
+    with os.fdopen(os.open(str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644), "ab") as output:
         subprocess.Popen(  # noqa: S603
             start_command(root, name),
             stdin=subprocess.DEVNULL,

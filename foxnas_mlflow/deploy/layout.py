@@ -5,7 +5,8 @@ ROOT/NAME/.incoming-BOOT-SECONDS-*   a copy that is under way, or that was inter
 ROOT/NAME/versions/N/                model.tflite, runner.pyz, smoke.npz, deployment.json, state.json
 ROOT/NAME/current -> versions/N      the active version; replaced in one step, or not at all
 ROOT/NAME/service.json               how it is served; none: it is not
-ROOT/NAME/run/                       the service's own: http.sock, control.sock, lock, log
+ROOT/NAME/run/                       lock and log of the service, and links to its sockets
+ROOT/NAME/run/own/                   what the account that serves may write: http.sock, control.sock, failed.json
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import fcntl
 import hashlib
 import json
 import os
+import pwd
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -52,6 +55,42 @@ def point_to(root: Path, name: str, version: Path) -> None:
     pointer.symlink_to(Path("versions", version.name))
     os.replace(str(pointer), str(root / name / "current"))
     os.sync()
+
+
+def entry_of(account: str) -> pwd.struct_passwd:
+    """An account's entry; empty: of this one.
+
+    Raises:
+        RunnerError: If there is no such account.
+    """
+    try:
+        return pwd.getpwnam(account) if account else pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise RunnerError("account", f"{account or os.geteuid()}: there is none of that name") from None
+
+
+def make_run(root: Path, name: str, account: str) -> Path:
+    """Make the directories of a service; the one that its account may write.
+
+    The account is not trusted where root deploys: a link that it could put in place of the lock or the log would lead
+    root astray.
+    """
+    run, entry = root / name / "run", entry_of(account)
+    run.mkdir(exist_ok=True)
+    if run.stat().st_uid != os.geteuid():
+        # Of an earlier release, where the account had all of it. Its service may run: the sockets stay.
+        os.chown(str(run), os.geteuid(), os.getegid())
+        for path in run.iterdir():
+            status = path.lstat()
+            if status.st_uid != os.geteuid() and not stat.S_ISSOCK(status.st_mode):
+                shutil.rmtree(str(path)) if stat.S_ISDIR(status.st_mode) else path.unlink()
+    own = run / "own"
+    own.mkdir(exist_ok=True)
+    if own.stat().st_uid != entry.pw_uid:
+        os.chown(str(own), entry.pw_uid, entry.pw_gid)
+    for directory in (run, own):
+        let_in(directory)
+    return own
 
 
 @contextlib.contextmanager
@@ -125,6 +164,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object in one step."""
     fresh = path.with_name(f".{path.name}.next")
-    fresh.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    fresh.chmod(0o644)
+    with contextlib.suppress(FileNotFoundError):
+        fresh.unlink()
+    with fresh.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        os.fchmod(file.fileno(), 0o644)
     os.replace(str(fresh), str(path))

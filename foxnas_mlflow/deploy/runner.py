@@ -20,7 +20,6 @@ import http.client
 import io
 import json
 import os
-import pwd
 import shutil
 import signal
 import socket
@@ -38,6 +37,7 @@ from foxnas_mlflow.deploy.layout import (
     let_in,
     locked,
     make_incoming,
+    make_run,
     open_to_read,
     point_to,
     read_json,
@@ -238,14 +238,9 @@ def start(root: Path, name: str, version: Path, settings: dict[str, Any], old: d
     before = (place / "current").resolve() if (place / "current").exists() else None
     with contextlib.suppress(RunnerError):
         stop(root, name)
-    directory = place / "run"
-    directory.mkdir(exist_ok=True)
-    directory.chmod(0o755)
-    if settings["account"]:
-        entry = pwd.getpwnam(settings["account"])
-        os.chown(str(directory), entry.pw_uid, entry.pw_gid)
-    with contextlib.suppress(FileNotFoundError):
-        (directory / "failed.json").unlink()
+    make_run(root, name, settings["account"])
+    for file in failures(root, name):
+        file.unlink()
     write_json(place / "service.json", settings)
     point_to(root, name, version)
     try:
@@ -273,28 +268,33 @@ def await_service(root: Path, name: str, version: Path) -> None:
     Raises:
         RunnerError: If the service says why it is not, or says nothing.
     """
-    failed = root / name / "run" / "failed.json"
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         state = serving(root, name)
         if state and state["version"] == version.name:
             return
-        if failed.exists():
-            said = read_json(failed)
+        for file in failures(root, name):
+            said = read_json(file)
             raise RunnerError(said["kind"], said["message"])
         time.sleep(0.05)
     raise RunnerError("service", f"no answer in {START_SECONDS:g} s")
 
 
+def failures(root: Path, name: str) -> list[Path]:
+    """Why a service did not start; one of an earlier release says it beside the lock."""
+    return [*(root / name / "run").glob("**/failed.json")]
+
+
 def stop(root: Path, name: str) -> None:
     """End a service, and let it not start again; one that does not run is no error."""
     boot.remove(root, name)
-    lock = root / name / "run" / "lock"
-    if not lock.exists():
+    try:
+        lock = os.open(str(root / name / "run" / "lock"), os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
         return
     with contextlib.suppress(RunnerError):
         ask(root, name, "stop")
-    with lock.open() as held:
+    with os.fdopen(lock) as held:
         deadline = time.monotonic() + STOP_SECONDS
         while True:
             try:
@@ -302,7 +302,9 @@ def stop(root: Path, name: str) -> None:
                 return
             except OSError:
                 if time.monotonic() > deadline:
-                    os.kill(int(held.read()), signal.SIGKILL)
+                    # Whom an account names is not for root to kill.
+                    if os.fstat(lock).st_uid == os.geteuid():
+                        os.kill(int(held.read()), signal.SIGKILL)
                     return
                 time.sleep(0.05)
 

@@ -23,7 +23,6 @@ import fcntl
 import http.server
 import json
 import os
-import pwd
 import queue
 import select
 import signal
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from foxnas_mlflow.deploy.layout import RunnerError, current, read_json, write_json
+from foxnas_mlflow.deploy.layout import RunnerError, current, entry_of, make_run, read_json, write_json
 from foxnas_mlflow.deploy.worker import RefusedError, problem, receive, send
 
 HTTP_SOCKET = "http.sock"
@@ -513,7 +512,7 @@ class Service:
         self.metrics = Metrics()
         self.settings = read_json(self._place / "service.json")
         # Paths of sockets are short: they are made where the service is.
-        os.chdir(str(self._place / "run"))
+        os.chdir(str(self._place / "run" / "own"))
         self._listener = self._bound(self.settings)
         self._sockets = [
             self._unix(HTTP_SOCKET, Handler, 0o666),
@@ -732,15 +731,26 @@ def url_of(settings: dict[str, Any]) -> str:
 
 def run_service(root: Path, name: str) -> int:
     """Serve a deployment until it is stopped; at once 0 if another process does already."""
-    place = root / name / "run"
+    run = root / name / "run"
     settings = read_json(root / name / "service.json")
-    lock = os.open(str(place / "lock"), os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        own = make_run(root, name, settings["account"])
+    except (RunnerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    lock = os.open(str(run / "lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return 0
+    # Who cannot open it cannot hold it either.
+    os.fchmod(lock, 0o600)
     os.ftruncate(lock, 0)
     os.write(lock, f"{os.getpid()}\n".encode())
+    for file in (HTTP_SOCKET, CONTROL_SOCKET):
+        with contextlib.suppress(FileNotFoundError):
+            (run / file).unlink()
+        (run / file).symlink_to(Path("own", file))
     try:
         become(settings["account"])
         service = Service(root, name)
@@ -748,7 +758,7 @@ def run_service(root: Path, name: str) -> int:
         kind = getattr(error, "kind", "system")
         print(f"error: {error}", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
-            write_json(place / "failed.json", {"kind": kind, "message": str(error)})
+            write_json(own / "failed.json", {"kind": kind, "message": str(error)})
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, service.stop)
@@ -764,10 +774,7 @@ def become(account: str) -> None:
     """
     if not account:
         return
-    try:
-        entry = pwd.getpwnam(account)
-    except KeyError:
-        raise RunnerError("account", f"{account}: there is none of that name") from None
+    entry = entry_of(account)
     if entry.pw_uid == os.geteuid():
         return
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import fcntl
 import http.client
 import io
 import json
@@ -29,9 +30,10 @@ from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.deploy import boot, foxnas_edge, layout
+from foxnas_mlflow.deploy import runner as runner_module
 from foxnas_mlflow.deploy._bundle import runner
 from foxnas_mlflow.deploy.layout import RunnerError
-from foxnas_mlflow.deploy.runner import activate, current, serving, switch
+from foxnas_mlflow.deploy.runner import activate, current, serving, stop, switch
 from foxnas_mlflow.devices import LocalConnection
 from tests.colour_model import LABELS, SIZE, encoded, image_of
 from tests.deploy.boards import clear
@@ -578,11 +580,58 @@ def test_another_account_serves(
     owners = {Path(f"/proc/{pid}").stat().st_uid for pid in (pid_of(root), *workers_of(root))}
     assert owners == {65534}
     assert not (root / "camera").stat().st_mode & stat.S_IWOTH
+    # It may write where its sockets are, and nowhere else; they are where they always were.
+    writable = [path for path in (root, *root.glob("**/*")) if path.lstat().st_uid == 65534]
+    assert {path.parent for path in writable} == {root / "camera" / "run", root / "camera" / "run" / "own"}
+    assert [path.name for path in writable if path.parent.name == "run"] == ["own"]
+    over_unix = UnixConnection(deployment["service"]["socket"])
+    with contextlib.closing(over_unix):
+        over_unix.request("GET", "/ping")
+        assert over_unix.getresponse().status == 200
     image = encoded(image_of("green"))
     assert send(deployment["service"]["url"], "image/jpeg", image)[1]["predictions"][0]["label"] == "green"
     assert client.update_deployment("camera", versions[1])["service"]["version"] == "0002"
     with pytest.raises(MlflowException, match="cannot change it"):
         client.update_deployment("camera", versions[1], config={"account": "root"})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may serve as another account")
+def test_links_of_the_account_lead_root_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the directory that an earlier release gave to the account."""
+    run, precious = tmp_path / "camera" / "run", tmp_path / "precious"
+    (run / "given").mkdir(parents=True)
+    precious.write_text("kept")
+    for name in ("lock", "log", "failed.json", ".failed.json.next", "own"):
+        (run / name).symlink_to(precious if name != "own" else tmp_path)
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as control:
+        monkeypatch.chdir(run)
+        control.bind("control.sock")
+    for path in (run, *run.iterdir()):
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    for start in (lambda: boot.start_detached(tmp_path, "camera"), lambda: stop(tmp_path, "camera")):
+        with pytest.raises(OSError, match="symbolic links"):
+            start()
+    owner = tmp_path.stat().st_uid
+    assert layout.make_run(tmp_path, "camera", "nobody") == run / "own"
+    assert sorted(path.name for path in run.iterdir()) == ["control.sock", "own"]
+    assert (run.stat().st_uid, (run / "own").lstat().st_uid, tmp_path.stat().st_uid) == (0, 65534, owner)
+    assert precious.read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may serve as another account")
+def test_root_kills_nobody_that_an_account_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "STOP_SECONDS", 0.0)
+    run = tmp_path / "camera" / "run"
+    run.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "600"]) as process, (run / "lock").open("w") as lock:
+        lock.write(f"{process.pid}\n")
+        lock.flush()
+        os.chown(run / "lock", 65534, 65534)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stop(tmp_path, "camera")
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
+        process.kill()
 
 
 def test_leftovers_go_by_age_on_a_clock_that_nobody_sets(tmp_path: Path) -> None:
