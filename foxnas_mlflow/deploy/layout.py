@@ -19,6 +19,7 @@ import os
 import pwd
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ class RunnerError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
         super().__init__(message)
+
+
+def log(words: object) -> None:
+    """Write a line to the log; where its disk is full, or it is gone, nothing is lost but the line."""
+    with contextlib.suppress(OSError, ValueError):
+        print(words, file=sys.stderr, flush=True)
 
 
 def current(root: Path, name: str) -> Path:

@@ -511,6 +511,7 @@ def classify(version: Path, images: list[Any]) -> list[dict[str, Any]]:
     """Labels and probabilities of images: files as bytes, or arrays at the network's size."""
     numpy()
     from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
+    from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
     from foxnas_mlflow.deploy.foxnas_edge import Version
 
     model = Version(version)
@@ -519,8 +520,8 @@ def classify(version: Path, images: list[Any]) -> list[dict[str, Any]]:
     except MissingDependencyError as error:
         raise RunnerError(
             "no_pillow",
-            f"decoding JPEG and PNG needs Pillow, which {sys.executable} lacks; install it with: "
-            f"{sys.executable} -m pip install --upgrade Pillow, or give .npy files of shape "
+            f"decoding JPEG and PNG needs Pillow {OLDEST_PILLOW} or newer, which {sys.executable} lacks; "
+            f"install it with: {sys.executable} -m pip install --upgrade Pillow, or give .npy files of shape "
             f"{model.classifier.input_shape}",
         ) from error
     except InvalidInputError as error:
@@ -542,8 +543,9 @@ def read_file(path: Path) -> Any:
 def read_array(data: bytes) -> Any:
     """An array in NumPy's format."""
     try:
-        return numpy().load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        # Not `load`, which opens archives too.
+        return numpy().lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except ValueError as error:
         raise RunnerError("bad_image", f"no array of NumPy: {error}") from error
 
 

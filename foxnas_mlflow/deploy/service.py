@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from foxnas_mlflow.deploy.layout import RunnerError, current, entry_of, make_run, read_json, write_json
+from foxnas_mlflow.deploy.layout import RunnerError, current, entry_of, log, make_run, read_json, write_json
 from foxnas_mlflow.deploy.worker import RefusedError, problem, receive, send
 
 HTTP_SOCKET = "http.sock"
@@ -46,7 +46,8 @@ MAX_BODY_BYTES = 64 * 2**20
 START_SECONDS = 120.0
 """A worker that has not opened its model by then never will."""
 ANSWER_SECONDS = 60.0
-"""A worker that has not answered by then, and a second for each 64 KiB of the request, is replaced."""
+"""A worker that has neither answered by then nor said that it is at its next image is replaced; it has a second more
+for each 64 KiB of the request."""
 IDLE_SECONDS = 75.0
 """A connection on which nothing comes for so long is closed."""
 CLOSE_SECONDS = 300.0
@@ -70,7 +71,10 @@ class Worker:
     """A process that has a version open."""
 
     def __init__(self, version: Path, python: str) -> None:
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise RunnerError("worker", f"no socket for it: {error.strerror}") from error
         with theirs:
             try:
                 self._process = subprocess.Popen(  # noqa: S603
@@ -86,6 +90,9 @@ class Worker:
         try:
             ours.settimeout(START_SECONDS)
             header, _ = receive(ours)
+        except socket.timeout:
+            self.end()
+            raise RunnerError("worker", f"it did not open its model in {START_SECONDS:g} s") from None
         except (OSError, EOFError):
             self.end()
             raise RunnerError("worker", f"it ended with status {self._process.returncode} at its start") from None
@@ -109,8 +116,11 @@ class Worker:
             EOFError, OSError: If it died, or does not answer.
         """
         self._connection.settimeout(ANSWER_SECONDS + len(body) / 2**16)
-        send(self._connection, {"content_type": content_type}, body)
-        return receive(self._connection)
+        send(self._connection, {"content_type": content_type, "told": True}, body)
+        while True:
+            header, answer = receive(self._connection)
+            if "status" in header:
+                return header, answer
 
     def end(self) -> None:
         """End it, whatever it does."""
@@ -126,17 +136,18 @@ class Generation:
         version: Its directory.
         python: Python that has its runtime.
         size: Requests that it answers at a time.
+        metrics: Counts the workers that are replaced.
 
     Raises:
         RunnerError: If a worker cannot be started.
     """
 
-    def __init__(self, version: Path, python: str, size: int) -> None:
+    def __init__(self, version: Path, python: str, size: int, metrics: Metrics) -> None:
         self.version = version
         self.deployment = read_json(version / "deployment.json")
-        self.restarts = 0
         self._python = python
         self._size = size
+        self._metrics = metrics
         self._users = 0
         self._heal_after = 0.0
         self._changed = threading.Condition()
@@ -203,8 +214,8 @@ class Generation:
         for worker in dead:
             try:
                 self._free.put(self._replaced(worker))
-            except RunnerError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            except Exception as error:
+                log(f"error: {error}")
                 self._heal_after = time.monotonic() + HEAL_SECONDS
 
     def alive(self) -> bool:
@@ -236,7 +247,7 @@ class Generation:
     def _replaced(self, worker: Worker | None) -> Worker:
         if worker is not None:
             worker.end()
-        self.restarts += 1
+        self._metrics.replaced()
         try:
             return Worker(self.version, self._python)
         except BaseException:
@@ -262,7 +273,7 @@ class Metrics:
         self._counts = {name: [0] * (len(BUCKETS) + 1) for name in ("request", "worker")}
         self._seconds = {"request": 0.0, "worker": 0.0}
         self.switches = 0
-        self.restarts = 0
+        self._restarts = 0
 
     def enter(self) -> bool:
         """Whether one more request may wait."""
@@ -277,6 +288,11 @@ class Metrics:
         with self._lock:
             self.waiting -= 1
 
+    def replaced(self) -> None:
+        """Count a worker that was replaced."""
+        with self._lock:
+            self._restarts += 1
+
     def count(self, status: int, images: int, **seconds: float) -> None:
         """Count an answer, and what took how long."""
         with self._lock:
@@ -287,13 +303,13 @@ class Metrics:
                 self._counts[name][place] += 1
                 self._seconds[name] += value
 
-    def text(self, info: dict[str, str], restarts: int) -> str:
+    def text(self, info: dict[str, str]) -> str:
         """All of it in the text format of Prometheus."""
         with self._lock:
             lines = [
                 "# HELP foxnas_info What is served.",
                 "# TYPE foxnas_info gauge",
-                f"foxnas_info{{{','.join(f'{key}={json.dumps(value)}' for key, value in info.items())}}} 1",
+                f"foxnas_info{{{','.join(f'{key}={_quoted(value)}' for key, value in info.items())}}} 1",
                 "# HELP foxnas_requests_total Requests for predictions, by status.",
                 "# TYPE foxnas_requests_total counter",
                 *(f'foxnas_requests_total{{code="{code}"}} {n}' for code, n in sorted(self._codes.items())),
@@ -302,7 +318,7 @@ class Metrics:
                 ("rejected_total", "counter", "Requests that were refused or failed.", self._rejected()),
                 ("images_total", "counter", "Images that were classified.", self._images),
                 ("requests_waiting", "gauge", "Requests that wait or run.", self.waiting),
-                ("worker_restarts_total", "counter", "Workers that were replaced.", self.restarts + restarts),
+                ("worker_restarts_total", "counter", "Workers that were replaced.", self._restarts),
                 ("switches_total", "counter", "Changes of the active version.", self.switches),
             )
             for name, kind, words, value in values:
@@ -318,6 +334,12 @@ class Metrics:
 
     def _rejected(self) -> int:
         return sum(n for code, n in self._codes.items() if code >= 400)
+
+
+def _quoted(value: str) -> str:
+    """A label's value in the text format of Prometheus, which knows three escapes and takes the rest as it is."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -386,7 +408,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             header, answer, version = self.service.predict(self.headers.get("Content-Type") or "", body)
         except RunnerError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            log(f"error: {error}")
             header, answer = {"status": 500}, problem("INTERNAL_ERROR", "no worker could answer; the log has more")
             version = ""
         except BaseException:
@@ -470,7 +492,7 @@ class _Quiet(socketserver.ThreadingMixIn):
         """Clients go away as they like; anything else is logged in one line."""
         error = sys.exc_info()[1]
         if not isinstance(error, (ConnectionError, socket.timeout)):
-            print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            log(f"error: {type(error).__name__}: {error}")
 
 
 class TcpServer(_Quiet, socketserver.TCPServer):
@@ -527,14 +549,11 @@ class Service:
         while not self._stopped:
             # No event: a signal's handler must not wait for a lock that this thread may hold.
             time.sleep(POLL_SECONDS)
-            self.active.heal()
-            with self._changing:
-                if self._prepared is not None and time.monotonic() > self._prepared[-1]:
-                    self._drop()
-                try:
-                    self._follow()
-                except (RunnerError, OSError) as error:
-                    print(f"error: version {self._refused[0]}: {error}", file=sys.stderr, flush=True)
+            try:
+                self._look_after()
+            except Exception as error:
+                # Whatever it is, what is served still is.
+                log(f"error: {type(error).__name__}: {error}")
         self.stopping = True
         # What was accepted is answered; then the workers end.
         for server in (self._listener, *self._sockets):
@@ -546,6 +565,16 @@ class Service:
         ):
             time.sleep(0.02)
         self.active.close()
+
+    def _look_after(self) -> None:
+        self.active.heal()
+        with self._changing:
+            if self._prepared is not None and time.monotonic() > self._prepared[-1]:
+                self._drop()
+            try:
+                self._follow()
+            except Exception as error:
+                log(f"error: version {self._refused[0]}: {error}")
 
     def stop(self, *_: Any) -> None:
         """End `run`."""
@@ -583,7 +612,7 @@ class Service:
         """What ``/metrics`` answers."""
         info = self.info()
         names = ("name", "version", "model_uri", "sha256", "foxnas_version")
-        return self.metrics.text({name: str(info[name]) for name in names}, self.active.restarts)
+        return self.metrics.text({name: str(info[name]) for name in names})
 
     def control(self, command: str, request: dict[str, Any]) -> dict[str, Any]:
         """Answer the runner.
@@ -641,7 +670,7 @@ class Service:
                 return
             try:
                 self._prepare(version, read_json(self._place / "service.json"))
-            except (RunnerError, OSError) as error:
+            except Exception as error:
                 self._refused = (version.name, str(error))
                 raise
         assert self._prepared is not None
@@ -664,7 +693,7 @@ class Service:
             self._listener = listener
             self._accept(listener)
             self._close(old_listener)
-        threading.Thread(target=self._retire, args=(old,), daemon=True).start()
+        threading.Thread(target=old.close, daemon=True).start()
 
     def _take_over(self, version: Path, settings: dict[str, Any]) -> None:
         """Serve a version on the accelerator that the active one holds: requests wait meanwhile.
@@ -683,13 +712,9 @@ class Service:
         finally:
             self._open.set()
 
-    def _retire(self, generation: Generation) -> None:
-        generation.close()
-        self.metrics.restarts += generation.restarts
-
     def _generation(self, version: Path, settings: dict[str, Any]) -> Generation:
         state = read_json(version / "state.json")
-        return Generation(version, state.get("python") or sys.executable, settings["workers"])
+        return Generation(version, state.get("python") or sys.executable, settings["workers"], self.metrics)
 
     def _bound(self, settings: dict[str, Any]) -> Any:
         host, port = settings["host"], settings["port"]
@@ -736,7 +761,7 @@ def run_service(root: Path, name: str) -> int:
     try:
         own = make_run(root, name, settings["account"])
     except (RunnerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        log(f"error: {error}")
         return 1
     lock = os.open(str(run / "lock"), os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
     try:
@@ -756,7 +781,7 @@ def run_service(root: Path, name: str) -> int:
         service = Service(root, name)
     except (RunnerError, OSError) as error:
         kind = getattr(error, "kind", "system")
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        log(f"error: {error}")
         with contextlib.suppress(OSError):
             write_json(own / "failed.json", {"kind": kind, "message": str(error)})
         return 1

@@ -12,10 +12,12 @@ import json
 import os
 import socket
 import struct
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from foxnas_mlflow.deploy.layout import RunnerError, log
 
 MAX_BATCH = 1024
 """Most images of one request."""
@@ -74,7 +76,6 @@ def run_worker(version: Path, descriptor: int) -> None:
         descriptor: The socket.
     """
     from foxnas_mlflow.deploy.foxnas_edge import Version
-    from foxnas_mlflow.deploy.layout import RunnerError
 
     connection = socket.socket(fileno=descriptor)
     try:
@@ -93,9 +94,28 @@ def run_worker(version: Path, descriptor: int) -> None:
         while True:
             header, body = receive(connection)
             start = time.perf_counter()
-            status, answer, images = answered(model, header.get("content_type") or "", body)
+            working = Working(connection if header.get("told") else None)
+            status, answer, images = answered(model, header.get("content_type") or "", body, working)
             seconds = time.perf_counter() - start
             send(connection, {"status": status, "images": images, "seconds": seconds}, answer)
+
+
+class Working:
+    """Says once a second that a request is worked at: a large one may take longer than a worker that hangs.
+
+    Args:
+        connection: To a service that wants to know, or None.
+    """
+
+    def __init__(self, connection: socket.socket | None) -> None:
+        self._connection = connection
+        self._said = time.monotonic()
+
+    def __call__(self) -> None:
+        """Say it, if it is time to."""
+        if self._connection is not None and time.monotonic() > self._said + 1.0:
+            send(self._connection, {"working": True})
+            self._said = time.monotonic()
 
 
 def black(shape: tuple[int, int, int]) -> Any:
@@ -105,9 +125,10 @@ def black(shape: tuple[int, int, int]) -> Any:
     return np.zeros(shape, np.uint8)
 
 
-def answered(model: Any, content_type: str, body: bytes) -> tuple[int, bytes, int]:
-    """Status, JSON and number of images of the answer to a request."""
+def answered(model: Any, content_type: str, body: bytes, working: Callable[[], None]) -> tuple[int, bytes, int]:
+    """Status, JSON and number of images of the answer to a request; `working` is called after each image."""
     from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
+    from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 
     try:
         images, params = read_request(content_type, body)
@@ -119,17 +140,20 @@ def answered(model: Any, content_type: str, body: bytes) -> tuple[int, bytes, in
             raise RefusedError(400, "a request has at least one image.")
         if len(images) > MAX_BATCH:
             raise RefusedError(400, f"a request has at most {MAX_BATCH} images; received {len(images)}.")
-        rows = model.classify(images, top_k=top_k)
+        rows = []
+        for image in images:
+            rows += model.classify([image], top_k=top_k)
+            working()
     except RefusedError as refused:
         return refused.status, problem("BAD_REQUEST", str(refused)), 0
     except InvalidInputError as error:
         return 400, problem("INVALID_PARAMETER_VALUE", str(error)), 0
     except MissingDependencyError:
-        message = f"decoding images needs Pillow, which {sys.executable} lacks; send pixels, or install it"
+        message = f"decoding images needs Pillow {OLDEST_PILLOW} or newer on the board; send pixels, or install it"
         return 501, problem("NOT_IMPLEMENTED", message), 0
     except Exception as error:
         # Whoever sent it learns nothing of this machine; the log does.
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        log(f"{type(error).__name__}: {error}")
         return 500, problem("INTERNAL_ERROR", "prediction failed inside the model; its log has the details"), 0
     return 200, json.dumps({"predictions": rows}).encode(), len(rows)
 
@@ -208,8 +232,9 @@ def read_npy(body: bytes) -> list[Any]:
     import numpy as np
 
     try:
-        array = np.load(io.BytesIO(body), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        # Not `np.load`, which opens archives too.
+        array = np.lib.format.read_array(io.BytesIO(body), allow_pickle=False)
+    except ValueError as error:
         raise RefusedError(400, f"the body must be an array in NumPy's format: {error}.") from None
     if array.ndim not in (3, 4):
         raise RefusedError(400, f"an array must have 3 or 4 axes; received shape {array.shape}.")

@@ -390,7 +390,7 @@ def test_a_board_without_pillow(
     refused = classify(photo)
     assert refused["error"] == "no_pillow"
     assert refused["message"] == (
-        f"decoding JPEG and PNG needs Pillow, which {LocalConnection.python} lacks; install it with: "
+        f"decoding JPEG and PNG needs Pillow 8 or newer, which {LocalConnection.python} lacks; install it with: "
         f"{LocalConnection.python} -m pip install --upgrade Pillow, or give .npy files of shape {(SIZE, SIZE, 3)}"
     )
 

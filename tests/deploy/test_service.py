@@ -10,6 +10,7 @@ import http.client
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -29,11 +30,12 @@ import pytest
 from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
-from foxnas_mlflow.deploy import boot, foxnas_edge, layout
+from foxnas_mlflow.deploy import boot, foxnas_edge, layout, service
 from foxnas_mlflow.deploy import runner as runner_module
 from foxnas_mlflow.deploy._bundle import runner
 from foxnas_mlflow.deploy.layout import RunnerError
 from foxnas_mlflow.deploy.runner import activate, current, serving, stop, switch
+from foxnas_mlflow.deploy.worker import Working, receive
 from foxnas_mlflow.devices import LocalConnection
 from tests.colour_model import LABELS, SIZE, encoded, image_of
 from tests.deploy.boards import clear
@@ -354,6 +356,75 @@ def test_an_interruption_after_the_switch_leaves_the_active_version_its_files(
     assert send(deployment["service"]["url"], "image/jpeg", encoded(image_of("blue")))[2] == "0003"
 
 
+def worker_of(directory: Path, code: str) -> Path:
+    """A version whose worker runs some code, with its socket as ``connection``."""
+    start = "import socket, sys, time\nfrom foxnas_mlflow.deploy.worker import receive, send\n"
+    (directory / "runner.pyz").write_text(f"{start}connection = socket.socket(fileno=int(sys.argv[3]))\n{code}")
+    return directory
+
+
+def test_a_worker_that_says_that_it_works_is_waited_for(tmp_path: Path) -> None:
+    code = """
+send(connection, {"ready": True})
+assert receive(connection)[0]["told"]
+for _ in range(2):
+    send(connection, {"working": True})
+send(connection, {"status": 200}, b"answer")
+"""
+    worker = service.Worker(worker_of(tmp_path, code), sys.executable)
+    try:
+        assert worker.ask("image/jpeg", b"image") == ({"status": 200}, b"answer")
+    finally:
+        worker.end()
+
+
+def test_a_worker_says_once_a_second_that_it_works() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        working = Working(theirs)
+        working._said -= 2
+        # A service of an earlier release would take it for the answer.
+        of_another = Working(None)
+        of_another._said -= 2
+        for _ in range(3):
+            of_another()
+            working()
+        theirs.shutdown(socket.SHUT_WR)
+        assert receive(ours) == ({"working": True}, b"")
+        with pytest.raises(EOFError):
+            receive(ours)
+
+
+def test_a_worker_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "START_SECONDS", 0.1)
+    with pytest.raises(RunnerError, match=r"it did not open its model in 0\.1 s"):
+        service.Worker(worker_of(tmp_path, "time.sleep(600)"), sys.executable)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(free := os.dup(0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        with pytest.raises(RunnerError, match="no socket for it: Too many open files"):
+            service.Worker(tmp_path, sys.executable)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_log_that_is_full_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        layout.log("error")
+        with pytest.raises(OSError, match="No space"):
+            full.flush()
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+
+
+def test_labels_are_quoted_as_prometheus_has_them() -> None:
+    text = service.Metrics().text({"model_uri": 'models:/Kamera-Süd "a\\b"\n/1'})
+    assert r'foxnas_info{model_uri="models:/Kamera-Süd \"a\\b\"\n/1"} 1' in text.splitlines()
+
+
 def test_another_host_keeps_the_port_where_it_can(
     deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str]
 ) -> None:
@@ -392,6 +463,14 @@ def test_the_service_follows_the_pointer_also_unasked(deployed: tuple[Any, dict[
     while b"version 0009" not in log.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert b"error: version 0009: a TFLite model must be one that the runtime can open" in log.read_bytes()
+    assert send(deployment["service"]["url"], "image/jpeg", image)[2] == "0002"
+    # Nor does one whose description was damaged end the service.
+    (root / "camera" / "versions" / "0009" / "deployment.json").write_bytes(b"{")
+    (root / "camera" / "versions" / "0009").rename(root / "camera" / "versions" / "0010")
+    layout.point_to(root, "camera", root / "camera" / "versions" / "0010")
+    while b"version 0010" not in log.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert b"error: version 0010: Expecting property name" in log.read_bytes()
     assert send(deployment["service"]["url"], "image/jpeg", image)[2] == "0002"
 
 
