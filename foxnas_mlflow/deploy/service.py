@@ -24,6 +24,7 @@ import http.server
 import json
 import os
 import queue
+import re
 import select
 import signal
 import socket
@@ -32,7 +33,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,8 +64,14 @@ ATTEMPTS = 3
 """A request at which so many workers died is not tried again."""
 MAX_WAITING = 128
 """Requests that wait or run at once; more are rejected with status 503."""
+MAX_HELD_BYTES = 4 * MAX_BODY_BYTES
+"""Of their bodies so much is in memory at once."""
+DRAIN_SECONDS = 2.0
+"""What a client still sends of a request that was refused is read for so long."""
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Upper bounds of the histograms, in seconds."""
+_LONGEST_LINE = 1024
+_MOST_TRAILERS = 100
 
 
 class Worker:
@@ -270,23 +277,39 @@ class Metrics:
         self._codes: dict[int, int] = {}
         self._images = 0
         self.waiting = 0
+        self._held = 0
         self._counts = {name: [0] * (len(BUCKETS) + 1) for name in ("request", "worker")}
         self._seconds = {"request": 0.0, "worker": 0.0}
         self.switches = 0
         self._restarts = 0
 
-    def enter(self) -> bool:
-        """Whether one more request may wait."""
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[Callable[[int], None]]:
+        """Let one more request wait or run for the duration of the block; it says how many bytes of it are held.
+
+        Raises:
+            RefusedError: If there is no room for it, or for so many bytes.
+        """
+        mine = 0
+
+        def hold(n_bytes: int) -> None:
+            nonlocal mine
+            with self._lock:
+                if self._held + n_bytes > MAX_HELD_BYTES:
+                    raise RefusedError(503, f"{MAX_HELD_BYTES} bytes of requests wait already; send this later")
+                self._held += n_bytes
+                mine += n_bytes
+
         with self._lock:
             if self.waiting >= MAX_WAITING:
-                return False
+                raise RefusedError(503, f"{MAX_WAITING} requests wait already; send this later")
             self.waiting += 1
-            return True
-
-    def leave(self) -> None:
-        """One request has its answer."""
-        with self._lock:
-            self.waiting -= 1
+        try:
+            yield hold
+        finally:
+            with self._lock:
+                self.waiting -= 1
+                self._held -= mine
 
     def replaced(self) -> None:
         """Count a worker that was replaced."""
@@ -342,6 +365,12 @@ def _quoted(value: str) -> str:
     return f'"{escaped}"'
 
 
+def _checked_length(n_bytes: int) -> int:
+    if n_bytes > MAX_BODY_BYTES:
+        raise RefusedError(413, f"a body has at most {MAX_BODY_BYTES} bytes; received {n_bytes} or more")
+    return n_bytes
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Applications' requests."""
 
@@ -351,6 +380,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = IDLE_SECONDS
     # An answer leaves in one piece.
     wbufsize = -1
+    _unread = False
 
     @property
     def service(self) -> Service:
@@ -365,11 +395,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Count it out."""
+        if self._unread:
+            self._drain()
         self.service.connections.discard(self)
         super().finish()
 
     def do_GET(self) -> None:
         """Answer what is asked without a body."""
+        if self.headers.get("Transfer-Encoding") or self.headers.get("Content-Length", "0") != "0":
+            # It would be taken for the next request.
+            self._unread = self.close_connection = True
         path = urlsplit(self.path).path
         service = self.service
         if path in ("/ping", "/health"):
@@ -388,45 +423,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answer a request for predictions."""
         start = time.perf_counter()
-        if urlsplit(self.path).path != "/invocations":
-            self.close_connection = True
-            self._answer(404, problem("NOT_FOUND", "predictions are asked with POST /invocations"))
-            return
-        metrics = self.service.metrics
         try:
-            body = self._body()
+            length = self._announced()
+            with self.service.metrics.entered() as hold:
+                self._predict(self._body(length, hold), start)
         except RefusedError as refused:
-            # The rest of it is not read.
-            self.close_connection = True
-            metrics.count(refused.status, 0)
-            self._answer(refused.status, problem("BAD_REQUEST", str(refused)))
-            return
-        if not metrics.enter():
-            metrics.count(503, 0)
-            self._answer(503, problem("RESOURCE_EXHAUSTED", f"{MAX_WAITING} requests wait already; send this later"))
-            return
+            self._refuse(refused)
+
+    def _predict(self, body: bytes, start: float) -> None:
         try:
             header, answer, version = self.service.predict(self.headers.get("Content-Type") or "", body)
         except RunnerError as error:
             log(f"error: {error}")
             header, answer = {"status": 500}, problem("INTERNAL_ERROR", "no worker could answer; the log has more")
             version = ""
-        except BaseException:
-            metrics.leave()
-            raise
         took = {"request": time.perf_counter() - start}
         if "seconds" in header:
             took["worker"] = header["seconds"]
         # Counted before it is sent: whoever has the answer finds it counted.
-        metrics.count(header["status"], header.get("images", 0), **took)
-        try:
-            self._answer(header["status"], answer, version=version)
-            self.wfile.flush()
-        finally:
-            metrics.leave()
+        self.service.metrics.count(header["status"], header.get("images", 0), **took)
+        self._answer(header["status"], answer, version=version)
+        self.wfile.flush()
 
     def handle_expect_100(self) -> bool:
-        """Let a client go on at once that waits for leave to."""
+        """Let a client go on at once that waits for leave to, if what it will send can be taken."""
+        try:
+            self._announced()
+        except RefusedError as refused:
+            self._refuse(refused)
+            return False
         go_on = super().handle_expect_100()
         self.wfile.flush()
         return go_on
@@ -434,16 +459,72 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Metrics count; a log of every request would fill the board's card."""
 
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length") or ""
-        if not length.isdigit():
-            raise RefusedError(411, "a request must say its Content-Length")
-        if int(length) > MAX_BODY_BYTES:
-            raise RefusedError(413, f"a body has at most {MAX_BODY_BYTES} bytes; received {length}")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
+    def _announced(self) -> int | None:
+        """Bytes of the body of a request for predictions; None: it comes in chunks.
+
+        Raises:
+            RefusedError: If it is none, or its body cannot be taken.
+        """
+        if urlsplit(self.path).path != "/invocations":
+            raise RefusedError(404, "predictions are asked with POST /invocations")
+        return self._length()
+
+    def _length(self) -> int | None:
+        lengths = self.headers.get_all("Content-Length", [])
+        coding = self.headers.get("Transfer-Encoding")
+        if coding is not None:
+            if lengths or coding.strip().lower() != "chunked":
+                raise RefusedError(400, "a body comes in chunks, or with its Content-Length")
+            return None
+        if len(lengths) != 1 or not lengths[0].isdecimal():
+            raise RefusedError(411, "a request must say its Content-Length, or come in chunks")
+        return _checked_length(int(lengths[0]))
+
+    def _body(self, length: int | None, hold: Callable[[int], None]) -> bytes:
+        if length is not None:
+            hold(length)
+            return self._exactly(length)
+        body = bytearray()
+        while True:
+            size, _, _ = self.rfile.readline(_LONGEST_LINE).partition(b";")
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\s*", size):
+                raise RefusedError(400, "a chunk must begin with its length, in hexadecimal")
+            n = int(size, 16)
+            if n == 0:
+                break
+            _checked_length(len(body) + n)
+            hold(n)
+            body += self._exactly(n)
+            if self.rfile.readline(_LONGEST_LINE).strip():
+                raise RefusedError(400, "a chunk must be as long as it says")
+        for _ in range(_MOST_TRAILERS):
+            if not self.rfile.readline(_LONGEST_LINE).strip():
+                return bytes(body)
+        raise RefusedError(400, f"a body has at most {_MOST_TRAILERS} trailers")
+
+    def _exactly(self, n: int) -> bytes:
+        data = self.rfile.read(n)
+        if len(data) < n:
             raise RefusedError(400, "the body ended early")
-        return body
+        return data
+
+    def _refuse(self, refused: RefusedError) -> None:
+        """Answer a request whose body is not read to its end."""
+        self._unread = self.close_connection = True
+        if refused.status != 404:
+            self.service.metrics.count(refused.status, 0)
+        code = {404: "NOT_FOUND", 503: "RESOURCE_EXHAUSTED"}.get(refused.status, "BAD_REQUEST")
+        self._answer(refused.status, problem(code, str(refused)))
+
+    def _drain(self) -> None:
+        """Read what is still sent, for a while: closed before that, a connection is reset, and its answer lost."""
+        with contextlib.suppress(OSError, ValueError):
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_WR)
+            deadline = time.monotonic() + DRAIN_SECONDS
+            self.connection.settimeout(DRAIN_SECONDS)
+            while self.rfile.read1(2**16) and time.monotonic() < deadline:
+                pass
 
     def _answer(self, status: int, body: bytes, kind: str = "application/json", version: str = "") -> None:
         self.send_response(status)
@@ -472,10 +553,10 @@ class ControlHandler(Handler):
     def do_POST(self) -> None:
         """Answer a command."""
         try:
-            request = json.loads(self._body().decode() or "{}")
+            request = json.loads(self._exactly(self._length() or 0).decode() or "{}")
             answer = self.service.control(urlsplit(self.path).path.strip("/"), request)
-        except RunnerError as error:
-            answer = {"error": error.kind, "message": str(error)}
+        except Exception as error:
+            answer = {"error": getattr(error, "kind", "service"), "message": str(error)}
         self.close_connection = True
         self._answer(200, json.dumps(answer).encode())
 

@@ -35,7 +35,7 @@ from foxnas_mlflow.deploy import runner as runner_module
 from foxnas_mlflow.deploy._bundle import runner
 from foxnas_mlflow.deploy.layout import RunnerError
 from foxnas_mlflow.deploy.runner import activate, current, serving, stop, switch
-from foxnas_mlflow.deploy.worker import Working, receive
+from foxnas_mlflow.deploy.worker import RefusedError, Working, receive
 from foxnas_mlflow.devices import LocalConnection
 from tests.colour_model import LABELS, SIZE, encoded, image_of
 from tests.deploy.boards import clear
@@ -73,6 +73,16 @@ def send(url: str, kind: str, body: bytes) -> tuple[int, Any, str]:
         return answer.status, json.loads(answer.read()), answer.headers.get("X-Foxnas-Version", "")
 
 
+def in_chunks(url: str, chunks: Sequence[bytes]) -> tuple[int, Any]:
+    """Status and JSON of the answer to a request whose length nobody knows when it begins."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    with contextlib.closing(connection):
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/invocations", iter(chunks), headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
 class UnixConnection(http.client.HTTPConnection):
     """HTTP over a socket in the file system."""
 
@@ -106,6 +116,8 @@ def test_it_answers_as_the_scoring_server_does(
         {"dataframe_split": {"columns": ["picture"], "data": [["x"]]}},
         {"dataframe_records": [{"image": "no image"}]},
         {"dataframe_records": []},
+        {"dataframe_split": split, "signature_name": "serving_default", "params": {"top_k": 2, "temperature": 1}},
+        {"dataframe_split": split, "params": [1]},
         {},
     ]
     with scoring_server(versions[0], log=tmp_path / "reference.log") as invocations:
@@ -119,6 +131,12 @@ def test_it_answers_as_the_scoring_server_does(
                 assert json.loads(ours[1]) == json.loads(theirs[1])
             else:
                 assert set(json.loads(ours[1])) == {"error_code", "message"}
+        whole = json.dumps(requests[0]).encode()
+        assert (
+            in_chunks(url, [whole[:100], whole[100:]])
+            == in_chunks(reference, [whole])
+            == send(url, "application/json", whole)[:2]
+        )
         for kind, data in (("text/plain", b"x"), ("application/json; a=b", b"{}")):
             connection = http.client.HTTPConnection(reference.removeprefix("http://"), timeout=60)
             with contextlib.closing(connection):
@@ -142,6 +160,103 @@ def test_it_answers_as_the_scoring_server_does(
         info = json.loads(over_unix.getresponse().read())
     assert info["model_uri"] == "models:/foxnas-rpi4/1"
     assert info["sha256"] == deployment["sha256"]
+
+
+def answers(url: str, sent: bytes) -> list[tuple[int, str]]:
+    """Status and message of all that a connection answers to some bytes, until the service closes it."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    found = []
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(sent)
+        with connection.makefile("rb") as stream:
+            while line := stream.readline():
+                headers = http.client.parse_headers(stream)
+                body = stream.read(int(headers.get("Content-Length", 0)))
+                found.append((int(line.split()[1]), json.loads(body).get("message", "") if body.strip() else ""))
+    return found
+
+
+def test_who_is_refused_is_told_so(deployed: tuple[Any, dict[str, Any], Path]) -> None:
+    url = deployed[1]["service"]["url"]
+    archive = io.BytesIO()
+    np.savez(archive, image_of("red", height=SIZE, width=SIZE))
+    for body in (archive.getvalue(), b"PK\x03\x04 no archive", b"no array"):
+        status, answer, _ = send(url, "application/x-npy", body)
+        assert (status, answer["message"].partition(":")[0]) == (400, "the body must be an array in NumPy's format")
+    place = b"POST /invocations HTTP/1.1\r\n"
+    # As large as the buffers between the two, and larger: it is sent while the answer comes.
+    large = bytes(service.MAX_BODY_BYTES + 1)
+    length = f"Content-Length: {len(large)}\r\n".encode()
+    chunked = place + b"Transfer-Encoding: chunked\r\n\r\n"
+    at_most = f"a body has at most {service.MAX_BODY_BYTES} bytes; received {len(large)} or more"
+    refused = [
+        (place + length + b"\r\n" + large, 413, at_most),
+        (
+            b"POST /elsewhere HTTP/1.1\r\n" + length + b"\r\n" + large,
+            404,
+            "predictions are asked with POST /invocations",
+        ),
+        (chunked + b"%x\r\n" % len(large) + large, 413, at_most),
+        (chunked + b"-1\r\n", 400, "a chunk must begin with its length, in hexadecimal"),
+        (chunked + b"2\r\n{}{}\r\n0\r\n\r\n", 400, "a chunk must be as long as it says"),
+        (place + b"\r\n", 411, "a request must say its Content-Length, or come in chunks"),
+        (
+            place + "Content-Length: ²\r\n\r\n".encode("latin-1"),
+            411,
+            "a request must say its Content-Length, or come in chunks",
+        ),
+        (
+            place + b"Content-Length: 2\r\n" * 2 + b"\r\n{}",
+            411,
+            "a request must say its Content-Length, or come in chunks",
+        ),
+        (
+            chunked.replace(b"\r\n\r\n", b"\r\nContent-Length: 2\r\n\r\n{}"),
+            400,
+            "a body comes in chunks, or with its Content-Length",
+        ),
+        # Who asks before sending is not told to go on.
+        (place + length + b"Expect: 100-continue\r\n\r\n", 413, at_most),
+    ]
+    for sent, status, message in refused:
+        assert answers(url, sent) == [(status, message)]
+    # What a GET carries is not the next request.
+    inner = b"GET /nowhere HTTP/1.1\r\n\r\n"
+    assert answers(url, b"GET /ping HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(inner) + inner) == [(200, "")]
+
+
+def test_room_for_requests_is_bounded_in_number_and_bytes() -> None:
+    metrics = service.Metrics()
+    with contextlib.ExitStack() as stack:
+        holds = [stack.enter_context(metrics.entered()) for _ in range(service.MAX_WAITING)]
+        with pytest.raises(RefusedError, match="requests wait already"):
+            stack.enter_context(metrics.entered())
+        for hold in holds[: service.MAX_HELD_BYTES // service.MAX_BODY_BYTES]:
+            hold(service.MAX_BODY_BYTES)
+        with pytest.raises(RefusedError, match="bytes of requests wait already"):
+            holds[-1](1)
+    with metrics.entered() as hold:
+        hold(service.MAX_HELD_BYTES)
+    assert metrics.waiting == 0
+
+
+def test_an_upload_that_is_under_way_at_the_end_is_answered(
+    deployed: tuple[Any, dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, deployment, root = deployed
+    image = encoded(image_of("blue"))
+    host, _, port = deployment["service"]["url"].removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        head = f"POST /invocations HTTP/1.1\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n"
+        connection.sendall(head.encode() + image[:100])
+        deadline = time.monotonic() + 60
+        while not counted(deployment["service"]["url"])["foxnas_requests_waiting"] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(pid_of(root), signal.SIGTERM)
+        # It waits for no client that says nothing so long.
+        time.sleep(service.LEAVE_SECONDS + 2 * service.POLL_SECONDS)
+        connection.sendall(image[100:])
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
 
 
 def counted(url: str) -> dict[str, float]:
