@@ -160,6 +160,9 @@ class SshConnection(Connection):
             if name != (alias or options.host):
                 # `Host` lines know upper case, known_hosts does not: ssh looks a name up in lower case.
                 options = self._asyncssh.SSHClientConnectionOptions(options, host_key_alias=name)
+            if options.known_hosts is None:
+                # `UserKnownHostsFile none`: asyncssh would take any key for the host's.
+                options = self._asyncssh.SSHClientConnectionOptions(options, known_hosts=[os.devnull])
             files = [str(Path(file).expanduser()) for file in options.known_hosts or ("~/.ssh/known_hosts",)]
             place = dataclasses.replace(
                 place,
@@ -243,7 +246,7 @@ class SshPlace:
         host: As it was written in the address.
         port, user: Of the address, or None.
         known_as: Its name in known_hosts.
-        known_hosts: The file that has its keys; empty: the usual one.
+        known_hosts: The file that has its keys; empty: the usual one; /dev/null: none is kept.
     """
 
     host: str
@@ -288,6 +291,16 @@ _UNREACHABLE: Mapping[str, tuple[str, str]] = {
     "HostKeyNotVerifiable": (
         "the host key of {uri} must be known",
         "connect with ssh once ({ssh}), compare the fingerprint and accept it",
+    ),
+    "NoKeyIsKept": (
+        "the host key of {uri} must be known",
+        "~/.ssh/config keeps none (UserKnownHostsFile none or /dev/null): remove that line for it, then connect with "
+        "ssh once ({ssh}), compare the fingerprint and accept it",
+    ),
+    "KeyExchangeFailed": (
+        "{uri} and this machine must have algorithms in common",
+        "update the ssh server there, or allow its algorithms in ~/.ssh/config (KexAlgorithms, Ciphers, MACs, "
+        "HostKeyAlgorithms): {ssh} -v shows both sides'",
     ),
     "ConnectionLost": (
         "{uri} must not close the connection before the login",
@@ -340,8 +353,10 @@ def unreachable(error: Exception, uri: str, place: SshPlace, *, known: bool) -> 
     name = type(error).__name__
     text = str(error) or ("no answer" if isinstance(error, TimeoutError) else name)
     names = [each.__name__ for each in type(error).__mro__]
-    if known and name in ("HostKeyNotVerifiable", "KeyExchangeFailed"):
+    if known and (name == "HostKeyNotVerifiable" or (name == "KeyExchangeFailed" and "host key" in text)):
         names.insert(0, "HostKeyChanged")
+    elif name == "HostKeyNotVerifiable" and place.known_hosts == os.devnull:
+        names.insert(0, "NoKeyIsKept")
     number = error.errno if isinstance(error, OSError) else None
     if number is not None and not isinstance(error, socket.gaierror):
         names.insert(0, errno.errorcode.get(number, ""))

@@ -124,7 +124,7 @@ def test_hosts_and_users_that_are_refused(
     server: Server, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     n_threads = threading.active_count()
-    known_hosts = home / ".ssh" / "known_hosts"
+    known_hosts, config = home / ".ssh" / "known_hosts", home / ".ssh" / "config"
     other = make_key(tmp_path / "other")
     wrong_key = {"python": "python3", "key": str(tmp_path / "other")}
     for prepare, uri, message in (
@@ -139,7 +139,15 @@ def test_hosts_and_users_that_are_refused(
         ),
         (lambda: known_hosts.write_text(""), address(server), "must be known.*connect with ssh once"),
         (known_hosts.unlink, address(server), "must be known"),
-        (lambda: (home / ".ssh" / "config").write_text("Port many\n"), address(server), "config must be valid"),
+        (lambda: config.write_text("Port many\n"), address(server), "config must be valid"),
+        # Asyncssh alone would take any key then.
+        (lambda: config.write_text("UserKnownHostsFile none\n"), address(server), "keeps none.*remove that line"),
+        (lambda: config.write_text("UserKnownHostsFile /dev/null\n"), address(server), "keeps none.*remove that line"),
+        (
+            lambda: (known_hosts.write_text(server.known_hosts_line), config.write_text("Ciphers aes128-cbc\n")),
+            address(server),
+            "must have algorithms in common.*No matching encryption algorithm",
+        ),
     ):
         prepare()
         with pytest.raises(DeviceError, match=message):
