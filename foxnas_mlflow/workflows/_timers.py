@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -38,6 +39,9 @@ _SUBNET: Mapping[str, Any] = {"warmup": 2, "warmup_seconds": 0.3, "runs": 10, "m
 
 _SUBNET_ATTEMPTS = 3
 """Such measurements at most, until at least half of their runs were undisturbed."""
+
+_REMEMBERED = 16
+"""Networks of a few MB each that are kept to be measured again."""
 
 Probe = tuple[bytes, list[NDArray[Any]] | None]
 """An int8 file with random weights, and what this host answers to it; None where no other is held against it."""
@@ -322,7 +326,8 @@ class _Build:
     answered: bool = True
 
     def __call__(self) -> Callable[[Architecture], Probe]:
-        return self._build
+        # What is measured again, or on another board, is made and answered once.
+        return functools.lru_cache(_REMEMBERED)(self._build)
 
     def _build(self, architecture: Architecture) -> Probe:
         from foxnas_mlflow.devices import host_answer

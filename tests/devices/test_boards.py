@@ -24,6 +24,7 @@ from foxnas_mlflow.core.sampling import collect
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.workflows import _boards as boards
+from foxnas_mlflow.workflows import _timers
 from foxnas_mlflow.workflows._addresses import addresses
 from foxnas_mlflow.workflows._timers import Timer, open_device, remembered
 from tests.measuring import shorten
@@ -80,6 +81,16 @@ def slow_python(directory: Path) -> str:
     path.write_text(f'#!/bin/sh\nPYTHONPATH={directory} exec {sys.executable} "$@"\n')
     path.chmod(0o755)
     return str(path)
+
+
+def test_a_network_that_is_measured_again_is_made_once() -> None:
+    build = _timers._Build(get_target("cpu"), TINY_CPU)()
+    first, answer = build(NETWORKS[0])
+    assert answer is not None
+    build(NETWORKS[1])
+    again, same = build(NETWORKS[0])
+    assert first is again
+    assert answer is same
 
 
 @needs_sshd
