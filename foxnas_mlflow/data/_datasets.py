@@ -220,7 +220,7 @@ class ImageDataset:
         val: Images to validate on; never trained on.
         channels: 3 for colour, 1 for grey.
         normalization: Mean and std of the training images.
-        digest: SHA-256 of the pixels, or of the names and sizes of the files.
+        digest: SHA-256 of the pixels, or of the names and contents of the files.
         unreadable: Files that could not be read and were left out.
         test: Images held out from both, where the source has such a part.
         unread: How many files of each suffix are no pictures that are read here.
@@ -852,11 +852,12 @@ def _pictures(
 ) -> ImageDataset:
     """A data set of the pictures that are whole.
 
-    Its digest is of names and sizes; in a folder a name has its class in it, in a list class, part and group count too.
+    Its digest is of names, sizes and contents; in a folder a name has its class in it, in a list class, part and group
+    count too. Where work began with the digest of a release before, without contents, it is that one.
     """
     unreadable: list[str] = []
     unread: Counter[str] = Counter()
-    digest = hashlib.sha256()
+    full, before = hashlib.sha256(), hashlib.sha256()
     looked: dict[str, _Looked] = {}
     target = {label: i for i, label in enumerate(labels)}
     for part in sorted(found, key=("", "train", "val", "test").index):
@@ -869,18 +870,22 @@ def _pictures(
             fact = f"{pictures.names[int(i)]}:{n_bytes[i]}"
             fact += f":{pictures.labels[i]}:{part}" if is_list else ""
             fact += f":{pictures.groups[i]}\n" if pictures.groups else "\n"
-            digest.update(fact.encode("utf-8", "surrogateescape"))
+            line = fact.encode("utf-8", "surrogateescape")
+            before.update(line)
+            full.update(line + facts["content"][i].tobytes())
         targets = np.array([target[label] for label in pictures.labels], np.int64)
         groups = np.unique(pictures.groups, return_inverse=True)[1] if pictures.groups else None
-        listed_part = ListedPart(pictures.names, n_bytes, facts["whole"].copy(), targets, groups)
+        whole, contents = facts["whole"].copy(), facts["content"].copy()
+        listed_part = ListedPart(pictures.names, n_bytes, whole, targets, groups, contents)
         looked[part] = _Looked(paths, listed_part, facts, pixels)
     now = Listing(tuple(labels), {name: part.listed for name, part in looked.items()})
-    begun = _as_begun(now, digest.hexdigest(), source, reading)
+    digest = reading.digest if reading.digest == before.hexdigest() else full.hexdigest()
+    begun = _as_begun(now, digest, source, reading)
     if begun is not None:
         roots = {name: pictures.root for name, pictures in found.items()}
         return _gone_on_with(begun, now, roots, source, reading)
     _check_unreadable(unreadable, sum(len(part.paths) for part in looked.values()), source, unread)
-    dataset = _of_parts(looked, labels, source, digest.hexdigest(), unreadable, reading, unread)
+    dataset = _of_parts(looked, labels, source, digest, unreadable, reading, unread)
     if reading.remember:
         mean, std = dataset.normalization.mean, dataset.normalization.std
         keep_listing(Path(source).expanduser(), dataset.digest, dataclasses.replace(now, mean=mean, std=std))
@@ -956,9 +961,11 @@ def _gone_on_with(
         paths = Paths(roots[name], part.names)
         facts, n_bytes, pixels = look_through(paths, reading.sizes, keep=reading.keep)
         looked[name] = _Looked(paths, part, facts, pixels)
-        others = facts["whole"] & (n_bytes != part.n_bytes)
+        others = n_bytes != part.n_bytes
+        if part.contents is not None:
+            others |= (facts["content"] != part.contents).any(axis=1)
         lost += [str(path) for path in paths.take(np.flatnonzero(part.whole & ~facts["whole"]))]
-        replaced += [str(path) for path in paths.take(np.flatnonzero(part.whole & others))]
+        replaced += [str(path) for path in paths.take(np.flatnonzero(part.whole & facts["whole"] & others))]
     dataset = _of_parts(looked, begun.labels, source, reading.digest, (), reading)
     n_new = now.n_whole - (begun.n_whole - len(lost))
     notes = []

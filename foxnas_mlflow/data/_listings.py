@@ -1,6 +1,6 @@
 """Pictures as they were listed when work on them began, which goes on after some were mended, broke or were removed.
 
-The digest of a data set is of the names and sizes of its whole files: one that is mended or removed makes it another.
+The digest of a data set is of the names and content of its whole files: one that is mended or removed makes it another.
 Training that began with the former one is gone on with by its listing: the split stays, what broke since is skipped,
 what was mended since is left out.
 
@@ -9,6 +9,7 @@ what was mended since is left out.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,6 +28,8 @@ from foxnas_mlflow.data._names import Names
 _KEPT = 8
 """Listings of one folder; the oldest are removed."""
 
+_OPTIONAL = ("groups", "contents")
+
 
 @dataclass(frozen=True, eq=False)
 class ListedPart:
@@ -38,6 +41,7 @@ class ListedPart:
         whole: Whether each could be decoded (n,).
         targets: Class indices (n,).
         groups: Groups (n,), or None.
+        contents: Digests of the files (n, 2); None in listings of releases before.
     """
 
     names: Names
@@ -45,10 +49,18 @@ class ListedPart:
     whole: NDArray[np.bool_]
     targets: NDArray[np.int64]
     groups: NDArray[np.int64] | None = None
+    contents: NDArray[np.uint64] | None = None
 
-    def files(self, whole: bool) -> dict[str, int]:
-        """Sizes by name of the files that are whole, or of those that are damaged."""
-        return {self.names[i]: int(self.n_bytes[i]) for i in map(int, np.flatnonzero(self.whole == whole))}
+    def files(self, whole: bool) -> dict[str, bytes]:
+        """By name what is known of the files that are whole, or of those that are damaged: sizes, and contents."""
+        facts = self.n_bytes.reshape(-1, 1).astype(np.uint64)
+        if self.contents is not None:
+            facts = np.hstack([facts, self.contents])
+        return {self.names[i]: facts[i].tobytes() for i in map(int, np.flatnonzero(self.whole == whole))}
+
+    def beside(self, other: ListedPart) -> ListedPart:
+        """This part as far as it can be compared with another one: by content where both know it."""
+        return self if other.contents is not None else dataclasses.replace(self, contents=None)
 
     def belongs_as(self, other: ListedPart) -> bool:
         """Whether the files of both are of the same classes, and together in the same groups."""
@@ -97,16 +109,18 @@ class Listing:
 
     def n_lost(self, now: Listing) -> int:
         """How many of the whole pictures are not there any more as they were."""
-        return sum(
-            len(part.files(True).items() - now.parts[name].files(True).items()) for name, part in self.parts.items()
-        )
+        lost = 0
+        for name, then in self.parts.items():
+            part, then = now.parts[name].beside(then), then.beside(now.parts[name])
+            lost += len(then.files(True).items() - part.files(True).items())
+        return lost
 
     def is_mended_to(self, now: Listing) -> bool:
         """Whether nothing but damage makes the difference: files that were damaged then, or are now."""
         if not self.is_like(now):
             return False
         for name, then in self.parts.items():
-            part = now.parts[name]
+            part, then = now.parts[name].beside(then), then.beside(now.parts[name])
             lost = then.files(True).items() - part.files(True).items()
             new = part.files(True).items() - then.files(True).items()
             if not {file for file, _ in lost} <= set(part.files(False)) | {file for file, _ in new}:
@@ -128,8 +142,7 @@ def keep_listing(source: Path, digest: str, listing: Listing) -> None:
         text, ends = part.names.arrays()
         arrays |= {f"{i}.text": text, f"{i}.ends": ends, f"{i}.n_bytes": part.n_bytes, f"{i}.whole": part.whole}
         arrays[f"{i}.targets"] = part.targets
-        if part.groups is not None:
-            arrays[f"{i}.groups"] = part.groups
+        arrays |= {f"{i}.{key}": value for key in _OPTIONAL if (value := getattr(part, key)) is not None}
     temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -149,7 +162,7 @@ def open_listing(source: Path, digest: str) -> Listing | None:
                     stored[f"{i}.n_bytes"],
                     stored[f"{i}.whole"],
                     stored[f"{i}.targets"],
-                    stored.get(f"{i}.groups"),
+                    **{key: stored.get(f"{i}.{key}") for key in _OPTIONAL},
                 )
                 for i, name in enumerate(facts["parts"])
             }

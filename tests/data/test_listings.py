@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from foxnas_mlflow.data import FileImages, load_dataset
-from foxnas_mlflow.data._listings import ListedPart
+from foxnas_mlflow.data import FileImages, earlier_digests, load_dataset
+from foxnas_mlflow.data._listings import ListedPart, keep_listing, open_listing
 from tests.data.test_datasets import write_images
 
 
@@ -56,3 +58,57 @@ def test_what_became_of_pictures_since_is_told_once(tmp_path: Path, monkeypatch:
     assert isinstance(now.train, FileImages)
     (shown,) = (now.train[i] for i, path in enumerate(now.train.paths) if path == replaced)
     assert shown.shape == (20, 24, 3)
+
+
+@pytest.fixture
+def bitmaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Pictures without compression: of one size in bytes."""
+    from PIL import Image
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(40):
+            image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8))
+            image.save(tmp_path / "pictures" / name / f"{i}.bmp")
+    return tmp_path / "pictures"
+
+
+def exchange(one: Path, other: Path) -> None:
+    first, second = one.read_bytes(), other.read_bytes()
+    assert len(first) == len(second)
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def test_exchanged_pictures_of_one_size_make_another_set(bitmaps: Path) -> None:
+    begun = load_dataset(str(bitmaps), keep=True)
+    assert load_dataset(str(bitmaps)).digest == begun.digest
+    exchange(bitmaps / "cat/3.bmp", bitmaps / "dog/3.bmp")
+    now = load_dataset(str(bitmaps), keep=True)
+    assert now.digest != begun.digest
+    # What was exchanged is not what was mended.
+    assert earlier_digests(str(bitmaps), now.digest) == []
+    gone_on_with = load_dataset(str(bitmaps), digest=begun.digest)
+    assert gone_on_with.digest == begun.digest
+    assert "2 pictures were replaced" in gone_on_with.notes[0]
+
+
+def test_a_set_keeps_the_digest_that_a_release_before_gave_it(bitmaps: Path) -> None:
+    names = sorted(path.relative_to(bitmaps).as_posix() for path in bitmaps.rglob("*.bmp"))
+    size = (bitmaps / "cat/0.bmp").stat().st_size
+    before = hashlib.sha256("".join(f"{name}:{size}\n" for name in names).encode()).hexdigest()
+    now = load_dataset(str(bitmaps), keep=True)
+    assert now.digest != before
+    # The listing of that release had no contents.
+    listing = open_listing(bitmaps, now.digest)
+    assert listing is not None
+    parts = {name: dataclasses.replace(part, contents=None) for name, part in listing.parts.items()}
+    keep_listing(bitmaps, before, dataclasses.replace(listing, parts=parts))
+    assert earlier_digests(str(bitmaps), now.digest) == [before]
+    assert load_dataset(str(bitmaps), digest=before).digest == before
+    (bitmaps / "cat/3.bmp").unlink()
+    gone_on_with = load_dataset(str(bitmaps), digest=before)
+    assert gone_on_with.digest == before
+    assert "1 pictures of when work on them began are not whole any more" in gone_on_with.notes[0]
