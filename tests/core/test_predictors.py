@@ -289,6 +289,23 @@ def test_where_all_networks_are_as_accurate_the_fastest_is_found(accuracy: float
     assert outcome.architecture == front.architecture(0)
 
 
+def test_the_ceiling_of_rows_that_were_all_alike_is_no_ceiling() -> None:
+    rows = _synthetic(60)
+    known = fit_predictors([dataclasses.replace(m, accuracy=90.0) for m in rows], CPU_SPACE).predictors
+    best = max(m.accuracy or 0.0 for m in rows)
+    assert best < (known.accuracy[0].ceiling or 0.0)
+    (again,) = refit_predictors(known, rows, latency=True).accuracy
+    (expected,) = fit_predictors(rows, CPU_SPACE).predictors.accuracy
+    assert again.ceiling == expected.ceiling
+
+
+def test_an_accuracy_of_nothing_has_no_relative_error() -> None:
+    rows = _synthetic(60)
+    rows[0] = dataclasses.replace(rows[0], accuracy=0.0)
+    (accuracy,) = fit_predictors(rows, CPU_SPACE).predictors.accuracy
+    assert np.isfinite(accuracy.metrics["cv_mape"])
+
+
 def _with_quantities(rows: Sequence[Measurement]) -> list[Measurement]:
     """Energy that adds up over layers, and a memory that follows equation 2 and adds up over none."""
     latency = np.array([row.latency_ms for row in rows])

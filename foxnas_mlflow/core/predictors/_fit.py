@@ -225,6 +225,7 @@ def refit_predictors(
         FitError: As `fit_predictors`.
     """
     model = known.accuracy[-1]
+    ceiling = None if model.of_one_value else model.ceiling
     best = max((row.accuracy for row in rows if row.accuracy is not None), default=0.0)
     kept = [dataclasses.replace(row, quantities={}) for row in rows]
     if not latency:
@@ -234,7 +235,7 @@ def refit_predictors(
         known.space,
         target=known.target,
         formula="paper" if model.formula == "paper" else "calibrated",
-        ceiling=None if model.ceiling is None or model.ceiling <= best else model.ceiling,
+        ceiling=None if ceiling is None or ceiling <= best else ceiling,
         seed=seed,
         provenance=provenance,
         latency=known,
@@ -544,7 +545,8 @@ def cross_validate(
     metrics = {
         "cv_r2": 1 - float(np.mean(np.mean(errors**2, axis=1))) / float(np.var(y)),
         "cv_rmse": float(np.sqrt(np.mean(errors**2))),
-        "cv_mape": float(np.mean(np.abs(errors) / np.abs(y))) * 100,
+        # An accuracy of 0 has no share to be off by.
+        "cv_mape": float(np.mean(np.abs(errors[:, y != 0]) / y[y != 0])) * 100,
         "kendall_tau": float(np.mean(taus)),
         "cv_coverage": float(covered.mean()),
     }

@@ -121,6 +121,11 @@ class LinearPredictor:
         return get_formula(self.formula, self.quantity)
 
     @property
+    def of_one_value(self) -> bool:
+        """Whether all rows had the same value, which is predicted for every network; its ceiling is none."""
+        return self.sigma == 0 and bool(self.notes) and not self.coefficients.any()
+
+    @property
     def main_size(self) -> int:
         """Largest fitted image size (px); the largest one covered, where the rows were of no size of the space."""
         return (self.fitted_sizes or self.image_sizes)[-1]

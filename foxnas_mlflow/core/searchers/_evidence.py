@@ -205,7 +205,7 @@ def rank_signal(kendall_tau: float, n_samples: int) -> Signal:
 def accuracy_signal(predictors: PredictorSet) -> Signal | None:
     """What the cross-validation of the accuracy predictors says of their ranking (the weakest one's), if known."""
     for p in predictors.accuracy:
-        if p.sigma == 0 and p.notes and not p.coefficients.any():
+        if p.of_one_value:
             return Signal(0.0, int(p.metrics["n_samples"]), 1.0, p.notes[0])
     signals = [
         rank_signal(p.metrics["kendall_tau"], int(p.metrics["n_samples"]))
