@@ -1,8 +1,10 @@
-"""Where random numbers come from: one named stream for each purpose, so that no two purposes draw the same numbers.
+"""Where random numbers come from: one named stream for each purpose, so that no two of them draw the same numbers.
 
 A seed says which experiment it is, a stream what the numbers are for, and further numbers which one of many (an
 epoch, a step, a repeat). They reach NumPy as a spawn key and not as a list of seeds: a list is filled up with zeros,
-so that the streams ``[seed, 2]`` and ``[seed, 2, 0]`` would be one.
+so that the streams ``[seed, 2]`` and ``[seed, 2, 0]`` would be one. Where images are chosen and a supernet trains
+(purposes 0 to 5, and the order and variation of batches) seeds are such lists still, so that the same command draws
+what it always drew: an epoch may have the numbers of another purpose.
 """
 
 from __future__ import annotations
