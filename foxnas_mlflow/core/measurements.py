@@ -219,7 +219,7 @@ def read_measurements(path: str | Path) -> list[Measurement]:
     for number, row in enumerate(frame.to_dict("records"), start=2):
         try:
             rows.append(parse({str(key): value for key, value in row.items()}))
-        except (FoxNasError, KeyError, TypeError, ValueError) as error:
+        except (FoxNasError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidMeasurementsError(
                 f"line {number} of {Path(path).name} is not a measurement", received=str(error).rstrip(".")
             ) from error

@@ -55,8 +55,7 @@ class StageSpec:
 
     def __post_init__(self) -> None:
         _positive("a stage's width", self.width)
-        if self.stride not in (1, 2):
-            raise InvalidSpaceError("a stage's stride must be 1 or 2", received=repr(self.stride))
+        _stride("a stage's stride", self.stride)
         if self.block not in get_args(BlockType):
             raise InvalidSpaceError(
                 f"a stage's block must be one of {list(get_args(BlockType))}", received=repr(self.block)
@@ -151,8 +150,7 @@ class SearchSpace:
         for name in ("stem_width", "first_width", "in_channels", "n_classes"):
             _positive(name, getattr(self, name))
         for name in ("stem_stride", "first_stride"):
-            if getattr(self, name) not in (1, 2):
-                raise InvalidSpaceError(f"{name} must be 1 or 2", received=repr(getattr(self, name)))
+            _stride(name, getattr(self, name))
         if not isinstance(self.width_mult, int | float) or not 0.05 <= self.width_mult <= 20:
             raise InvalidSpaceError("width_mult must be between 0.05 and 20", received=repr(self.width_mult))
         object.__setattr__(self, "width_mult", float(self.width_mult))
@@ -394,6 +392,11 @@ def _ceil_div(a: int, b: int) -> int:
 def _positive(what: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidSpaceError(f"{what} must be a positive integer", received=repr(value))
+
+
+def _stride(what: str, value: object) -> None:
+    if type(value) is not int or value not in (1, 2):
+        raise InvalidSpaceError(f"{what} must be the integer 1 or 2", received=repr(value))
 
 
 def _member(what: str, value: object, candidates: Sequence[object]) -> None:

@@ -334,6 +334,8 @@ def test_each_of_several_latencies_has_its_own_network_and_one_front() -> None:
         search(predictors, [45.0, 90.0])  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="each of them once"):
         search_each(predictors, [45.0, 45.0])
+    with pytest.raises(InvalidInputError, match="one knee; received 2 latencies"):
+        search_each(predictors, [45.0, 90.0], objective="knee")
 
 
 def test_a_searcher_is_taken_as_an_object_too() -> None:

@@ -103,5 +103,10 @@ def test_yaml_spaces(tmp_path) -> None:
     path.write_text(yaml.safe_dump({**data, "image_sizes": [16]}))
     with pytest.raises(InvalidSpaceError, match="product of the strides"):
         get_space(str(path))
+    stages = [{**stage, "stride": float(stage["stride"])} for stage in data["stages"]]
+    for change in ({"stages": stages}, {"stem_stride": 2.0}, {"first_stride": True}):
+        path.write_text(yaml.safe_dump({**data, **change}))
+        with pytest.raises(InvalidSpaceError, match=r"stride must be the integer 1 or 2; received (2\.0|True)"):
+            get_space(str(path))
     with pytest.raises(InvalidSpaceError, match="must be one of"):
         get_space("nope")

@@ -47,6 +47,21 @@ def test_a_mark_and_the_line_ends_of_windows_change_nothing(tmp_path: Path, rows
     assert read_measurements(path) == rows
 
 
+@pytest.mark.parametrize("column", ["n_runs", "image_size"])
+def test_an_infinite_number_is_told_with_its_line(tmp_path: Path, rows: list[Measurement], column: str) -> None:
+    import pandas as pd
+
+    path = tmp_path / "table.csv"
+    write_measurements(rows, path)
+    table = pd.read_csv(path).astype({column: float})
+    table.loc[1, column] = np.inf
+    table.to_csv(path, index=False)
+    with pytest.raises(
+        InvalidMeasurementsError, match=r"line 3 of table\.csv is not a measurement; received .*infinity"
+    ):
+        read_measurements(path)
+
+
 def test_seconds_are_read_by_name_and_shares_are_refused(tmp_path: Path, rows: list[Measurement]) -> None:
     import pandas as pd
 

@@ -366,6 +366,10 @@ def search_each(
     """
     if not latencies_ms or len(set(latencies_ms)) < len(latencies_ms):
         raise InvalidInputError("latencies must be given, each of them once", received=list(latencies_ms))
+    if options.get("objective") == KNEE and len(latencies_ms) > 1:
+        raise InvalidInputError(
+            "a front has one knee", received=f"{len(latencies_ms)} latencies", remedy="give one at most"
+        )
     for latency_ms in latencies_ms:
         parse_limits(limits, latency_ms=latency_ms)
     first = search(predictors, latencies_ms[0], limits=limits, **options)
