@@ -101,6 +101,10 @@ class Connection(ABC):
             DeviceError: If the machine cannot be reached.
         """
         self._reopen()
+        self.leave_workspace()
+
+    def leave_workspace(self) -> None:
+        """Remove the working directory; the next one that is asked for is new."""
         stale, self._directory = self._directory, None
         self._sent.clear()
         if stale is not None:
@@ -145,9 +149,7 @@ class Connection(ABC):
 
     def close(self) -> None:
         """Remove the working directory and close the connection; a machine that is gone is no error."""
-        if self._directory is not None:
-            self._remove(self._directory)
-            self._directory = None
+        self.leave_workspace()
         self._disconnect()
 
     def _remove(self, directory: str) -> None:

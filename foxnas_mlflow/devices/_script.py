@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foxnas_mlflow.core.errors import DeviceError
+from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.devices._base import Completed, Connection
 
 USUAL_PACKAGES = "numpy ai-edge-litert"
@@ -109,7 +109,14 @@ def run_board(connection: Connection, arguments: Sequence[str], *, timeout_s: fl
         ConnectionLostError: If the machine went away.
     """
     directory = prepare(connection)
-    completed = connection.run([connection.python, f"{directory}/board.py", *arguments], timeout_s=timeout_s)
+    try:
+        completed = connection.run([connection.python, f"{directory}/board.py", *arguments], timeout_s=timeout_s)
+    except ConnectionLostError:
+        raise
+    except DeviceError:
+        # Its time was up: the script takes the end of its input for that of this host, and removes its directory.
+        connection.leave_workspace()
+        raise
     return read_answer(completed, connection)
 
 

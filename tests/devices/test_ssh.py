@@ -23,6 +23,7 @@ from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.devices import check, connect, measure
+from foxnas_mlflow.devices._script import run_board
 from foxnas_mlflow.devices._ssh import SshPlace, lost, unreachable
 from foxnas_mlflow.workflows._timers import open_device
 from tests.measuring import SHORT, shorten
@@ -226,6 +227,18 @@ def test_a_board_that_hangs_is_noticed(server: Server, monkeypatch: pytest.Monke
         server.freeze()
         with pytest.raises(ConnectionLostError, match=r"was lost.*check the board's power"):
             connection.run(["true"], timeout_s=600)
+
+
+def test_a_board_measures_on_after_a_command_whose_time_was_up(server: Server, probe: bytes, tmp_path: Path) -> None:
+    """The script there takes the end of its input for the end of the host, and removes its directory."""
+    with connect(address(server)) as connection:
+        measure(connection, probe, **SHORT)
+        endless = ["measure", connection.send(probe, "model.tflite"), "--watch-stdin", "--runs", "1000000000"]
+        with pytest.raises(DeviceError, match="must end within"):
+            run_board(connection, [*endless, "--max-seconds", "600"], timeout_s=3)
+        _wait_until_empty(tmp_path / "scratch")
+        assert measure(connection, probe, **SHORT).n_runs >= 5
+    _wait_until_empty(tmp_path / "scratch")
 
 
 def test_a_lost_board_comes_back_and_is_measured(
