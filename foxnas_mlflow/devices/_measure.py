@@ -80,7 +80,7 @@ def measure(
         max_seconds: Time after which they end even when there are fewer than `runs` (but 20); 0: no limit.
         sustained_seconds: Time under load without a pause, after the timed runs; 0: none.
         energy: ``auto`` measures energy with the machine's own sensors, anything else is a command there that prints
-            watts; empty: it is not measured. It takes 20 seconds.
+            watts; empty: it is not measured. It takes 20 seconds, with a slow meter longer.
         wait_seconds: How long to wait while another measurement holds the machine.
         attempts: Measurements until one is steady, at most.
 
