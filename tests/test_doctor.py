@@ -45,7 +45,7 @@ def test_it_names_what_each_command_lacks_and_imports_nothing(root: Path) -> Non
 
 
 def test_it_knows_every_command() -> None:
-    assert {workflow.name for workflow in WORKFLOWS if workflow.entry_point} <= set(NEEDS)
+    assert {workflow.name for workflow in WORKFLOWS if workflow.entry_point} | {"sign", "executor=ray"} <= set(NEEDS)
 
 
 def test_it_asks_the_tracking_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,5 +83,13 @@ def test_it_looks_at_local_stores_and_the_cache(
         assert f"{tmp_path / name}, {expected}" in out
         assert "1 unfinished samples" in out
     assert not (tmp_path / "new.db").exists()
+    # Without an address MLflow takes a folder of runs that is there.
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    for expected in (tmp_path / "mlflow.db", tmp_path / "mlruns"):
+        assert main(["doctor"]) == 0
+        assert f"{expected}, " in capsys.readouterr().out
+        (tmp_path / "mlruns" / "0").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mlruns" / "0" / "meta.yaml").touch()
     assert os.listdir(tmp_path / "foxnas_mlflow") == ["samples"]
     assert main(["doctor", "--timeout-s", "0"]) == 2

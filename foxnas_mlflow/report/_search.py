@@ -192,7 +192,10 @@ def write_searches_report(
 def _sentence(outcome: SearchOutcome, target: Target, candidates: Sequence[Candidate], reason: str) -> Markup:
     optimum, problem = outcome.optimum, outcome.problem
     sizes = ", ".join(map(str, outcome.objective.image_sizes))
-    best = "better within these limits" if optimum.least is None else f"to have less {problem.goal}"
+    best = "better within these limits"
+    if optimum.least is not None:
+        best = f"to have less {problem.goal} at {problem.min_accuracy:g} %"
+        best += " within the limits" if problem.limits else ""
     what = f"{optimum.accuracy:.2f} %" if optimum.least is None else f"{optimum.least:.4g} {problem.goal}"
     if optimum.proof_gap > 0:
         unit = "points" if optimum.least is None else problem.goal

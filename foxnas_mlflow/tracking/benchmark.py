@@ -17,8 +17,15 @@ from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.devices import Benchmark, VelaEstimate
 from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
+from foxnas_mlflow.tracking.holders import STAGES
 from foxnas_mlflow.tracking.quantize import benchmark_command
-from foxnas_mlflow.tracking.registry import describe_version, find_version, lacks_right, reason, tag_version
+from foxnas_mlflow.tracking.registry import (
+    describe_version,
+    find_version,
+    lacks_right,
+    reason,
+    tag_version,
+)
 from foxnas_mlflow.tracking.run import EntryRun
 
 BENCHMARK_FILE = "benchmark.json"
@@ -179,7 +186,9 @@ def next_command(benchmark: Benchmark, model: MeasuredModel, target: Target, dev
     if benchmark.valid and not benchmark.emulated:
         if model.version is None:
             return "mlflow ui, and compare the run."
-        return f"foxnas promote --stage staging --model {shlex.quote(model.source)}"
+        # The production version does not go back to staging: it is asked whether it still may serve.
+        stage = "production" if STAGES["Production"] in model.version.aliases else "staging"
+        return f"foxnas promote --stage {stage} --model {shlex.quote(model.source)}"
     device = "ssh://user@board" if benchmark.emulated else device
     return f"{benchmark_command(model.source, model.kind, target)} --device {shlex.quote(device)}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 import mlflow
@@ -93,9 +94,16 @@ def log_fit(
                 if f"predictor/{label}/{key}" in metrics
             },
         },
-        command=lambda uri: f"foxnas search --target {target.argument} --predictors {uri}",
+        command=lambda uri: search_command(uri, target, source),
     )
     return uri, metrics
+
+
+def search_command(uri: str, target: Target, source: str) -> str:
+    """What to type after a fit: with the supernet that the rows are of, the found network has weights."""
+    command = f"foxnas search --target {target.argument} --predictors {shlex.quote(uri)}"
+    supernet = _sampled_from(source).get("supernet")
+    return command if supernet is None else f"{command} --supernet {shlex.quote(supernet)}"
 
 
 def _sampled_from(source: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 LATENCY = "benchmark/latency_ms_p90"
 SUSTAINED = "benchmark/sustained_p90_ms"
@@ -85,6 +85,7 @@ class Candidate:
         threads: Threads of that target; 0: any number, as nothing tells.
         sealed: Whether its manifest is the one that the registry has; False: the registry has none.
         signature: What is wrong with its signature, or empty; None: no signature is asked for.
+        unread: Runs that logged a latency of its model and may not be read by who asks.
     """
 
     version: str
@@ -99,6 +100,7 @@ class Candidate:
     threads: int = 0
     sealed: bool = True
     signature: str | None = None
+    unread: Sequence[str] = ()
 
     def suits(self, measured: Measured) -> bool:
         """Whether a latency is of the version's file, and of what the version is for."""
@@ -177,7 +179,7 @@ def judge(
         _intact(candidate),
         *_signature(candidate),
         _weights(candidate),
-        _measured(candidate),
+        _with_unread(_measured(candidate), candidate),
         _valid(candidate),
         _latency(candidate, max_latency_ms),
         _drop(candidate, max_accuracy_drop),
@@ -205,6 +207,13 @@ def _weights(candidate: Candidate) -> Verdict:
     if said == {"trained"}:
         return Verdict("weights", True, text)
     return Verdict("weights", False, f"{text}; only trained weights are promoted")
+
+
+def _with_unread(verdict: Verdict, candidate: Candidate) -> Verdict:
+    """A verdict that names the measurements which are left out because they may not be read."""
+    if not candidate.unread:
+        return verdict
+    return replace(verdict, text=f"{verdict.text}; you may not read what was measured in {', '.join(candidate.unread)}")
 
 
 def _measured(candidate: Candidate) -> Verdict:

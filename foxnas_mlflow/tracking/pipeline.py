@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -251,7 +252,7 @@ def _summary(
         lines.append(f"  promotion            {gates['stage']}, {alias}")
     lines.append(f"  run                  {run_id}: report.html, {COMPARISON}, pipeline.json")
     lines.append(
-        f"Next: mlflow models serve -m {alias} --env-manager local"
+        f"Next: mlflow models serve -m {shlex.quote(alias)} --env-manager local"
         if alias
         else "Next: mlflow ui, and open report.html of the run."
     )

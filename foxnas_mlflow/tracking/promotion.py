@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -401,31 +402,37 @@ def held(name: str, number: str, verify_key: Path | None = None) -> Candidate:
         if not _is_gone(error, version):
             raise
         metrics = []  # a holder whose model was deleted keeps nobody out
+    benchmarks, unread = _benchmarks(metrics, verify_key)
     # What other runs say of the model is not what was found when it was made.
     own = None if model_id is None or not metrics else MlflowClient().get_logged_model(model_id).source_run_id
     return Candidate(
         number,
         {metric.key: metric.value for metric in metrics if own in (None, metric.run_id)},
-        _benchmarks(metrics, verify_key),
+        benchmarks,
         dict(version.tags),
         target=version.tags.get("target", ""),
+        unread=unread,
     )
 
 
-def _benchmarks(metrics: Sequence[Metric], verify_key: Path | None) -> tuple[Measured, ...]:
-    """The measurements of a model, the newest first; one whose run was deleted counts no more."""
+def _benchmarks(metrics: Sequence[Metric], verify_key: Path | None) -> tuple[tuple[Measured, ...], tuple[str, ...]]:
+    """The measurements of a model, the newest first, and the runs of those that this user may not read.
+
+    One whose run was deleted counts no more.
+    """
     client = MlflowClient()
-    found = []
+    found, unread = [], []
     for run_id in dict.fromkeys(m.run_id for m in reversed(metrics) if m.key == LATENCY and m.run_id):
         try:
             run = client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if run.info.lifecycle_stage == LifecycleStage.ACTIVE:
+                found.append(_measured(run, verify_key))
+        except (MlflowException, OSError) as error:
+            if lacks_right(error) and not is_away(error):
+                unread.append(run_id)
+            elif getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            continue
-        if run.info.lifecycle_stage == LifecycleStage.ACTIVE:
-            found.append(_measured(run, verify_key))
-    return tuple(found)
+    return tuple(found), tuple(unread)
 
 
 def _measured(run: Run, verify_key: Path | None) -> Measured:
@@ -487,7 +494,7 @@ def _describe(name: str, candidate: Candidate) -> None:
     if candidate.benchmark is not None:
         facts |= {"latency p90, ms": candidate.latency_ms, "measured on": str(candidate.benchmark)}
     facts |= {"weights": candidate.weights, "SHA-256": candidate.sha256}
-    command = f"mlflow models serve -m models:/{name}/{candidate.version} --env-manager local"
+    command = f"mlflow models serve -m {shlex.quote(f'models:/{name}/{candidate.version}')} --env-manager local"
     describe_version(name, candidate.version, candidate.kind, facts=facts, command=command)
 
 

@@ -347,6 +347,12 @@ def holds_stage(model_uri: str, stage: str) -> bool:
     return _by_alias(MlflowClient(), name, stage.lower()) == number
 
 
+def aliases_of(model_uri: str) -> list[str]:
+    """The aliases of the version ``models:/name/version``."""
+    name, _, number = model_uri.removeprefix("models:/").rpartition("/")
+    return sorted(MlflowClient().get_model_version(name, number).aliases)
+
+
 def list_versions(name: str) -> list[ModelVersion]:
     """All versions of a registered model; none if there is no such model."""
     quote = '"' if "'" in name else "'"
@@ -403,12 +409,12 @@ _WHAT: Mapping[str, str] = {
 
 _CALLS: Mapping[str, tuple[str, ...]] = {
     "architectures": (
-        "model = mlflow.pyfunc.load_model('{uri}')",
+        "model = mlflow.pyfunc.load_model({uri!r})",
         "model.predict(pandas.DataFrame({{'architecture': [architecture.to_json()]}}))",
     ),
-    "subnet": ("model = foxnas_mlflow.load_model('{uri}')  # model.architecture, model.weights",),
+    "subnet": ("model = foxnas_mlflow.load_model({uri!r})  # model.architecture, model.weights",),
     "images": (
-        "model = mlflow.pyfunc.load_model('{uri}')",
+        "model = mlflow.pyfunc.load_model({uri!r})",
         "model.predict(pandas.DataFrame({{'image': [open('photo.jpg', 'rb').read()]}}))",
     ),
 }

@@ -31,6 +31,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils import name_utils
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
@@ -235,8 +236,10 @@ def end_dead_runs(experiment_id: str) -> list[str]:
 
 
 def _is_random(name: str | None) -> bool:
-    """Whether MLflow drew a run's name, as it does where nobody gives one: nebulous-cat-147."""
-    return bool(re.fullmatch(r"[a-z]+-[a-z]+-\d{1,3}", name or ""))
+    """Whether MLflow drew a run's name from its words, as it does where nobody gives one: nebulous-cat-147."""
+    found = re.fullmatch(r"([a-z]+)-([a-z]+)-\d{1,3}", name or "")
+    words = (getattr(name_utils, f"_GENERATOR_{kind}", ()) for kind in ("PREDICATES", "NOUNS"))
+    return found is not None and all(word in known for word, known in zip(found.groups(), words, strict=True))
 
 
 def _run_name(stage: str, target: str | None) -> str:

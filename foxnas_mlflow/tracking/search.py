@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -339,21 +340,22 @@ def _register_subnet(
             **({"note": note} if note else {}),
             **{key: text for key, text in shown.items() if text},
         },
-        command=lambda uri: (
-            _with_weights(name, target)
-            if tags["weights"] == "none"
-            else f"foxnas quantize --subnet {uri} --target {target.argument}"
-        ),
+        command=lambda uri: _with_weights(name, target) if tags["weights"] == "none" else quantize_command(uri, target),
     )
 
 
+def quantize_command(uri: str, target: Target | None) -> str:
+    """What to type after a network got its weights."""
+    return f"foxnas quantize --subnet {shlex.quote(uri)}" + (f" --target {target.argument}" if target else "")
+
+
 def _with_weights(name: str, target: Target) -> str:
-    """What gives a network its weights: a search with the supernet, or first the training of one."""
+    """What gives a network its weights: a search by predictors of a supernet, which is sampled or trained first."""
     supernet = registered_name(name, "supernet")
     version = newest(list_versions(supernet))
     if version is None:
-        return f"foxnas supernet --name {name}"
-    return f"foxnas search --supernet models:/{supernet}/{version} --target {target.argument}"
+        return f"foxnas supernet --name {shlex.quote(name)}"
+    return f"foxnas sample --supernet {shlex.quote(f'models:/{supernet}/{version}')} --target {target.argument}"
 
 
 def _register_predictors(
@@ -379,7 +381,7 @@ def _register_predictors(
         "predictors",
         tags={"source": source, PREDICTORS_DIGEST: digest},
         facts={"target": target.name, "source": source, **metrics},
-        command=lambda uri: f"foxnas search --target {target.argument} --predictors {uri}",
+        command=lambda uri: f"foxnas search --target {target.argument} --predictors {shlex.quote(uri)}",
     )
 
 

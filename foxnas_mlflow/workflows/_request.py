@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import shlex
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -221,6 +222,14 @@ class Request:
             p.name: list(value) if isinstance(value := getattr(self, p.name), tuple) else value
             for p in self.parameters()
         }
+
+    def options(self, *names: str) -> str:
+        """These parameters as they are typed after a command, each after a space; those at their default not."""
+        typed = []
+        for p in self.parameters():
+            if p.name in names and (value := getattr(self, p.name)) != p.default:
+                typed.append(f" --{p.name.replace('_', '-')} {shlex.quote(to_text(value))}")
+        return "".join(typed)
 
     def texts(self) -> dict[str, str]:
         """All values as they are typed; `parse` reads them back."""

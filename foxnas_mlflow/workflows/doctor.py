@@ -44,9 +44,11 @@ NEEDS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "benchmark": _RUNTIME,
     "estimate": (("ethosu", "ethos-u-vela", "vela"),),
     "promote": (),
+    "sign": (("model_signing", "model-signing", "sign"),),
     "main": (*_TRAIN, *_FIT, *_REPORT, *_CONVERT),
     "boards by ssh": (("asyncssh", "asyncssh", "device"),),
     "docker boards": (("docker", "docker", "device"),),
+    "executor=ray": (("ray", "ray", "ray"),),
     "serving": _SERVE,
     "local store": _STORE,
 }
@@ -124,12 +126,20 @@ def _tracking(timeout_s: float) -> list[tuple[str, str]]:
     rows = [("tracking", f"{uri or 'MLFLOW_TRACKING_URI is not set: the store is in this folder'}")]
     if uri.startswith(("http://", "https://")):
         rows.append(("answer", _ask(uri, timeout_s)))
+    elif not uri and _has_runs(Path("mlruns")):
+        # As MLflow does: what is in that folder would else be lost from sight.
+        rows.append(("store", f"{Path('mlruns').absolute()}, files of runs, which MLflow uses while they are there"))
     elif uri.startswith("sqlite:///") or not uri:
         rows.append(("store", _sqlite(uri.removeprefix("sqlite:///") or "mlflow.db")))
     else:
         rows.append(("store", "not asked: only http and sqlite can be asked without a login"))
     registry = os.environ.get("MLFLOW_REGISTRY_URI", "")
     return [*rows, ("registry", registry or "the tracking store's own")]
+
+
+def _has_runs(folder: Path) -> bool:
+    """Whether a folder has experiments of MLflow's file store."""
+    return any(path.parent.name.isdigit() for path in folder.glob("*/meta.yaml"))
 
 
 def _ask(uri: str, timeout_s: float) -> str:

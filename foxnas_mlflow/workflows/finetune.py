@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from foxnas_mlflow.core.network import Network
+    from foxnas_mlflow.core.targets import Target
     from foxnas_mlflow.data import Evaluation, ImageDataset
     from foxnas_mlflow.data.preprocess import Preprocessing
     from foxnas_mlflow.flavor import SubnetModel
@@ -33,7 +34,7 @@ class FinetuneRequest(Request):
     preset: PresetName = parameter("tiny", "Learning rate and batch size.")
     epochs: int = parameter(1, "Passes over the training images.", at_least=1)
     max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
-    target: str = parameter("", "Target of the search, for the run's tag.")
+    target: str = parameter("", "Target of the search: a name or the path of a target YAML; empty: none.")
     seed: int = parameter(0, "Seed of the batches.", at_least=0)
 
 
@@ -73,9 +74,11 @@ def run_finetune(
         InvalidFormatError: If the model is not a subnet with weights.
     """
     from foxnas_mlflow.core.errors import InvalidFormatError
+    from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.flavor import SubnetModel, load_model
     from foxnas_mlflow.tracking.run import entry_run
 
+    target = get_target(request.target) if request.target else None
     model = load_model(request.subnet)
     if not isinstance(model, SubnetModel):
         raise InvalidFormatError("only a subnet with weights can be trained further", received=request.subnet)
@@ -84,17 +87,18 @@ def run_finetune(
         model, request.data, seed=request.seed, max_train=request.max_train or None, sizes=(size,), keep=True
     )
     with (
-        entry_run(stage="finetune", params=request.texts(), target=request.target or None, tags=tags) as run,
+        entry_run(stage="finetune", params=request.texts(), target=target.name if target else None, tags=tags) as run,
         progress_bar("finetune", "step") as show,
     ):
         return _finetuned(
-            run, request, model, dataset, checkpoint, lambda done, n, loss: show(done, n, f"loss {loss:.3f}")
+            run, request, target, model, dataset, checkpoint, lambda done, n, loss: show(done, n, f"loss {loss:.3f}")
         )
 
 
 def _finetuned(
     run: EntryRun,
     request: FinetuneRequest,
+    target: Target | None,
     model: SubnetModel,
     dataset: ImageDataset,
     checkpoint: Path,
@@ -105,6 +109,7 @@ def _finetuned(
     from foxnas_mlflow.flavor import SubnetModel, log_model
     from foxnas_mlflow.supernet import AUGMENTED_EPOCHS, PlainNetwork, finetune, get_preset, subnet_weights
     from foxnas_mlflow.tracking.registry import find_version, register
+    from foxnas_mlflow.tracking.search import quantize_command
     from foxnas_mlflow.tracking.supernet import log_dataset
 
     subnet_uri, epochs, preset = request.subnet, request.epochs, get_preset(request.preset)
@@ -164,7 +169,7 @@ def _finetuned(
             "float top-1, %": after,
             "with shared weights, %": before,
         },
-        command=lambda uri: f"foxnas quantize --subnet {uri}",
+        command=lambda uri: quantize_command(uri, target),
     )
     summary = (
         f"Trained {subnet_uri} alone for {epochs} epochs: {before:.2f} % with shared weights, {after:.2f} % with "

@@ -76,7 +76,7 @@ def run_fit(request: FitRequest, *, tags: Mapping[str, str] | None = None) -> Fi
     from foxnas_mlflow.core.predictors import fit_predictors, has_measured_latency, reference_latency
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
-    from foxnas_mlflow.tracking.fit import log_fit
+    from foxnas_mlflow.tracking.fit import log_fit, search_command
     from foxnas_mlflow.tracking.inputs import noise_floor, open_measurements
     from foxnas_mlflow.tracking.run import entry_run
 
@@ -113,7 +113,8 @@ def run_fit(request: FitRequest, *, tags: Mapping[str, str] | None = None) -> Fi
         uri, metrics = log_fit(
             run, fit, rows, target=target, source=request.measurements, name=request.name, noise_floor=floor
         )
-        summary = _summary(fit, uri, run.run_id, target, floor, _middle_ms(rows))
+        following = search_command(uri, target, request.measurements)
+        summary = _summary(fit, uri, run.run_id, target, following, floor, _middle_ms(rows))
         return FitStepResult(run_id=run.run_id, model_uri=uri, metrics=metrics, summary=summary)
 
 
@@ -137,7 +138,9 @@ def _check_latencies(rows: Sequence[Measurement], target: Target, space: SearchS
         )
 
 
-def _summary(fit: FitResult, uri: str, run_id: str, target: Target, noise_floor: float | None, middle_ms: float) -> str:
+def _summary(
+    fit: FitResult, uri: str, run_id: str, target: Target, following: str, noise_floor: float | None, middle_ms: float
+) -> str:
     """A table of both formulas, and the search to type next."""
     lines = [f"{'':<22}{'formula':<16}{'n':>7}{'adj. R2':>10}{'CV RMSE':>10}{'CV MAPE %':>11}{'tau':>8}"]
     for quantity in fit.reports:
@@ -159,7 +162,7 @@ def _summary(fit: FitResult, uri: str, run_id: str, target: Target, noise_floor:
     lines += [f"  equation 2 of {quantity} not fitted: {why}" for quantity, why in fit.refused.items()]
     lines.append(f"Registered {uri}; run {run_id}.")
     if fit.predictors.accuracy and fit.predictors.latency:
-        lines.append(f"Next: foxnas search --target {target.argument} --predictors {uri} --latency-ms {middle_ms:.3g}")
+        lines.append(f"Next: {following} --latency-ms {middle_ms:.3g}")
         lines += [f"Limits may be on {name} too: --limits '{name}<=...'" for name in fit.predictors.quantities]
     else:
         missing = "latency" if fit.predictors.accuracy else "accuracy"

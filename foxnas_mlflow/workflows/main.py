@@ -496,7 +496,7 @@ class _Pipeline:
             preset=main.preset,
             epochs=main.finetune_epochs,
             max_train=main.max_train,
-            target=self._target.name,
+            target=main.target,
             seed=main.seed,
         )
         inputs = _inputs(request)

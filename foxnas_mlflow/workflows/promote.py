@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -109,27 +110,34 @@ def run_promote(request: PromoteRequest, *, tags: Mapping[str, str] | None = Non
                 verify_key=Path(request.verify_key) if request.verify_key else None,
             )
         return PromoteResult(
-            run_id=run.run_id, model_uri=done.uri, stage=done.stage, summary=_summary(done, run.run_id)
+            run_id=run.run_id, model_uri=done.uri, stage=done.stage, summary=_summary(request, done, run.run_id)
         )
 
 
-def _summary(done: Promotion, run_id: str) -> str:
+def _summary(request: PromoteRequest, done: Promotion, run_id: str) -> str:
+    from foxnas_mlflow.tracking.registry import aliases_of
+
     before, now = (f"version {number}" if number else "nobody" for number in (done.former, done.version))
     lines = []
     if done.dry_run:
         lines.append(f"  dry run       nothing was moved: {done.stage} would go from {before} to {now}")
     elif done.stage == "Archived":
-        lines.append(f"{done.name} version {done.version} is archived and holds no alias.")
+        others = ", ".join(aliases_of(done.uri))
+        lines.append(
+            f"{done.name} version {done.version} is archived and holds no stage"
+            + (f"; other aliases of it stay: {others}." if others else " and no alias.")
+        )
     else:
         how = "alias and stage" if done.stages else "alias (this registry has no stages)"
         left = f"; {before} is archived" if done.stages and done.former not in (None, done.version) else ""
         lines.append(f"  {done.action:<14}{done.stage} is {now}: {how}{left}")
     lines.append(f"  run           {run_id}: promotion.json")
-    alias = f"models:/{done.name}@{done.stage.lower()}"
+    alias = shlex.quote(f"models:/{done.name}@{done.stage.lower()}")
+    asked = request.options("max_latency_ms", "max_accuracy_drop", "verify_key")
     following = {
-        "Staging": f"foxnas promote --model {alias} --stage Production",
+        "Staging": f"foxnas promote --model {alias} --stage Production{asked}",
         "Production": f"mlflow models serve -m {alias} --env-manager local",
-        "Archived": f"foxnas promote --history --model {done.name} --stage Production",
+        "Archived": f"foxnas promote --history --model {shlex.quote(done.name)} --stage Production",
     }
     lines.append("Next: " + ("the same command without dry-run" if done.dry_run else following[done.stage]))
     return "\n".join(lines)
@@ -150,9 +158,8 @@ def _history(name: str, stage: str, date: str) -> str:
         how = f"{interval.action}, run {interval.run_id}" if interval.run_id else interval.action
         lines.append(f"  {version:<12}{interval.since:%Y-%m-%d %H:%M:%S} to {until:<21}{how}")
     holder = next((i.version for i in shown if i.until is None and i.version), None)
-    lines.append(
-        f"Next: foxnas promote --rollback --model {name} --stage {stage}" if holder else "Next: foxnas promote --help"
-    )
+    back = f"foxnas promote --rollback --model {shlex.quote(name)} --stage {stage}"
+    lines.append(f"Next: {back if holder else 'foxnas promote --help'}")
     return "\n".join(lines)
 
 

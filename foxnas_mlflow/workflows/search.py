@@ -461,6 +461,8 @@ def _verified(
 def _summary(
     inputs: _Inputs, found: Searched, logged: LoggedNetwork, note: str, run_id: str, loop: Loop[Searched] | None
 ) -> str:
+    from foxnas_mlflow.tracking.search import quantize_command
+
     outcome, verification, uri = found.outcome, found.verification, logged.uri
     target, problem, optimum = inputs.target.name, found.outcome.problem, found.outcome.optimum
     place = found.place(len(inputs.problems))
@@ -486,7 +488,7 @@ def _summary(
     notes = [note, *(told for predictor in inputs.predictors.accuracy for told in predictor.notes)]
     lines += [f"  note                 {told}" for told in dict.fromkeys(notes) if told]
     if weights == "trained":
-        lines.append(f"Next: foxnas quantize --subnet {uri} --target {inputs.target.argument}")
+        lines.append(f"Next: {quantize_command(uri, inputs.target)}")
     else:
         lines.append("Next: mlflow ui, and open report.html of the run.")
     return "\n".join(lines)

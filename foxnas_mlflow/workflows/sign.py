@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 from foxnas_mlflow.core.errors import InvalidInputError
@@ -68,10 +69,12 @@ def run_sign(request: SignRequest) -> SignResult:
         keep_signature(files.model_id, signature)
         run.log_text(signature, SIGNATURE_FILE)
         uri = f"models:/{version.name}/{version.version}"
+        quoted = shlex.quote(uri)
         summary = (
             f"{name} is signed: {len(files.manifest.files)} files and what describes them.\n"
             f"  run           {run.run_id}: {SIGNATURE_FILE}\n"
-            f"Next: foxnas promote --model {uri} --verify-key PUBLIC_KEY.pem"
+            f"Next: foxnas benchmark --model {quoted} --signing-key {shlex.quote(request.signing_key)}\n"
+            f"and then, with a signed measurement: foxnas promote --model {quoted} --verify-key PUBLIC_KEY.pem"
         )
         return SignResult(run_id=run.run_id, model_uri=uri, summary=summary)
 

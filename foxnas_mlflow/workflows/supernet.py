@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -260,7 +261,7 @@ def _train_and_register(
         f"({state.config.mode}, {worker.device}).",
         *lines,
         f"Registered {uri}; run {run.run_id}.",
-        f"Next: foxnas sample --supernet {uri} --data {request.data}",
+        f"Next: foxnas sample --supernet {shlex.quote(uri)} --data {shlex.quote(request.data)}",
     ]
     return SupernetResult(run_id=run.run_id, model_uri=uri, metrics=metrics, summary="\n".join(summary))
 

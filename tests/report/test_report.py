@@ -202,6 +202,16 @@ def test_the_page_of_a_pipeline_says_what_refused(tmp_path: Path, passed: bool |
     assert said in (tmp_path / "report.html").read_text()
 
 
+def test_the_page_tells_what_a_network_with_less_would_have_to_meet(tmp_path: Path) -> None:
+    for limits, said in (({}, "at 73 %: the optimum"), ({"macs": 1e9}, "at 73 % within the limits: the optimum")):
+        outcome = search(
+            reference_predictors("rpi4"), objective="latency_ms", min_accuracy=73.0, limits=limits, evaluations=300
+        )
+        path = tmp_path / "report.html"
+        write_search_report(path, outcome=outcome, comparisons=[], request={}, target=get_target("rpi4"))
+        assert f"is predicted to have less latency_ms {said}" in path.read_text()
+
+
 def cells(page: str) -> list[str]:
     """Texts of all cells of all tables of a page."""
     return re.findall(r"<td>([^<]*)</td>", page)

@@ -127,8 +127,12 @@ def test_a_network_is_trained_further_as_its_supernet_drew_mirrored_and_weighed_
     with mlflow.start_run():
         info = log_model(subnet, name="subnet", registered_model_name="foxnas-subnet-cpu")
     uri = f"models:/foxnas-subnet-cpu/{info.registered_model_version}"
-    request = FinetuneRequest(subnet=uri, data="digits", epochs=2, max_train=320)
+    board = tmp_path / "my board.yaml"
+    board.write_text("name: my-board")
+    request = FinetuneRequest(subnet=uri, data="digits", epochs=2, max_train=320, target=str(board))
     result = run_finetune(request, checkpoint=tmp_path / "checkpoint.safetensors")
+    version = mlflow.MlflowClient().get_model_version("foxnas-subnet-cpu", "2")
+    assert version.description.endswith(f"foxnas quantize --subnet {result.model_uri} --target '{board}'")
     model = load_model(result.model_uri)
     assert isinstance(model, SubnetModel)
     assert model.details["training"] == training

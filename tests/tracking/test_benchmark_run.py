@@ -122,6 +122,14 @@ def test_a_promotion_is_advised_where_it_may_pass(valid: bool, emulated: bool, v
     assert found == command
 
 
+def test_a_version_that_serves_is_asked_whether_it_still_may() -> None:
+    figures = {"benchmark/latency_ms_p90": 1.0, "benchmark/valid": 1.0}
+    version = ModelVersion("net", "1", 0, aliases=["production"])
+    model = MeasuredModel("models:/net/1", Path("file"), version=version)
+    command = next_command(made_up(figures, b"", "board", False), model, get_target("rpi4"), "local")
+    assert command == "foxnas promote --stage production --model models:/net/1"
+
+
 @pytest.mark.parametrize(("valid", "status"), [(True, 0), (False, 3)])
 def test_the_status_tells_whether_figures_can_be_trusted(valid: bool, status: int) -> None:
     assert BenchmarkResult(run_id="a", latency_ms=1, valid=valid, emulated=False, metrics={}).exit_status == status

@@ -11,6 +11,7 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.flavor import MODEL_FORMAT, model_id_of
@@ -39,7 +40,8 @@ def test_a_version_goes_through_the_stages(tracking: str, tmp_path: Path, capsys
     assert promote(f"models:/{NAME}/1", "Staging") == 0
     out = capsys.readouterr().out
     assert "p90 40 ms <= 60 ms" in out
-    assert f"Next: foxnas promote --model models:/{NAME}@staging --stage Production" in out
+    # With the limits that were asked for.
+    assert f"Next: foxnas promote --model models:/{NAME}@staging --stage Production --max-latency-ms 60.0\n" in out
     assert state() == {"aliases": {"staging": "1"}, "stages": {"1": "Staging"}}
     assert promote(f"models:/{NAME}@staging") == 0
     # A version has one stage: it left staging.
@@ -353,6 +355,27 @@ def test_a_measurement_that_was_deleted_counts_no_more(
     assert "no measured latency" in capsys.readouterr().err
 
 
+def test_a_measurement_that_may_not_be_read_is_left_out_and_named(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path)
+    model_id = str(model_id_of(mlflow.MlflowClient().get_model_version(NAME, "1")))
+    hidden = log_measurement(model_id, {"benchmark/latency_ms_p90": 20.0, "benchmark/valid": 1.0})
+    store = mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore
+    get = store.get_run
+
+    def refuse(self: Any, run_id: str) -> Any:
+        if run_id == hidden:
+            raise MlflowException("Permission denied", error_code=PERMISSION_DENIED)
+        return get(self, run_id)
+
+    monkeypatch.setattr(store, "get_run", refuse)
+    assert promote(NAME) == 0
+    assert "p90 40 ms <= 60 ms" in capsys.readouterr().out
+    measured = next(v for v in document()["verdicts"] if v["gate"] == "measured")
+    assert measured["text"].endswith(f"; you may not read what was measured in {hidden}")
+
+
 def test_labels_that_were_swapped_are_not_promoted(
     tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -485,16 +508,21 @@ def test_a_registry_that_fails_is_no_reason_to_go_back_further(
     assert state()["aliases"] == {"production": "2"}
 
 
-def test_archived_withdraws_a_version(tracking: str, tmp_path: Path) -> None:
+def test_archived_withdraws_a_version(tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for top1 in (75.0, 76.0):
         register_version(tmp_path, {"accuracy/int8_top1": top1})
         assert promote(NAME) == 0
     assert promote(f"models:/{NAME}/2", "Archived") == 0
     assert state() == {"aliases": {}, "stages": {"1": "Archived", "2": "Archived"}}
+    assert f"{NAME} version 2 is archived and holds no stage and no alias." in capsys.readouterr().out
     assert [e.version for e in StageKeeper(NAME).history("Production")] == ["1", "2", None]
     # What was withdrawn is nothing to go back to.
     assert promote(NAME, "Production", "--rollback") == 0
     assert state()["aliases"] == {"production": "1"}
+    # An alias of one's own is no stage.
+    mlflow.MlflowClient().set_registered_model_alias(NAME, "champion", "2")
+    assert promote(f"models:/{NAME}/2", "Archived") == 0
+    assert "holds no stage; other aliases of it stay: champion." in capsys.readouterr().out
 
 
 def test_what_others_moved_is_noted_and_mended(tracking: str, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from foxnas_mlflow.tracking.run import entry_run
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [(None, "search rpi4"), ("mine", "mine"), ("my-run-2026", "my-run-2026")]
+    ("given", "expected"),
+    [(None, "search rpi4"), ("mine", "mine"), ("my-run-2026", "my-run-2026"), ("big-model-3", "big-model-3")],
 )
 def test_a_run_that_mlflow_run_made_is_named_too(
     tracking: str, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str

@@ -186,7 +186,10 @@ def test_what_was_sampled_is_fitted_and_searched(
     fit = mlflow.get_run(fit_id)
     assert fit.data.tags["foxnas.space"] == "cpu-mini"
     assert fit.data.metrics["predictor/accuracy/noise_floor"] == run.data.metrics["sample/noise_floor"]
-    assert "noise floor" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "noise floor" in out
+    # The search gives its network the weights of the supernet that was sampled.
+    assert f"--predictors models:/foxnas-predictors-rpi4/1 --supernet {uri} --latency-ms" in out
     predictors = "models:/foxnas-predictors-rpi4/1"
     command = ["search", "--predictors", predictors, "--supernet", uri, "--latency-ms", "60", "--evaluations", "1000"]
     assert main([*command, "--verify", "2", "--measurements", predictors]) == 0

@@ -31,7 +31,9 @@ def test_only_what_the_key_signed_is_promoted(
     assert promote("1", public) == 2
     assert "signature: nobody signed it; run foxnas sign" in capsys.readouterr().err
     assert main(["sign", "--model", f"models:/{NAME}/1", "--signing-key", private]) == 0
-    assert f"Next: foxnas promote --model models:/{NAME}/1 --verify-key" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Next: foxnas benchmark --model models:/{NAME}/1 --signing-key {private}" in out
+    assert f"foxnas promote --model models:/{NAME}/1 --verify-key" in out
     assert promote("1", other) == 2
     assert "must be signed by the key other.pub" in capsys.readouterr().err
     # The model is vouched for, what was measured of it is not.
