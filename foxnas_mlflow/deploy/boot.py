@@ -168,9 +168,13 @@ def _unit_text(root: Path, name: str, manager: list[str]) -> str:
 
 
 def _write(unit: Path, text: str) -> None:
+    # What somebody linked elsewhere, to /dev/null to mask it, stays a link.
+    fresh = unit if unit.is_symlink() else unit.with_name(f".{unit.name}.next")
     try:
         unit.parent.mkdir(parents=True, exist_ok=True)
-        unit.write_text(text, encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8")
+        if fresh != unit:
+            os.replace(str(fresh), str(unit))
     except OSError as error:
         raise RunnerError("unit", f"{error.strerror}: {error.filename}") from error
 
@@ -178,8 +182,11 @@ def _write(unit: Path, text: str) -> None:
 def _edit_crontab(root: Path, name: str, *, add: bool) -> bool:
     """Add the line of a deployment, or take it away; whether cron took it."""
     mark = f"# foxnas {root / name}"
-    _, table = _run(["crontab", "-l"], output_only=True)
-    lines = table.splitlines()
+    table = _crontab()
+    if table is None:
+        return False
+    # By newlines alone, as cron reads it: the other lines are the user's, and stay as they are.
+    lines = table.split("\n")[:-1] if table.endswith("\n") else table.split("\n") if table else []
     kept = [line for line in lines if not line.endswith(mark)]
     if add:
         # In a crontab a percent sign is a newline.
@@ -188,8 +195,19 @@ def _edit_crontab(root: Path, name: str, *, add: bool) -> bool:
         kept.append(f"* * * * * {command} >>{log} 2>&1 {mark}")
     if kept == lines:
         return True
-    status, _ = _run(["crontab", "-"], given="\n".join(kept) + "\n")
-    return status == 0
+    given = "".join(f"{line}\n" for line in kept).encode(errors="surrogateescape")
+    done = _completed(["crontab", "-"], given)
+    return done is not None and done.returncode == 0
+
+
+def _crontab() -> str | None:
+    """The user's table of cron; None if it cannot be read."""
+    done = _completed(["crontab", "-l"])
+    if done is None or done.returncode == 0:
+        return None if done is None else done.stdout.decode(errors="surrogateescape")
+    # Busybox's says that there is no such file.
+    said = done.stderr.decode(errors="replace").lower()
+    return "" if "no crontab" in said or "no such file" in said else None
 
 
 def _lingers() -> bool:
@@ -204,18 +222,20 @@ def _joined(command: list[str]) -> str:
     return " ".join(shlex.quote(word) for word in command)
 
 
-def _run(command: list[str], *, given: str = "", output_only: bool = False) -> tuple[int, str]:
-    """Status of a command, and the last line that it said; all of its output alone if asked."""
+def _run(command: list[str]) -> tuple[int, str]:
+    """Status of a command, and the last line that it said."""
+    done = _completed(command)
+    if done is None:
+        return 127, f"{command[0]} does not answer"
+    said = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines()
+    return done.returncode, said[-1] if said else f"exit status {done.returncode}"
+
+
+def _completed(command: list[str], given: bytes = b"") -> subprocess.CompletedProcess[bytes] | None:
+    """What a command said in English; None: it is not there, or does not end."""
+    environment = {**os.environ, "LC_ALL": "C"}
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(  # noqa: S603
-            command,
-            input=given.encode(),
-            capture_output=True,
-            timeout=COMMAND_SECONDS,
-            check=False,
+        return subprocess.run(  # noqa: S603
+            command, input=given, capture_output=True, timeout=COMMAND_SECONDS, check=False, env=environment
         )
-        if output_only:
-            return done.returncode, done.stdout.decode(errors="replace")
-        said = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines()
-        return done.returncode, said[-1] if said else f"exit status {done.returncode}"
-    return 127, f"{command[0]} does not answer"
+    return None

@@ -247,6 +247,8 @@ def start(root: Path, name: str, version: Path, settings: dict[str, Any], old: d
         settings["boot"] = boot.install(root, name)
         await_service(root, name, version)
         write_json(place / "service.json", settings)
+        # Of a board without power the unit is there too.
+        os.sync()
     except BaseException:
         if before is None:
             (place / "current").unlink()

@@ -887,6 +887,29 @@ def test_cron_starts_it_where_there_is_no_systemd(
     assert table.read_text() == "@daily backup\n"
 
 
+def test_a_users_crontab_is_kept_byte_by_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools, table = tmp_path / "tools", tmp_path / "table"
+    tools.mkdir()
+    (tools / "crontab").write_text(CRONTAB.format(table=table))
+    (tools / "crontab").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    others = "# Süd\n@daily a\x0cb\u2028c\n".encode() + b"@daily caf\xe9\n\n"
+    for before in (others, others[:-2], None):
+        table.unlink(missing_ok=True)
+        if before is not None:
+            table.write_bytes(before)
+        assert boot._edit_crontab(tmp_path, "camera", add=True)
+        assert table.read_bytes().startswith(before or b"* * * * * ")
+        assert boot._edit_crontab(tmp_path, "camera", add=False)
+        assert table.read_bytes().rstrip(b"\n") == (before or b"").rstrip(b"\n")
+    # A table that cannot be read is not taken for an empty one.
+    table.write_bytes(others)
+    (tools / "crontab").write_text(f"#!/bin/sh\ntest $1 = - && exec cat > {table}\necho no space left >&2; exit 1\n")
+    for add in (True, False):
+        assert not boot._edit_crontab(tmp_path, "camera", add=add)
+    assert table.read_bytes() == others
+
+
 @pytest.mark.skipif(
     Path("/run/systemd/system").is_dir() or shutil.which("crontab") is not None, reason="something here starts it"
 )
