@@ -167,13 +167,19 @@ class TflitePyfunc:
         self._max_pixels = int(options["max_pixels"])
         self._threads = int(options["threads"])
         self._size = int(options["pool_size"]) or n_processors()
+        self._process, self._starts = 0, dict[int, threading.Lock]()
         self._start()
 
     def _start(self) -> None:
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._pools = {self._threads: self._open(self._threads)}
-        self._workers = ThreadPoolExecutor(self._size, thread_name_prefix="foxnas-classify")
+        """Make what a process cannot have of another: threads do not survive a fork, and locks may have been held."""
+        process = os.getpid()
+        with self._starts.setdefault(process, threading.Lock()):
+            if self._process != process:
+                self._lock = threading.Lock()
+                self._pools = {self._threads: self._open(self._threads)}
+                self._workers = ThreadPoolExecutor(self._size, thread_name_prefix="foxnas-classify")
+                # Last: who finds it uses the others.
+                self._process = process
 
     def get_raw_model(self) -> TfliteModel:
         """The native model."""
@@ -204,7 +210,6 @@ class TflitePyfunc:
         if len(images) > MAX_BATCH:
             raise InvalidInputError(f"a request has at most {MAX_BATCH} images", received=len(images))
         if self._process != os.getpid():
-            # Threads do not survive a fork, and a lock may have been held at that moment.
             self._start()
         classify = functools.partial(self._classify, self._pool(threads))
         # Images of one request are spread over the interpreters; one alone skips the hand-over.

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -392,6 +393,38 @@ def test_09_a_forked_process_answers(saved: dict[str, Path]) -> None:
         [sys.executable, "-c", program, str(saved["tflite"])], capture_output=True, text=True, timeout=120
     )
     assert done.stdout.strip() == "7", done.stderr
+
+
+def test_09_a_forked_process_answers_two_requests_that_come_at_once(
+    saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one comes while the first one opens what the process needs of its own."""
+    wrapper = loaded_wrapper(saved)
+    pixels = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+    opening, go_on, of_the_parent = threading.Event(), threading.Event(), wrapper._pools
+    open_pool = wrapper._open
+
+    def slowly(threads: int) -> Any:
+        opening.set()
+        assert go_on.wait(60)
+        return open_pool(threads)
+
+    def pool(threads: int) -> Any:
+        assert wrapper._pools is not of_the_parent
+        return wrapper._pools[threads]
+
+    monkeypatch.setattr(wrapper, "_open", slowly)
+    monkeypatch.setattr(wrapper, "_pool", pool)
+    # As in the child of a fork.
+    monkeypatch.setattr(os, "getpid", lambda: 2**31 - 1)
+    with ThreadPoolExecutor(2) as requests:
+        first = requests.submit(wrapper.predict, pixels)
+        assert opening.wait(60)
+        second = requests.submit(wrapper.predict, pixels)
+        with pytest.raises(TimeoutError):
+            second.result(0.2)
+        go_on.set()
+        assert first.result(60).equals(second.result(60))
 
 
 def loaded_wrapper(saved: dict[str, Path]) -> Any:
