@@ -35,6 +35,10 @@ _ERRORS: Mapping[str, tuple[str, str]] = {
         "plug it in, end what holds it, or name another of several with -C delegate=libedgetpu.so.1@usb:1; "
         "workers=1 for one accelerator",
     ),
+    "numpy": (
+        "NumPy and the runtime on {uri} must be made for each other",
+        "install what matches there: pip install --upgrade ai-edge-litert numpy, or beside tflite-runtime 'numpy<2'",
+    ),
     "bad_model": ("the runtime on {uri} must be able to open the model", "update ai-edge-litert there"),
     "bad_image": ("an image must be a whole JPEG or PNG, or an array of the network's input shape", "send another one"),
     "port": (

@@ -8,17 +8,21 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import DeviceError, FoxNasError
 from foxnas_mlflow.core.redaction import redacted
-from foxnas_mlflow.deploy._board import RunnerRefusedError
 from foxnas_mlflow.deploy._client import EdgeDeploymentClient
+from foxnas_mlflow.flavor import model_id_of
 
 State = Literal["updated", "same", "refused", "away", "none"]
 
 TAG = "foxnas.deployment."
 """Tag of a version that was deployed or refused, before the deployment's name."""
+
+_REFUSALS = ("account", "bad_model", "missing", "numpy", "old_python", "unit", "worker", "wrong_answer")
+"""What a runner refuses again at the next look; the rest passes, as a full disk does."""
 
 _NO_ALIAS = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
 
@@ -58,7 +62,7 @@ class Follower:
     model: str
     alias: str
     config: Mapping[str, str] = field(default_factory=dict)
-    _refused: str = field(default="", init=False)
+    _refused: tuple[str, str | None] = field(default=("", None), init=False)
 
     def look(self, *, again: bool = False) -> Followed:
         """Deploy what the alias names, if the board has another version.
@@ -70,7 +74,8 @@ class Follower:
         try:
             # A store of SQL is connected to at once.
             registry = MlflowClient()
-            version = str(registry.get_model_version_by_alias(self.model, self.alias).version)
+            named = registry.get_model_version_by_alias(self.model, self.alias)
+            version, model_id = str(named.version), model_id_of(named)
         except Exception as error:
             # Whatever it is, also of a library below MLflow's: a watch outlives it, and looks again.
             if isinstance(error, MlflowException) and error.error_code in _NO_ALIAS:
@@ -78,40 +83,52 @@ class Follower:
             return Followed("away", f"the registry did not tell what {self.model}@{self.alias} is: {_first(error)}")
         wanted = f"models:/{self.model}/{version}"
         if again:
-            self._refused = ""
-        elif self._refused == wanted:
+            self._refused = ("", None)
+        elif self._refused == (wanted, model_id):
             return Followed("same", f"{wanted} was refused before")
         try:
             new = False
             try:
-                has = str(board.get_deployment(self.deployment)["model_uri"])
+                there = board.get_deployment(self.deployment)
+                has = str(there["model_uri"])
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                has, new = "", True
-            if has == wanted:
+                there, has, new = {}, "", True
+            # A model that was deleted and registered anew begins at version 1 again.
+            if has == wanted and model_id in (None, there["model_id"]):
+                # An update whose answer was lost is told now; what another board of that name said stays.
+                said = named.tags.get(TAG + self.deployment, "").split(" ")
+                if len(said) < 3 or said[2].rstrip(":") == _place(self.target):
+                    self._note(registry, named, _deployed(self.target, there))
                 return Followed("same", f"{self.deployment} has {wanted}")
             deploy = board.create_deployment if new else board.update_deployment
             done: dict[str, Any] = deploy(self.deployment, wanted, config=dict(self.config))
         except MlflowException as error:
             cause = error.__cause__
-            lost = isinstance(cause, DeviceError) and not isinstance(cause, RunnerRefusedError)
+            lost = isinstance(cause, DeviceError) and getattr(cause, "kind", "") not in _REFUSALS
             if lost or not isinstance(cause, FoxNasError):
                 return Followed("away", f"{self.deployment} is not yet {wanted}: {_first(error)}")
-            self._refused = wanted
-            self._note(registry, version, f"refused on {_place(self.target)}: {_first(error)}")
+            self._refused = (wanted, model_id)
+            self._note(registry, named, f"refused on {_place(self.target)}: {_first(error)}")
             kept = f"{self.deployment} stays {has}" if has else "nothing is deployed"
             return Followed("refused", f"{wanted} is refused, {kept}: {_first(error)}")
         except Exception as error:
             # Of an artifact store's library, or of this host, whose disk is full: a later look may find them well.
             return Followed("away", f"{self.deployment} is not yet {wanted}: {_first(error)}")
-        self._note(registry, version, f"deployed on {_place(self.target)} as version {done['version']}")
+        self._note(registry, named, _deployed(self.target, done))
         return Followed("updated", f"{self.deployment} is {wanted} now" + (f", before {has}" if has else ""))
 
-    def _note(self, registry: MlflowClient, version: str, words: str) -> None:
+    def _note(self, registry: MlflowClient, version: ModelVersion, words: str) -> None:
+        tag, words = TAG + self.deployment, redacted(words)[:4000]
         # A registry that takes no tag stops no deployment.
         with contextlib.suppress(Exception):
-            registry.set_model_version_tag(self.model, version, TAG + self.deployment, redacted(words)[:4000])
+            if version.tags.get(tag) != words:
+                registry.set_model_version_tag(self.model, version.version, tag, words)
+
+
+def _deployed(target: str, deployment: Mapping[str, Any]) -> str:
+    return f"deployed on {_place(target)} as version {deployment['version']}"
 
 
 def _first(error: Exception) -> str:

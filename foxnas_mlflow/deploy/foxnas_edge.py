@@ -12,6 +12,7 @@ It needs a TFLite runtime (ai-edge-litert or tflite-runtime), NumPy and Python 3
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -75,7 +76,12 @@ class Version:
             raise RunnerError("missing", str(error)) from error
         except DeviceError as error:
             raise RunnerError("accelerator", f"no device answered to {self.deployment['delegate']}") from error
+        except (ImportError, SystemError) as error:
+            raise RunnerError("numpy", f"NumPy {np.__version__}: {error}") from error
         except InvalidFormatError as error:
+            if "tflite_runtime" in sys.modules and int(np.__version__.split(".")[0]) >= 2:
+                # Built for NumPy 1: it fails at the first array, in words about tensors.
+                raise RunnerError("numpy", f"NumPy {np.__version__}: {error.__cause__}") from error
             raise RunnerError("bad_model", str(error)) from error
 
     def try_out(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -24,7 +25,7 @@ from mlflow.deployments import get_deploy_client
 from mlflow.exceptions import MlflowException
 
 import foxnas_mlflow.deploy as plugin
-from foxnas_mlflow import flavor
+from foxnas_mlflow import flavor, runtime
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.deploy import layout
@@ -74,6 +75,33 @@ def test_the_smoke_test_knows_wrong_floats(colour_model: TfliteModel, tmp_path: 
         np.savez(tmp_path / "smoke.npz", images=images, outputs=outputs + np.float32(wrong))
         with pytest.raises(RunnerError, match="the outputs differ by") if refused else contextlib.nullcontext():
             assert version.try_out()["largest_difference"] > 0
+
+
+def test_numpy_that_does_not_match_the_runtime_is_named(
+    colour_model: TfliteModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = bundle(colour_model, Options(), name="camera", kind="tflite", source="file", model_id=None)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+
+    class Interpreter:
+        def __init__(self, **_: object) -> None:
+            raise wrong
+
+    for wrong, kind in (
+        (ImportError("numpy.core.multiarray failed to import"), "numpy"),
+        (SystemError("returned a result with an error set"), "numpy"),
+        (ValueError("Cannot set tensor: got NOTYPE"), "bad_model"),
+        # The last release of tflite-runtime was built for NumPy 1.
+        (ValueError("Cannot set tensor: got NOTYPE"), "numpy"),
+    ):
+        monkeypatch.setattr(runtime, "load_runtime", lambda: SimpleNamespace(Interpreter=Interpreter))
+        with pytest.raises(RunnerError) as error:
+            Version(tmp_path)
+        assert error.value.kind == kind
+        assert kind == "bad_model" or str(error.value) == f"NumPy {np.__version__}: {wrong}"
+        if kind == "bad_model":
+            monkeypatch.setitem(sys.modules, "tflite_runtime", ModuleType("tflite_runtime"))
 
 
 def test_a_deployment_from_creation_to_deletion(versions: tuple[str, str], target: str, tmp_path: Path) -> None:
@@ -448,6 +476,8 @@ def test_what_was_changed_with_its_checksums_is_neither_deployed_nor_promoted(
         with pytest.raises(MlflowException, match="changed together with their checksums"):
             board_of.create_deployment("camera", uri)
     assert board_of.list_deployments() == []
+    # A version in production is not promoted to staging, whatever it is.
+    client.delete_registered_model_alias("foxnas-rpi4", "production")
     assert main(["promote", "--model", "models:/foxnas-rpi4/1"]) == 2
     assert "changed together with their checksums" in capsys.readouterr().err
 

@@ -37,8 +37,9 @@ from mlflow.webhooks.delivery import _generate_hmac_signature as signature_of
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.deploy import _bundle
+from foxnas_mlflow.deploy.follow import Follower
 from foxnas_mlflow.deploy.webhook import FRESH_SECONDS, Deliveries, DeliveryRefusedError, receiving
-from foxnas_mlflow.flavor import TfliteModel, log_model
+from foxnas_mlflow.flavor import TfliteModel, log_model, model_id_of
 from foxnas_mlflow.workflows import WatchRequest, WatchResult, run_watch
 from tests.colour_model import LABELS
 from tests.deploy.boards import needs_sshd, ssh_target
@@ -276,6 +277,47 @@ def test_an_error_of_this_host_ends_no_watch(
     assert found.state == "away"
     assert found.summary.startswith("camera is not yet models:/foxnas-rpi4/1: ")
     assert run_watch(asked).state == "updated"
+
+
+def test_what_passes_is_no_refusal(versions: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    found = Follower(f"edge://local?root={tmp_path / 'file'}", "camera", "foxnas-rpi4", "production").look()
+    assert found.state == "away"
+    assert "local refused; received Not a directory" in found.words
+
+
+def test_a_look_tells_what_was_deployed_without_an_answer(versions: tuple[str, str], target: str) -> None:
+    client, tag = MlflowClient(), "foxnas.deployment.camera"
+    follower = Follower(target, "camera", "foxnas-rpi4", "production")
+    get_deploy_client(target).create_deployment("camera", versions[0], config={"serve": "false"})
+    words = "deployed on edge://local as version 0001"
+    for said, told in (
+        (None, words),
+        ("refused on edge://local: no answer", words),
+        ("deployed on edge://pi@b as", None),
+    ):
+        if said is not None:
+            client.set_model_version_tag("foxnas-rpi4", "1", tag, said)
+        assert follower.look().state == "same"
+        assert client.get_model_version("foxnas-rpi4", "1").tags[tag] == (told or said)
+
+
+def test_a_model_that_was_registered_anew_is_another_one(versions: tuple[str, str], target: str) -> None:
+    client, board = MlflowClient(), get_deploy_client(target)
+    follower = Follower(target, "camera", "foxnas-rpi4", "production", {"serve": "false"})
+    assert [follower.look().state for _ in range(2)] == ["updated", "same"]
+    other = model_id_of(client.get_model_version("foxnas-rpi4", "2"))
+    client.delete_registered_model("foxnas-rpi4")
+    mlflow.register_model(f"models:/{other}", "foxnas-rpi4")
+    client.set_registered_model_alias("foxnas-rpi4", "production", "1")
+    assert [follower.look().state for _ in range(2)] == ["updated", "same"]
+    deployed = board.get_deployment("camera")
+    assert (deployed["model_uri"], deployed["model_id"]) == ("models:/foxnas-rpi4/1", other)
+    # A copy of a version is of the same model.
+    client.copy_model_version("models:/foxnas-rpi4/1", "shelf")
+    client.set_registered_model_alias("shelf", "production", "1")
+    follower = Follower(target, "camera", "shelf", "production", {"serve": "false"})
+    assert [follower.look().state for _ in range(2)] == ["updated", "same"]
 
 
 @needs_sshd
