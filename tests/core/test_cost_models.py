@@ -174,6 +174,18 @@ def test_a_cost_model_serves_another_space_and_says_so() -> None:
         Objective(carried)
 
 
+def test_a_cost_model_of_its_own_space_serves_other_classes_of_it(tmp_path: Path) -> None:
+    reference = reference_predictors("rpi4")
+    (latency,) = reference.latency
+    kept = dataclasses.replace(reference, accuracy=(), latency=(dataclasses.replace(latency, own_space_only=True),))
+    kept.save(tmp_path / "board.json")
+    target = dataclasses.replace(get_target("rpi4"), predictors=str(tmp_path / "board.json"))
+    (model,) = reference_latency(target, CPU_SPACE.replace(n_classes=10, in_channels=1)).latency
+    np.testing.assert_array_equal(model.coefficients, latency.coefficients)
+    with pytest.raises(OutOfDomainError, match="hold in space 'cpu' only"):
+        reference_latency(target, CPU_SPACE.replace(depths=(2, 3)))
+
+
 def test_ethos_targets_are_searched_with_the_packaged_accuracy_and_say_so() -> None:
     predictors = reference_predictors("ethos-u55-128")
     assert predictors.image_sizes == (192, 256)

@@ -74,7 +74,7 @@ class LinearPredictor:
         provenance: Where the rows came from, with their digest.
         origin: ``fitted`` to the user's own rows, ``calibrated`` on the user's device, or ``packaged``.
         notes: Sentences that must be shown wherever the predictions are.
-        own_space_only: Whether a cost model must not be carried to another space.
+        own_space_only: Whether a cost model must not be carried to a space of other stages.
         held_out: Ascending errors of m networks, each left out of a fit to all others and divided by the standard
             deviation predicted for it, shape (m,); empty where none were kept.
 

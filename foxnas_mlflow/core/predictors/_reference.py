@@ -118,7 +118,9 @@ def reference_latency(target: Target, space: SearchSpace) -> PredictorSet:
     )
     if source.space.digest == space.digest:
         return dataclasses.replace(source, accuracy=())
-    models = [p for p in source.latency if p.recipe.any_size and not p.own_space_only]
+    # Of the same stages: colours and classes are the first and the last layer's alone.
+    alike = source.space.replace(in_channels=space.in_channels, n_classes=space.n_classes).digest == space.digest
+    models = [p for p in source.latency if p.recipe.any_size and (alike or not p.own_space_only)]
     if not models:
         raise OutOfDomainError(
             f"the latency predictors of target {target.name!r} hold in space {source.space.name!r} only",
