@@ -132,6 +132,11 @@ class Benchmark:
         return any(reason.startswith(_SHARED) for reason in self.invalid_reasons)
 
     @property
+    def differs(self) -> bool:
+        """Whether the machine answers otherwise than the host, which no quieter hour changes."""
+        return any(reason.startswith(_DIFFERS) for reason in self.invalid_reasons)
+
+    @property
     def sustained_seconds(self) -> float:
         """Seconds under load without a pause after the timed runs; 0 when none were asked for."""
         if not self.windows:
@@ -302,6 +307,7 @@ def summarize(
 _HELD = "a quota of"
 _SHARED = "other processes had the processor for"
 _HALVES = "the two halves of the runs differ by"
+_DIFFERS = "the output differs from the host's by"
 
 
 def invalid_reasons(
@@ -340,7 +346,7 @@ def invalid_reasons(
     if clock_tick_ms > MAX_CLOCK_SHARE * median:
         reasons.append(f"the clock ticks every {1000 * clock_tick_ms:g} us, the median is {1000 * median:g} us")
     if output_difference is not None and not output_difference <= max_output_levels:
-        reasons.append(f"the output differs from the host's by {output_difference:g} levels")
+        reasons.append(f"{_DIFFERS} {output_difference:g} levels")
     return tuple(reasons)
 
 

@@ -263,7 +263,8 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
     if benchmark.emulated:
         lines.append("EMULATED: the processor is emulated; these times say nothing of real hardware.")
     if not benchmark.valid:
-        lines.append(f"INVALID: {'; '.join(benchmark.invalid_reasons)}. Measure again on a quiet, cool machine.")
+        remedy = "Update the machine's runtime, and measure" if benchmark.differs else "Measure"
+        lines.append(f"INVALID: {'; '.join(benchmark.invalid_reasons)}. {remedy} again on a quiet, cool machine.")
     lines.append(f"Next: {next_command(benchmark, model, target, device)}")
     return "\n".join(lines)
 
