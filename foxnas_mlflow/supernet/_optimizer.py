@@ -48,38 +48,30 @@ class Sgd:
 def sgd(module: nn.Module, config: TrainConfig) -> Sgd:
     """SGD with Nesterov's momentum; weights decay, norms and biases do not.
 
-    A group of parameters has a ``share`` of the learning rate, and is ``early`` if it learns from the first step on
-    where others wait for the head (`TrainConfig.head_first`).
+    A group of parameters is ``early`` if it learns from the first step on where others wait for the head
+    (`TrainConfig.head_first`).
     """
-    units = list(dict.fromkeys(_unit(name) for name, _ in module.named_parameters()))
-    groups: dict[tuple[float, bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        behind = len(units) - 1 - units.index(_unit(name)) if config.layer_decay < 1 else 0
         early = not config.head_first or parameter.ndim <= 1 or name.startswith("head.")
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((config.layer_decay**behind, early, decay), []).append(parameter)
+        groups.setdefault((early, decay), []).append(parameter)
     return Sgd(
         [
-            {"params": parameters, "share": share, "early": early, "weight_decay": decay, "lr": config.learning_rate}
-            for (share, early, decay), parameters in groups.items()
+            {"params": parameters, "early": early, "weight_decay": decay, "lr": config.learning_rate}
+            for (early, decay), parameters in groups.items()
         ],
         config.momentum,
     )
 
 
 def set_learning_rate(optimizer: Sgd, config: TrainConfig, step: int, n_steps: int) -> float:
-    """Set each group's learning rate of a step; the head's is returned."""
+    """Set each group's learning rate of a step: all have the one that is returned, or wait."""
     rate = learning_rate(config, step, n_steps)
     waiting = step < config.head_first * n_steps
     for group in optimizer.param_groups:
-        group["lr"] = 0.0 if waiting and not group["early"] else rate * group["share"]
+        group["lr"] = 0.0 if waiting and not group["early"] else rate
     return rate
-
-
-def _unit(name: str) -> str:
-    """The unit of a parameter: stem, first, a block, tail or head."""
-    first, second, *_ = name.split(".")
-    return f"{first}.{second}" if first.startswith("stage") else first
 
 
 def learning_rate(config: TrainConfig, step: int, n_steps: int) -> float:

@@ -58,8 +58,6 @@ class TrainConfig:
         class_weights: Weight of each class's images in the loss; empty: all alike.
         head_first: Share of the steps in which only the head, batch norm and biases learn: what known weights
             know is not overwritten by the gradients of a head that knows nothing yet.
-        layer_decay: Learning rate of a unit as a share of the next one's towards the head, in (0, 1]: first
-            layers see in all pictures the same.
         seed: Seed of the subnets.
     """
 
@@ -79,7 +77,6 @@ class TrainConfig:
     accumulate: int = 1
     class_weights: tuple[float, ...] = ()
     head_first: float = 0.0
-    layer_decay: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,8 +97,6 @@ class TrainConfig:
             raise InvalidInputError("class_weights must be positive numbers", received=self.class_weights)
         if not 0 <= self.head_first <= 1:
             raise InvalidInputError("head_first must be in [0, 1]", received=self.head_first)
-        if not 0 < self.layer_decay <= 1:
-            raise InvalidInputError("layer_decay must be in (0, 1]", received=self.layer_decay)
         if not 0 <= self.anneal <= 1:
             raise InvalidInputError("anneal must be in [0, 1]", received=self.anneal)
         if not 0 <= self.ema < 1:
@@ -219,11 +214,13 @@ def _read(path: Path) -> TrainingState:
         )
     supernet = Supernet(SearchSpace.from_dict(saved["space"]))
     supernet.load_state_dict(parts["model"])
+    # Earlier releases could slow the first layers down.
+    config = {key: value for key, value in saved["config"].items() if key != "layer_decay"}
     if "style" in saved:
         supernet.style = Style.from_dict(saved["style"])
     return TrainingState(
         supernet,
-        TrainConfig(**saved["config"]),
+        TrainConfig(**config),
         saved["step"],
         parts["velocity"],
         parts["teacher"],
