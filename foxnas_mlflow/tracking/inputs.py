@@ -21,7 +21,7 @@ from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.data.preprocess import WHITE
 from foxnas_mlflow.flavor import SupernetModel, load_model
-from foxnas_mlflow.tracking.registry import list_versions, newest, registered_name
+from foxnas_mlflow.tracking.registry import fixed_uri, list_versions, newest, registered_name
 from foxnas_mlflow.tracking.run import download_artifact
 
 MEASUREMENTS, SPACE = "measurements.csv", "space.json"
@@ -82,6 +82,7 @@ def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedS
                 remedy="train one with: foxnas supernet",
             )
         uri = f"models:/{registered}/{version}"
+    uri = fixed_uri(uri)
     model = load_model(uri)
     if not isinstance(model, SupernetModel):
         raise InvalidFormatError("supernet must be a model of kind 'supernet'", received=uri)
@@ -154,6 +155,16 @@ def open_measurements(source: str, directory: Path) -> tuple[list[Measurement], 
         return rows, None
     space = json.loads(download_artifact(run_id, SPACE, directory).read_bytes())
     return rows, SearchSpace.from_dict(space)
+
+
+def origin_of(source: str) -> dict[str, str]:
+    """What the run of a table sampled: ``supernet`` and ``target``, each where it is known."""
+    if not source.startswith("runs:/"):
+        return {}
+    run = mlflow.get_run(source.split("/")[1])
+    known = {"supernet": run.data.params.get("cfg.supernet", ""), "target": run.data.tags.get("foxnas.target", "")}
+    # What an alias meant then is not known any more.
+    return {key: value for key, value in known.items() if value and "@" not in value}
 
 
 def noise_floor(source: str) -> float | None:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.core.measurements import Measurement, Timing
 from foxnas_mlflow.core.sampling import front_width
 from foxnas_mlflow.core.space import SearchSpace
@@ -33,16 +34,22 @@ class SampleLog:
         path: ``measurements.csv``, copied to the run now and then.
         timer: Where latencies come from.
         n_images: Validation images behind each accuracy.
-        n_before: Rows of an earlier sampling.
+        before: Rows of an earlier sampling.
 
     Attributes:
+        n_before: How many these are.
         problems: Why a measurement of a subnet does not count, by subnet; others of it may.
         width: Widest prediction interval (points) on the front, when it was looked at last.
         stopped: Whether it was narrow enough.
     """
 
-    def __init__(self, run: EntryRun, path: Path, timer: Timer, *, n_images: int, n_before: int) -> None:
-        self.timer, self.n_images, self.n_before = timer, n_images, n_before
+    def __init__(
+        self, run: EntryRun, path: Path, timer: Timer, *, n_images: int, before: Sequence[Measurement]
+    ) -> None:
+        self.timer, self.n_images, self.n_before = timer, n_images, len(before)
+        # Of several boards each row names its own.
+        measured = [row for row in before if row.latency_source == "measured" and timer.n_boards == 1]
+        self._machines = {row.device.partition(" at ")[0] for row in measured if row.device}
         self.problems: dict[Architecture, str] = {}
         self.emulated = False
         self.width: float | None = None
@@ -55,8 +62,18 @@ class SampleLog:
         self._metrics, self._artifact = best_effort(run.log_metrics), best_effort(run.log_artifact)
 
     def time(self, architecture: Architecture) -> Timing:
-        """The subnet's latency; what is wrong with it is kept."""
+        """The subnet's latency; what is wrong with it is kept.
+
+        Raises:
+            DeviceError: If another machine measured the rows of before: an address may lead to another board.
+        """
         timing = self.timer.time(architecture)
+        if self._machines and timing.source == "measured" and timing.device not in self._machines:
+            raise DeviceError(
+                "the rows of a sampling are measured on one machine",
+                received=f"{timing.device}, and {self.n_before} rows of {', '.join(sorted(self._machines))}",
+                remedy="measure on that machine again, or begin anew with another --seed",
+            )
         self.emulated |= timing.emulated
         if timing.problems:
             self.problems[architecture] = "; ".join(timing.problems)

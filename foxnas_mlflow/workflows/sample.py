@@ -136,7 +136,7 @@ def _sample(
     space = supernet.space
     run.log_json(space.to_dict(), SPACE)
     log_dataset(run, supernet.dataset, context="evaluation")
-    given = _given_rows(request.resume, space, run.directory)
+    given = _given_rows(request.resume, supernet, target, run.directory)
     plan = _plan(request, space, sizes, given)
     directory = cache_directory("samples", _digest(request, supernet, target, sizes, given))
     path = directory / MEASUREMENTS
@@ -166,7 +166,7 @@ def _sample(
         # Together, so that the table has a column of each quantity that any of them has.
         before = [*finished, *(row for row in given if row.architecture not in known)]
         write_measurements(before, path)
-        log = SampleLog(run, path, timer, n_images=evaluators.n_images, n_before=len(before))
+        log = SampleLog(run, path, timer, n_images=evaluators.n_images, before=before)
         try:
             with progress_bar("sample", "subnet") as show:
 
@@ -229,19 +229,30 @@ def _check_latencies(rows: Sequence[Measurement], request: SampleRequest) -> Non
         )
 
 
-def _given_rows(resume: str, space: SearchSpace, directory: Path) -> list[Measurement]:
-    """The rows to go on from."""
+def _given_rows(resume: str, supernet: TrainedSupernet, target: Target, directory: Path) -> list[Measurement]:
+    """The rows to go on from.
+
+    Raises:
+        InvalidInputError: If they are known to be of another supernet or target.
+    """
     import re
 
-    from foxnas_mlflow.tracking.inputs import MEASUREMENTS, open_measurements
+    from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.tracking.inputs import MEASUREMENTS, open_measurements, origin_of
 
     if not resume:
         return []
     source = f"runs:/{resume}/{MEASUREMENTS}" if re.fullmatch("[0-9a-f]{32}", resume) else resume
+    ours = {"supernet": supernet.uri, "target": target.name}
+    for key, its in origin_of(source).items():
+        if its != ours[key]:
+            raise InvalidInputError(
+                f"the rows to go on from must be of the same {key}, {ours[key]}", received=f"{source}, of {its}"
+            )
     (directory / "resume").mkdir()
     rows, _ = open_measurements(source, directory / "resume")
     for row in rows:
-        space.validate(row.architecture)
+        supernet.space.validate(row.architecture)
     return rows
 
 

@@ -136,7 +136,9 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n")
 
 
-def test_rows_of_another_run_are_gone_on_from_and_not_repeated(tracking: str, tmp_path: Path) -> None:
+def test_rows_of_another_run_are_gone_on_from_and_not_repeated(
+    tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     register_mini_supernet()
     assert main(["sample", "--n-samples", "4", "--image-size", "8", "--design", "random"]) == 0
     (first,) = _runs("sample")
@@ -144,11 +146,17 @@ def test_rows_of_another_run_are_gone_on_from_and_not_repeated(tracking: str, tm
     rows = _rows(tmp_path, _runs("sample")[1])
     assert rows[:4] == _rows(tmp_path, first)
     assert len({row.architecture for row in rows}) == 7
+    # Of another supernet or target they say nothing.
+    register_mini_supernet()
+    command = ["sample", "--n-samples", "7", "--image-size", "8", "--resume", first]
+    for other in (["--target", "edgetpu"], ["--supernet", "models:/foxnas-supernet/2"]):
+        assert main(["sample", "--supernet", "models:/foxnas-supernet/1", *command[1:], *other]) == 2
+        assert "the rows to go on from must be of the same" in capsys.readouterr().err
     # A table of one's own, of whose rows some have what was measured besides.
     given = [rows[0], dataclasses.replace(rows[1], quantities={"energy_mj": 3.5})]
     write_measurements(given, tmp_path / "own.csv")
     assert main(["sample", "--n-samples", "3", "--image-size", "8", "--resume", str(tmp_path / "own.csv")]) == 0
-    assert _rows(tmp_path, _runs("sample")[2])[:2] == given
+    assert _rows(tmp_path, _runs("sample")[-1])[:2] == given
 
 
 def test_two_processes_do_not_mix_their_rows(tracking: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,7 +212,9 @@ def test_what_was_sampled_is_fitted_and_searched(
     assert "ImageNet" not in text
 
 
-def test_latencies_are_measured_on_this_machine(tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latencies_are_measured_on_this_machine(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import mlflow
 
     shorten(monkeypatch)
@@ -220,6 +230,14 @@ def test_latencies_are_measured_on_this_machine(tracking: str, tmp_path: Path, m
         assert row.device
         assert row.runtime.startswith("ai-edge-litert")
         assert row.n_runs >= 20
+
+    # An address may lead to another board than before: its rows are not mixed with these.
+    own = tmp_path / "own.csv"
+    command = ["sample", "--target", "cpu", "--device", "local", "--n-samples", "3", "--image-size", "8"]
+    for row, device, status in ((rows[0], "Raspberry Pi 5", 2), (rows[1], f"{rows[1].device} at ssh://pi@a", 0)):
+        write_measurements([dataclasses.replace(row, device=device)], own)
+        assert main([*command, "--resume", str(own)]) == status
+    assert "the rows of a sampling are measured on one machine" in capsys.readouterr().err
 
 
 class DisturbedLater:
@@ -249,7 +267,7 @@ def test_what_was_disturbed_the_second_time_keeps_its_latency_and_is_not_left_ou
     supernet = SimpleNamespace(uri="models:/s/1", dataset=SimpleNamespace(source="digits"))
     path = tmp_path / "measurements.csv"
     with entry_run(stage="sample", params={}) as run:
-        log = SampleLog(run, path, DisturbedLater(networks), n_images=100, n_before=0)
+        log = SampleLog(run, path, DisturbedLater(networks), n_images=100, before=[])
         rows = collect(networks, path, evaluate=lambda a: 70.0, time=log.time, doubt=lambda rows: networks[:1])
         _, said = log_samples(run, rows, log, supernet=supernet, target=get_target("cpu"))
     assert [row.latency_ms for row in rows] == [5.0, None]
