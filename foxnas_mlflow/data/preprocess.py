@@ -115,7 +115,7 @@ def decode_each(
             scales = scales or [_scale(opened, side, max_pixels) for side in shorter]
             scale = next(scale for scale in scales if scale not in decoded)
             picture = _loaded(opened, scale, channels=channels, max_pixels=max_pixels, background=background)
-        decoded[scale] = np.asarray(picture, dtype=np.uint8).reshape(picture.height, picture.width, channels)
+        decoded[scale] = _pixels(picture)
     return [decoded[scale] for scale in scales]
 
 
@@ -272,6 +272,17 @@ def resize(image: NDArray[np.uint8], size: int, *, crop: float = 1.0) -> NDArray
         InvalidInputError: If it is so narrow that it would have more than `MAX_PIXELS` when scaled.
     """
     height, width, channels = image.shape
+    scaled = _scaled((width, height), size, crop)
+    if scaled != (width, height):
+        pillow = import_or_raise("PIL.Image", extra="serve", feature="resizing images")
+        source = pillow.fromarray(image if channels == 3 else image[..., 0])
+        image = _pixels(source.resize(scaled, _bilinear()))
+    return _centre(image, size)
+
+
+def _scaled(shape: tuple[int, int], size: int, crop: float) -> tuple[int, int]:
+    """Width and height that an image of `shape` (width, height) is scaled to, see `resize`."""
+    width, height = shape
     shorter = scaled_side(size, crop)
     scale = shorter / min(height, width)
     scaled = (max(shorter, round(width * scale)), max(shorter, round(height * scale)))
@@ -281,12 +292,21 @@ def resize(image: NDArray[np.uint8], size: int, *, crop: float = 1.0) -> NDArray
             received=f"{width} x {height}",
             remedy="cut out a part that is closer to a square",
         )
-    if scaled != (width, height):
-        pillow = import_or_raise("PIL.Image", extra="serve", feature="resizing images")
-        source = pillow.fromarray(image if channels == 3 else image[..., 0])
-        bilinear = getattr(pillow, "Resampling", pillow).BILINEAR
-        image = np.asarray(source.resize(scaled, bilinear)).reshape(scaled[1], scaled[0], channels)
-    top, left = (scaled[1] - size) // 2, (scaled[0] - size) // 2
+    return scaled
+
+
+def _bilinear() -> Any:
+    pillow = import_or_raise("PIL.Image", extra="serve", feature="resizing images")
+    return getattr(pillow, "Resampling", pillow).BILINEAR
+
+
+def _pixels(picture: Any) -> NDArray[np.uint8]:
+    """A Pillow image of mode RGB or L as (height, width, channels)."""
+    return np.asarray(picture, dtype=np.uint8).reshape(picture.height, picture.width, -1)
+
+
+def _centre(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
@@ -378,14 +398,18 @@ class Preprocessing:
 
     def decode(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         """Decode and resize: bytes to uint8 (image_size, image_size, channels)."""
-        image = decode_image(
+        picture = decode_picture(
             data,
             channels=self.channels,
             max_pixels=max_pixels,
             background=self.background,
             shorter=scaled_side(self.image_size, self.crop),
         )
-        return self.resize(image)
+        # As `resize` does, without an array in between.
+        scaled = _scaled(picture.size, self.image_size, self.crop)
+        if scaled != picture.size:
+            picture = picture.resize(scaled, _bilinear())
+        return _centre(_pixels(picture), self.image_size)
 
     def resize(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Resize what is decoded: uint8 (height, width, channels) to (image_size, image_size, channels)."""

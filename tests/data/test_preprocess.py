@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
-from foxnas_mlflow.data.preprocess import Preprocessing, decode_image, read_formats, resize
+from foxnas_mlflow.data.preprocess import Normalization, Preprocessing, decode_image, read_formats, resize
 
 image = pytest.importorskip("PIL.Image")
 
@@ -115,6 +115,18 @@ def test_sixteen_bits_are_scaled_to_eight(file_format: str) -> None:
 def test_cmyk_is_read_in_the_right_sense() -> None:
     red = encoded(image.new("RGB", (16, 16), (255, 0, 0)).convert("CMYK"), "JPEG", quality=95)
     assert np.abs(decode_image(red).astype(int) - [255, 0, 0]).max() <= 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(24, 36), (36, 24), (16, 16), (32, 32), (301, 97)])
+def test_decoding_gives_the_pixels_that_are_decoded_and_resized(height: int, width: int, channels: int) -> None:
+    preprocessing = Preprocessing(
+        16, channels, crop=0.5, normalization=Normalization((0.0,) * channels, (1.0,) * channels)
+    )
+    data = encoded(picture(height, width), "PNG")
+    expected = resize(decode_image(data, channels=channels), 16, crop=0.5)
+    assert expected.shape == (16, 16, channels)
+    np.testing.assert_array_equal(preprocessing.decode(data), expected)
 
 
 def test_a_large_photo_is_decoded_at_a_reduced_size() -> None:
