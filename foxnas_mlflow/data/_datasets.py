@@ -788,8 +788,21 @@ _FASHION_LABELS = [
 ]
 
 
+_IDX_NAMES = {"train": ("train",), "t10k": ("t10k", "test")}
+"""What a part's files have in their names; EMNIST's begin with its own, and its test files are called that."""
+
+
 def _find_idx(path: Path, part: str, kind: str) -> Path | None:
-    return next((p for p in sorted(path.iterdir()) if p.name.startswith(f"{part}-{kind}") and is_idx(p)), None)
+    names = [f"{name}-{kind}" for name in _IDX_NAMES[part]]
+    found = [p for p in sorted(path.iterdir()) if any(name in p.name for name in names) and is_idx(p)]
+    # A file may be there packed and unpacked.
+    if len({p.name.removesuffix(".gz") for p in found}) > 1:
+        raise InvalidInputError(
+            "an IDX folder must hold one data set",
+            received=f"{found[0].name} and {found[-1].name}",
+            remedy="move the files of one into a folder of their own",
+        )
+    return found[0] if found else None
 
 
 def _read_idx(path: Path) -> ImageArray:

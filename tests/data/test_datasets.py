@@ -173,6 +173,17 @@ def test_idx_labels_that_begin_with_one_are_classes(tmp_path: Path, rng: np.rand
         load_dataset(str(tmp_path))
 
 
+def test_idx_files_of_emnist_go_by_its_names_one_set_a_folder(tmp_path: Path, rng: np.random.Generator) -> None:
+    images, labels = rng.integers(0, 256, (30, 6, 6)), np.tile([1, 2], 15)
+    write_idx(tmp_path, "emnist-letters-train", images, labels, compress=True)
+    write_idx(tmp_path, "emnist-letters-test", images[:4], labels[:4], compress=True)
+    dataset = load_dataset(str(tmp_path))
+    assert (len(dataset.train), len(dataset.val), list(dataset.labels)) == (30, 4, ["1", "2"])
+    write_idx(tmp_path, "emnist-digits-train", images, labels, compress=True)
+    with pytest.raises(InvalidInputError, match="must hold one data set; received emnist-digits"):
+        load_dataset(str(tmp_path))
+
+
 def test_an_idx_file_is_known_by_what_it_begins_with(tmp_path: Path, rng: np.random.Generator) -> None:
     write_idx(tmp_path, "train", rng.integers(0, 256, (30, 6, 6)), np.tile([0, 1], 15), compress=True)
     images, labels = tmp_path / "train-images-idx3-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz"
