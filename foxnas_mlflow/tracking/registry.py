@@ -325,7 +325,7 @@ def fixed_uri(uri: str) -> str:
     return f"models:/{version.name}/{version.version}"
 
 
-def has_files(uri: str) -> bool:
+def has_files(client: MlflowClient, uri: str) -> bool:
     """Whether a version ``models:/name/version`` is registered and its files are there.
 
     Raises:
@@ -333,7 +333,7 @@ def has_files(uri: str) -> bool:
     """
     name, version = uri.removeprefix("models:/").split("/", 1)
     try:
-        MlflowClient().get_model_version(name, version)
+        client.get_model_version(name, version)
         return any(file.path == MLMODEL_FILE_NAME for file in list_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         if is_away(error) or lacks_right(error):

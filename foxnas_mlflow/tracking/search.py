@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.models.model import ModelInfo
 
 from foxnas_mlflow.core.cost import network_cost
@@ -373,7 +374,7 @@ def _register_predictors(
     digest = json_digest(predictors.to_dict())
     for version in list_versions(registered):
         uri = f"models:/{registered}/{version.version}"
-        if version.tags.get(PREDICTORS_DIGEST) == digest and has_files(uri):
+        if version.tags.get(PREDICTORS_DIGEST) == digest and has_files(MlflowClient(), uri):
             return uri
     return register(
         logged.model_uri,

@@ -230,7 +230,7 @@ def _exists(client: MlflowClient, value: str) -> bool:
     if value.startswith("runs:/") and value.count("/") > 1:
         run_id, _, path = value.removeprefix("runs:/").partition("/")
         return any(file.path == path for file in client.list_artifacts(run_id, path.rpartition("/")[0] or None))
-    return not _is_version(value) or has_files(value)
+    return not _is_version(value) or has_files(client, value)
 
 
 def _is_output(client: MlflowClient, parent: EntryRun, uri: str) -> bool:
