@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -146,5 +147,5 @@ def log_supernet(run: EntryRun, model: SupernetModel, metrics: Mapping[str, floa
             "smallest subnet, % top-1": metrics["eval/top1_min"],
             "random subnets, % top-1": metrics["eval/top1_random"],
         },
-        command=lambda uri: f"foxnas sample --supernet {uri}",
+        command=lambda uri: f"foxnas sample --supernet {shlex.quote(uri)}",
     )

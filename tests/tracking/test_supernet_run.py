@@ -214,3 +214,17 @@ def test_two_processes_train_one_supernet_from_a_project(tracking: str, root: Pa
     assert run.info.status == "FINISHED"
     assert run.data.metrics["eval/top1_max"] > 0
     assert mlflow.MlflowClient().get_model_version("foxnas-supernet", "1").run_id == submitted.run_id
+
+
+def test_what_follows_a_supernet_is_its_sampling_whatever_it_is_called(tracking: str) -> None:
+    import mlflow
+
+    from foxnas_mlflow import get_target
+    from foxnas_mlflow.tracking.search import _with_weights
+    from tests.supernets import register_mini_supernet
+
+    uri = register_mini_supernet("my net")
+    version = mlflow.MlflowClient().get_model_version("my net-supernet", "1")
+    assert version.description.endswith(f"foxnas sample --supernet '{uri}'")
+    # A search alone would have predictors of another space.
+    assert _with_weights("my net", get_target("rpi4")) == f"foxnas sample --supernet '{uri}' --target rpi4"
