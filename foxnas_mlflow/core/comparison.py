@@ -192,6 +192,8 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
     timed = [(row, ms) for row, ms, answer in valid if answer]
     if found_ms is None or not valid:
         return Check(None, "Whether another network beats the found one is not known: it needs valid latencies.", False)
+    if not timed:
+        return Check(None, "No other network compared could have been found in its place.", True)
     faster = [(row, ms, *_more(row, found)) for row, ms in timed if ms < found_ms]
     beating = [(row, ms, more, error) for row, ms, more, error in faster if more > error]
     if beating:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.errors import FitError, InvalidMeasurementsError, MissingDependencyError
+from foxnas_mlflow.core.errors import FitError, FoxNasError, InvalidMeasurementsError, MissingDependencyError
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished, write_measurements
 from foxnas_mlflow.core.parallel import as_finished
 from foxnas_mlflow.core.predictors import LinearPredictor, PredictorSet, fit_predictors
@@ -84,18 +84,23 @@ def collect(
 
     n_settled, enough = 0, False
     missing = itertools.takewhile(lambda _: not enough, [a for a in plan if a not in rows])
-    for _, row in as_finished(work, missing, n=n_at_once):
-        if enough:
-            # What was in progress ends before anything is timed again.
-            continue
-        keep(row)
-        on_row(row, len(rows))
-        while stop is not None and n_settled < len(plan) and plan[n_settled] in rows and not enough:
-            n_settled += 1
-            # Rows are asked about in the plan's order, so that it does not matter which of them finished first.
-            enough = plan[n_settled - 1] not in before and stop(collected(n_settled))
-        if enough:
-            rows = {row.architecture: row for row in collected(n_settled)}
+    try:
+        for _, row in as_finished(work, missing, n=n_at_once):
+            if enough:
+                # What was in progress ends before anything is timed again.
+                continue
+            keep(row)
+            on_row(row, len(rows))
+            while stop is not None and n_settled < len(plan) and plan[n_settled] in rows and not enough:
+                n_settled += 1
+                # Rows are asked about in the plan's order, so that it does not matter which of them finished first.
+                enough = plan[n_settled - 1] not in before and stop(collected(n_settled))
+            if enough:
+                rows = {row.architecture: row for row in collected(n_settled)}
+    except FoxNasError:
+        # Nobody asks for the rows that were in progress then.
+        if not enough:
+            raise
     for _ in range(_TIMING_ROUNDS + apart):
         disturbed = [row for row in collected() if row.latency_ms is None and row.architecture in timed]
         if time is None or not disturbed:

@@ -1,7 +1,14 @@
 """Connections to boards, and measurements on them that say when they cannot be trusted."""
 
 from foxnas_mlflow.devices._base import Completed, Connection
-from foxnas_mlflow.devices._benchmark import Benchmark, invalid_reasons, subnet_timing, undisturbed, with_threads
+from foxnas_mlflow.devices._benchmark import (
+    Benchmark,
+    invalid_reasons,
+    subnet_timing,
+    undisturbed,
+    what_helps,
+    with_threads,
+)
 from foxnas_mlflow.devices._check import DeviceCheck, Finding, check
 from foxnas_mlflow.devices._connect import connect
 from foxnas_mlflow.devices._local import LocalConnection
@@ -26,5 +33,6 @@ __all__ = [
     "read_model",
     "subnet_timing",
     "undisturbed",
+    "what_helps",
     "with_threads",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,11 +130,6 @@ class Benchmark:
         if self.threads > 1 or self.edgetpu or any(reason.startswith(_HELD) for reason in self.invalid_reasons):
             return None
         return any(reason.startswith(_SHARED) for reason in self.invalid_reasons)
-
-    @property
-    def differs(self) -> bool:
-        """Whether the machine answers otherwise than the host, which no quieter hour changes."""
-        return any(reason.startswith(_DIFFERS) for reason in self.invalid_reasons)
 
     @property
     def sustained_seconds(self) -> float:
@@ -308,6 +303,13 @@ _HELD = "a quota of"
 _SHARED = "other processes had the processor for"
 _HALVES = "the two halves of the runs differ by"
 _DIFFERS = "the output differs from the host's by"
+
+
+def what_helps(reasons: Iterable[str]) -> str:
+    """What to do where figures cannot be trusted, before measuring again; no quieter hour changes what is computed."""
+    if any(_DIFFERS in reason for reason in reasons):
+        return "update the machine's runtime, which computes something else"
+    return "quiet and cool the machine"
 
 
 def invalid_reasons(

@@ -204,8 +204,8 @@ def _with_reconnect(connection: Connection, work: Callable[[], T]) -> T:
             if n_losses == MAX_LOSSES:
                 raise ConnectionLostError(
                     f"{connection.uri} must not go away whenever it measures",
-                    received=f"{n_losses} times in turn: {error}",
-                    remedy="check its power supply; what was measured before is kept",
+                    received=f"{n_losses} times in turn, at last: {error.received}",
+                    remedy=error.remedy,
                 ) from error
             await_machine(connection, error)
 

@@ -52,6 +52,7 @@ DIRECTORY = "foxnas-board-"
 LEFT_SECONDS = 7 * 86400.0
 ENERGY_SEGMENTS = 5
 ENERGY_SECONDS = 10.0
+METER_REST = 30.0
 
 # One int8 convolution, 1x1, from three channels to two: y = (w x + b) / 20, rounded.
 TINY_MODEL = (
@@ -383,12 +384,20 @@ class Meter:
 
     def _collect(self, readings: list[float], done: threading.Event) -> None:
         while not done.is_set():
+            worked = _seconds_of_commands()
             try:
                 readings.append(self._watts())
             except (OSError, ValueError, subprocess.SubprocessError):
                 readings.append(float("nan"))
                 return
-            done.wait(0.05)
+            # A command that reads works on the same processors: it rests so long that it does not count.
+            done.wait(max(0.05, METER_REST * (_seconds_of_commands() - worked)))
+
+
+def _seconds_of_commands() -> float:
+    """Processor time that ended child processes took."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
 
 
 def find_meter(energy: str, root: str = "/sys") -> Meter:
@@ -399,10 +408,9 @@ def find_meter(energy: str, root: str = "/sys") -> Meter:
     others are behind it.
     """
     if energy != "auto":
-        command = shlex.split(energy)
 
         def ask() -> float:
-            run = subprocess.run(command, stdout=subprocess.PIPE, timeout=10, check=True)  # noqa: S603
+            run = subprocess.run(shlex.split(energy), stdout=subprocess.PIPE, timeout=10, check=True)  # noqa: S603
             watts = float((run.stdout.split() or [b""])[0])
             if not math.isfinite(watts):
                 raise ValueError("%s is no number of watts" % watts)
@@ -410,7 +418,7 @@ def find_meter(energy: str, root: str = "/sys") -> Meter:
 
         try:
             ask()
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
             raise BoardError("no_meter", "%s: %s" % (energy, error)) from error
         return Meter(energy, watts=ask)
     packages = sorted(glob.glob(root + "/class/powercap/intel-rapl:[0-9]*"))

@@ -18,7 +18,6 @@ from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.devices import Benchmark, VelaEstimate
 from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
 from foxnas_mlflow.tracking.holders import STAGES
-from foxnas_mlflow.tracking.quantize import benchmark_command
 from foxnas_mlflow.tracking.registry import (
     describe_version,
     find_version,
@@ -96,6 +95,7 @@ def log_benchmark(
     model: MeasuredModel,
     *,
     target: Target,
+    command: str,
     sign: Callable[[Path], str] | None = None,
 ) -> None:
     """Log a measurement to its run, its model and the model's registered version.
@@ -105,6 +105,7 @@ def log_benchmark(
         benchmark: The measurement.
         model: What was measured.
         target: The target that it was measured for.
+        command: What to type next, for the version's page.
         sign: Makes the signature of the measurement's file; None: nobody vouches for it.
 
     Raises:
@@ -127,7 +128,7 @@ def log_benchmark(
         }
     )
     try:
-        _log_to_model(run, benchmark, model, target)
+        _log_to_model(run, benchmark, model, target, command)
     except MlflowException as error:
         if not lacks_right(error):
             raise
@@ -138,7 +139,7 @@ def log_benchmark(
         ) from error
 
 
-def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, target: Target) -> None:
+def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, target: Target, command: str) -> None:
     try:
         run.log_metrics(benchmark.metrics(), model_id=model.model_id)
     except MlflowException:
@@ -170,11 +171,10 @@ def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, tar
         facts = {
             f"measured for {target.name} too": f"p90 {benchmark.latency_ms_p90:.4g} ms on {benchmark.device}, {words}"
         }
-    command = next_command(benchmark, model, target, benchmark.connection)
     describe_version(model.version.name, model.version.version, model.kind, facts=facts, command=command)
 
 
-def next_command(benchmark: Benchmark, model: MeasuredModel, target: Target, device: str) -> str:
+def next_command(benchmark: Benchmark, model: MeasuredModel, target: Target, device: str, options: str = "") -> str:
     """What to type after a measurement; a promotion refuses one that is not valid, or emulated.
 
     Args:
@@ -182,6 +182,7 @@ def next_command(benchmark: Benchmark, model: MeasuredModel, target: Target, dev
         model: What was measured.
         target: The target that it was measured for.
         device: Address that it was measured at.
+        options: How it was measured, as it is typed.
     """
     if benchmark.valid and not benchmark.emulated:
         if model.version is None:
@@ -190,7 +191,8 @@ def next_command(benchmark: Benchmark, model: MeasuredModel, target: Target, dev
         stage = "production" if STAGES["Production"] in model.version.aliases else "staging"
         return f"foxnas promote --stage {stage} --model {shlex.quote(model.source)}"
     device = "ssh://user@board" if benchmark.emulated else device
-    return f"{benchmark_command(model.source, model.kind, target)} --device {shlex.quote(device)}"
+    source = shlex.quote(model.source)
+    return f"foxnas benchmark --model {source} --target {target.argument} --device {shlex.quote(device)}{options}"
 
 
 def log_estimate(run: EntryRun, estimate: VelaEstimate, model: MeasuredModel) -> None:

@@ -42,6 +42,13 @@ def is_here(address: str) -> bool:
     return not address.startswith("ssh://")
 
 
+def without_key(address: str) -> str:
+    """An address with its options but the key."""
+    place, _, options = address.partition("?")
+    kept = "&".join(option for option in options.split("&") if option and not option.startswith("key="))
+    return f"{place}?{kept}" if kept else place
+
+
 def shown(device: str) -> str:
     """An address without its options, which may name a key."""
     return device.partition("?")[0]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -326,8 +326,19 @@ class _Build:
     answered: bool = True
 
     def __call__(self) -> Callable[[Architecture], Probe]:
-        # What is measured again, or on another board, is made and answered once.
-        return functools.lru_cache(_REMEMBERED)(self._build)
+        made: collections.OrderedDict[Architecture, Probe] = collections.OrderedDict()
+
+        def build(architecture: Architecture) -> Probe:
+            probe = made.get(architecture) or self._build(architecture)
+            if probe[1] is not None or not self.answered:
+                # What is measured again is made once. An answer that failed, as on a full disk, is asked for anew.
+                made[architecture] = probe
+                while len(made) > _REMEMBERED:
+                    with contextlib.suppress(KeyError):
+                        made.popitem(last=False)
+            return probe
+
+        return build
 
     def _build(self, architecture: Architecture) -> Probe:
         from foxnas_mlflow.devices import host_answer

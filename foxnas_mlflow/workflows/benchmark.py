@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from foxnas_mlflow.workflows._addresses import without_key
 from foxnas_mlflow.workflows._executor import ClusterRequest, open_executor
 from foxnas_mlflow.workflows._request import chosen_device, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 
 _DEFAULT_TARGET = "cpu"
+
+_MEASURING = ("threads", "runs", "warmup", "max_seconds", "sustained_seconds", "energy")
+"""Parameters that say how it is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,7 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
 
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.flavor import signer
-    from foxnas_mlflow.tracking.benchmark import find_model, log_benchmark
+    from foxnas_mlflow.tracking.benchmark import find_model, log_benchmark, next_command
     from foxnas_mlflow.tracking.registry import registered_name
     from foxnas_mlflow.tracking.run import entry_run
     from foxnas_mlflow.workflows._timers import open_measure
@@ -115,7 +119,7 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
             target = _own_target(model)
             _check_target(target)
             measure = stack.enter_context(open_measure(_device(request, target), executor))
-        threads = request.threads or target.threads
+        threads, device = request.threads or target.threads, _device(request, target)
         data, expected = _read(model)
         with entry_run(
             stage="benchmark",
@@ -123,7 +127,7 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
             | {
                 "model": model.source,
                 "target": request.target or target.name,
-                "device": _device(request, target),
+                "device": device,
                 "threads": threads,
             },
             target=target.name,
@@ -141,14 +145,17 @@ def run_benchmark(request: BenchmarkRequest, *, tags: Mapping[str, str] | None =
                 sustained_seconds=request.sustained_seconds,
                 energy=request.energy,
             )
-            log_benchmark(run, benchmark, model, target=target, sign=sign)
+            # Whose key it is, and with what it was signed, is no concern of the model's page.
+            shown = next_command(benchmark, model, target, without_key(device), request.options(*_MEASURING))
+            log_benchmark(run, benchmark, model, target=target, command=shown, sign=sign)
+            command = next_command(benchmark, model, target, device, request.options(*_MEASURING, "signing_key"))
     return BenchmarkResult(
         run_id=run.run_id,
         latency_ms=benchmark.latency_ms_p50,
         valid=benchmark.valid,
         emulated=benchmark.emulated,
         metrics=benchmark.metrics(),
-        summary=_summary(benchmark, model, target, run.run_id, _device(request, target)),
+        summary=_summary(benchmark, model, target, run.run_id, command),
     )
 
 
@@ -212,8 +219,8 @@ def _limited(benchmark: Benchmark) -> str:
     return f"; {benchmark.asked_runs} were asked for, the time limit ended them (--max-seconds 0: no limit)"
 
 
-def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id: str, device: str) -> str:
-    from foxnas_mlflow.tracking.benchmark import next_command
+def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id: str, command: str) -> str:
+    from foxnas_mlflow.devices import what_helps
     from foxnas_mlflow.tracking.gates import SUSTAINED_SECONDS
 
     compared = benchmark.output_difference
@@ -263,9 +270,9 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
     if benchmark.emulated:
         lines.append("EMULATED: the processor is emulated; these times say nothing of real hardware.")
     if not benchmark.valid:
-        remedy = "Update the machine's runtime, and measure" if benchmark.differs else "Measure"
-        lines.append(f"INVALID: {'; '.join(benchmark.invalid_reasons)}. {remedy} again on a quiet, cool machine.")
-    lines.append(f"Next: {next_command(benchmark, model, target, device)}")
+        remedy = what_helps(benchmark.invalid_reasons)
+        lines.append(f"INVALID: {'; '.join(benchmark.invalid_reasons)}. To measure again, {remedy}.")
+    lines.append(f"Next: {command}")
     return "\n".join(lines)
 
 

@@ -312,6 +312,7 @@ def measure_and_fit(timer: Timer, tables: Sequence[Table], fit: Callable[[], Pre
         DeviceError: If networks were unsteady each time; what is finished is kept.
     """
     from foxnas_mlflow.core.errors import DeviceError
+    from foxnas_mlflow.devices import what_helps
 
     predictors = None
     for again in range(REPEATED + 1):
@@ -339,7 +340,7 @@ def measure_and_fit(timer: Timer, tables: Sequence[Table], fit: Callable[[], Pre
         raise DeviceError(
             f"{n_done + n_missing} networks must be measured without disturbance",
             received=f"{n_done}, and {n_missing} that were not steady in {REPEATED + 1} goes ({unsteady[-1]})",
-            remedy="quiet and cool the machine, and run the same command again: what is finished is kept",
+            remedy=f"{what_helps(unsteady)}, and run the same command again: what is finished is kept",
         )
     return predictors
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -202,7 +202,7 @@ def _sample(
         finally:
             # However it ends, what is finished is where others can go on from.
             best_effort(log.upload)()
-        _check_latencies(rows, request)
+        _check_latencies(rows, request, log.problems.values())
         uri, summary = log_samples(run, rows, log, supernet=supernet, target=target)
         shutil.rmtree(directory)
     n_latencies = sum(row.latency_ms is not None for row in rows)
@@ -211,21 +211,22 @@ def _sample(
     )
 
 
-def _check_latencies(rows: Sequence[Measurement], request: SampleRequest) -> None:
+def _check_latencies(rows: Sequence[Measurement], request: SampleRequest, problems: Collection[str]) -> None:
     """Refuse to call a sampling done whose latencies no cost model can be fitted to.
 
     Raises:
         DeviceError: If too many were disturbed; the rows are kept, and the same command measures what is missing.
     """
     from foxnas_mlflow.core.errors import DeviceError
+    from foxnas_mlflow.devices import what_helps
 
     planned = min(request.n_measurements or len(rows), len(rows))
     n = sum(row.latency_ms is not None for row in rows)
     if request.device and n < MIN_LATENCIES <= planned:
         raise DeviceError(
             f"a latency model needs {MIN_LATENCIES} networks that were measured without disturbance",
-            received=f"{n} of {planned}",
-            remedy="quiet and cool the machine, and run the same command again: what is finished is kept",
+            received=f"{n} of {planned}" + "".join(f" ({problem})" for problem in list(problems)[-1:]),
+            remedy=f"{what_helps(problems)}, and run the same command again: what is finished is kept",
         )
 
 

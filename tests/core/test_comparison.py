@@ -84,7 +84,7 @@ def test_a_network_that_is_faster_and_beyond_noise_more_accurate_beats_the_found
     # Where none could take its place, none beats it.
     check = check_found([found, faster, rows[2]], [True, False, False])
     assert check.checked
-    assert "No network of the 0 compared beats the found one" in check.sentence
+    assert "No other network compared could have been found in its place" in check.sentence
 
 
 def test_a_network_that_is_faster_and_as_accurate_within_noise_is_better_and_does_not_beat(

@@ -166,6 +166,23 @@ def test_nothing_is_evaluated_any_more_when_latencies_are_measured_apart(tmp_pat
     assert len(begun) < len(PLAN)
 
 
+def test_nobody_minds_what_failed_when_there_was_enough(tmp_path: Path) -> None:
+    begun = threading.Barrier(4)
+
+    def evaluate(architecture: Architecture) -> float:
+        if architecture in PLAN[:4]:
+            begun.wait(10)
+        if architecture != PLAN[0]:
+            threading.Event().wait(0.3)
+            raise DeviceError("the board is gone")
+        return accuracy(architecture)
+
+    (row,) = collect(PLAN, tmp_path / "rows.csv", evaluate=evaluate, stop=lambda rows: True, n_at_once=4)
+    assert row.architecture == PLAN[0]
+    with pytest.raises(DeviceError, match="gone"):
+        collect(PLAN, tmp_path / "others.csv", evaluate=evaluate, stop=lambda rows: False, n_at_once=4)
+
+
 def test_a_collection_that_was_cut_off_ends_with_the_same_table(tmp_path: Path) -> None:
     whole = collect(PLAN, tmp_path / "whole.csv", evaluate=accuracy, time=time)
     path, done = tmp_path / "rows.csv", Counter[Architecture]()

@@ -160,6 +160,28 @@ def test_what_a_slow_meter_says_after_the_work_is_no_power_of_it() -> None:
     assert begin + seconds_a_run * len(runs) < answered[0]
 
 
+@pytest.mark.parametrize("energy", [" ", "'unclosed"])
+def test_what_is_no_command_is_no_meter(energy: str) -> None:
+    with pytest.raises(board.BoardError) as caught:
+        board.find_meter(energy)
+    assert caught.value.kind == "no_meter"
+
+
+def test_a_command_that_reads_power_rests(tmp_path: Path) -> None:
+    """So long that the work that it measures has the processor."""
+    calls = tmp_path / "calls"
+    command = script(tmp_path / "m", f"echo >> {calls}; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo 4.25")
+    meter = board.find_meter(command)
+    before = os.times()
+    watts, *_ = meter.power(1.0)
+    after = os.times()
+    assert watts == 4.25
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    n_readings = len(calls.read_text()) - 1
+    # The last one may have ended just before the end, and one more is waited for.
+    assert (n_readings - 2) * spent / n_readings * board.METER_REST <= 1.0
+
+
 @pytest.mark.parametrize("printed", ["nan", "inf", ""])
 def test_what_is_no_number_of_watts_is_no_power(printed: str, tmp_path: Path) -> None:
     """Neither at the start nor when the meter breaks later."""

@@ -33,6 +33,7 @@ from foxnas_mlflow.devices import (
     measure,
     subnet_timing,
     undisturbed,
+    what_helps,
 )
 from foxnas_mlflow.devices._benchmark import invalid_reasons, median_interval
 from foxnas_mlflow.devices._script import BOARD_ERRORS, read_answer
@@ -88,7 +89,9 @@ def test_outputs_that_differ_are_found(probe: bytes, expected: list[np.ndarray])
     with connect("local") as connection:
         benchmark = measure(connection, probe, expected=[expected[0] ^ np.int8(16)], **SHORT)
         assert not benchmark.valid
-        assert benchmark.differs
+        assert any("differs from the host's" in reason for reason in benchmark.invalid_reasons)
+        assert "runtime" in what_helps(benchmark.invalid_reasons)
+        assert "quiet" in what_helps(["the machine was throttled"])
         other = measure(connection, probe, expected=[expected[0][:, :4]], **SHORT)
         assert other.output_difference == float("inf")
 
@@ -302,10 +305,10 @@ def test_a_machine_that_goes_away_under_load_is_given_up(probe: bytes, monkeypat
         def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
             if "measure" in argv and len(self.commands) < 20:
                 self.commands.append("measure")
-                raise ConnectionLostError("the connection was lost")
+                raise ConnectionLostError("the connection was lost", received="reset", remedy="look at it")
             return super().run(argv, timeout_s=timeout_s)
 
-    with Weak() as connection, pytest.raises(ConnectionLostError, match=r"3 times in turn.*check its power") as caught:
+    with Weak() as connection, pytest.raises(ConnectionLostError, match=r"3 times in turn.*; look at it") as caught:
         measure(connection, probe, **SHORT)
     assert connection.commands == ["measure"] * 3
     assert "\n" not in str(caught.value)

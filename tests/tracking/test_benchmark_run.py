@@ -16,6 +16,7 @@ from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
 from foxnas_mlflow.tflite import write_probe
 from foxnas_mlflow.tracking.benchmark import MeasuredModel, next_command
 from foxnas_mlflow.workflows import BenchmarkRequest, BenchmarkResult, run_benchmark
+from foxnas_mlflow.workflows._addresses import without_key
 from tests.versions import benchmark as made_up
 
 pytestmark = pytest.mark.server
@@ -111,6 +112,7 @@ def test_a_file_is_measured_too(tracking: str, model_path: Path) -> None:
         (True, False, "1", "foxnas promote --stage staging --model 'models:/my net/1'"),
         (True, False, "", "mlflow ui, and compare the run."),
         (False, False, "1", "foxnas benchmark --model 'models:/my net/1' --target rpi4 --device 'ssh://a?python=b'"),
+        (False, False, "", "foxnas benchmark --model 'models:/my net/1' --target rpi4 --device 'ssh://a?python=b'"),
         (True, True, "1", "foxnas benchmark --model 'models:/my net/1' --target rpi4 --device ssh://user@board"),
     ],
 )
@@ -120,6 +122,20 @@ def test_a_promotion_is_advised_where_it_may_pass(valid: bool, emulated: bool, v
     model = MeasuredModel("models:/my net/1", Path("file"), version=registered)
     found = next_command(made_up(figures, b"", "board", emulated), model, get_target("rpi4"), "ssh://a?python=b")
     assert found == command
+
+
+def test_a_measurement_is_repeated_as_it_was_made() -> None:
+    # A file that a path names may be compiled for the Edge TPU that it was just measured on.
+    model = MeasuredModel("m_edgetpu.tflite", Path("m_edgetpu.tflite"))
+    figures = {"benchmark/latency_ms_p90": 1.0, "benchmark/valid": 0.0}
+    request = BenchmarkRequest(model="m_edgetpu.tflite", threads=4, energy="my meter", signing_key="k.pem")
+    options = request.options("threads", "energy")
+    command = next_command(made_up(figures, b"", "board", False), model, get_target("edgetpu"), "local", options)
+    assert command == (
+        "foxnas benchmark --model m_edgetpu.tflite --target edgetpu --device local --threads 4 --energy 'my meter'"
+    )
+    assert without_key("ssh://a?python=b&key=/home/me/k&edgetpu=usb:1") == "ssh://a?python=b&edgetpu=usb:1"
+    assert without_key("ssh://a?key=/home/me/k") == "ssh://a"
 
 
 def test_a_version_that_serves_is_asked_whether_it_still_may() -> None:

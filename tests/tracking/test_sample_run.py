@@ -284,11 +284,15 @@ def test_a_sample_without_enough_latencies_is_not_done() -> None:
     ]
     few = [Measurement(row.architecture, row.accuracy) if i > 2 else row for i, row in enumerate(rows)]
     with pytest.raises(DeviceError, match=r"received 3 of 16; quiet and cool .* run the same command again: what is"):
-        _check_latencies(few, SampleRequest(device="local"))
-    _check_latencies(rows, SampleRequest(device="local"))
+        _check_latencies(few, SampleRequest(device="local"), [])
+    # No quieter hour changes what a machine computes.
+    differs = "the output differs from the host's by 7 levels"
+    with pytest.raises(DeviceError, match=rf"received 3 of 16 \({differs}\); update the machine's runtime"):
+        _check_latencies(few, SampleRequest(device="local"), ["the machine was throttled", differs])
+    _check_latencies(rows, SampleRequest(device="local"), [])
     # Without a device there is nothing to wait for, and few that were asked for are what was asked for.
-    _check_latencies(few, SampleRequest())
-    _check_latencies(few, SampleRequest(device="local", n_measurements=3))
+    _check_latencies(few, SampleRequest(), [])
+    _check_latencies(few, SampleRequest(device="local", n_measurements=3), [])
 
 
 @pytest.mark.parametrize(
