@@ -244,7 +244,8 @@ def test_a_board_follows_the_alias_that_a_server_tells_of(
             assert wait_for(lambda: told("1") == "deployed on edge://local as version 0003")
             assert post(place, body, headers) == 409
             assert active() == "models:/foxnas-rpi4/1"
-        assert [result.state for result in results] == ["updated"]
+        # "same" where the first delivery, which nobody received yet, came again: it is one look more.
+        assert [result.state for result in results] in (["updated"], ["same"])
 
         # Once, for a timer; an alias that nobody has changes nothing.
         client.set_registered_model_alias("foxnas-rpi4", "production", "2")
