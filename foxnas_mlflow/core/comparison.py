@@ -170,9 +170,12 @@ class Check:
                 True,
                 architecture,
             )
-        return dataclasses.replace(
-            self, sentence=f"{self.sentence} Nor does any of the {len(timed)} sampled: {len(faster)} are faster."
-        )
+        none = "None" if self.sentence == _NO_OTHER else "Nor does any"
+        words = f"{none} of the {len(timed)} sampled{' beats it' if none == 'None' else ''}: {len(faster)} are faster."
+        return dataclasses.replace(self, sentence=f"{self.sentence} {words}")
+
+
+_NO_OTHER = "No other network compared could have been found in its place."
 
 
 def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0) -> Check:
@@ -193,7 +196,7 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
     if found_ms is None or not valid:
         return Check(None, "Whether another network beats the found one is not known: it needs valid latencies.", False)
     if not timed:
-        return Check(None, "No other network compared could have been found in its place.", True)
+        return Check(None, _NO_OTHER, True)
     faster = [(row, ms, *_more(row, found)) for row, ms in timed if ms < found_ms]
     beating = [(row, ms, more, error) for row, ms, more, error in faster if more > error]
     if beating:

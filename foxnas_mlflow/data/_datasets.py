@@ -227,6 +227,7 @@ class ImageDataset:
         notes: What else a user should know of it.
         drawn_split: Whether the validation images are drawn from the source's by a seed.
         background: Grey level behind transparent parts of pictures.
+        earlier_digest: What releases before called these images, by names and sizes alone; empty: as now.
     """
 
     source: str
@@ -242,6 +243,7 @@ class ImageDataset:
     notes: tuple[str, ...] = ()
     drawn_split: bool = False
     background: int = WHITE
+    earlier_digest: str = ""
 
     @property
     def drawn(self) -> bool:
@@ -431,7 +433,9 @@ def load_dataset(
     chosen = _assemble(
         source, dataset.labels, train, val, dataset.channels, dataset.digest, dataset.unreadable, split=None
     )
-    kept = {key: getattr(dataset, key) for key in ("test", "unread", "notes", "drawn_split", "background")}
+    kept = {
+        key: getattr(dataset, key) for key in ("test", "unread", "notes", "drawn_split", "background", "earlier_digest")
+    }
     return _slim(dataclasses.replace(chosen, **kept))
 
 
@@ -899,6 +903,7 @@ def _pictures(
         return _gone_on_with(begun, now, roots, source, reading)
     _check_unreadable(unreadable, sum(len(part.paths) for part in looked.values()), source, unread)
     dataset = _of_parts(looked, labels, source, digest, unreadable, reading, unread)
+    dataset = dataclasses.replace(dataset, earlier_digest=before.hexdigest())
     if reading.remember:
         mean, std = dataset.normalization.mean, dataset.normalization.std
         keep_listing(Path(source).expanduser(), dataset.digest, dataclasses.replace(now, mean=mean, std=std))

@@ -294,6 +294,9 @@ def _holder(candidate: Candidate, holder: Candidate | None) -> Verdict:
     who, measured = f"version {holder.version}", candidate.benchmark
     # Whatever the holder's tags say it is for: milliseconds of one machine are compared.
     held = None if measured is None else holder.like(measured)
+    if held is None and holder.unread:
+        runs = " and ".join(holder.unread)
+        return Verdict("holder", False, f"{who} was measured in run {runs}, which you may not read: ask for that right")
     if measured is not None and held is None and holder.benchmarks:
         return Verdict("holder", True, f"not comparable: {who} was measured on {holder.benchmarks[0]}")
     accuracy, held_accuracy = candidate.figures.get(ACCURACY), holder.figures.get(ACCURACY)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def open_predictors(source: str, target: str) -> tuple[PredictorSet, str]:
         return reference_predictors(target), "reference"
     if not is_uri(source):
         return load_predictors(source), source
+    source = fixed_uri(source)
     model = load_model(source)
     if not isinstance(model, PredictorSet):
         raise InvalidFormatError("predictors must be a model of kind 'predictors'", received=source)
@@ -143,7 +145,7 @@ def open_measurements(source: str, directory: Path) -> tuple[list[Measurement], 
     if not is_uri(source):
         return read_measurements(source), None
     if source.startswith("models:/"):
-        run_id = mlflow.models.get_model_info(source).run_id
+        run_id = _run_of(source)
         if run_id is None:
             raise InvalidMeasurementsError("the model must have been logged by a run", received=source)
         source = f"runs:/{run_id}/{MEASUREMENTS}"
@@ -159,12 +161,24 @@ def open_measurements(source: str, directory: Path) -> tuple[list[Measurement], 
 
 def origin_of(source: str) -> dict[str, str]:
     """What the run of a table sampled: ``supernet`` and ``target``, each where it is known."""
-    if not source.startswith("runs:/"):
+    run_id = _run_of(source)
+    if run_id is None:
         return {}
-    run = mlflow.get_run(source.split("/")[1])
-    known = {"supernet": run.data.params.get("cfg.supernet", ""), "target": run.data.tags.get("foxnas.target", "")}
-    # What an alias meant then is not known any more.
-    return {key: value for key, value in known.items() if value and "@" not in value}
+    run = mlflow.get_run(run_id)
+    known = {"target": run.data.tags.get("foxnas.target", "")}
+    supernet = run.data.params.get("cfg.supernet", "")
+    # What an alias, a stage or "latest" meant then is not known any more.
+    if re.fullmatch(r"models:/[^/]+/\d+", supernet):
+        known["supernet"] = supernet
+    return {key: value for key, value in known.items() if value}
+
+
+def _run_of(source: str) -> str | None:
+    """The run that a URI names, or that logged the model that it names; None: it is another."""
+    if source.startswith("models:/"):
+        run_id: str | None = mlflow.models.get_model_info(source).run_id
+        return run_id
+    return source.split("/")[1] if source.startswith("runs:/") else None
 
 
 def noise_floor(source: str) -> float | None:

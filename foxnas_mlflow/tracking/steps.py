@@ -163,6 +163,12 @@ def run_step(
     return StepResult(step.name, run_id, outputs, False, time.monotonic() - start)
 
 
+def param_of(run_id: str, name: str) -> str:
+    """What a step's run was given for one of its parameters."""
+    value: str = MlflowClient().get_run(run_id).data.params.get(f"cfg.{name}", "")
+    return value
+
+
 def was_begun(parent: EntryRun, step: Step) -> bool:
     """Whether a pipeline began with the step, whatever became of it."""
     return bool(_runs(MlflowClient(), parent, step.digest))

@@ -76,9 +76,11 @@ def run_finetune(
     from foxnas_mlflow.core.errors import InvalidFormatError
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.flavor import SubnetModel, load_model
+    from foxnas_mlflow.tracking.registry import fixed_uri
     from foxnas_mlflow.tracking.run import entry_run
 
     target = get_target(request.target) if request.target else None
+    request = request.replace(subnet=fixed_uri(request.subnet))
     model = load_model(request.subnet)
     if not isinstance(model, SubnetModel):
         raise InvalidFormatError("only a subnet with weights can be trained further", received=request.subnet)

@@ -224,6 +224,11 @@ def run_main(request: MainRequest) -> MainResult:
     registered = {registered_name(request.name, kind, target.name): kind for kind in kinds}
     # An alias or "latest" may mean another version when the same command goes on.
     models = {key: fixed_uri(getattr(request, key)) for key in _MODELS}
+    for key in ("init", "teacher"):
+        asked, name = getattr(request, key), registered_name(request.name, "supernet")
+        if asked in (f"models:/{name}", f"models:/{name}/latest"):
+            # What this training registers is the next "latest": it would begin again from each.
+            models[key] = asked
     request = request.replace(space=request.space or target.space, **models)
     params = request.texts() | {"device": device, "latency_ms": request.texts()["latency_ms"] or "auto"}
     with entry_run(stage="main", params=params, target=target.name) as run:
@@ -235,7 +240,7 @@ def run_main(request: MainRequest) -> MainResult:
         }
         pipeline = _Pipeline(request, run, target, device, dataset, common)
         if not request.supernet and not pipeline.is_begun():
-            for digest in earlier_digests(dataset.source, dataset.digest):
+            for digest in filter(None, (dataset.earlier_digest, *earlier_digests(dataset.source, dataset.digest))):
                 earlier = _Pipeline(request, run, target, device, read(digest=digest), common | {"data": digest})
                 if earlier.is_begun():
                     pipeline = earlier
@@ -699,23 +704,32 @@ def _content_of(given: str) -> str:
 
 
 def _rows_to_go_on_from(cut_off: Sequence[str], n_samples: int) -> str:
-    """The run whose rows this host's cache does not have: of another host, of a cache that is gone, or all."""
+    """What to resume from: the rows of the run that was cut off, or what that run resumed from.
+
+    The latter where this host's cache has its rows: the same command finds that cache by what it resumes from. It has
+    not those of another host, of a cache that is gone, or all.
+    """
     import tempfile
 
     from foxnas_mlflow.core.files import cache_directory
     from foxnas_mlflow.tracking.inputs import MEASUREMENTS
     from foxnas_mlflow.tracking.run import download_artifact
-    from foxnas_mlflow.tracking.steps import began_here, has_artifact
+    from foxnas_mlflow.tracking.steps import began_here, has_artifact, param_of
 
-    caches = [set(path.read_bytes().splitlines()) for path in cache_directory("samples").glob(f"*/{MEASUREMENTS}")]
     for run_id in cut_off:
         if not has_artifact(run_id, MEASUREMENTS):
             continue
         with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
             rows = set(download_artifact(run_id, MEASUREMENTS, directory).read_bytes().splitlines())
-        # The run's table is a copy of its cache's, of a while before.
-        if not began_here(run_id) or len(rows) > n_samples or not any(rows <= cache for cache in caches):
+        if not began_here(run_id) or len(rows) > n_samples:
             return run_id
+        for path in cache_directory("samples").glob(f"*/{MEASUREMENTS}"):
+            # Another sampling that ends removes its own.
+            with contextlib.suppress(FileNotFoundError):
+                # The run's table is a copy of its cache's, of a while before.
+                if rows <= set(path.read_bytes().splitlines()):
+                    return param_of(run_id, "resume")
+        return run_id
     return ""
 
 

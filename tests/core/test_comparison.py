@@ -141,6 +141,8 @@ def test_sampled_networks_are_held_against_what_the_search_measured(rows: list[C
     assert worse.beaten_by is None
     assert worse.sentence == f"{checked.sentence} Nor does any of the 2 sampled: 1 are faster."
     assert checked.beside(None, [sampled(95.0, 9.0)]) == checked
+    alone = check_found(rows[:2], [True, False]).beside(searched, [sampled(91.0, 9.0)])
+    assert alone.sentence.endswith("found in its place. None of the 1 sampled beats it: 1 are faster.")
 
 
 def test_the_table_is_read_back(rows: list[Comparison], tmp_path: Path) -> None:

@@ -101,6 +101,9 @@ def test_a_set_keeps_the_digest_that_a_release_before_gave_it(bitmaps: Path) -> 
     before = hashlib.sha256("".join(f"{name}:{size}\n" for name in names).encode()).hexdigest()
     now = load_dataset(str(bitmaps), keep=True)
     assert now.digest != before
+    # On a host without that release's listing too.
+    assert now.earlier_digest == before
+    assert load_dataset(str(bitmaps), max_train=6).earlier_digest == before
     # The listing of that release had no contents.
     listing = open_listing(bitmaps, now.digest)
     assert listing is not None

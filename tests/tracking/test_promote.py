@@ -361,6 +361,27 @@ def test_a_measurement_that_may_not_be_read_is_left_out_and_named(
     register_version(tmp_path)
     model_id = str(model_id_of(mlflow.MlflowClient().get_model_version(NAME, "1")))
     hidden = log_measurement(model_id, {"benchmark/latency_ms_p90": 20.0, "benchmark/valid": 1.0})
+    hide(monkeypatch, hidden)
+    assert promote(NAME) == 0
+    assert "p90 40 ms <= 60 ms" in capsys.readouterr().out
+    measured = next(v for v in document()["verdicts"] if v["gate"] == "measured")
+    assert measured["text"].endswith(f"; you may not read what was measured in {hidden}")
+
+
+def test_a_holder_whose_measurement_may_not_be_read_keeps_its_stage(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_version(tmp_path, {"accuracy/int8_top1": 80.0, "benchmark/latency_ms_p90": 20.0})
+    assert promote(NAME) == 0
+    hidden = benchmark_run()
+    register_version(tmp_path, {"accuracy/int8_top1": 70.0, "benchmark/latency_ms_p90": 30.0})
+    hide(monkeypatch, hidden)
+    assert promote(NAME) == 2
+    assert f"version 1 was measured in run {hidden}, which you may not read" in capsys.readouterr().err
+
+
+def hide(monkeypatch: pytest.MonkeyPatch, hidden: str) -> None:
+    """Let this user not read a run."""
     store = mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore
     get = store.get_run
 
@@ -370,10 +391,6 @@ def test_a_measurement_that_may_not_be_read_is_left_out_and_named(
         return get(self, run_id)
 
     monkeypatch.setattr(store, "get_run", refuse)
-    assert promote(NAME) == 0
-    assert "p90 40 ms <= 60 ms" in capsys.readouterr().out
-    measured = next(v for v in document()["verdicts"] if v["gate"] == "measured")
-    assert measured["text"].endswith(f"; you may not read what was measured in {hidden}")
 
 
 def test_labels_that_were_swapped_are_not_promoted(

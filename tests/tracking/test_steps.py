@@ -418,6 +418,11 @@ def test_a_pipeline_takes_the_versions_that_an_alias_and_latest_mean(begun: Any)
         assert begun(target="rpi4", device="none", supernet=given)._request.supernet == uri
     pipeline = begun(target="rpi4", device="none", init="models:/foxnas-supernet@best", teacher="runs:/0/m")
     assert (pipeline._request.init, pipeline._request.teacher) == (uri, "runs:/0/m")
+    # A training that begins with the newest of what it registers is the same when its own is the newest.
+    latest = "models:/foxnas-supernet/latest"
+    identity = begun(target="rpi4", device="none", init=latest)._training()[1]
+    register_mini_supernet()
+    assert begun(target="rpi4", device="none", init=latest)._training()[1] == identity
 
 
 @pytest.mark.train
@@ -497,8 +502,9 @@ def test_rows_that_the_cache_of_this_host_lost_are_taken_from_the_run(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     client = MlflowClient()
 
-    def cut_off(process: str, n_rows: int) -> str:
+    def cut_off(process: str, n_rows: int, resume: str = "") -> str:
         run_id = client.create_run("0", tags={"foxnas.process": process}).info.run_id
+        client.log_param(run_id, "cfg.resume", resume)
         client.log_text(run_id, "".join(f"row {i}\n" for i in range(-1, n_rows)), "measurements.csv")
         return str(run_id)
 
@@ -508,9 +514,11 @@ def test_rows_that_the_cache_of_this_host_lost_are_taken_from_the_run(
     kept.write_text("".join(f"row {i}\n" for i in range(-1, 2)))
     assert _rows_to_go_on_from([here, elsewhere], 9) == here
     kept.write_text("".join(f"row {i}\n" for i in range(-1, 5)))
-    assert _rows_to_go_on_from([here], 9) == ""
-    assert _rows_to_go_on_from([here, elsewhere], 9) == elsewhere
+    assert _rows_to_go_on_from([here, elsewhere], 9) == ""
     assert _rows_to_go_on_from([here], 3) == here
+    # One that went on from other rows is found by them.
+    again = cut_off(process_identity(), 3, resume=elsewhere)
+    assert _rows_to_go_on_from([again, here, elsewhere], 9) == elsewhere
 
 
 def test_of_a_container_with_its_hosts_name_no_process_is_known_to_be_dead() -> None:
