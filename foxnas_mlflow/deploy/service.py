@@ -62,16 +62,24 @@ KEEP_SECONDS = 120.0
 """A version that was prepared, and is not active by then, is dropped."""
 ATTEMPTS = 3
 """A request at which so many workers died is not tried again."""
+UPLOAD_SECONDS = 20.0
+"""At its end it waits so long for a request that is still being sent: less than who ends it waits before a kill."""
 MAX_WAITING = 128
-"""Requests that wait or run at once; more are rejected with status 503."""
-MAX_HELD_BYTES = 4 * MAX_BODY_BYTES
-"""Of their bodies so much is in memory at once."""
+"""Whole requests that wait or run at once; more are rejected with status 503."""
+MAX_HELD_BYTES = max(MAX_BODY_BYTES, min(2**28, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4))
+"""Of all bodies, also of those that still come, the service has so much in memory at once: a quarter of the board's."""
 DRAIN_SECONDS = 2.0
 """What a client still sends of a request that was refused is read for so long."""
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 """Upper bounds of the histograms, in seconds."""
-KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(32 * 2**20), "MALLOC_MMAP_THRESHOLD_": str(16 * 2**20)}
-"""A worker keeps the memory of an image for the next one: glibc would give it back, and fault in each page again."""
+KEPT_MEMORY = (
+    {"MALLOC_TRIM_THRESHOLD_": str(32 * 2**20), "MALLOC_MMAP_THRESHOLD_": str(16 * 2**20)}
+    if sys.maxsize > 2**32
+    else {}
+)
+"""A worker keeps the memory of an image for the next one: glibc would give it back, and fault in each page again.
+With 32 bits glibc refuses the second one, and the first one alone ends what it learns by itself."""
+_PIECE_BYTES = 2**16
 _LONGEST_LINE = 1024
 _MOST_TRAILERS = 100
 
@@ -119,7 +127,7 @@ class Worker:
         """Whether it runs."""
         return self._process.poll() is None
 
-    def ask(self, content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+    def ask(self, content_type: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
         """Its answer to a request.
 
         Raises:
@@ -183,7 +191,7 @@ class Generation:
                 self._users -= 1
                 self._changed.notify_all()
 
-    def ask(self, content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+    def ask(self, content_type: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
         """The answer of a worker; of another one, if it dies meanwhile.
 
         Raises:
@@ -280,6 +288,7 @@ class Metrics:
         self._codes: dict[int, int] = {}
         self._images = 0
         self.waiting = 0
+        self._running = 0
         self._held = 0
         self._counts = {name: [0] * (len(BUCKETS) + 1) for name in ("request", "worker")}
         self._seconds = {"request": 0.0, "worker": 0.0}
@@ -288,10 +297,10 @@ class Metrics:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[Callable[[int], None]]:
-        """Let one more request wait or run for the duration of the block; it says how many bytes of it are held.
+        """Count one more request in for the duration of the block; it says how many bytes of it have come.
 
         Raises:
-            RefusedError: If there is no room for it, or for so many bytes.
+            RefusedError: If there is no room for so many bytes.
         """
         mine = 0
 
@@ -304,8 +313,6 @@ class Metrics:
                 mine += n_bytes
 
         with self._lock:
-            if self.waiting >= MAX_WAITING:
-                raise RefusedError(503, f"{MAX_WAITING} requests wait already; send this later")
             self.waiting += 1
         try:
             yield hold
@@ -313,6 +320,28 @@ class Metrics:
             with self._lock:
                 self.waiting -= 1
                 self._held -= mine
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Let one more request, which is there to its end, wait for a worker or run for the duration of the block.
+
+        Raises:
+            RefusedError: If there is no room for it.
+        """
+        with self._lock:
+            if self._running >= MAX_WAITING:
+                raise RefusedError(503, f"{MAX_WAITING} requests wait already; send this later")
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def leave_seconds(self) -> float:
+        """How long after its end the service stays for what there is to answer."""
+        with self._lock:
+            return CLOSE_SECONDS if self._running else UPLOAD_SECONDS if self.waiting else LEAVE_SECONDS
 
     def replaced(self) -> None:
         """Count a worker that was replaced."""
@@ -343,7 +372,7 @@ class Metrics:
             values = (
                 ("rejected_total", "counter", "Requests that were refused or failed.", self._rejected()),
                 ("images_total", "counter", "Images that were classified.", self._images),
-                ("requests_waiting", "gauge", "Requests that wait or run.", self.waiting),
+                ("requests_waiting", "gauge", "Requests that come, wait or run.", self.waiting),
                 ("worker_restarts_total", "counter", "Workers that were replaced.", self._restarts),
                 ("switches_total", "counter", "Changes of the active version.", self.switches),
             )
@@ -429,11 +458,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             length = self._announced()
             with self.service.metrics.entered() as hold:
-                self._predict(self._body(length, hold), start)
+                body = self._body(length, hold)
+                with self.service.metrics.running():
+                    self._predict(body, start)
         except RefusedError as refused:
             self._refuse(refused)
 
-    def _predict(self, body: bytes, start: float) -> None:
+    def _predict(self, body: bytearray, start: float) -> None:
         try:
             header, answer, version = self.service.predict(self.headers.get("Content-Type") or "", body)
         except RunnerError as error:
@@ -451,7 +482,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_expect_100(self) -> bool:
         """Let a client go on at once that waits for leave to, if what it will send can be taken."""
         try:
-            self._announced()
+            if self.command == "POST":
+                self._announced()
         except RefusedError as refused:
             self._refuse(refused)
             return False
@@ -463,10 +495,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Metrics count; a log of every request would fill the board's card."""
 
     def _announced(self) -> int | None:
-        """Bytes of the body of a request for predictions; None: it comes in chunks.
+        """Bytes of a request's body; None: it comes in chunks.
 
         Raises:
-            RefusedError: If it is none, or its body cannot be taken.
+            RefusedError: If it is not for predictions, or its body cannot be taken.
         """
         if urlsplit(self.path).path != "/invocations":
             raise RefusedError(404, "predictions are asked with POST /invocations")
@@ -483,11 +515,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise RefusedError(411, "a request must say its Content-Length, or come in chunks")
         return _checked_length(int(lengths[0]))
 
-    def _body(self, length: int | None, hold: Callable[[int], None]) -> bytes:
-        if length is not None:
-            hold(length)
-            return self._exactly(length)
+    def _body(self, length: int | None, hold: Callable[[int], None]) -> bytearray:
         body = bytearray()
+        if length is not None:
+            self._read(body, length, hold)
+            return body
         while True:
             size, _, _ = self.rfile.readline(_LONGEST_LINE).partition(b";")
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\s*", size):
@@ -496,20 +528,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if n == 0:
                 break
             _checked_length(len(body) + n)
-            hold(n)
-            body += self._exactly(n)
+            self._read(body, n, hold)
             if self.rfile.readline(_LONGEST_LINE).strip():
                 raise RefusedError(400, "a chunk must be as long as it says")
         for _ in range(_MOST_TRAILERS):
             if not self.rfile.readline(_LONGEST_LINE).strip():
-                return bytes(body)
+                return body
         raise RefusedError(400, f"a body has at most {_MOST_TRAILERS} trailers")
 
-    def _exactly(self, n: int) -> bytes:
-        data = self.rfile.read(n)
-        if len(data) < n:
-            raise RefusedError(400, "the body ended early")
-        return data
+    def _read(self, body: bytearray, n: int, hold: Callable[[int], None]) -> None:
+        """Add so many bytes to a body; they are held when they have come, not when they are announced."""
+        n += len(body)
+        while len(body) < n:
+            piece = self.rfile.read1(min(_PIECE_BYTES, n - len(body)))
+            if not piece:
+                raise RefusedError(400, "the body ended early")
+            hold(len(piece))
+            body += piece
 
     def _refuse(self, refused: RefusedError) -> None:
         """Answer a request whose body is not read to its end."""
@@ -553,10 +588,13 @@ class ControlHandler(Handler):
 
     timeout = None  # type: ignore[assignment]
 
+    def _announced(self) -> int | None:
+        return self._length()
+
     def do_POST(self) -> None:
         """Answer a command."""
         try:
-            request = json.loads(self._exactly(self._length() or 0).decode() or "{}")
+            request = json.loads(self._body(self._announced(), lambda _: None).decode() or "{}")
             answer = self.service.control(urlsplit(self.path).path.strip("/"), request)
         except Exception as error:
             answer = {"error": getattr(error, "kind", "service"), "message": str(error)}
@@ -644,9 +682,7 @@ class Service:
             self._close(server)
         start = time.monotonic()
         # Clients that keep a connection open are told with their next answer; idle ones are not waited for long.
-        while self.connections and time.monotonic() - start < (
-            CLOSE_SECONDS if self.metrics.waiting else LEAVE_SECONDS
-        ):
+        while self.connections and time.monotonic() - start < self.metrics.leave_seconds():
             time.sleep(0.02)
         self.active.close()
 
@@ -664,7 +700,7 @@ class Service:
         """End `run`."""
         self._stopped = True
 
-    def predict(self, content_type: str, body: bytes) -> tuple[dict[str, Any], bytes, str]:
+    def predict(self, content_type: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes, str]:
         """A worker's answer, and the number of the version that gave it."""
         while True:
             self._open.wait()

@@ -37,7 +37,7 @@ class RefusedError(Exception):
         super().__init__(message)
 
 
-def send(connection: socket.socket, header: dict[str, Any], body: bytes = b"") -> None:
+def send(connection: socket.socket, header: dict[str, Any], body: bytes | bytearray = b"") -> None:
     """Write a frame."""
     head = json.dumps(header).encode()
     connection.sendall(_LENGTHS.pack(len(head), len(body)) + head)

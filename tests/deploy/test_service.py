@@ -11,6 +11,7 @@ import io
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -217,9 +218,14 @@ def test_who_is_refused_is_told_so(deployed: tuple[Any, dict[str, Any], Path]) -
         ),
         # Who asks before sending is not told to go on.
         (place + length + b"Expect: 100-continue\r\n\r\n", 413, at_most),
+        (
+            place.replace(b"POST", b"GET") + b"Expect: 100-continue\r\nConnection: close\r\n\r\n",
+            405,
+            "/invocations is asked with POST",
+        ),
     ]
     for sent, status, message in refused:
-        assert answers(url, sent) == [(status, message)]
+        assert [each for each in answers(url, sent) if each[0] != 100] == [(status, message)]
     # What a GET carries is not the next request.
     inner = b"GET /nowhere HTTP/1.1\r\n\r\n"
     assert answers(url, b"GET /ping HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(inner) + inner) == [(200, "")]
@@ -228,16 +234,50 @@ def test_who_is_refused_is_told_so(deployed: tuple[Any, dict[str, Any], Path]) -
 def test_room_for_requests_is_bounded_in_number_and_bytes() -> None:
     metrics = service.Metrics()
     with contextlib.ExitStack() as stack:
-        holds = [stack.enter_context(metrics.entered()) for _ in range(service.MAX_WAITING)]
+        for _ in range(service.MAX_WAITING):
+            stack.enter_context(metrics.running())
         with pytest.raises(RefusedError, match="requests wait already"):
-            stack.enter_context(metrics.entered())
-        for hold in holds[: service.MAX_HELD_BYTES // service.MAX_BODY_BYTES]:
-            hold(service.MAX_BODY_BYTES)
+            stack.enter_context(metrics.running())
+        hold = stack.enter_context(metrics.entered())
+        hold(service.MAX_HELD_BYTES)
         with pytest.raises(RefusedError, match="bytes of requests wait already"):
-            holds[-1](1)
-    with metrics.entered() as hold:
+            stack.enter_context(metrics.entered())(1)
+    with metrics.entered() as hold, metrics.running():
         hold(service.MAX_HELD_BYTES)
     assert metrics.waiting == 0
+
+
+def test_who_announces_a_body_and_sends_little_keeps_nobody_out(deployed: tuple[Any, dict[str, Any], Path]) -> None:
+    url = deployed[1]["service"]["url"]
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    head = f"POST /invocations HTTP/1.1\r\nContent-Length: {service.MAX_BODY_BYTES}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        for _ in range(service.MAX_WAITING + 1):
+            connection = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            connection.sendall(head + b"little")
+        deadline = time.monotonic() + 60
+        while counted(url)["foxnas_requests_waiting"] <= service.MAX_WAITING and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert send(url, "image/jpeg", encoded(image_of("blue")))[0] == 200
+
+
+def test_who_still_sends_at_the_end_is_not_waited_for_until_a_kill() -> None:
+    metrics, unit = service.Metrics(), dict(line.split("=", 1) for line in boot.UNIT.splitlines() if "=" in line)
+    with metrics.entered():
+        assert metrics.leave_seconds() > service.LEAVE_SECONDS
+        assert metrics.leave_seconds() < min(float(unit["TimeoutStopSec"]), runner_module.STOP_SECONDS)
+        with metrics.running():
+            assert metrics.leave_seconds() == service.CLOSE_SECONDS
+    assert metrics.leave_seconds() == service.LEAVE_SECONDS
+
+
+def test_a_small_board_holds_less_and_keeps_the_allocator_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "maxsize", 2**31 - 1)
+        patched.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**17}.__getitem__)
+        on_board = runpy.run_path(service.__file__)
+    assert on_board["KEPT_MEMORY"] == {}
+    assert on_board["MAX_HELD_BYTES"] == 2**27
 
 
 def test_an_upload_that_is_under_way_at_the_end_is_answered(
