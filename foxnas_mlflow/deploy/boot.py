@@ -100,8 +100,10 @@ def unit_path(root: Path, name: str) -> Path:
 
 
 def start_command(root: Path, name: str) -> list[str]:
-    """What runs the service."""
-    return [sys.executable, str(root / name / "current" / "runner.pyz"), "serve", str(root), name]
+    """What runs the service: the deployment's own runner, since an older version's may not know this layout."""
+    own = root / name / "runner.pyz"
+    runner = own if own.exists() else root / name / "current" / "runner.pyz"
+    return [sys.executable, str(runner), "serve", str(root), name]
 
 
 def start_detached(root: Path, name: str) -> None:

@@ -4,6 +4,7 @@ ROOT/.lock                           held while something changes
 ROOT/NAME/.incoming-BOOT-SECONDS-*   a copy that is under way, or that was interrupted
 ROOT/NAME/versions/N/                model.tflite, runner.pyz, smoke.npz, deployment.json, state.json
 ROOT/NAME/current -> versions/N      the active version; replaced in one step, or not at all
+ROOT/NAME/runner.pyz                 what serves it, of the release that deployed last; none: current/runner.pyz does
 ROOT/NAME/service.json               how it is served; none: it is not
 ROOT/NAME/run/                       lock and log of the service, and links to its sockets
 ROOT/NAME/run/own/                   what the account that serves may write: http.sock, control.sock, failed.json
@@ -65,24 +66,27 @@ def point_to(root: Path, name: str, version: Path) -> None:
 
 
 def entry_of(account: str) -> pwd.struct_passwd:
-    """An account's entry; empty: of this one.
+    """An account's entry.
 
     Raises:
         RunnerError: If there is no such account.
     """
     try:
-        return pwd.getpwnam(account) if account else pwd.getpwuid(os.geteuid())
+        return pwd.getpwnam(account)
     except KeyError:
-        raise RunnerError("account", f"{account or os.geteuid()}: there is none of that name") from None
+        raise RunnerError("account", f"{account}: there is none of that name") from None
 
 
 def make_run(root: Path, name: str, account: str) -> Path:
-    """Make the directories of a service; the one that its account may write.
+    """Make the directories of a service; the one that its account may write. Empty: the account that makes them.
 
     The account is not trusted where root deploys: a link that it could put in place of the lock or the log would lead
     root astray.
     """
-    run, entry = root / name / "run", entry_of(account)
+    run, uid, gid = root / name / "run", os.geteuid(), os.getegid()
+    if account:
+        entry = entry_of(account)
+        uid, gid = entry.pw_uid, entry.pw_gid
     run.mkdir(exist_ok=True)
     if run.stat().st_uid != os.geteuid():
         # Of an earlier release, where the account had all of it. Its service may run: the sockets stay.
@@ -93,8 +97,8 @@ def make_run(root: Path, name: str, account: str) -> Path:
                 shutil.rmtree(str(path)) if stat.S_ISDIR(status.st_mode) else path.unlink()
     own = run / "own"
     own.mkdir(exist_ok=True)
-    if own.stat().st_uid != entry.pw_uid:
-        os.chown(str(own), entry.pw_uid, entry.pw_gid)
+    if own.stat().st_uid != uid:
+        os.chown(str(own), uid, gid)
     for directory in (run, own):
         let_in(directory)
     return own

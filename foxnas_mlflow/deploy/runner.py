@@ -213,6 +213,7 @@ def switch(root: Path, name: str, version: Path, given: dict[str, Any]) -> None:
         settings["port"] = old["port"] if can_listen(settings["host"], old["port"]) else None
     settings["port"] = settings["port"] or free_port(root, name, settings["host"])
     check_account(settings["account"], version)
+    keep_runner(root / name)
     if old is None or not serving(root, name):
         start(root, name, version, settings, old)
         return
@@ -230,6 +231,21 @@ def switch(root: Path, name: str, version: Path, given: dict[str, Any]) -> None:
         raise
     with contextlib.suppress(RunnerError):
         boot.refresh(root, name)
+
+
+def keep_runner(place: Path) -> None:
+    """Let this runner serve a deployment from its next start on, whichever version is active."""
+    # What runs from a directory, as tests do, does not travel.
+    archive = getattr(__loader__, "archive", "")  # type: ignore[name-defined]
+    kept, fresh = place / "runner.pyz", place / ".runner.pyz.next"
+    if archive and not (kept.exists() and kept.samefile(archive)):
+        with fresh.open("wb") as file:
+            file.write(Path(archive).read_bytes())
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            # A board that loses its power now must find a whole one.
+            os.fsync(file.fileno())
+        os.replace(str(fresh), str(kept))
 
 
 def start(root: Path, name: str, version: Path, settings: dict[str, Any], old: dict[str, Any] | None) -> None:

@@ -630,7 +630,7 @@ def test_the_service_follows_the_pointer_also_unasked(deployed: tuple[Any, dict[
 
 
 def serve(root: Path, name: str) -> list[str]:
-    return [sys.executable, str(root / name / "current" / "runner.pyz"), "serve", str(root), name]
+    return [sys.executable, str(root / name / "runner.pyz"), "serve", str(root), name]
 
 
 def pid_of(root: Path) -> int:
@@ -681,6 +681,43 @@ def test_a_service_that_was_killed_starts_again_where_it_was(
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_version_of_an_earlier_release_is_served_by_what_deployed_last(
+    deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str]
+) -> None:
+    client, _, root = deployed
+    client.update_deployment("camera", versions[1])
+    # Its own runner cannot serve: it does not know where this release keeps the sockets.
+    old = root / "camera" / "versions" / "0001"
+    with zipfile.ZipFile(old / "runner.pyz") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    files["__main__.py"] = b"import sys\nassert sys.argv[1] != 'serve'\n" + files["__main__.py"]
+    with zipfile.ZipFile(old / "runner.pyz", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    description = layout.read_json(old / "deployment.json")
+    description["files"]["runner.pyz"] = layout.digest(old / "runner.pyz")
+    layout.write_json(old / "deployment.json", description)
+    # What an earlier release deployed has no runner beside its versions.
+    (root / "camera" / "runner.pyz").unlink(missing_ok=True)
+    assert boot.start_command(root, "camera")[1] == str(root / "camera" / "current" / "runner.pyz")
+    client.update_deployment("camera", config={"rollback": "true"})
+    os.kill(pid_of(root), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while workers_of(root) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process = subprocess.Popen(boot.start_command(root, "camera"), start_new_session=True)
+    try:
+        while not serving(root, "camera") and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert serving(root, "camera").get("version") == "0001"
+        client.delete_deployment("camera")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert not (root / "camera").exists()
 
 
 def test_in_a_program_of_its_own(
@@ -850,6 +887,19 @@ def test_links_of_the_account_lead_root_nowhere(tmp_path: Path, monkeypatch: pyt
     assert sorted(path.name for path in run.iterdir()) == ["control.sock", "own"]
     assert (run.stat().st_uid, (run / "own").lstat().st_uid, tmp_path.stat().st_uid) == (0, 65534, owner)
     assert precious.read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_a_user_without_an_account_has_a_service_too(open_root: Path) -> None:
+    """As in a container that was started with a number."""
+    os.chown(open_root, 54321, 54321)
+    os.seteuid(54321)
+    try:
+        (open_root / "camera").mkdir()
+        own = layout.make_run(open_root, "camera", "")
+    finally:
+        os.seteuid(0)
+    assert own.stat().st_uid == 54321
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may serve as another account")
