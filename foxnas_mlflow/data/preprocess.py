@@ -20,6 +20,7 @@ import io
 import math
 import numbers
 import struct
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -151,7 +152,9 @@ def read_formats() -> tuple[str, ...]:
     if "HEIF" not in image.OPEN and importlib.util.find_spec("pillow_heif") is not None:
         importlib.import_module("pillow_heif").register_heif_opener()
     image.init()
-    return tuple(name for name in FORMATS if name in image.OPEN)
+    # Pillow knows of WebP and AVIF also where it was built without their decoders.
+    plugins = {name: sys.modules.get(image.OPEN[name][0].__module__) for name in FORMATS if name in image.OPEN}
+    return tuple(name for name, plugin in plugins.items() if getattr(plugin, "SUPPORTED", True))
 
 
 @contextlib.contextmanager

@@ -178,6 +178,19 @@ def test_a_format_without_its_reader_is_told_what_reads_it() -> None:
         decode_image(b"hello")
 
 
+def test_a_format_whose_decoder_pillow_lacks_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow that was built without them lists them all the same."""
+    for name in ("Avif", "WebP"):
+        monkeypatch.setattr(pytest.importorskip(f"PIL.{name}ImagePlugin"), "SUPPORTED", False)
+    read_formats.cache_clear()
+    try:
+        assert not {"AVIF", "WEBP"} & set(read_formats())
+        with pytest.raises(InvalidInputError, match="received 20 bytes of AVIF; pip install --upgrade pillow"):
+            decode_image(b"\0\0\0\x14ftypavif" + b"\0" * 8)
+    finally:
+        read_formats.cache_clear()
+
+
 def test_an_older_pillow_has_its_constants_elsewhere_and_one_that_is_too_old_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
