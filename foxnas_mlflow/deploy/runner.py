@@ -23,6 +23,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import time
@@ -52,6 +53,7 @@ FIRST_PORT = 5001
 
 DEFAULT_SETTINGS = {"host": "127.0.0.1", "port": 0, "workers": 1, "account": ""}
 
+MAX_FAILURE_BYTES = 2**16
 CONTROL_SECONDS = 240.0
 STOP_SECONDS = 60.0
 
@@ -256,7 +258,9 @@ def start(root: Path, name: str, version: Path, settings: dict[str, Any], old: d
         stop(root, name)
     make_run(root, name, settings["account"])
     for file in failures(root, name):
-        file.unlink()
+        # A directory in its place says nothing either.
+        with contextlib.suppress(OSError):
+            file.unlink()
     write_json(place / "service.json", settings)
     point_to(root, name, version)
     try:
@@ -292,15 +296,33 @@ def await_service(root: Path, name: str, version: Path) -> None:
         if state and state["version"] == version.name:
             return
         for file in failures(root, name):
-            said = read_json(file)
-            raise RunnerError(said["kind"], said["message"])
+            failure = read_failure(file)
+            if failure is not None:
+                raise failure
         time.sleep(0.05)
     raise RunnerError("service", f"no answer in {START_SECONDS:g} s")
 
 
 def failures(root: Path, name: str) -> list[Path]:
     """Why a service did not start; one of an earlier release says it beside the lock."""
-    return [*(root / name / "run").glob("**/failed.json")]
+    return [root / name / "run" / "failed.json", root / name / "run" / "own" / "failed.json"]
+
+
+def read_failure(file: Path) -> RunnerError | None:
+    """What a service said, which may run as an account that is not trusted; None: no file is there."""
+    try:
+        descriptor = os.open(str(file), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return None
+        said = json.loads(os.read(descriptor, MAX_FAILURE_BYTES).decode())
+        return RunnerError(str(said["kind"]), str(said["message"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return RunnerError("service", f"{file} does not say why it did not start")
+    finally:
+        os.close(descriptor)
 
 
 def stop(root: Path, name: str) -> None:

@@ -889,6 +889,32 @@ def test_links_of_the_account_lead_root_nowhere(tmp_path: Path, monkeypatch: pyt
     assert precious.read_text() == "kept"
 
 
+def test_what_an_account_left_in_place_of_a_failure_stops_nothing(tmp_path: Path) -> None:
+    secret, run = tmp_path / "secret", tmp_path / "camera" / "run"
+    secret.write_text('{"kind": "port", "message": "of root"}')
+    own = run / "own" / "failed.json"
+    (own.parent / "deep").mkdir(parents=True)
+    (own.parent / "deep" / "failed.json").write_bytes(secret.read_bytes())
+    assert runner_module.failures(tmp_path, "camera") == [run / "failed.json", own]
+    for make in (lambda: None, own.mkdir, lambda: own.symlink_to(secret), lambda: os.mkfifo(own)):
+        make()
+        assert runner_module.read_failure(own) is None
+        if own.is_dir():
+            own.rmdir()
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                own.unlink()
+    for data in (b"", b"{", b"[]", b"{}", b'{"kind": "port"}', b"[" * 2**17, b"\xff"):
+        own.write_bytes(data)
+        failure = runner_module.read_failure(own)
+        assert failure is not None
+        assert (failure.kind, str(failure)) == ("service", f"{own} does not say why it did not start")
+    own.write_bytes(secret.read_bytes())
+    failure = runner_module.read_failure(own)
+    assert failure is not None
+    assert (failure.kind, str(failure)) == ("port", "of root")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 def test_a_user_without_an_account_has_a_service_too(open_root: Path) -> None:
     """As in a container that was started with a number."""
