@@ -21,8 +21,11 @@ State = Literal["updated", "same", "refused", "away", "none"]
 TAG = "foxnas.deployment."
 """Tag of a version that was deployed or refused, before the deployment's name."""
 
-_REFUSALS = ("account", "bad_model", "missing", "numpy", "old_python", "unit", "worker", "wrong_answer")
+_REFUSALS = ("account", "bad_model", "missing", "numpy", "old_python", "service", "unit", "worker", "wrong_answer")
 """What a runner refuses again at the next look; the rest passes, as a full disk does."""
+
+_PASSING = ("accelerator", "port", "system")
+"""What passes when somebody does something, and is told meanwhile."""
 
 _NO_ALIAS = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
 
@@ -63,6 +66,9 @@ class Follower:
     alias: str
     config: Mapping[str, str] = field(default_factory=dict)
     _refused: tuple[str, str | None] = field(default=("", None), init=False)
+    _untold: tuple[str, str | None] = field(default=("", None), init=False)
+    """What was begun to be deployed, while its tag does not say what came of it."""
+    _waiting: tuple[str, str] = field(default=("", ""), init=False)
 
     def look(self, *, again: bool = False) -> Followed:
         """Deploy what the alias names, if the board has another version.
@@ -97,16 +103,23 @@ class Follower:
                 there, has, new = {}, "", True
             # A model that was deleted and registered anew begins at version 1 again.
             if has == wanted and model_id in (None, there["model_id"]):
-                # An update whose answer was lost is told now; what another board of that name said stays.
-                said = named.tags.get(TAG + self.deployment, "").split(" ")
-                if len(said) < 3 or said[2].rstrip(":") == _place(self.target):
+                # An update whose answer was lost is told now; what another board said stays.
+                said = named.tags.get(TAG + self.deployment, "")
+                if not said or self._untold == (wanted, model_id) or self._said(said):
                     self._note(registry, named, _deployed(self.target, there))
                 return Followed("same", f"{self.deployment} has {wanted}")
             deploy = board.create_deployment if new else board.update_deployment
+            self._untold = (wanted, model_id)
             done: dict[str, Any] = deploy(self.deployment, wanted, config=dict(self.config))
         except MlflowException as error:
             cause = error.__cause__
-            lost = isinstance(cause, DeviceError) and getattr(cause, "kind", "") not in _REFUSALS
+            kind = getattr(cause, "kind", "")
+            lost = isinstance(cause, DeviceError) and kind not in _REFUSALS
+            words = f"not yet on {_place(self.target)}: {_first(error)}"
+            if kind in _PASSING and self._waiting != (wanted, words):
+                # Once: boards that wait for different things would overwrite each other's words at every look.
+                self._note(registry, named, words)
+                self._waiting, self._untold = (wanted, words), (wanted, model_id)
             if lost or not isinstance(cause, FoxNasError):
                 return Followed("away", f"{self.deployment} is not yet {wanted}: {_first(error)}")
             self._refused = (wanted, model_id)
@@ -119,12 +132,18 @@ class Follower:
         self._note(registry, named, _deployed(self.target, done))
         return Followed("updated", f"{self.deployment} is {wanted} now" + (f", before {has}" if has else ""))
 
+    def _said(self, words: str) -> bool:
+        """Whether a tag is of this target; edge://local is many boards."""
+        place = _place(self.target)
+        return place != "edge://local" and place in [word.rstrip(":") for word in words.split()[:4]]
+
     def _note(self, registry: MlflowClient, version: ModelVersion, words: str) -> None:
         tag, words = TAG + self.deployment, redacted(words)[:4000]
         # A registry that takes no tag stops no deployment.
         with contextlib.suppress(Exception):
             if version.tags.get(tag) != words:
                 registry.set_model_version_tag(self.model, version.version, tag, words)
+            self._untold = ("", None)
 
 
 def _deployed(target: str, deployment: Mapping[str, Any]) -> str:

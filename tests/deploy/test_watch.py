@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,10 +35,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.webhooks.delivery import _generate_hmac_signature as signature_of
 
 from foxnas_mlflow.cli.main import main
-from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.errors import ConnectionLostError, InvalidInputError
 from foxnas_mlflow.deploy import _bundle
+from foxnas_mlflow.deploy._board import Board, RunnerRefusedError
 from foxnas_mlflow.deploy.follow import Follower
 from foxnas_mlflow.deploy.webhook import FRESH_SECONDS, Deliveries, DeliveryRefusedError, receiving
+from foxnas_mlflow.devices import LocalConnection
+from foxnas_mlflow.devices._base import Completed
 from foxnas_mlflow.flavor import TfliteModel, log_model, model_id_of
 from foxnas_mlflow.workflows import WatchRequest, WatchResult, run_watch
 from tests.colour_model import LABELS
@@ -287,20 +290,68 @@ def test_what_passes_is_no_refusal(versions: tuple[str, str], tmp_path: Path) ->
     assert "local refused; received Not a directory" in found.words
 
 
-def test_a_look_tells_what_was_deployed_without_an_answer(versions: tuple[str, str], target: str) -> None:
-    client, tag = MlflowClient(), "foxnas.deployment.camera"
-    follower = Follower(target, "camera", "foxnas-rpi4", "production")
+def test_what_passes_is_told_once_until_it_did(versions: tuple[str, str], target: str) -> None:
+    client, tag, others = MlflowClient(), "foxnas.deployment.camera", "deployed on edge://local as version 0007"
+
+    def told() -> str:
+        return str(client.get_model_version("foxnas-rpi4", "1").tags[tag])
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        follower = Follower(target, "camera", "foxnas-rpi4", "production", {"port": port})
+        assert follower.look().state == "away"
+        assert told().startswith("not yet on edge://local: a service on local needs an address and a port")
+        client.set_model_version_tag("foxnas-rpi4", "1", tag, others)
+        assert follower.look().state == "away"
+        assert told() == others
+    # Whoever deploys it meanwhile.
     get_deploy_client(target).create_deployment("camera", versions[0], config={"serve": "false"})
-    words = "deployed on edge://local as version 0001"
-    for said, told in (
-        (None, words),
-        ("refused on edge://local: no answer", words),
-        ("deployed on edge://pi@b as", None),
-    ):
+    assert follower.look().state == "same"
+    assert told() == "deployed on edge://local as version 0001"
+
+
+def test_a_service_that_does_not_start_is_refused_and_not_copied_again(
+    versions: tuple[str, str], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deploy(*_: object, **__: object) -> None:
+        raise RunnerRefusedError("service", "no answer in 120 s", "local")
+
+    follower = Follower(target, "camera", "foxnas-rpi4", "production")
+    with monkeypatch.context() as patched:
+        patched.setattr(Board, "deploy", deploy)
+        assert follower.look().state == "refused"
+    assert follower.look().state == "same"
+    assert follower.look(again=True).state == "updated"
+
+
+def test_a_look_tells_what_was_deployed_without_an_answer(
+    versions: tuple[str, str], target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, tag, run = MlflowClient(), "foxnas.deployment.camera", LocalConnection.run
+
+    def lost(connection: LocalConnection, argv: Sequence[str], *, timeout_s: float) -> Completed:
+        done = run(connection, argv, timeout_s=timeout_s)
+        if "activate" in argv:
+            raise ConnectionLostError("the connection must last", received="local")
+        return done
+
+    follower = Follower(target, "camera", "foxnas-rpi4", "production", {"serve": "false"})
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalConnection, "run", lost)
+        assert follower.look().state == "away"
+    words, others = "deployed on edge://local as version 0001", "deployed on edge://local as version 0007"
+    client.set_model_version_tag("foxnas-rpi4", "1", tag, "refused on edge://local: no answer")
+    # It is told once: edge://local is every board that watches from itself.
+    for said, told in ((None, words), (others, others)):
         if said is not None:
             client.set_model_version_tag("foxnas-rpi4", "1", tag, said)
         assert follower.look().state == "same"
-        assert client.get_model_version("foxnas-rpi4", "1").tags[tag] == (told or said)
+        assert client.get_model_version("foxnas-rpi4", "1").tags[tag] == told
+    client.delete_model_version_tag("foxnas-rpi4", "1", tag)
+    assert Follower(target, "camera", "foxnas-rpi4", "production").look().state == "same"
+    assert client.get_model_version("foxnas-rpi4", "1").tags[tag] == words
 
 
 def test_a_model_that_was_registered_anew_is_another_one(versions: tuple[str, str], target: str) -> None:
@@ -367,6 +418,16 @@ def test_a_board_behind_ssh_follows_and_keeps_what_works(
         server.start()
         assert main(words) == 0
         assert version_served(url) == "0003"
+        # Of a board that has a name of its own, a tag is put right by whoever looks.
+        for said in (f"not yet on {place}: no answer", f"refused on {place}: no answer"):
+            client.set_model_version_tag("foxnas-rpi4", "1", "foxnas.deployment.camera", said)
+            assert main(words) == 0
+            assert told("1", f"deployed on {place} as version 0003")
+        client.set_model_version_tag(
+            "foxnas-rpi4", "1", "foxnas.deployment.camera", "deployed on edge://pi@b as version 7"
+        )
+        assert main(words) == 0
+        assert told("1", "deployed on edge://pi@b as version 7")
     assert [result.state for result in results] == ["refused"]
 
 
