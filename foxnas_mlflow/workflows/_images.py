@@ -23,7 +23,8 @@ def images_of(subnet: SubnetModel, source: str, *, seed: int = 0, **options: Any
         source: Where the images are now.
         seed: Seed of the split where the subnet does not tell that of its training: any other would set images aside
             that it was trained on.
-        options: Further ones of `foxnas_mlflow.data.load_dataset`, or others; None: as in the training.
+        options: Further ones of `foxnas_mlflow.data.load_dataset`, or others in place of the training's: its
+            `max_train` counts where none is given here.
 
     Raises:
         InvalidInputError: If they are other images whose split is drawn anew: among the validation images there may be
@@ -41,8 +42,7 @@ def images_of(subnet: SubnetModel, source: str, *, seed: int = 0, **options: Any
         "max_train": subnet.details.get("training", {}).get("max_train") or None,
     }
     seed = int(subnet.details.get("data_seed", seed))
-    given = {key: value for key, value in options.items() if value is not None}
-    dataset = load_dataset(source, seed=seed, **its | given)
+    dataset = load_dataset(source, seed=seed, **its | options)
     if digest and dataset.digest != digest and dataset.drawn_split:
         raise InvalidInputError(
             "data must be the images that the network was trained on, or be split by folders train and val",
