@@ -9,7 +9,6 @@ All is drawn from one seed: every machine with the same fonts and the same Pillo
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
-from foxnas_mlflow.core.files import cache_directory, json_digest, write_atomically
+from foxnas_mlflow.core.files import cache_directory, file_digest, json_digest, write_atomically
 from foxnas_mlflow.core.random import Stream, stream
 
 LETTERS = "ABDEGHKLMNPRSTUVXZ"
@@ -113,7 +112,7 @@ def _identity(fonts: dict[str, Path]) -> str:
     import PIL
     from PIL import features
 
-    facts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in fonts.values()]
+    facts = [file_digest(path) for path in fonts.values()]
     numbers = [LETTERS, SIZE, N_TRAIN, N_VALIDATION, _HEIGHT, _TURN_DEGREES, _SHIFT, _SLANT, _LINES, _BLOBS]
     numbers += [_CONTRAST, _NOISE, _SCALE, _SEED, PIL.__version__, features.version("freetype2")]
     return json_digest([facts, numbers])

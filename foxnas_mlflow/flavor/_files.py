@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError
+from foxnas_mlflow.core.files import file_digest
 
 MODEL_FORMAT = 3
 KINDS = ("supernet", "predictors", "subnet", "tflite", "edgetpu")
@@ -84,9 +85,9 @@ def write_manifest(model: Path, kind: str, metadata: Mapping[str, Any]) -> None:
     document = {
         "format": MODEL_FORMAT,
         "kind": check_kind(kind),
-        "files": {file.name: sha256(file) for file in sorted(data.iterdir())},
+        "files": {file.name: file_digest(file) for file in sorted(data.iterdir())},
         "metadata": dict(metadata),
-        "model_files": {path: sha256(model / path) for path in _around(model)},
+        "model_files": {path: file_digest(model / path) for path in _around(model)},
     }
     (data / DESCRIPTION).write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
 
@@ -158,12 +159,6 @@ def write_code(model: Path) -> None:
     target.write_bytes(buffer.getvalue())
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sources(directory: Traversable, name: str) -> Iterator[tuple[str, Traversable]]:
     for entry in directory.iterdir():
         path = f"{name}/{entry.name}"
@@ -180,7 +175,7 @@ def _around(model: Path) -> list[str]:
 
 
 def _is(file: Path, expected: str) -> bool:
-    return file.is_file() and sha256(file) == expected
+    return file.is_file() and file_digest(file) == expected
 
 
 def _changed(received: str) -> InvalidFormatError:

@@ -45,6 +45,7 @@ from mlflow.utils.model_utils import (
 
 from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
+from foxnas_mlflow.core.files import file_digest
 from foxnas_mlflow.core.pins import pins
 from foxnas_mlflow.flavor._example import input_example_of
 from foxnas_mlflow.flavor._files import (
@@ -54,7 +55,6 @@ from foxnas_mlflow.flavor._files import (
     Manifest,
     check_kind,
     read_manifest,
-    sha256,
     write_code,
     write_manifest,
 )
@@ -215,7 +215,7 @@ def save_model(
         code=code,
         format=MODEL_FORMAT,
         foxnas_version=__version__,
-        sha256=sha256(data / main_file(kind)),
+        sha256=file_digest(data / main_file(kind)),
         weights=weights,
         **({"quantization": description["quantization"], "runtime": dict(config)} if config else {}),
         **_copy_extra_files(extra_files, path),

@@ -6,14 +6,13 @@ them; size and whole digest are recorded in the run.
 
 from __future__ import annotations
 
-import hashlib
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.core.files import cache_directory, write_atomically
+from foxnas_mlflow.core.files import cache_directory, file_digest, write_atomically
 
 _TIMM = "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/"
 _TORCHVISION = "https://download.pytorch.org/models/"
@@ -48,7 +47,7 @@ def download(name: str, urls: Mapping[str, str] = PUBLISHED) -> Path:
     if not path.is_file():
         write_atomically(path, _fetch(name, url))
     begins = path.stem.rpartition("-")[2]
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_digest(path)
     if not digest.startswith(begins):
         path.unlink()
         raise InvalidInputError(

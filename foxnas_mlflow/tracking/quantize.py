@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from foxnas_mlflow.core.classification import (
     majority_percent,
 )
 from foxnas_mlflow.core.cost import network_cost
+from foxnas_mlflow.core.files import file_digest
 from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.core.targets import Target
@@ -177,7 +177,7 @@ def log_quantized(
         "tflite",
         registered_name(name, "tflite", target.name),
         metrics | facts,
-        tags | _sha256(path),
+        tags | {"sha256": file_digest(path)},
         target,
     )
     twin_uri = ""
@@ -194,7 +194,7 @@ def log_quantized(
             "edgetpu",
             registered_name(name, "edgetpu", target.name),
             metrics | edgetpu.metrics | {"model/size_bytes": len(edgetpu.data)},
-            tags | _sha256(compiled) | {"int8_model": uri, "compiler": edgetpu.report.version},
+            tags | {"sha256": file_digest(compiled), "int8_model": uri, "compiler": edgetpu.report.version},
             target,
         )
     return LoggedQuantization(uri, twin_uri, metrics | facts)
@@ -251,10 +251,6 @@ def benchmark_command(uri: str, kind: str, target: Target) -> str:
     """How to measure a model: one that was not compiled for its Edge TPU runs on this host only."""
     runs_there = target.runtime != "edgetpu" or kind == "edgetpu"
     return f"foxnas benchmark --model {shlex.quote(uri)} --target {target.argument if runs_there else 'cpu'}"
-
-
-def _sha256(path: Path) -> dict[str, str]:
-    return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def write_layer_errors(errors: tuple[LayerError, ...], path: Path) -> None:

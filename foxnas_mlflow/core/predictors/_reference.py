@@ -13,7 +13,6 @@ coefficients fitted to other rows has an error of 0.18 points, the coefficients 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from foxnas_mlflow.core.errors import InvalidFormatError, OutOfDomainError
+from foxnas_mlflow.core.files import file_digest
 from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.predictors._fit import fit_predictors
 from foxnas_mlflow.core.predictors._formulas import FloatArray, get_formula
@@ -187,7 +187,7 @@ def build_reference(table: str | Path, coefficients: str | Path) -> PredictorSet
     published = json.loads(Path(coefficients).read_text(encoding="utf-8"))
     sources = {
         "source": "FOX-NAS authors' measurements: 300 subnets at 256 px, TFLite int8 on a Raspberry Pi 4 (2021)",
-        "sha256": {"table": _sha256(table), "coefficients": _sha256(coefficients)},
+        "sha256": {"table": file_digest(table), "coefficients": file_digest(coefficients)},
     }
     fit = fit_predictors(rows, CPU_SPACE, target="rpi4", ceiling=IMAGENET_CEILING, provenance=sources)
     architectures = [m.architecture for m in rows]
@@ -270,7 +270,3 @@ def _carry_accuracy(
 
 def _replace(predictor: LinearPredictor, **changes: Any) -> LinearPredictor:
     return dataclasses.replace(predictor, **changes)
-
-
-def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
