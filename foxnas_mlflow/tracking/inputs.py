@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.data.preprocess import WHITE
 from foxnas_mlflow.flavor import SupernetModel, load_model
-from foxnas_mlflow.tracking.registry import fixed_uri, list_versions, newest, registered_name
+from foxnas_mlflow.tracking.registry import fixed_uri, is_version, list_versions, newest, registered_name
 from foxnas_mlflow.tracking.run import download_artifact
 
 MEASUREMENTS, SPACE = "measurements.csv", "space.json"
@@ -168,7 +167,7 @@ def origin_of(source: str) -> dict[str, str]:
     known = {"target": run.data.tags.get("foxnas.target", "")}
     supernet = run.data.params.get("cfg.supernet", "")
     # What an alias, a stage or "latest" meant then is not known any more.
-    if re.fullmatch(r"models:/[^/]+/\d+", supernet):
+    if is_version(supernet):
         known["supernet"] = supernet
     return {key: value for key, value in known.items() if value}
 

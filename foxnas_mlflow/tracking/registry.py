@@ -325,6 +325,11 @@ def fixed_uri(uri: str) -> str:
     return f"models:/{version.name}/{version.version}"
 
 
+def is_version(text: str) -> bool:
+    """Whether a text is the URI of a version by its number."""
+    return re.fullmatch(r"models:/[^/]+/\d+", text) is not None
+
+
 def has_files(client: MlflowClient, uri: str) -> bool:
     """Whether a version ``models:/name/version`` is registered and its files are there.
 

@@ -37,7 +37,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.tracking.claims import Claims
 from foxnas_mlflow.tracking.process import PROCESS_TAG, is_here
-from foxnas_mlflow.tracking.registry import has_files, withdraw
+from foxnas_mlflow.tracking.registry import has_files, is_version, withdraw
 from foxnas_mlflow.tracking.run import EntryRun, best_effort, download_artifact
 
 DIGEST_TAG = "foxnas.step_digest"
@@ -156,7 +156,7 @@ def run_step(
         run_id = str(outputs["run_id"])
         client.log_dict(run_id, outputs, OUTPUTS_FILE)
         client.set_tag(run_id, ARTIFACTS_TAG, json.dumps(sorted(_names(client, run_id))))
-        client.set_tag(run_id, OUTPUTS_TAG, json.dumps([text for text in _texts(outputs) if _is_version(text)]))
+        client.set_tag(run_id, OUTPUTS_TAG, json.dumps([text for text in _texts(outputs) if is_version(text)]))
     finally:
         # The end of this run ends the claim too, should the server be away now.
         best_effort(claims.release)()
@@ -227,16 +227,12 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(one)
 
 
-def _is_version(text: str) -> bool:
-    return re.fullmatch(r"models:/[^/]+/\d+", text) is not None
-
-
 def _exists(client: MlflowClient, value: str) -> bool:
     """Whether a registered version or an artifact that a result names is there; any other text always is."""
     if value.startswith("runs:/") and value.count("/") > 1:
         run_id, _, path = value.removeprefix("runs:/").partition("/")
         return any(file.path == path for file in client.list_artifacts(run_id, path.rpartition("/")[0] or None))
-    return not _is_version(value) or has_files(client, value)
+    return not is_version(value) or has_files(client, value)
 
 
 def _is_output(client: MlflowClient, parent: EntryRun, uri: str) -> bool:
