@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -33,11 +34,14 @@ def network_teacher(plain: PlainNetwork, *, its: Normalization, ours: Normalizat
     plain.eval()
     scale, offset = _between(ours, its)
 
+    @functools.lru_cache(maxsize=1)
+    def placed(device: torch.device) -> tuple[PlainNetwork, Tensor, Tensor]:
+        return plain.to(device), scale.to(device), offset.to(device)
+
     def answer(images: Tensor) -> Tensor:
-        device = images.device
-        shown = resized(images * scale.to(device) + offset.to(device), plain.image_size)
+        network, times, plus = placed(images.device)
         with torch.no_grad():
-            return F.softmax(plain.to(device)(shown).float(), 1)
+            return F.softmax(network(resized(images * times + plus, plain.image_size)).float(), 1)
 
     return answer
 
