@@ -170,9 +170,10 @@ class Check:
                 True,
                 architecture,
             )
-        none = "None" if self.sentence == _NO_OTHER else "Nor does any"
-        words = f"{none} of the {len(timed)} sampled{' beats it' if none == 'None' else ''}: {len(faster)} are faster."
-        return dataclasses.replace(self, sentence=f"{self.sentence} {words}")
+        words = f"Nor does any of the {len(timed)} sampled"
+        if self.sentence == _NO_OTHER:
+            words = f"None of the {len(timed)} sampled beats it"
+        return dataclasses.replace(self, sentence=f"{self.sentence} {words}: {len(faster)} are faster.")
 
 
 _NO_OTHER = "No other network compared could have been found in its place."
