@@ -76,7 +76,7 @@ def test_a_registered_model_gets_its_figures(
     assert version.description.count("latency median") == 1
     following = "promote --stage staging --model models:/mine-cpu/1"
     if status == 3:
-        following = "benchmark --model models:/mine-cpu/1 --target cpu --device local"
+        following = f"benchmark --model models:/mine-cpu/1 --target cpu --device local {' '.join(QUICK)}"
     assert version.description.endswith(f"foxnas {following}")
     assert out.endswith(f"Next: foxnas {following}\n")
     figures = {metric.key: metric.value for metric in mlflow.get_logged_model(info.model_id).metrics}
