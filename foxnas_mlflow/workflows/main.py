@@ -199,6 +199,9 @@ def run_main(request: MainRequest) -> MainResult:
 
     space = get_space(request.space or target.space)
     check_options(space)
+    trained = get_preset(request.preset).space(space, in_channels=3, n_classes=2)
+    if not request.supernet:
+        _check_samples(request.n_samples, trained, measured=bool(device))
     with open_executor(request) as executor:
         if not device:
             reference_latency(target, space)  # refuses a target without a cost model
@@ -208,7 +211,7 @@ def run_main(request: MainRequest) -> MainResult:
         request.data,
         seed=request.seed,
         max_train=request.max_train or None,
-        sizes=get_preset(request.preset).space(space, in_channels=3, n_classes=2).image_sizes,
+        sizes=trained.image_sizes,
         keep=not request.supernet,
         background=request.background,
     )
@@ -701,6 +704,21 @@ def _content_of(given: str) -> str:
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return json_digest([[str(file.relative_to(path)), file_digest(file)] for file in files])
     return file_digest(path) if path.is_file() else given
+
+
+def _check_samples(n_samples: int, space: SearchSpace, *, measured: bool) -> None:
+    """Refuse samples that no predictors could be fitted to, which `fit` would tell after the training."""
+    from foxnas_mlflow.core.predictors import rows_needed
+
+    quantities = ("accuracy", "latency_ms") if measured else ("accuracy",)
+    needed = max(rows_needed(quantity, space, space.image_sizes) for quantity in quantities)
+    if min(n_samples, space.n_architectures) < needed:
+        few = space.n_architectures < needed
+        raise InvalidInputError(
+            f"predictors of the space {space.name} need at least {needed} networks",
+            received=f"a space of {space.n_architectures}" if few else f"n_samples {n_samples}",
+            remedy="use a larger space" if few else f"give {needed} or more; {MainRequest().n_samples} is the default",
+        )
 
 
 def _rows_to_go_on_from(cut_off: Sequence[str], n_samples: int) -> str:

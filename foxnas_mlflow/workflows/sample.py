@@ -52,10 +52,6 @@ class SampleRequest(ExecutorRequest):
     name: str = parameter("foxnas", "Prefix of registered models.")
 
 
-MIN_LATENCIES = 13
-"""Measured networks that the calibrated latency formula needs: eight coefficients, and five rows beyond them."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampleResult(Result):
     """A table of measured networks.
@@ -202,7 +198,7 @@ def _sample(
         finally:
             # However it ends, what is finished is where others can go on from.
             best_effort(log.upload)()
-        _check_latencies(rows, request, log.problems.values())
+        _check_latencies(rows, space, request, log.problems.values())
         uri, summary = log_samples(run, rows, log, supernet=supernet, target=target)
         shutil.rmtree(directory)
     n_latencies = sum(row.latency_ms is not None for row in rows)
@@ -211,20 +207,26 @@ def _sample(
     )
 
 
-def _check_latencies(rows: Sequence[Measurement], request: SampleRequest, problems: Collection[str]) -> None:
+def _check_latencies(
+    rows: Sequence[Measurement], space: SearchSpace, request: SampleRequest, problems: Collection[str]
+) -> None:
     """Refuse to call a sampling done whose latencies no cost model can be fitted to.
 
     Raises:
         DeviceError: If too many were disturbed; the rows are kept, and the same command measures what is missing.
     """
     from foxnas_mlflow.core.errors import DeviceError
+    from foxnas_mlflow.core.predictors import rows_needed
     from foxnas_mlflow.devices import what_helps
 
+    if not request.device:
+        return
     planned = min(request.n_measurements or len(rows), len(rows))
     n = sum(row.latency_ms is not None for row in rows)
-    if request.device and n < MIN_LATENCIES <= planned:
+    needed = rows_needed("latency_ms", space, sorted({row.architecture.image_size for row in rows}))
+    if n < needed <= planned:
         raise DeviceError(
-            f"a latency model needs {MIN_LATENCIES} networks that were measured without disturbance",
+            f"a latency model needs {needed} networks that were measured without disturbance",
             received=f"{n} of {planned}" + "".join(f" ({problem})" for problem in list(problems)[-1:]),
             remedy=f"{what_helps(problems)}, and run the same command again: what is finished is kept",
         )

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.errors import TooFewSamplesError
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_measurements
-from foxnas_mlflow.core.predictors import reference_predictors
+from foxnas_mlflow.core.predictors import fit_predictors, reference_predictors, rows_needed
 from foxnas_mlflow.core.sampling import collect, unexplained
-from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.core.space import CPU_SPACE, TPU_SPACE, SearchSpace
 
 PLAN = list(dict.fromkeys(CPU_SPACE.sample(np.random.default_rng(0), n=6)))
 
@@ -127,11 +128,20 @@ def test_what_a_shared_processor_did_to_latencies_is_found_and_measured_again(tm
     assert unexplained(rows[:5], CPU_SPACE) == []
 
 
-def test_a_sampling_asks_for_as_many_latencies_as_the_fit() -> None:
-    from foxnas_mlflow.core.predictors import Formula, get_formula
-    from foxnas_mlflow.workflows.sample import MIN_LATENCIES
-
-    assert len(get_formula("calibrated", "latency_ms").columns(CPU_SPACE)) + Formula.spare_rows == MIN_LATENCIES
+@pytest.mark.parametrize("quantity", ["accuracy", "latency_ms"])
+@pytest.mark.parametrize("sizes", [(128,), (128, 160, 224)])
+@pytest.mark.parametrize("space", [CPU_SPACE, TPU_SPACE], ids=["cpu", "tpu"])
+def test_as_many_rows_as_are_needed_are_fitted_and_one_less_is_refused(
+    space: SearchSpace, sizes: tuple[int, ...], quantity: str
+) -> None:
+    n = rows_needed(quantity, space, sizes)
+    rng = np.random.default_rng(0)
+    networks = [a for i in range(n) for a in space.sample(rng, n=1, image_size=sizes[i % len(sizes)])]
+    values = 40 + rng.random(n)
+    rows = [Measurement(a, **{quantity: float(value)}) for a, value in zip(networks, values, strict=True)]
+    assert fit_predictors(rows, space).reports[quantity].metrics["n_samples"] == n
+    with pytest.raises(TooFewSamplesError):
+        fit_predictors(rows[:-1], space)
 
 
 def test_a_small_space_is_sampled_whole() -> None:

@@ -18,7 +18,7 @@ from foxnas_mlflow.core.measurements import Measurement, Timing, read_measuremen
 from foxnas_mlflow.core.sampling import collect
 from foxnas_mlflow.core.space import get_space
 from foxnas_mlflow.workflows import SampleRequest
-from foxnas_mlflow.workflows.sample import MIN_LATENCIES, _check_latencies
+from foxnas_mlflow.workflows.sample import _check_latencies
 from tests.measuring import shorten
 from tests.pipelines import Running
 from tests.supernets import MINI_SPACE, register_mini_supernet
@@ -277,22 +277,20 @@ def test_what_was_disturbed_the_second_time_keeps_its_latency_and_is_not_left_ou
 
 def test_a_sample_without_enough_latencies_is_not_done() -> None:
     """Thirteen of sixteen unusable: the next step could do nothing with it, so the same command goes on from it."""
-    networks = get_space("cpu").sample(np.random.default_rng(0), n=16, image_size=192)
-    rows = [
-        Measurement(a, 70.0, 40.0 if i < MIN_LATENCIES else None, "measured" if i < MIN_LATENCIES else "")
-        for i, a in enumerate(networks)
-    ]
+    space = get_space("cpu")
+    networks = space.sample(np.random.default_rng(0), n=16, image_size=192)
+    rows = [Measurement(a, 70.0, 40.0, "measured") if i < 13 else Measurement(a, 70.0) for i, a in enumerate(networks)]
     few = [Measurement(row.architecture, row.accuracy) if i > 2 else row for i, row in enumerate(rows)]
     with pytest.raises(DeviceError, match=r"received 3 of 16; quiet and cool .* run the same command again: what is"):
-        _check_latencies(few, SampleRequest(device="local"), [])
+        _check_latencies(few, space, SampleRequest(device="local"), [])
     # No quieter hour changes what a machine computes.
     differs = "the output differs from the host's by 7 levels"
     with pytest.raises(DeviceError, match=rf"received 3 of 16 \({differs}\); update the machine's runtime"):
-        _check_latencies(few, SampleRequest(device="local"), ["the machine was throttled", differs])
-    _check_latencies(rows, SampleRequest(device="local"), [])
+        _check_latencies(few, space, SampleRequest(device="local"), ["the machine was throttled", differs])
+    _check_latencies(rows, space, SampleRequest(device="local"), [])
     # Without a device there is nothing to wait for, and few that were asked for are what was asked for.
-    _check_latencies(few, SampleRequest(), [])
-    _check_latencies(few, SampleRequest(device="local", n_measurements=3), [])
+    _check_latencies(few, space, SampleRequest(), [])
+    _check_latencies(few, space, SampleRequest(device="local", n_measurements=3), [])
 
 
 @pytest.mark.parametrize(

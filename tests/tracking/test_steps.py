@@ -402,7 +402,7 @@ def begun(tracking: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     # The real `run` would train for minutes.
     monkeypatch.setattr(_Pipeline, "run", lambda self: self)
-    return lambda **values: run_main(MainRequest(data="digits", n_samples=4, **values))
+    return lambda **values: run_main(MainRequest(data="digits", **values))
 
 
 @pytest.mark.train

@@ -11,6 +11,7 @@ from foxnas_mlflow.core.predictors._fit import (
     fit_predictors,
     has_measured_latency,
     refit_predictors,
+    rows_needed,
 )
 from foxnas_mlflow.core.predictors._formulas import FORMULAS, Formula, get_formula, widest_formula
 from foxnas_mlflow.core.predictors._linear import (
@@ -52,6 +53,7 @@ __all__ = [
     "reference_latency",
     "reference_predictors",
     "refit_predictors",
+    "rows_needed",
     "widest_formula",
     "with_packaged_accuracy",
 ]

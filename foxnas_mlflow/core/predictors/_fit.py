@@ -373,6 +373,22 @@ def fit_family(
     return min(fitted, key=lambda reports: _cv_rmse(reports) / (1 - LAUNCH_GAIN * reports[0].predictor.recipe.launches))
 
 
+def rows_needed(quantity: str, space: SearchSpace, image_sizes: Sequence[int]) -> int:
+    """Fewest rows that the calibrated family is fitted to.
+
+    Args:
+        quantity: ``accuracy`` or ``latency_ms``.
+        space: The rows' search space.
+        image_sizes: Image sizes in pixels, each of which some of the rows have.
+    """
+    formulas = [f for f in applicable_formulas("calibrated", quantity, space, len(image_sizes)) if not f.launches]
+    possible = [_possible_rows(formula, space, image_sizes) for formula in formulas]
+    return min(
+        len(_usable_columns(formula, x, space, formula.columns(space), image_sizes)) + formula.spare_rows
+        for formula, x in zip(formulas, possible, strict=True)
+    )
+
+
 def _cv_rmse(reports: Sequence[FitReport]) -> float:
     """Cross-validated error over all rows of reports for different image sizes."""
     n = np.array([report.metrics["n_samples"] for report in reports])
