@@ -430,13 +430,8 @@ def load_dataset(
     train, val = _at_most(dataset.train, max_train, rng), _at_most(dataset.val, max_val, rng)
     if sizes:
         train, val = (_with_pixels(images, sizes, keep) for images in (train, val))
-    chosen = _assemble(
-        source, dataset.labels, train, val, dataset.channels, dataset.digest, dataset.unreadable, split=None
-    )
-    kept = {
-        key: getattr(dataset, key) for key in ("test", "unread", "notes", "drawn_split", "background", "earlier_digest")
-    }
-    return _slim(dataclasses.replace(chosen, **kept))
+    normalization = _normalization(train, dataset.channels)
+    return _slim(dataclasses.replace(dataset, train=train, val=val, normalization=normalization))
 
 
 def _slim(dataset: ImageDataset) -> ImageDataset:
@@ -634,14 +629,12 @@ def _assemble(
     digest: str,
     unreadable: Sequence[str] = (),
     *,
-    split: tuple[float, int] | None,
+    split: tuple[float, int],
     unread: Mapping[str, int] | None = None,
 ) -> ImageDataset:
     """Check the classes, split where there is no validation set, and measure the normalisation."""
     drawn_split = val is None
     if val is None:
-        if split is None:
-            raise TypeError("a set without validation images needs a split")
         _check_classes(source, labels, train, unread)
         counts = np.bincount(train.targets, minlength=len(labels))
         if counts.min() < 2:
@@ -721,7 +714,7 @@ def _glyphs() -> ImageDataset:
     images, targets, n_train = glyphs()
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     train, val = (ArrayImages(images[part], targets[part]) for part in (slice(n_train), slice(n_train, None)))
-    return _assemble("glyphs", list(LETTERS), train, val, 3, digest, split=None)
+    return ImageDataset("glyphs", tuple(LETTERS), train, val, 3, _normalization(train, 3), digest)
 
 
 def _digits(val_fraction: float, seed: int) -> ImageDataset:
