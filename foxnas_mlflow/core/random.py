@@ -3,7 +3,7 @@
 A seed says which experiment it is, a stream what the numbers are for, and further numbers which one of many (an
 epoch, a step, a repeat). They reach NumPy as a spawn key and not as a list of seeds: a list is filled up with zeros,
 so that the streams ``[seed, 2]`` and ``[seed, 2, 0]`` would be one. Where images are chosen and a supernet trains
-(purposes 0 to 5, and the order and variation of batches) seeds are such lists still, so that the same command draws
+(`listed_stream`, and the order and variation of batches) seeds are such lists still, so that the same command draws
 what it always drew: an epoch may have the numbers of another purpose.
 """
 
@@ -28,15 +28,11 @@ class Stream(enum.IntEnum):
     TRAINED_SUBNETS = 3  # subnets of a training step
     SHOWN_SUBNETS = 4  # subnets that are evaluated while a supernet trains
     QUANTIZATION_IMAGES = 5  # images that int8 ranges are measured on
-    IMAGE_ORDER = 6  # order of the training images in an epoch
-    IMAGE_VARIATION = 7  # crops, flips and colours of a batch
+    # 6, 7, 12, 13 and 14 were purposes of earlier releases.
     DESIGN_CANDIDATES = 8  # subnets among which a design chooses
     PROBES = 9  # random probes of a calibration
     CHECKS = 10  # networks that a calibration is held against
     FOLDS = 11  # folds of a cross-validation
-    SEARCHER = 12  # moves of a searcher
-    PROBE_WEIGHTS = 13  # weights of a network that is only timed
-    SAMPLE_INPUT = 14  # inputs of an answer that two machines compare
     GLYPHS = 15  # letters, colours and clutter of the drawn data set
     POSSIBLE_ROWS = 16  # networks that show which columns of a formula a space tells apart
 
@@ -50,6 +46,11 @@ def stream(seed: int, purpose: Stream, *numbers: int) -> np.random.Generator:
         numbers: Which one of many, each 0 or more: an epoch, a step, a repeat.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(int(purpose), *numbers)))
+
+
+def listed_stream(seed: int, purpose: Stream, *numbers: int) -> np.random.Generator:
+    """As `stream`, from a list of seeds: purposes 0 to 5 alone, which always drew so."""
+    return np.random.default_rng([seed, int(purpose), *numbers])
 
 
 def pick(rng: np.random.Generator, values: Sequence[T]) -> T:

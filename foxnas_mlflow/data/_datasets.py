@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
+from foxnas_mlflow.core.random import Stream, listed_stream
 from foxnas_mlflow.data._cache import Pixels, look_through
 from foxnas_mlflow.data._duplicates import duplicate_warnings, listed
 from foxnas_mlflow.data._glyphs import LETTERS, glyphs
@@ -426,7 +427,7 @@ def load_dataset(
             "max_train must leave an image of every class",
             received=f"max_train={max_train} for {dataset.n_classes} classes",
         )
-    rng = np.random.default_rng([seed, 1])
+    rng = listed_stream(seed, Stream.IMAGE_LIMIT)
     train, val = _at_most(dataset.train, max_train, rng), _at_most(dataset.val, max_val, rng)
     if sizes:
         train, val = (_with_pixels(images, sizes, keep) for images in (train, val))
@@ -595,7 +596,7 @@ def calibration_images(dataset: ImageDataset, preprocessing: Preprocessing, n: i
     Returns:
         uint8 (n, image_size, image_size, channels).
     """
-    rng = np.random.default_rng([seed, 5])
+    rng = listed_stream(seed, Stream.QUANTIZATION_IMAGES)
     index = np.arange(len(dataset.train))
     if n < len(index):
         index = choose_by_class(dataset.train.targets, n, rng)
@@ -642,7 +643,7 @@ def _assemble(
                 "every class needs two readable images, one to train on and one to validate on",
                 received=labels[int(counts.argmin())] + _beside(unread),
             )
-        rest, taken = _split(train, labels, split[0], np.random.default_rng([split[1], 0]))
+        rest, taken = _split(train, labels, split[0], listed_stream(split[1], Stream.VALIDATION_SPLIT))
         train, val = _subset(train, rest), _subset(train, taken)
     _check_classes(source, labels, train, unread)
     if not len(val):

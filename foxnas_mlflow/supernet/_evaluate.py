@@ -12,6 +12,7 @@ from torch import Tensor
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.random import Stream, listed_stream
 from foxnas_mlflow.data import (
     Evaluation,
     ImageDataset,
@@ -72,7 +73,7 @@ class SubnetEvaluator:
         self._supernet = supernet.eval()
         self._dataset = dataset
         self._device = device
-        rng = np.random.default_rng([seed, 2])
+        rng = listed_stream(seed, Stream.EVALUATION_IMAGES)
         n_train, n_val = len(dataset.train), len(dataset.val)
         # Shuffled: statistics of batches of one class would not be those of the data.
         self._calibration = rng.permutation(n_train)[: min(calibration_images, n_train)]

@@ -8,12 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's own name
 from torch import Tensor, nn
 
-from foxnas_mlflow.core.random import Stream
+from foxnas_mlflow.core.random import Stream, listed_stream
 from foxnas_mlflow.supernet._distributed import GradientAverage, add_gradient
 from foxnas_mlflow.supernet._optimizer import Sgd
 from foxnas_mlflow.supernet._state import Mode, TrainingState
@@ -112,7 +111,7 @@ def set_gradients(
         average: Averages the gradients over ranks as they come; needs workers that compute one by one.
     """
     config, strategy = state.config, strategy_of(state.config)
-    rng = np.random.default_rng([config.seed, int(Stream.TRAINED_SUBNETS), state.step])
+    rng = listed_stream(config.seed, Stream.TRAINED_SUBNETS, state.step)
     networks = strategy.prepare(state.network, workers.copies, phase, rng)
     # In parts, for memory: every part adds its share of the batch's mean, and has two images at least for batch norm.
     parts = torch.arange(len(images)).tensor_split(min(config.accumulate, max(len(images) // 2, 1)))

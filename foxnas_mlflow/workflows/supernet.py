@@ -459,9 +459,10 @@ def _accuracies(
     import numpy as np
 
     from foxnas_mlflow.core.classification import majority_percent
+    from foxnas_mlflow.core.random import Stream, listed_stream
 
     largest, smallest = evaluator.evaluate(space.largest()), evaluator.evaluate(space.smallest())
-    drawn = space.sample(np.random.default_rng([seed, 4]), n=n_random)
+    drawn = space.sample(listed_stream(seed, Stream.SHOWN_SUBNETS), n=n_random)
     top1, balanced = np.array([(e.top1_percent, e.balanced_percent) for e in map(evaluator.evaluate, drawn)]).T
     metrics = {
         "eval/top1_max": largest.top1_percent,
