@@ -1,6 +1,6 @@
 """Images on their way into a network, the same in training, evaluation and serving."""
 
-from foxnas_mlflow.data._answers import Evaluation, evaluate
+from foxnas_mlflow.data._answers import Evaluation, evaluate, packed, unpacked
 from foxnas_mlflow.data._datasets import (
     ArrayImages,
     FileImages,
@@ -30,8 +30,10 @@ __all__ = [
     "earlier_digests",
     "evaluate",
     "load_dataset",
+    "packed",
     "pictures_below",
     "prepared_batches",
     "resize",
+    "unpacked",
     "unread_words",
 ]

@@ -56,6 +56,16 @@ class Evaluation:
         return balanced_percent(self.counts)
 
 
+def packed(correct: NDArray[np.bool_]) -> str:
+    """Right and wrong answers as text: a bit an image, in hex."""
+    return np.packbits(correct).tobytes().hex()
+
+
+def unpacked(text: str, n_images: int) -> NDArray[np.bool_]:
+    """The answers (n_images,) that were `packed`."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=n_images).astype(bool)
+
+
 def evaluate(
     batches: Iterable[tuple[_Images, NDArray[np.integer]]], *networks: Callable[[_Images], NDArray[Any]]
 ) -> list[Evaluation]:

@@ -21,7 +21,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.core.workers import Executor, each
-from foxnas_mlflow.data import Preprocessing, calibration_images, evaluate, prepared_batches
+from foxnas_mlflow.data import Preprocessing, calibration_images, evaluate, packed, prepared_batches, unpacked
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, load_model
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
 from foxnas_mlflow.workflows._evaluation import EvaluatorMaking, evaluator_making
@@ -148,7 +148,7 @@ def compare(
                 write_atomically(path, json.dumps({**json.loads(figures), **measure(data)}))
                 made.unlink()
             kept = json.loads(path.read_text(encoding="utf-8"))
-            bits = np.frombuffer(bytes.fromhex(kept.pop("correct")), dtype=np.uint8)
+            correct = unpacked(kept.pop("correct"), kept["n_images"])
             predicted = predictors.predict_table([architecture], confidence=confidence)
             rows.append(
                 Comparison(
@@ -157,7 +157,7 @@ def compare(
                     predicted_accuracy=predicted["accuracy"][0],
                     predicted_latency_ms=predicted["latency_ms"][0],
                     predicted_latency_upper_ms=predictors.latency_bound_ms(architecture, confidence),
-                    correct=np.unpackbits(bits, count=kept["n_images"]).astype(bool),
+                    correct=correct,
                     **kept,
                 )
             )
@@ -207,7 +207,7 @@ class _Converting:
                 {
                     "accuracy": 100 * float(correct.mean()),
                     "n_images": len(correct),
-                    "correct": np.packbits(correct).tobytes().hex(),
+                    "correct": packed(correct),
                 },
             )
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import InfeasibleConstraintError
 from foxnas_mlflow.core.files import cache_directory, json_digest, worked_on, write_atomically
@@ -21,6 +19,7 @@ from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.searchers import Candidate, Evaluated, SearchOutcome, candidates, verify
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.data import packed, unpacked
 from foxnas_mlflow.flavor import SubnetModel
 from foxnas_mlflow.tracking.inputs import MEASUREMENTS, TrainedSupernet
 from foxnas_mlflow.tracking.run import EntryRun
@@ -221,12 +220,10 @@ def _evaluate(evaluators: Evaluators, kept: Path) -> Callable[[Architecture], Ev
                 "accuracy": evaluation.top1_percent,
                 "standard_error": evaluation.standard_error,
                 "n_images": len(evaluation.correct),
-                "correct": np.packbits(evaluation.correct).tobytes().hex(),
+                "correct": packed(evaluation.correct),
             }
             write_atomically(path, json.dumps(content))
         known = json.loads(path.read_text(encoding="utf-8"))
-        bits = np.frombuffer(bytes.fromhex(known["correct"]), dtype=np.uint8)
-        correct = np.unpackbits(bits, count=known["n_images"]).astype(bool)
-        return Evaluated(known["accuracy"], known["standard_error"], correct)
+        return Evaluated(known["accuracy"], known["standard_error"], unpacked(known["correct"], known["n_images"]))
 
     return evaluate
