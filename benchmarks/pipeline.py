@@ -28,7 +28,7 @@ from foxnas_mlflow.core.predictors import fit_predictors, widest_formula
 from foxnas_mlflow.core.searchers import Objective, exact_optimum, fastest, front_of
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.tracking.inputs import open_measurements, open_supernet
-from foxnas_mlflow.workflows._evaluation import supernet_evaluator
+from foxnas_mlflow.workflows._evaluation import evaluator_making
 from foxnas_mlflow.workflows._timers import open_device
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,9 +50,9 @@ rng = np.random.default_rng([args.seed, 7])
 target = get_target(args.target)
 supernet = open_supernet(args.supernet, data=args.data)
 space = supernet.space
-evaluator = supernet_evaluator(
+evaluator = evaluator_making(
     supernet, image_sizes=space.image_sizes, validation_images=args.validation_images, seed=args.seed
-)
+).evaluator()
 
 
 def accuracies(networks: list[Architecture]) -> list[float]:

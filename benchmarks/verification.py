@@ -149,7 +149,7 @@ def answers(seed: int, args: argparse.Namespace) -> list[Answer]:
         seen = loop.looked[0].candidates
         for method, verdict in (
             ("auto", loop.looked[0]),
-            ("strict", choose(loop.outcomes[0], seen, tolerance_points=0.0)),
+            ("strict", choose(searched(loop.predictors)[0], seen, tolerance_points=0.0)),
         ):
             others = [c.architecture for c in seen]
             answer(method, n, len(loop.rows), verdict.chosen.architecture, others)

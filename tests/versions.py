@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from mlflow.entities.model_registry import ModelVersion
 
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data.preprocess import Preprocessing
 from foxnas_mlflow.devices import Benchmark
-from foxnas_mlflow.flavor import TfliteModel, log_model, signer
+from foxnas_mlflow.flavor import TfliteModel, log_model, model_id_of, signer
 from foxnas_mlflow.tflite import write_probe
+from foxnas_mlflow.tracking.registry import metrics_of
 
 NAME = "foxnas-rpi4"
 FIGURES = {
@@ -74,6 +76,12 @@ def register_version(
     for key, value in {"weights": weights, "target": target, **tags}.items():
         client.set_model_version_tag(name, number, key, value)
     return number
+
+
+def version_metrics(version: ModelVersion) -> dict[str, float]:
+    """The figures of a version: the latest value of every metric of its logged model."""
+    model_id = model_id_of(version)
+    return {} if model_id is None else {metric.key: metric.value for metric in metrics_of(model_id)}
 
 
 def log_measurement(

@@ -257,11 +257,6 @@ class ImageDataset:
         return self.channels == 3 and not self.drawn
 
     @property
-    def majority_share(self) -> float:
-        """Share of the validation images that the most frequent class has: what always answering it would reach."""
-        return float(np.bincount(self.val.targets).max() / len(self.val))
-
-    @property
     def broken(self) -> tuple[str, ...]:
         """Files that were whole at first, and could not be read any more when they were asked for."""
         sets = (images.broken for images in (self.train, self.val) if isinstance(images, FileImages))

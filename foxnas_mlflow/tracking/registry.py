@@ -18,7 +18,6 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from foxnas_mlflow.core.addresses import UNKNOWN_HOST
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
 from foxnas_mlflow.core.redaction import redacted
-from foxnas_mlflow.flavor import model_id_of
 from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
 logger = logging.getLogger("foxnas_mlflow")
@@ -392,15 +391,6 @@ def tag_version(name: str, version: str | int, tags: Mapping[str, object]) -> No
     client = MlflowClient()
     for key, value in tags.items():
         client.set_model_version_tag(name, str(version), key, redacted(str(value)))
-
-
-def version_metrics(version: ModelVersion) -> dict[str, float]:
-    """The figures of a version: the latest value of every metric of its logged model.
-
-    Metrics that only its run has are left out: a run may hold figures of several models.
-    """
-    model_id = model_id_of(version)
-    return {} if model_id is None else {metric.key: metric.value for metric in metrics_of(model_id)}
 
 
 _WHAT: Mapping[str, str] = {

@@ -23,22 +23,6 @@ if TYPE_CHECKING:
 _CACHED_BYTES = 2**30
 
 
-def supernet_evaluator(
-    trained: TrainedSupernet, *, image_sizes: Sequence[int], validation_images: int = 0, seed: int = 0
-) -> SubnetEvaluator:
-    """Evaluates a supernet's subnets, on a GPU where there is one.
-
-    Args:
-        trained: The supernet and its images.
-        image_sizes: Image sizes in pixels that it will be asked for.
-        validation_images: At most so many validation images, and no more than 1 GiB holds; 0: all.
-        seed: Seed of the choice of calibration and validation images.
-    """
-    return evaluator_making(
-        trained, image_sizes=image_sizes, validation_images=validation_images, seed=seed
-    ).evaluator()
-
-
 @dataclass(frozen=True)
 class EvaluatorMaking:
     """All that an evaluator is made of, to be sent where it is made.
@@ -55,6 +39,7 @@ class EvaluatorMaking:
     n_threads: int | None = None
 
     def evaluator(self) -> SubnetEvaluator:
+        """Evaluates the subnets, on a GPU where there is one."""
         import torch
 
         from foxnas_mlflow.supernet import SubnetEvaluator, Supernet
@@ -83,7 +68,15 @@ def evaluator_making(
     seed: int = 0,
     n_threads: int | None = None,
 ) -> EvaluatorMaking:
-    """What an evaluator is made of; the arguments are those of `supernet_evaluator` and `EvaluatorMaking`."""
+    """What an evaluator is made of.
+
+    Args:
+        trained: The supernet and its images.
+        image_sizes: Image sizes in pixels that it will be asked for.
+        validation_images: At most so many validation images, and no more than 1 GiB holds; 0: all.
+        seed: Seed of the choice of calibration and validation images.
+        n_threads: Threads of a worker; None: PyTorch's own choice.
+    """
     n_bytes = sum(size * size * trained.space.in_channels for size in image_sizes)
     limit = max(_CACHED_BYTES // n_bytes, 1)
     images = min(validation_images or limit, limit)
@@ -120,7 +113,7 @@ def supernet_evaluators(
     """Evaluates a supernet's subnets, `n` at once.
 
     Args:
-        trained, image_sizes, validation_images, seed: As for `supernet_evaluator`.
+        trained, image_sizes, validation_images, seed: As for `evaluator_making`.
         n: How many workers.
         executor: Starts them; None: this process alone, one subnet at a time.
     """

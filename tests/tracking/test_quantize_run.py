@@ -123,7 +123,7 @@ def test_a_quantization_logs_what_the_contract_names(
     from PIL import Image
 
     from foxnas_mlflow.tflite import Int8Model, read_tflite
-    from foxnas_mlflow.tracking.registry import version_metrics
+    from tests.versions import version_metrics
 
     # Its supernet was trained on a part of the images.
     register(dataclasses.replace(subnet, details={**subnet.details, "training": {"max_train": 600}}))
@@ -232,7 +232,7 @@ def test_held_out_images_give_the_final_figure(
     from PIL import Image
 
     from foxnas_mlflow.tflite import Int8Model
-    from foxnas_mlflow.tracking.registry import version_metrics
+    from tests.versions import version_metrics
 
     register(in_colour(subnet))
     begin = 0
@@ -268,7 +268,7 @@ def test_the_edge_tpu_with_and_without_a_compiler(
 ) -> None:
     import mlflow
 
-    from foxnas_mlflow.tracking.registry import version_metrics
+    from tests.versions import version_metrics
 
     uri = register(subnet)
     command = ["quantize", "--subnet", uri, "--target", "edgetpu", "--calibration-images", "16", "--max-val", "40"]
@@ -343,7 +343,7 @@ def test_what_int8_loses_is_repaired_by_training_with_simulated_int8(
     import mlflow
 
     from foxnas_mlflow.tflite import read_tflite
-    from foxnas_mlflow.tracking.registry import version_metrics
+    from tests.versions import version_metrics
 
     register(spoiled(subnet, 40.0))
     assert main(["quantize", "--subnet", "models:/foxnas-subnet-cpu/1", "--target", "cpu"]) == 0

@@ -14,9 +14,8 @@ import pytest
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.flavor import model_id_of
-from foxnas_mlflow.tracking.registry import version_metrics
 from tests.servers import ADMIN, login_server
-from tests.versions import NAME, register_version, state
+from tests.versions import NAME, register_version, state, version_metrics
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

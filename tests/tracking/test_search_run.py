@@ -127,7 +127,7 @@ def test_several_latencies_register_a_network_each_in_one_run_with_one_front(tra
     import mlflow
 
     from foxnas_mlflow.core.searchers import search_each
-    from foxnas_mlflow.tracking.registry import version_metrics
+    from tests.versions import version_metrics
 
     assert main(["search", "--latency-ms", "45,90", "--evaluations", "2000"]) == 0
     client = mlflow.MlflowClient()

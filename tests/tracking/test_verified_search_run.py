@@ -16,10 +16,10 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.measurements import Measurement, read_finished, read_measurements, write_measurements
 from foxnas_mlflow.core.predictors import fit_predictors, reference_latency
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.tracking.registry import version_metrics
 from tests.measuring import shorten
 from tests.pipelines import Running
 from tests.supernets import MINI_SPACE, TRAINING, register_mini_supernet
+from tests.versions import version_metrics
 
 pytestmark = [pytest.mark.server, pytest.mark.train]
 

@@ -57,7 +57,6 @@ class Loop(Generic[L]):
 
     Attributes:
         predictors: Those of the round that chose.
-        outcomes: The searches of that round.
         looked: What was looked at, for each search: all networks of all rounds.
         rounds: All rounds, in order.
         rows: All rows that are known now: those given, and the networks looked at with their newest figures.
@@ -65,7 +64,6 @@ class Loop(Generic[L]):
     """
 
     predictors: PredictorSet
-    outcomes: tuple[SearchOutcome, ...]
     looked: tuple[L, ...]
     rounds: tuple[Round, ...]
     rows: tuple[Measurement, ...]
@@ -130,7 +128,7 @@ def closed_loop(
         if before == [candidate.architecture for candidate in chosen]:
             reason = "the found network stays"
             break
-    return Loop(used, outcomes, looked, tuple(done), tuple(table.values()), reason)
+    return Loop(used, looked, tuple(done), tuple(table.values()), reason)
 
 
 def _learnt(candidate: Candidate, before: Measurement | None) -> Measurement:

@@ -210,17 +210,6 @@ def get_searcher(name: str) -> Searcher:
     return known[name]
 
 
-def check_budget(latency_ms: float | None, evaluations: int) -> None:
-    """Check what a search may cost and what it must meet.
-
-    Raises:
-        InvalidInputError: If latency_ms or evaluations is not positive.
-    """
-    parse_limits(latency_ms=latency_ms)
-    if evaluations < 1:
-        raise InvalidInputError("evaluations must be a positive integer", received=evaluations)
-
-
 _KNEE_POINTS = 12
 
 KNEE = "knee"
