@@ -1,4 +1,4 @@
-"""What entry points are given by a name: supernets, predictors and tables of measurements.
+"""What entry points are given by a name: supernets, subnets, predictors and tables of measurements.
 
 Each comes as a path or as a URI of MLflow (``models:/NAME/VERSION``, ``runs:/RUN/PATH``).
 """
@@ -20,7 +20,7 @@ from foxnas_mlflow.core.predictors import PredictorSet, load_predictors, referen
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.data.preprocess import WHITE
-from foxnas_mlflow.flavor import SupernetModel, load_model
+from foxnas_mlflow.flavor import SubnetModel, SupernetModel, load_model
 from foxnas_mlflow.tracking.registry import fixed_uri, is_version, list_versions, newest, registered_name
 from foxnas_mlflow.tracking.run import download_artifact
 
@@ -105,6 +105,41 @@ def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedS
     if model.preprocessing is not None:
         dataset = dataclasses.replace(dataset, normalization=model.preprocessing.normalization)
     return TrainedSupernet(uri, model, dataset)
+
+
+def open_subnet(uri: str) -> tuple[SubnetModel, str]:
+    """Load a registered subnet that has weights.
+
+    Args:
+        uri: Model URI.
+
+    Returns:
+        The subnet, and its URI with the version in place of an alias.
+
+    Raises:
+        InvalidInputError: If it is no URI, or the subnet has no weights.
+        InvalidFormatError: If it is another kind of model.
+        MlflowException: If there is no such model.
+    """
+    if not uri or Path(uri).is_file():
+        raise InvalidInputError(
+            "subnet must be the model URI of a subnet with weights",
+            received=uri or None,
+            remedy="make one with: foxnas search --supernet models:/foxnas-supernet/1",
+        )
+    uri = fixed_uri(uri)
+    model = load_model(uri)
+    if not isinstance(model, SubnetModel):
+        raise InvalidFormatError(
+            "subnet must be a model of kind 'subnet'", received=f"{uri}: {type(model).__name__.removesuffix('Model')}"
+        )
+    if model.weights is None:
+        raise InvalidInputError(
+            "the subnet must have weights",
+            received=f"{uri} (weights=none)",
+            remedy="search again with --supernet, which gives the found network its weights",
+        )
+    return model, uri
 
 
 def open_predictors(source: str, target: str) -> tuple[PredictorSet, str]:

@@ -71,19 +71,15 @@ def run_finetune(
         tags: Further tags of its run.
 
     Raises:
-        InvalidFormatError: If the model is not a subnet with weights.
+        InvalidInputError, InvalidFormatError: If the model is not a subnet with weights.
     """
-    from foxnas_mlflow.core.errors import InvalidFormatError
     from foxnas_mlflow.core.targets import get_target
-    from foxnas_mlflow.flavor import SubnetModel, load_model
-    from foxnas_mlflow.tracking.registry import fixed_uri
+    from foxnas_mlflow.tracking.inputs import open_subnet
     from foxnas_mlflow.tracking.run import entry_run
 
     target = get_target(request.target) if request.target else None
-    request = request.replace(subnet=fixed_uri(request.subnet))
-    model = load_model(request.subnet)
-    if not isinstance(model, SubnetModel):
-        raise InvalidFormatError("only a subnet with weights can be trained further", received=request.subnet)
+    model, uri = open_subnet(request.subnet)
+    request = request.replace(subnet=uri)
     size = model.architecture.image_size
     dataset = images_of(
         model, request.data, seed=request.seed, max_train=request.max_train or None, sizes=(size,), keep=True
@@ -106,7 +102,6 @@ def _finetuned(
     checkpoint: Path,
     progress: Callable[[int, int, float], None],
 ) -> FinetuneResult:
-    from foxnas_mlflow.core.errors import InvalidFormatError
     from foxnas_mlflow.core.network import build_network
     from foxnas_mlflow.flavor import SubnetModel, log_model
     from foxnas_mlflow.supernet import AUGMENTED_EPOCHS, PlainNetwork, finetune, get_preset, subnet_weights
@@ -115,8 +110,8 @@ def _finetuned(
     from foxnas_mlflow.tracking.supernet import log_dataset
 
     subnet_uri, epochs, preset = request.subnet, request.epochs, get_preset(request.preset)
-    if model.weights is None or model.preprocessing is None:
-        raise InvalidFormatError("only a subnet with weights can be trained further", received=subnet_uri)
+    shared_weights = model.weights or {}
+    preprocessing = model.preprocessing or dataset.preprocessing(model.architecture.image_size)
     log_dataset(run, dataset, context="training")
     network = build_network(model.space, model.architecture)
     batches = batches_of(
@@ -127,7 +122,7 @@ def _finetuned(
         seed=request.seed,
     )
     plain = finetune(
-        PlainNetwork.from_weights(network, model.weights),
+        PlainNetwork.from_weights(network, shared_weights),
         batches,
         epochs=epochs,
         learning_rate=LEARNING_RATE_SHARE * preset.learning_rate,
@@ -136,7 +131,7 @@ def _finetuned(
         checkpoint=checkpoint,
     )
     weights = subnet_weights(plain)
-    inherited, evaluated = (_evaluated(network, w, dataset, model.preprocessing) for w in (model.weights, weights))
+    inherited, evaluated = (_evaluated(network, w, dataset, preprocessing) for w in (shared_weights, weights))
     before, after = inherited.top1_percent, evaluated.top1_percent
     better = SubnetModel(
         model.architecture,
@@ -149,7 +144,7 @@ def _finetuned(
             "finetuned_from": subnet_uri,
         },
         weights,
-        model.preprocessing,
+        preprocessing,
         model.labels,
     )
     version = find_version(subnet_uri)

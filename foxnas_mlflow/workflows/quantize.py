@@ -110,6 +110,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     with quiet_tensorflow():
         import_or_raise("tensorflow", extra="tflite", feature="conversion to TensorFlow Lite")
 
+    from foxnas_mlflow.tracking.inputs import open_subnet
     from foxnas_mlflow.tracking.registry import registered_name
     from foxnas_mlflow.tracking.run import entry_run
 
@@ -120,7 +121,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
 
         # Before the conversion: an image that is not there shall cost no wait.
         compiler = find_compiler(request.compiler_image)
-    subnet, uri = _load_subnet(request.subnet)
+    subnet, uri = open_subnet(request.subnet)
     network = build_network(subnet.space, subnet.architecture)
     source = request.data or str(subnet.details.get("data", ""))
     if not source:
@@ -166,35 +167,6 @@ def _compile(run: EntryRun, data: bytes, compiler: EdgeTpuCompiler | None) -> Ed
     output = compiler.run(data)
     run.log_text(output.log, "edgetpu.log")
     return EdgeTpuResult(readiness, output.data, output.report())
-
-
-def _load_subnet(uri: str) -> tuple[SubnetModel, str]:
-    """A registered subnet that has weights, and its URI with the version in place of an alias."""
-    from pathlib import Path
-
-    from foxnas_mlflow.core.errors import InvalidFormatError
-    from foxnas_mlflow.flavor import SubnetModel, load_model
-    from foxnas_mlflow.tracking.registry import fixed_uri
-
-    if not uri or Path(uri).is_file():
-        raise InvalidInputError(
-            "subnet must be the model URI of a subnet with weights",
-            received=uri or None,
-            remedy="make one with: foxnas search --supernet models:/foxnas-supernet/1",
-        )
-    uri = fixed_uri(uri)
-    model = load_model(uri)
-    if not isinstance(model, SubnetModel):
-        raise InvalidFormatError(
-            "subnet must be a model of kind 'subnet'", received=f"{uri}: {type(model).__name__.removesuffix('Model')}"
-        )
-    if model.weights is None:
-        raise InvalidInputError(
-            "the subnet must have weights",
-            received=f"{uri} (weights=none)",
-            remedy="search again with --supernet, which gives the found network its weights",
-        )
-    return model, uri
 
 
 def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tuple[Preprocessing, tuple[str, ...]]:
