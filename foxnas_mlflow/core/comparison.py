@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
+from foxnas_mlflow.core.files import write_csv
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.searchers import Front, paired_difference
 from foxnas_mlflow.core.space import SearchSpace
@@ -234,13 +235,11 @@ def write_comparisons(rows: Sequence[Comparison], path: Path) -> None:
     """Write ``predicted_vs_real.csv``, the found network first."""
     kept_out = ("architecture", "correct")
     names = [field.name for field in dataclasses.fields(Comparison) if field.name not in kept_out]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*names, "image_size", "architecture"])
-        for row in rows:
-            values = [getattr(row, name) for name in names]
-            cells = ["" if value is None else value for value in values]
-            writer.writerow([*cells, row.architecture.image_size, row.architecture.to_json()])
+    cells = (
+        [*(getattr(row, name) for name in names), row.architecture.image_size, row.architecture.to_json()]
+        for row in rows
+    )
+    write_csv(path, [*names, "image_size", "architecture"], cells)
 
 
 def read_comparisons(path: Path, space: SearchSpace) -> list[Comparison]:

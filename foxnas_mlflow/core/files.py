@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from foxnas_mlflow.core.errors import InvalidInputError
 
@@ -18,10 +20,14 @@ def cache_directory(*parts: str) -> Path:
     Args:
         parts: Its place below ``$XDG_CACHE_HOME/foxnas_mlflow``, by default ``~/.cache/foxnas_mlflow``.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    directory = Path(root, "foxnas_mlflow", *parts)
+    directory = cache_root().joinpath(*parts)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+def cache_root() -> Path:
+    """Where all such directories are; it may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "foxnas_mlflow")
 
 
 def sought(path: str | Path, error: OSError) -> str:
@@ -42,13 +48,21 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that readers, and a crash, see the old content or the new, never half of it."""
+def write_atomically(path: str | Path, data: bytes | str | Callable[[BinaryIO], None]) -> None:
+    """Write a file so that readers, and a crash, see the old content or the new, never half of it.
+
+    Args:
+        path: The file.
+        data: Its content, or what writes it.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -56,6 +70,14 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table with the names of its columns; None becomes an empty cell."""
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 @contextlib.contextmanager

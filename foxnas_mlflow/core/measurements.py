@@ -18,7 +18,7 @@ from typing import Any
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import FoxNasError, InvalidMeasurementsError
-from foxnas_mlflow.core.files import sought
+from foxnas_mlflow.core.files import sought, write_atomically
 from foxnas_mlflow.core.space import CPU_SPACE
 
 COLUMNS: tuple[str, ...] = (
@@ -263,9 +263,7 @@ def read_finished(path: str | Path) -> list[Measurement]:
 
 def write_measurements(rows: Sequence[Measurement], path: str | Path) -> None:
     """Write ``measurements.csv`` in one step: readers see the old file or the new one."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(_csv_text(rows, _columns(rows), header=True), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, _csv_text(rows, _columns(rows), header=True))
 
 
 def fastest(rows: Iterable[Measurement]) -> dict[Architecture, Measurement]:

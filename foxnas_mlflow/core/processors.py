@@ -1,8 +1,9 @@
-"""Processors that this process really has: its affinity, within the quota of its container."""
+"""Processors that this process really has: its affinity, within the quota of its container; and their name."""
 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def quota_processors() -> float | None:
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit() and int(words[0]) and int(words[1]):
             quotas.append(int(words[0]) / int(words[1]))
     return min(quotas, default=None)
+
+
+def processor_name() -> str:
+    """The processor's name where the system tells it, otherwise its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":") for line in lines]
+    names = [value.strip() for key, _, value in named if key.strip() in ("model name", "Model")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _groups() -> Iterator[Path]:

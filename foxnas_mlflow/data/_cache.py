@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidInputError, import_or_raise
-from foxnas_mlflow.core.files import cache_directory, in_turn
+from foxnas_mlflow.core.files import cache_directory, in_turn, write_atomically
 from foxnas_mlflow.data._look import FACTS, look_at_all
 from foxnas_mlflow.data._names import Paths
 from foxnas_mlflow.data.preprocess import read_formats
@@ -164,7 +164,8 @@ def _remember(path: Path, facts: NDArray[Any]) -> None:
     others = stored[~np.isin(stored["key"], facts["key"])]
     if len(others) <= len(facts) + _FEW_OTHERS:
         facts = np.concatenate([facts, others])
-    _save(path, facts[np.argsort(facts["key"])])
+    facts = facts[np.argsort(facts["key"])]
+    write_atomically(path, lambda file: np.save(file, facts))
 
 
 def _stored(path: Path) -> NDArray[Any]:
@@ -173,13 +174,6 @@ def _stored(path: Path) -> NDArray[Any]:
     except (OSError, ValueError, EOFError):
         return np.zeros(0, FACTS)
     return stored if stored.dtype == FACTS else np.zeros(0, FACTS)
-
-
-def _save(path: Path, values: NDArray[Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, values)
-    os.replace(temporary, path)
 
 
 def _digest(facts: NDArray[Any]) -> str:

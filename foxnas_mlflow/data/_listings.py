@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foxnas_mlflow.core.files import cache_directory
+from foxnas_mlflow.core.files import cache_directory, write_atomically
 from foxnas_mlflow.data._names import Names
 
 _KEPT = 8
@@ -143,10 +143,7 @@ def keep_listing(source: Path, digest: str, listing: Listing) -> None:
         arrays |= {f"{i}.text": text, f"{i}.ends": ends, f"{i}.n_bytes": part.n_bytes, f"{i}.whole": part.whole}
         arrays[f"{i}.targets"] = part.targets
         arrays |= {f"{i}.{key}": value for key in _OPTIONAL if (value := getattr(part, key)) is not None}
-    temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
     for old in _kept(source)[_KEPT:]:
         old.unlink(missing_ok=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shlex
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import InvalidInputError, RegistrationError
+from foxnas_mlflow.core.files import write_csv
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.devices import Benchmark, VelaEstimate
 from foxnas_mlflow.flavor import FLAVOR_NAME, TfliteModel, load_model
@@ -204,10 +204,9 @@ def log_estimate(run: EntryRun, estimate: VelaEstimate, model: MeasuredModel) ->
         model: What was compiled.
     """
     run.log_json(estimate.to_dict(), "vela.json")
-    with (run.directory / "vela_layers.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(estimate.layers[0]))
-        writer.writeheader()
-        writer.writerows(estimate.layers)
+    columns = list(estimate.layers[0])
+    rows = ([layer[column] for column in columns] for layer in estimate.layers)
+    write_csv(run.directory / "vela_layers.csv", columns, rows)
     run.log_table(list(estimate.layers), "tables/vela_layers.json")
     (run.directory / "model_vela.tflite").write_bytes(estimate.compiled)
     run.log_artifacts(run.directory)

@@ -38,11 +38,11 @@ class FoxnasRunContext(RunContextProvider):
 @functools.cache
 def _tags() -> dict[str, str]:
     # Here, since a package of ours that is imported tells that it is at work.
-    from foxnas_mlflow.core.processors import n_processors
+    from foxnas_mlflow.core.processors import n_processors, processor_name
 
     # The name of the machine is left out: tracking servers are shared.
     tags = {
-        "foxnas.host.cpu": _cpu_name(),
+        "foxnas.host.cpu": processor_name(),
         "foxnas.host.machine": platform.machine(),
         "foxnas.host.system": platform.system(),
         "foxnas.host.cores": str(os.cpu_count() or 1),
@@ -57,16 +57,3 @@ def _tags() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return tags
-
-
-def _cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                key, _, value = line.partition(":")
-                if key.strip() in ("model name", "Model"):
-                    return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import shlex
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from foxnas_mlflow.core.classification import (
     majority_percent,
 )
 from foxnas_mlflow.core.cost import network_cost
-from foxnas_mlflow.core.files import file_digest
+from foxnas_mlflow.core.files import file_digest, write_csv
 from foxnas_mlflow.core.network import Network
 from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.core.targets import Target
@@ -255,8 +254,5 @@ def benchmark_command(uri: str, kind: str, target: Target) -> str:
 
 def write_layer_errors(errors: tuple[LayerError, ...], path: Path) -> None:
     """Write ``layer_errors.csv``: what quantization does to each operator's output, the worst first."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("name", "operator", "own_error", "error", "saturated"))
-        for row in errors:
-            writer.writerow((row.name, row.kind, f"{row.own_error:.6g}", f"{row.error:.6g}", f"{row.saturated:.6g}"))
+    rows = ((e.name, e.kind, f"{e.own_error:.6g}", f"{e.error:.6g}", f"{e.saturated:.6g}") for e in errors)
+    write_csv(path, ("name", "operator", "own_error", "error", "saturated"), rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib.util
 import json
@@ -16,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.models.model import ModelInfo
 
 from foxnas_mlflow.core.cost import network_cost
-from foxnas_mlflow.core.files import json_digest
+from foxnas_mlflow.core.files import json_digest, write_csv
 from foxnas_mlflow.core.measurements import Measurement, write_measurements
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.predictors import PredictorSet
@@ -439,24 +438,19 @@ def _training(verification: Verification | None) -> dict[str, Any]:
 
 def write_front(front: Front, path: Path) -> None:
     """Write ``front.csv``: image_size, latency_ms, accuracy, architecture."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("image_size", "latency_ms", "accuracy", "architecture"))
-        for i in range(len(front)):
-            writer.writerow(
-                (
-                    int(front.image_size[i]),
-                    repr(float(front.latency_ms[i])),
-                    repr(float(front.accuracy[i])),
-                    front.architecture(i).to_json(),
-                )
-            )
+    rows = (
+        (
+            int(front.image_size[i]),
+            float(front.latency_ms[i]),
+            float(front.accuracy[i]),
+            front.architecture(i).to_json(),
+        )
+        for i in range(len(front))
+    )
+    write_csv(path, ("image_size", "latency_ms", "accuracy", "architecture"), rows)
 
 
 def write_trace(result: SearchResult, path: Path) -> None:
     """Write ``trace.csv``: evaluation, best_accuracy, latency_ms, chain."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("evaluation", "best_accuracy", "latency_ms", "chain"))
-        for point in result.trace:
-            writer.writerow((point.evaluation, repr(point.best_accuracy), repr(point.latency_ms), point.chain))
+    rows = ((point.evaluation, point.best_accuracy, point.latency_ms, point.chain) for point in result.trace)
+    write_csv(path, ("evaluation", "best_accuracy", "latency_ms", "chain"), rows)

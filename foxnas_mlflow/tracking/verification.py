@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from foxnas_mlflow.core.files import write_csv
 from foxnas_mlflow.core.searchers import Candidate
 from foxnas_mlflow.flavor import SubnetModel
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
@@ -49,10 +49,8 @@ class Verification:
 def write_verification(candidates: Sequence[Candidate], path: Path) -> None:
     """Write ``verification.csv``."""
     rows = [candidate.to_row() for candidate in candidates]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    columns = list(rows[0])
+    write_csv(path, columns, ([row[column] for column in columns] for row in rows))
 
 
 def log_verification(run: EntryRun, looked: Sequence[Candidate], place: str = "") -> None:

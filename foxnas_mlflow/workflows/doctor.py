@@ -217,11 +217,12 @@ def _sqlite(path: str) -> str:
 
 
 def _places() -> list[tuple[str, str]]:
-    import os
     import shutil
 
+    from foxnas_mlflow.core.files import cache_root
+
     fashion = Path("/usr/share/datasets/fashion-mnist")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "foxnas_mlflow")
+    cache = cache_root()
     unfinished = [f"{sum(1 for _ in place.iterdir())} unfinished {place.name}" for place in _folders(cache)]
     free = shutil.disk_usage(cache if cache.exists() else Path.cwd()).free
     return [
@@ -241,6 +242,8 @@ def _devices() -> list[tuple[str, str]]:
     import os
     import shutil
 
+    from foxnas_mlflow.core.processors import processor_name
+
     library = ctypes.util.find_library("edgetpu")
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     tools = [
@@ -249,7 +252,7 @@ def _devices() -> list[tuple[str, str]]:
         ("edgetpu_compiler", "compiling for the Coral Edge TPU"),
     ]
     return [
-        ("this host", f"{_processor()}, {_cores()}{load}"),
+        ("this host", f"{processor_name()}, {_cores()}{load}"),
         *((tool, shutil.which(tool) or f"not installed; needed for {what}") for tool, what in tools),
         ("libedgetpu", library or "not installed; needed to run on a Coral Edge TPU of this host"),
     ]
@@ -264,17 +267,6 @@ def _cores() -> str:
     there, quota = os.cpu_count() or 1, quota_processors()
     words = f"{there} cores" if n_processors() == there else f"{n_processors()} of {there} cores"
     return words if quota is None or quota >= there else f"{words}, a quota of {quota:g} processors"
-
-
-def _processor() -> str:
-    import platform
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.machine()
 
 
 def _installed(module: str) -> bool:
