@@ -25,7 +25,7 @@ ACCURACY = "accuracy/int8_top1"
 DROP = "accuracy/quantization_drop"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """Latencies of one run, and what they are of.
 

@@ -60,7 +60,7 @@ PROMOTION_FILE = "promotion.json"
 logger = logging.getLogger("foxnas_mlflow")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Promotion:
     """What a promotion was asked and did.
 
@@ -81,8 +81,8 @@ class Promotion:
     version: str
     stage: str
     action: str
-    former: str | None
-    holder: str | None
+    former: str | None = None
+    holder: str | None = None
     verdicts: tuple[Verdict, ...] = ()
     dry_run: bool = False
     stages: bool = True
@@ -132,7 +132,15 @@ def promote(
     """
     keeper, number = StageKeeper(version.name), str(version.version)
     former = keeper.holder(stage)
-    promotion = Promotion(version.name, number, stage, "promote", former, former, (), dry_run)
+    promotion = Promotion(
+        name=version.name,
+        version=number,
+        stage=stage,
+        action="promote",
+        former=former,
+        holder=former,
+        dry_run=dry_run,
+    )
     with _refusal_told(run, promotion):
         if version.status != "READY":
             raise PromotionError(
@@ -180,9 +188,12 @@ def rollback(run: EntryRun, name: str, stage: str, *, leaving: str | None, dry_r
     """
     keeper = StageKeeper(name)
     holder = keeper.holder(stage)
-    with _refusal_told(run, Promotion(name, "", stage, "rollback", holder, holder, (), dry_run)):
-        former = _gone_back_to(run, keeper, stage, holder, leaving)
-    return _carry_out(run, keeper, Promotion(name, former, stage, "rollback", holder, holder, (), dry_run))
+    promotion = Promotion(
+        name=name, version="", stage=stage, action="rollback", former=holder, holder=holder, dry_run=dry_run
+    )
+    with _refusal_told(run, promotion):
+        version = _gone_back_to(run, keeper, stage, holder, leaving)
+    return _carry_out(run, keeper, dataclasses.replace(promotion, version=version))
 
 
 def _gone_back_to(run: EntryRun, keeper: StageKeeper, stage: str, holder: str | None, leaving: str | None) -> str:
@@ -220,7 +231,9 @@ def _gone_back_to(run: EntryRun, keeper: StageKeeper, stage: str, holder: str | 
 
 def archive(run: EntryRun, version: ModelVersion, *, dry_run: bool) -> Promotion:
     """Withdraw a version from whatever it holds."""
-    promotion = Promotion(version.name, str(version.version), ARCHIVED, "archive", None, None, (), dry_run)
+    promotion = Promotion(
+        name=version.name, version=str(version.version), stage=ARCHIVED, action="archive", dry_run=dry_run
+    )
     return _carry_out(run, StageKeeper(version.name), promotion)
 
 
@@ -438,7 +451,7 @@ def _benchmarks(metrics: Sequence[Metric], verify_key: Path | None) -> tuple[tup
 def _measured(run: Run, verify_key: Path | None) -> Measured:
     """What a run's document says that was measured; without one nothing was."""
     target, source = (run.data.tags.get(f"foxnas.{key}", "") for key in ("target", "latency_source"))
-    unknown = Measured(run.info.run_id, {}, target, run.data.tags.get("foxnas.board", ""))
+    unknown = Measured(run_id=run.info.run_id, figures={}, target=target, machine=run.data.tags.get("foxnas.board", ""))
     if not has_artifact(run.info.run_id, BENCHMARK_FILE):
         return unknown
     with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
@@ -452,15 +465,15 @@ def _measured(run: Run, verify_key: Path | None) -> Measured:
             return unknown
         unsigned = "" if verify_key is None else _unsigned(run.info.run_id, path, verify_key)
     return Measured(
-        run.info.run_id,
-        figures,
-        target,
-        str(benchmark.device),
-        bool(benchmark.emulated),
-        source,
-        str(benchmark.model_sha256),
-        unsigned,
-        threads,
+        run_id=run.info.run_id,
+        figures=figures,
+        target=target,
+        machine=str(benchmark.device),
+        emulated=bool(benchmark.emulated),
+        source=source,
+        sha256=str(benchmark.model_sha256),
+        unsigned=unsigned,
+        threads=threads,
     )
 
 

@@ -223,11 +223,38 @@ def _log_network(
     )
     if evaluated:
         run.log_metrics(evaluated, step=step, model_id=subnet.model_id, dataset=run.dataset)
-    shown = {"architecture": str(outcome.architecture), "labels": shortened(found.labels)}
-    if (run.directory / FRONT_PICTURE).exists():
-        shown[PICTURE] = picture_of(run.run_id, FRONT_PICTURE)
-    uri = _register_subnet(
-        subnet.model_uri, one, metrics, facts, tags, origin, shown, target=target, name=name, note=note
+    confidence, limit = outcome.objective.confidence, outcome.latency_limit_ms
+    reason = "" if verification is None else verification.reason
+    picture = picture_of(run.run_id, FRONT_PICTURE) if (run.directory / FRONT_PICTURE).exists() else ""
+    uri = register(
+        subnet.model_uri,
+        registered_name(name, "subnet", target.name),
+        "subnet",
+        tags={
+            **tags,
+            **origin,
+            "found_by": outcome.found_by,
+            "confidence": f"{confidence:g}",
+            "limits": describe_limits(outcome.limits),
+            **({} if limit is None else {"latency_ms": f"{limit:g}"}),
+        },
+        facts={
+            "target": target.name if limit is None else f"{target.name}, at most {limit:g} ms",
+            "searched for": str(outcome.problem),
+            "predicted accuracy, %": outcome.accuracy,
+            "predicted latency, ms": outcome.latency_ms,
+            f"upper bound at {confidence:g}, ms": outcome.latency_upper_ms,
+            **{f"limit {limit}": words for limit, words in outcome.limit_words()},
+            **{key.replace("_", " "): value for key, value in facts.items() if isinstance(value, float)},
+            **({"chosen": reason} if reason else {}),
+            "weights": tags["weights"],
+            "parameters": f"{metrics['model/params']:,.0f}",
+            **({"note": note} if note else {}),
+            "architecture": str(outcome.architecture),
+            **({"labels": shortened(found.labels)} if found.labels else {}),
+            **({PICTURE: picture} if picture else {}),
+        },
+        command=lambda uri: _with_weights(name, target) if tags["weights"] == "none" else quantize_command(uri, target),
     )
     return LoggedNetwork(uri, metrics)
 
@@ -296,52 +323,6 @@ def _metrics(outcome: SearchOutcome, facts: Mapping[str, float | str]) -> dict[s
         **{f"search/limit_price/{p.limit.quantity.replace('@', '.')}": p.per_unit for p in outcome.prices},
         **{f"search/{key}": value for key, value in facts.items() if isinstance(value, float)},
     }
-
-
-def _register_subnet(
-    model_uri: str,
-    one: Searched,
-    metrics: Mapping[str, float],
-    facts: Mapping[str, float | str],
-    tags: Mapping[str, str],
-    origin: Mapping[str, str],
-    shown: Mapping[str, str],
-    *,
-    target: Target,
-    name: str,
-    note: str,
-) -> str:
-    outcome = one.outcome
-    confidence, limit = outcome.objective.confidence, outcome.latency_limit_ms
-    reason = "" if one.verification is None else one.verification.reason
-    return register(
-        model_uri,
-        registered_name(name, "subnet", target.name),
-        "subnet",
-        tags={
-            **tags,
-            **origin,
-            "found_by": outcome.found_by,
-            "confidence": f"{confidence:g}",
-            "limits": describe_limits(outcome.limits),
-            **({} if limit is None else {"latency_ms": f"{limit:g}"}),
-        },
-        facts={
-            "target": target.name if limit is None else f"{target.name}, at most {limit:g} ms",
-            "searched for": str(outcome.problem),
-            "predicted accuracy, %": outcome.accuracy,
-            "predicted latency, ms": outcome.latency_ms,
-            f"upper bound at {confidence:g}, ms": outcome.latency_upper_ms,
-            **{f"limit {limit}": words for limit, words in outcome.limit_words()},
-            **{key.replace("_", " "): value for key, value in facts.items() if isinstance(value, float)},
-            **({"chosen": reason} if reason else {}),
-            "weights": tags["weights"],
-            "parameters": f"{metrics['model/params']:,.0f}",
-            **({"note": note} if note else {}),
-            **{key: text for key, text in shown.items() if text},
-        },
-        command=lambda uri: _with_weights(name, target) if tags["weights"] == "none" else quantize_command(uri, target),
-    )
 
 
 def quantize_command(uri: str, target: Target | None) -> str:

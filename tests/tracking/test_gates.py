@@ -26,7 +26,7 @@ from foxnas_mlflow.tracking.history import Entry, former_versions, held_on, next
 
 FIGURES = {LATENCY: 40.0, VALID: 1.0, ACCURACY: 75.0, DROP: 0.4}
 PI = "Raspberry Pi 4 Model B Rev 1.4"
-BENCHMARK = Measured("run", {LATENCY: 40.0, VALID: 1.0}, "rpi4", PI, emulated=False, source="measured")
+BENCHMARK = Measured(run_id="run", figures={LATENCY: 40.0, VALID: 1.0}, target="rpi4", machine=PI, source="measured")
 GOOD = Candidate(
     "2",
     FIGURES,
