@@ -15,6 +15,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +32,21 @@ Make = Callable[[], Callable[[T], R]]
 _log = logging.getLogger("foxnas_mlflow")
 
 _END_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Ready(Generic[T, R]):
+    """Makes work that needs nothing made.
+
+    Attributes:
+        work: A function that can be pickled.
+    """
+
+    work: Callable[[T], R]
+
+    def __call__(self) -> Callable[[T], R]:
+        """The work."""
+        return self.work
 
 
 class Worker(ABC, Generic[T, R]):

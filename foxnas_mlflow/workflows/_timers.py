@@ -24,11 +24,11 @@ from foxnas_mlflow.core.parallel import as_finished, one_at_a_time
 from foxnas_mlflow.core.predictors import PredictorSet, reference_latency
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.core.workers import Executor, Ready
 from foxnas_mlflow.workflows._addresses import addresses, is_here, shown
 from foxnas_mlflow.workflows._boards import open_boards
 
 if TYPE_CHECKING:
-    from foxnas_mlflow.core.workers import Executor
     from foxnas_mlflow.devices import Benchmark, DeviceCheck
 
 _OPENED = contextlib.ExitStack()
@@ -187,15 +187,10 @@ def check_device(device: str, executor: Executor | None = None) -> DeviceCheck:
     from foxnas_mlflow.devices import check, connect
 
     if executor is not None and executor.has(shown(device)):
-        with contextlib.closing(executor.start(_Check(), resource=shown(device))) as worker:
+        with contextlib.closing(executor.start(Ready(check_device), resource=shown(device))) as worker:
             return worker(device)
     with connect(device) as connection:
         return check(connection)
-
-
-class _Check:
-    def __call__(self) -> Callable[[str], DeviceCheck]:
-        return check_device
 
 
 def target_content(target: Target, space: SearchSpace, device: str) -> dict[str, Any]:

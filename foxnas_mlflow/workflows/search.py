@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -292,75 +292,53 @@ def _problems(request: SearchRequest, predictors: PredictorSet) -> tuple[Problem
 
 def _outcomes(request: SearchRequest, problems: Sequence[Problem], executor: Executor | None) -> list[SearchOutcome]:
     """The searches, with one front."""
+    import functools
     import time
 
     from foxnas_mlflow.core.searchers import front_of, outcome_of
-    from foxnas_mlflow.core.workers import each
+    from foxnas_mlflow.core.workers import Ready, each
 
     start = time.perf_counter()
     front = front_of(problems[0].objective)
     seconds = time.perf_counter() - start
-    solving = _Solving(problems[0], request.algorithm, request.evaluations, request.seed)
-    solved = each(solving, [problem.limits for problem in problems], executor=executor, n=request.workers)
+    solve = functools.partial(_solve, problems[0], request.algorithm, request.evaluations, request.seed)
+    solved = each(Ready(solve), [problem.limits for problem in problems], executor=executor, n=request.workers)
     return [outcome_of(p, front, one, front_seconds=seconds) for p, one in zip(problems, solved, strict=True)]
 
 
 def _compared(request: SearchRequest, found: Sequence[Searched], executor: Executor | None) -> tuple[Searched, ...]:
     """The searches with all searchers under one common budget beside each."""
     import dataclasses
+    import functools
 
-    from foxnas_mlflow.core.workers import each
+    from foxnas_mlflow.core.workers import Ready, each
 
     if request.algorithm == "exact":
         return tuple(found)
     problems = [one.outcome.problem for one in found]
-    comparing = _Comparing(problems[0], min(request.evaluations, COMPARISON_EVALUATIONS), request.seed)
-    results = each(comparing, [problem.limits for problem in problems], executor=executor, n=request.workers)
+    compare = functools.partial(_compare, problems[0], min(request.evaluations, COMPARISON_EVALUATIONS), request.seed)
+    results = each(Ready(compare), [problem.limits for problem in problems], executor=executor, n=request.workers)
     return tuple(dataclasses.replace(one, comparisons=r) for one, r in zip(found, results, strict=True))
 
 
-@dataclass(frozen=True)
-class _Solving:
-    """Solves a problem under other limits, where it is asked to."""
+def _solve(problem: Problem, algorithm: str, evaluations: int, seed: int, limits: tuple[Limit, ...]) -> Solved:
+    """Solve a problem under other limits."""
+    import dataclasses
 
-    problem: Problem
-    algorithm: str
-    evaluations: int
-    seed: int
+    from foxnas_mlflow.core.searchers import get_searcher, solve_both
 
-    def __call__(self) -> Callable[[tuple[Limit, ...]], Solved]:
-        return self._solve
-
-    def _solve(self, limits: tuple[Limit, ...]) -> Solved:
-        import dataclasses
-
-        from foxnas_mlflow.core.searchers import get_searcher, solve_both
-
-        problem = dataclasses.replace(self.problem, limits=limits)
-        searcher = get_searcher(self.algorithm)
-        return solve_both(problem, searcher=searcher, evaluations=self.evaluations, seed=self.seed)
+    problem = dataclasses.replace(problem, limits=limits)
+    return solve_both(problem, searcher=get_searcher(algorithm), evaluations=evaluations, seed=seed)
 
 
-@dataclass(frozen=True)
-class _Comparing:
-    """Has all searchers solve a problem under other limits, where it is asked to."""
+def _compare(problem: Problem, evaluations: int, seed: int, limits: tuple[Limit, ...]) -> tuple[SearcherResult, ...]:
+    """Have all searchers solve a problem under other limits."""
+    import dataclasses
 
-    problem: Problem
-    evaluations: int
-    seed: int
+    from foxnas_mlflow.core.searchers import SEARCHERS
 
-    def __call__(self) -> Callable[[tuple[Limit, ...]], tuple[SearcherResult, ...]]:
-        return self._compare
-
-    def _compare(self, limits: tuple[Limit, ...]) -> tuple[SearcherResult, ...]:
-        import dataclasses
-
-        from foxnas_mlflow.core.searchers import SEARCHERS
-
-        problem = dataclasses.replace(self.problem, limits=limits)
-        return tuple(
-            searcher.search(problem, evaluations=self.evaluations, seed=self.seed) for searcher in SEARCHERS.values()
-        )
+    problem = dataclasses.replace(problem, limits=limits)
+    return tuple(searcher.search(problem, evaluations=evaluations, seed=seed) for searcher in SEARCHERS.values())
 
 
 def _loop(
