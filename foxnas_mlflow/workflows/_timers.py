@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -321,27 +321,29 @@ class _Build:
     answered: bool = True
 
     def __call__(self) -> Callable[[Architecture], Probe]:
-        made: collections.OrderedDict[Architecture, Probe] = collections.OrderedDict()
+        from foxnas_mlflow.devices import host_answer
+
+        # What is measured again is made once.
+        write = functools.lru_cache(_REMEMBERED)(self._write)
+        answers: dict[Architecture, list[NDArray[Any]]] = {}
 
         def build(architecture: Architecture) -> Probe:
-            probe = made.get(architecture) or self._build(architecture)
-            if probe[1] is not None or not self.answered:
-                # What is measured again is made once. An answer that failed, as on a full disk, is asked for anew.
-                made[architecture] = probe
-                while len(made) > _REMEMBERED:
-                    with contextlib.suppress(KeyError):
-                        made.popitem(last=False)
-            return probe
+            probe = write(architecture)
+            if self.answered and architecture not in answers:
+                answer = host_answer(probe)
+                if answer is None:
+                    # One that failed, as on a full disk, is asked for anew the next time.
+                    return probe, None
+                answers[architecture] = answer
+            return probe, answers.get(architecture)
 
         return build
 
-    def _build(self, architecture: Architecture) -> Probe:
-        from foxnas_mlflow.devices import host_answer
+    def _write(self, architecture: Architecture) -> bytes:
         from foxnas_mlflow.tflite import write_probe
 
         network = build_network(self.space, architecture)
-        probe = write_probe(network, per_channel_dense=self.target.runtime != "edgetpu")
-        return probe, host_answer(probe) if self.answered else None
+        return write_probe(network, per_channel_dense=self.target.runtime != "edgetpu")
 
 
 @dataclass(frozen=True)
