@@ -13,10 +13,16 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from foxnas_mlflow.core.errors import UnknownTargetError
+from foxnas_mlflow.core.errors import InvalidInputError, UnknownTargetError
 from foxnas_mlflow.core.files import sought
+
+Int8Runtime = Literal["litert", "edgetpu"]
+"""What executes TensorFlow Lite files of int8 networks."""
+
+Runtime = Literal[Int8Runtime, "torch"]
+"""What executes networks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +54,7 @@ class Target:
     name: str
     description: str = ""
     space: str = "cpu"
-    runtime: str = "litert"
+    runtime: Runtime = "litert"
     threads: int = 1
     batch: int = 1
     device: str = ""
@@ -68,7 +74,7 @@ class Target:
                     received=repr(value),
                     remedy="put quotes around a number",
                 )
-        if self.runtime not in ("litert", "edgetpu", "torch"):
+        if self.runtime not in get_args(Runtime):
             raise UnknownTargetError("a target's runtime is litert, edgetpu or torch", received=repr(self.runtime))
         try:
             re.compile(self.machine)
@@ -85,6 +91,22 @@ class Target:
     def argument(self) -> str:
         """What a command is given to name it, quoted: a target of a file has no name that others know."""
         return shlex.quote(self.file or self.name)
+
+    def int8_runtime(self, what: str) -> Int8Runtime:
+        """What executes its int8 files.
+
+        Args:
+            what: Who makes them, for the message.
+
+        Raises:
+            InvalidInputError: If it executes none.
+        """
+        if self.runtime == "torch":
+            raise InvalidInputError(
+                f"{what} makes int8 files: the target's runtime must be litert or edgetpu",
+                received=f"{self.name}: {self.runtime}",
+            )
+        return self.runtime
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping that `from_dict` reads."""

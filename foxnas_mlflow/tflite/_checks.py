@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from foxnas_mlflow.core.errors import ConversionError, InvalidInputError
+from foxnas_mlflow.core.targets import Int8Runtime
 from foxnas_mlflow.tflite._graph import Operator
 from foxnas_mlflow.tflite._model import OperatorInfo, TfliteFile
-
-Runtime = Literal["litert", "edgetpu"]
 
 MAX_OPERATOR_VERSIONS: Mapping[str, Mapping[str, int]] = {
     # Seen to pass the Edge TPU compiler 16.0; higher ones are refused by it.
@@ -36,7 +34,7 @@ MAX_OPERATOR_VERSIONS: Mapping[str, Mapping[str, int]] = {
 """Highest operator versions that a runtime knows, for the operators that our networks use."""
 
 
-def check_int8(model: TfliteFile, operators: Sequence[Operator], runtime: Runtime = "litert") -> None:
+def check_int8(model: TfliteFile, operators: Sequence[Operator], runtime: Int8Runtime = "litert") -> None:
     """Check that a converted file is the network that was meant, in integers only.
 
     Args:
@@ -123,7 +121,7 @@ def body_operators(model: TfliteFile) -> list[OperatorInfo]:
 
 
 def _check_operator(
-    model: TfliteFile, inputs: tuple[int, ...], outputs: tuple[int, ...], operator: Operator, runtime: Runtime
+    model: TfliteFile, inputs: tuple[int, ...], outputs: tuple[int, ...], operator: Operator, runtime: Int8Runtime
 ) -> None:
     shape = model.tensors[outputs[0]].shape
     if shape != (1, *operator.out_shape):

@@ -23,8 +23,9 @@ from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import ConversionError, InvalidInputError, import_or_raise
 from foxnas_mlflow.core.files import write_atomically
 from foxnas_mlflow.core.network import Network
+from foxnas_mlflow.core.targets import Int8Runtime
 from foxnas_mlflow.data.preprocess import Normalization
-from foxnas_mlflow.tflite._checks import Runtime, check_int8
+from foxnas_mlflow.tflite._checks import check_int8
 from foxnas_mlflow.tflite._graph import INPUT, lower
 from foxnas_mlflow.tflite._grids import Integers, with_integers
 from foxnas_mlflow.tflite._keras import build_keras, quiet_tensorflow
@@ -80,7 +81,7 @@ def convert(
     architecture: Architecture | None = None,
     provenance: Mapping[str, Any] | None = None,
     reference_logits: FloatArray | None = None,
-    runtime: Runtime = "litert",
+    runtime: Int8Runtime = "litert",
     input_type: Literal["int8", "uint8"] = "int8",
 ) -> Conversion:
     """Convert a network to full-integer int8.

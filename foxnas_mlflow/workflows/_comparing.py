@@ -225,7 +225,7 @@ class _Converting:
             normalization=dataset.normalization,
             labels=dataset.labels,
             architecture=architecture,
-            runtime="edgetpu" if self.target.runtime == "edgetpu" else "litert",
+            runtime=self.target.int8_runtime("compare"),
         )
         return conversion.data
 

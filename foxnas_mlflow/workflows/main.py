@@ -184,10 +184,7 @@ def run_main(request: MainRequest) -> MainResult:
     from foxnas_mlflow.workflows._timers import target_content
 
     target = get_target(request.target)
-    if target.runtime == "torch":
-        raise InvalidInputError(
-            "main makes int8 models: the target's runtime must be litert or edgetpu", received=target.name
-        )
+    target.int8_runtime("main")
     device = chosen_device(request.device, target.device)
     # Hours of training are not spent before what ends the work is known to be there.
     for needed in _NEEDS:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from foxnas_mlflow.core.network import Network
-    from foxnas_mlflow.core.targets import Target
+    from foxnas_mlflow.core.targets import Int8Runtime, Target
     from foxnas_mlflow.data import ImageDataset
     from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
     from foxnas_mlflow.flavor import SubnetModel
@@ -99,11 +99,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     from foxnas_mlflow.core.targets import get_target
 
     target = get_target(request.target)
-    if target.runtime == "torch":
-        raise InvalidInputError(
-            "quantize makes TensorFlow Lite files: the target's runtime must be litert or edgetpu",
-            received=f"{target.name}: {target.runtime}",
-        )
+    runtime = target.int8_runtime("quantize")
 
     from foxnas_mlflow.tflite import quiet_tensorflow
 
@@ -116,7 +112,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
 
     registered_name(request.name, "tflite", target.name)
     compiler = None
-    if target.runtime == "edgetpu":
+    if runtime == "edgetpu":
         from foxnas_mlflow.tflite import find_compiler
 
         # Before the conversion: an image that is not there shall cost no wait.
@@ -140,10 +136,8 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
 
         log_dataset(run, dataset, context="quantization")
         provenance = {"subnet": uri, "run_id": run.run_id, "data": source, "data_digest": dataset.digest, "seed": seed}
-        quantized = _quantize(
-            request, target.runtime, subnet, network, dataset, preprocessing, labels, unknown, provenance
-        )
-        edgetpu = _compile(run, quantized.conversion.data, compiler) if target.runtime == "edgetpu" else None
+        quantized = _quantize(request, runtime, subnet, network, dataset, preprocessing, labels, unknown, provenance)
+        edgetpu = _compile(run, quantized.conversion.data, compiler) if runtime == "edgetpu" else None
         logged = log_quantized(run, quantized, target=target, name=request.name, edgetpu=edgetpu)
         return QuantizeResult(
             run_id=run.run_id,
@@ -197,7 +191,7 @@ def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tu
 
 def _quantize(
     request: QuantizeRequest,
-    runtime: Any,
+    runtime: Int8Runtime,
     subnet: SubnetModel,
     network: Network,
     dataset: ImageDataset,
