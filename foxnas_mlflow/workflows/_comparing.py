@@ -25,10 +25,8 @@ from foxnas_mlflow.data import Preprocessing, calibration_images, evaluate, pack
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, load_model
 from foxnas_mlflow.tracking.inputs import TrainedSupernet
 from foxnas_mlflow.workflows._evaluation import EvaluatorMaking, evaluator_making
+from foxnas_mlflow.workflows._images import CALIBRATION_IMAGES
 from foxnas_mlflow.workflows._timers import first_answering, open_meter, time_subnet
-
-CALIBRATION_IMAGES = 200
-"""Training images that the ranges of activations are measured on."""
 
 _MADE = ".made"
 """End of the name of a file that is converted and evaluated, and not yet measured."""

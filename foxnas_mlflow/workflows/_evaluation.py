@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 _CACHED_BYTES = 2**30
 
 
+def fitting_images(space: SearchSpace, image_sizes: Sequence[int], asked: int = 0) -> int:
+    """How many images 1 GiB holds, at least one.
+
+    Args:
+        space: The space, for the channels.
+        image_sizes: Sizes in pixels that each image is kept at.
+        asked: No more than so many; 0: as many as it holds.
+    """
+    n_bytes = sum(size * size * space.in_channels for size in image_sizes)
+    limit = max(_CACHED_BYTES // n_bytes, 1)
+    return min(asked or limit, limit)
+
+
 @dataclass(frozen=True)
 class EvaluatorMaking:
     """All that an evaluator is made of, to be sent where it is made.
@@ -77,9 +90,7 @@ def evaluator_making(
         seed: Seed of the choice of calibration and validation images.
         n_threads: Threads of a worker; None: PyTorch's own choice.
     """
-    n_bytes = sum(size * size * trained.space.in_channels for size in image_sizes)
-    limit = max(_CACHED_BYTES // n_bytes, 1)
-    images = min(validation_images or limit, limit)
+    images = fitting_images(trained.space, image_sizes, validation_images)
     return EvaluatorMaking(trained.space, trained.model.weights, trained.dataset, images, seed, n_threads)
 
 

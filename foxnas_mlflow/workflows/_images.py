@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from foxnas_mlflow.flavor import SubnetModel
     from foxnas_mlflow.supernet import Batches
 
+CALIBRATION_IMAGES = 200
+"""Training images that the ranges of activations are measured on."""
+
 
 def images_of(subnet: SubnetModel, source: str, *, seed: int = 0, **options: Any) -> ImageDataset:
     """Read images as a subnet was trained on them.

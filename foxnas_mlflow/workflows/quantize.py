@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.workflows._images import batches_of, class_weights_of, images_of
+from foxnas_mlflow.workflows._images import CALIBRATION_IMAGES, batches_of, class_weights_of, images_of
 from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
@@ -35,7 +35,7 @@ class QuantizeRequest(Request):
     data: str = parameter("", "Images: glyphs, digits, fashion-mnist or a folder; empty: those of the training.")
     target: str = parameter("rpi4", "Target: rpi4, edgetpu, cpu, or the path of a target YAML.")
     calibration_images: int = parameter(
-        200, "Training images that the ranges of activations are measured on.", at_least=8
+        CALIBRATION_IMAGES, "Training images that the ranges of activations are measured on.", at_least=8
     )
     max_val: int = parameter(0, "Evaluate on at most so many validation images, drawn by class; 0: all.", at_least=0)
     input_type: Literal["int8", "uint8"] = parameter("int8", "Type of the network's input.")

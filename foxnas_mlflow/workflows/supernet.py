@@ -87,7 +87,6 @@ N_RANDOM = 10
 _EPOCH_IMAGES = 256
 _TRAINED_IMAGES = 5000
 """Images to train on between two evaluations of epochs, of which there are three at least in a training."""
-_CACHED_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +181,10 @@ def _train_and_register(
     from foxnas_mlflow.supernet import SubnetEvaluator, train_supernet
     from foxnas_mlflow.tracking.run import best_effort
     from foxnas_mlflow.tracking.supernet import CHECKPOINT_ARTIFACTS, local_checkpoints, log_supernet
+    from foxnas_mlflow.workflows._evaluation import fitting_images
 
     size = max(space.image_sizes)
-    data = dataset.in_memory(size) if _fits(dataset, size) else dataset
+    data = dataset.in_memory(size) if _fits(dataset, space, size) else dataset
     teacher = _teacher(request, dataset, worker)
     state, batches = _begin(request, preset, space, data, len(dataset.train), worker, run.directory)
     planned = {"batch_size": batches.batch_size, "width_mult": space.width_mult}
@@ -226,7 +226,7 @@ def _train_and_register(
             teacher=teacher,
         )
     seconds = time.monotonic() - start
-    n_images = _CACHED_BYTES // (size * size * space.in_channels)
+    n_images = fitting_images(space, (size,))
     evaluator = SubnetEvaluator(supernet, dataset, validation_images=n_images, seed=request.seed, device=worker.device)
     metrics, lines, counts = _accuracies(evaluator, space, request.seed, N_RANDOM)
     run.log_table(class_table(counts, dataset.labels), "tables/classes.json")
@@ -276,7 +276,7 @@ def _train_beside(
     from foxnas_mlflow.supernet import train_supernet
 
     size = max(space.image_sizes)
-    data = dataset.in_memory(size) if _fits(dataset, size) else dataset
+    data = dataset.in_memory(size) if _fits(dataset, space, size) else dataset
     with tempfile.TemporaryDirectory(prefix="foxnas-") as directory:
         teacher = _teacher(request, dataset, worker)
         state, batches = _begin(request, preset, space, data, len(dataset.train), worker, Path(directory))
@@ -502,10 +502,11 @@ def _class_lines(counts: NDArray[np.int64], labels: Sequence[str]) -> list[str]:
     ]
 
 
-def _fits(dataset: ImageDataset, size: int) -> bool:
-    """Whether all images fit in memory at the size of training."""
-    n = len(dataset.train) + len(dataset.val)
-    return n * size * size * dataset.channels <= 2 * _CACHED_BYTES
+def _fits(dataset: ImageDataset, space: SearchSpace, size: int) -> bool:
+    """Whether 2 GiB of memory hold all images at the size of training."""
+    from foxnas_mlflow.workflows._evaluation import fitting_images
+
+    return len(dataset.train) + len(dataset.val) <= 2 * fitting_images(space, (size,))
 
 
 WORKFLOW = Workflow(
