@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import mlflow
 import pandas as pd
 
 from foxnas_mlflow.core.files import json_digest
@@ -34,6 +33,7 @@ def log_fit(
     *,
     target: Target,
     source: str,
+    origin: Mapping[str, str],
     name: str,
     noise_floor: float | None = None,
 ) -> tuple[str, dict[str, float]]:
@@ -45,6 +45,7 @@ def log_fit(
         rows: What it was fitted on, logged as ``measurements.csv``.
         target: The target.
         source: Where the rows came from.
+        origin: What is known of the run that they were sampled in, from `origin_of`.
         name: Prefix of the registered model.
         noise_floor: Standard error (points) of the rows' accuracies, where it is known.
 
@@ -82,7 +83,7 @@ def log_fit(
         tags={
             "source": source,
             PREDICTORS_DIGEST: json_digest(fit.predictors.to_dict()),
-            **_sampled_from(source),
+            **{key: value for key, value in origin.items() if key != "target"},
         },
         facts={
             "target": target.name,
@@ -94,22 +95,12 @@ def log_fit(
                 if f"predictor/{label}/{key}" in metrics
             },
         },
-        command=lambda uri: search_command(uri, target, source),
+        command=lambda uri: search_command(uri, target, origin.get("supernet")),
     )
     return uri, metrics
 
 
-def search_command(uri: str, target: Target, source: str) -> str:
-    """What to type after a fit: with the supernet that the rows are of, the found network has weights."""
+def search_command(uri: str, target: Target, supernet: str | None) -> str:
+    """What to type after a fit: with the supernet that the rows are of, where it is known, networks have weights."""
     command = f"foxnas search --target {target.argument} --predictors {shlex.quote(uri)}"
-    supernet = _sampled_from(source).get("supernet")
     return command if supernet is None else f"{command} --supernet {shlex.quote(supernet)}"
-
-
-def _sampled_from(source: str) -> dict[str, str]:
-    """What the run of the rows says of their origin."""
-    if not source.startswith("runs:/"):
-        return {}
-    run = mlflow.get_run(source.split("/")[1])
-    found = {key: run.data.params.get(f"cfg.{key}", "") for key in ("supernet", "data", "data_digest")}
-    return {key: value for key, value in found.items() if value}

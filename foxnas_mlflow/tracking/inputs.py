@@ -194,12 +194,13 @@ def open_measurements(source: str, directory: Path) -> tuple[list[Measurement], 
 
 
 def origin_of(source: str) -> dict[str, str]:
-    """What the run of a table sampled: ``supernet`` and ``target``, each where it is known."""
+    """What the run of a table sampled: ``supernet``, ``target``, ``data``, ``data_digest``, each where it is known."""
     run_id = _run_of(source)
     if run_id is None:
         return {}
     run = mlflow.get_run(run_id)
-    known = {"target": run.data.tags.get("foxnas.target", "")}
+    known = {key: run.data.params.get(f"cfg.{key}", "") for key in ("data", "data_digest")}
+    known["target"] = run.data.tags.get("foxnas.target", "")
     supernet = run.data.params.get("cfg.supernet", "")
     # What an alias, a stage or "latest" meant then is not known any more.
     if is_version(supernet):
@@ -212,14 +213,20 @@ def _run_of(source: str) -> str | None:
     if source.startswith("models:/"):
         run_id: str | None = mlflow.models.get_model_info(source).run_id
         return run_id
-    return source.split("/")[1] if source.startswith("runs:/") else None
+    return run_in(source)
+
+
+def run_in(uri: str) -> str | None:
+    """The run that ``runs:/RUN/PATH`` names; None: it is another URI, or a path."""
+    return uri.split("/")[1] if uri.startswith("runs:/") else None
 
 
 def noise_floor(source: str) -> float | None:
     """Standard error (points) of a table's accuracies, or None where its run does not tell."""
-    if not source.startswith("runs:/"):
+    run_id = run_in(source)
+    if run_id is None:
         return None
-    value = mlflow.get_run(source.split("/")[1]).data.metrics.get(NOISE_FLOOR)
+    value = mlflow.get_run(run_id).data.metrics.get(NOISE_FLOOR)
     return None if value is None else float(value)
 
 

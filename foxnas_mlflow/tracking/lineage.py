@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.flavor import model_id_of
-from foxnas_mlflow.tracking.inputs import is_uri
+from foxnas_mlflow.tracking.inputs import is_uri, run_in
 from foxnas_mlflow.tracking.promotion import held
 from foxnas_mlflow.tracking.registry import add_facts, find_version, list_versions
 
@@ -138,8 +138,9 @@ def _measured(version: ModelVersion) -> Iterator[Ancestor]:
 
 def _named(what: str, name: str, note: str = "") -> Ancestor:
     """An ancestor by its URI, with its page; one that is gone says so."""
-    if name.startswith("runs:/"):
-        run = _run(name.split("/")[1])
+    run_id = run_in(name)
+    if run_id is not None:
+        run = _run(run_id)
         return Ancestor(what, name, "" if run is None else page_of_run(run), note if run is not None else "is gone")
     if not is_uri(name):
         return Ancestor(what, redacted(name), note=note)

@@ -77,7 +77,7 @@ def run_fit(request: FitRequest, *, tags: Mapping[str, str] | None = None) -> Fi
     from foxnas_mlflow.core.space import get_space
     from foxnas_mlflow.core.targets import get_target
     from foxnas_mlflow.tracking.fit import log_fit, search_command
-    from foxnas_mlflow.tracking.inputs import noise_floor, open_measurements
+    from foxnas_mlflow.tracking.inputs import noise_floor, open_measurements, origin_of
     from foxnas_mlflow.tracking.run import entry_run
 
     target = get_target(request.target)
@@ -110,10 +110,18 @@ def run_fit(request: FitRequest, *, tags: Mapping[str, str] | None = None) -> Fi
                 progress=show,
             )
         floor = noise_floor(request.measurements)
+        origin = origin_of(request.measurements)
         uri, metrics = log_fit(
-            run, fit, rows, target=target, source=request.measurements, name=request.name, noise_floor=floor
+            run,
+            fit,
+            rows,
+            target=target,
+            source=request.measurements,
+            origin=origin,
+            name=request.name,
+            noise_floor=floor,
         )
-        following = search_command(uri, target, request.measurements)
+        following = search_command(uri, target, origin.get("supernet"))
         summary = _summary(fit, uri, run.run_id, target, following, floor, _middle_ms(rows))
         return FitStepResult(run_id=run.run_id, model_uri=uri, metrics=metrics, summary=summary)
 

@@ -247,7 +247,9 @@ def _given_rows(resume: str, supernet: TrainedSupernet, target: Target, director
         return []
     source = f"runs:/{resume}/{MEASUREMENTS}" if re.fullmatch("[0-9a-f]{32}", resume) else resume
     ours = {"supernet": supernet.uri, "target": target.name}
-    for key, its in origin_of(source).items():
+    origin = origin_of(source)
+    for key in ours:
+        its = origin.get(key, ours[key])
         if its != ours[key]:
             raise InvalidInputError(
                 f"the rows to go on from must be of the same {key}, {ours[key]}", received=f"{source}, of {its}"
