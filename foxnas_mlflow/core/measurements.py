@@ -60,7 +60,7 @@ class Timing:
         runtime: Runtime and version.
         n_runs: Timed runs behind it.
         problems: Why a measurement is not to be trusted; empty for a valid one and for an estimate.
-        emulated: Whether the device is an emulator: its times are nobody's.
+        emulated: Whether the device is an emulator: its times say nothing of real hardware.
     """
 
     latency_ms: float

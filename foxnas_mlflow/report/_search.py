@@ -90,7 +90,7 @@ def write_search_report(
             _front_note(outcome) + plot("front", _front_figure(outcome, measurements, candidates)),
         ),
         ("Limits", _limits_table(outcome)),
-        *([("Predicted and found out", _candidates_table(candidates))] if candidates else []),
+        *([("Predicted and measured", _candidates_table(candidates))] if candidates else []),
         *([("Rounds", _rounds_table(rounds, ended))] if len(rounds) > 1 else []),
         *_searching(outcome, comparisons),
         ("The network", network_drawing(predictors, outcome.architecture)),
@@ -392,7 +392,7 @@ def _front_figure(
             scatter(
                 [c.predicted_latency_ms if c.timing is None else c.timing.latency_ms for c in looked],
                 [c.predicted_accuracy if c.accuracy is None else c.accuracy for c in looked],
-                "found out",
+                "measured or evaluated",
                 "#1d2430",
                 8,
             )

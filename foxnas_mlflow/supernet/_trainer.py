@@ -81,8 +81,8 @@ class Trainer:
         observer: Who is told.
         checkpoint_seconds: Seconds between checkpoints; the end of training writes one too.
         device: Where to compute.
-        teacher: Probabilities for whole batches, from which the networks learn that nobody of the
-            training itself teaches.
+        teacher: Probabilities for whole batches; networks without a teacher inside the training learn from
+            them.
     """
 
     def __init__(

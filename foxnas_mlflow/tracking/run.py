@@ -50,7 +50,7 @@ class Terminated(BaseException):
 
 
 class EntryRun:
-    """A running MLflow run; every method is one round trip to the tracking server.
+    """A running MLflow run; a method is one round trip to the tracking server, or several for series and tables.
 
     No password goes there: parameters, tags and texts are written as `redacted` leaves them.
 

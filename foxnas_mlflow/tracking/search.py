@@ -40,7 +40,7 @@ from foxnas_mlflow.tracking.verification import Verification
 
 @dataclass(frozen=True)
 class Searched:
-    """One network that was searched for, with all that was found out about it.
+    """One network that was searched for, with everything measured and evaluated of it.
 
     Attributes:
         outcome: The search.

@@ -123,8 +123,7 @@ def run_step(
         parent: The pipeline's run.
         step: The step.
         action: Does it.
-        holds: Whether the outputs of a run that finished are still worth what they were; one whose are
-            not counts as cut off.
+        holds: Whether a finished result is still valid; a run whose result is not counts as cut off.
     """
     start = time.monotonic()
     client, digest = MlflowClient(), step.digest

@@ -1,4 +1,4 @@
-"""Where a step's work is done, as it is typed."""
+"""Parameters that say where a step's work is done: here, in processes of this machine, or on Ray."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _STOP_EVERY = 5
 
 
 class SampleLog:
-    """What is told of a sampling while it works.
+    """Logs a sampling's rows, metrics and problems while it runs.
 
     Args:
         run: The open run.

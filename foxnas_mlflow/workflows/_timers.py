@@ -151,7 +151,7 @@ def time_subnet(measure_int8: Callable[..., Benchmark], int8: bytes, **options: 
     """What a subnet costs on a device, whatever else the device does (protocol: docs/METHOD.md).
 
     Args:
-        measure_int8: Of `open_meter`.
+        measure_int8: Takes an int8 file's bytes and options of `devices.measure`, see `open_meter`.
         int8: The subnet's file.
         options: Further ones of `measure_int8`.
     """

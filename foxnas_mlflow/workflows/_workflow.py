@@ -12,7 +12,7 @@ from typing import Any, Generic, Self, TypeVar
 from foxnas_mlflow.workflows._request import Request
 
 logger = logging.getLogger("foxnas_mlflow")
-"""Tells how long work goes on; the command line prints it, a Python program decides itself."""
+"""Reports progress; the command line prints it, a Python program configures the logger."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -240,7 +240,7 @@ class Table:
 
     Args:
         path: The table; its rows count.
-        machine: Name of the machine whose alone they must be, and runtime with its threads.
+        machine: Device and runtime (with threads) that every row must name.
         space: The space that the networks must be of.
 
     Attributes:

@@ -86,7 +86,7 @@ N_RANDOM = 10
 
 _EPOCH_IMAGES = 256
 _TRAINED_IMAGES = 5000
-"""Images to train on between two evaluations of epochs, of which there are three at least in a training."""
+"""Training images between two evaluations; every training has at least three."""
 
 
 @dataclass(frozen=True, kw_only=True)

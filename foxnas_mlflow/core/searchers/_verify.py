@@ -50,8 +50,8 @@ SPACING = 1.5
 the more often a faster one that was looked at is truly better than the chosen one (``benchmarks/verification.py``)."""
 
 _TIE, _TIED_AGAIN = 0.01, 2
-"""Measured latencies closer than this share are a tie: each of the tied networks is measured so many times more. The
-fastest of several alike is else the one that a measurement was kind to."""
+"""Measured latencies closer than this share are a tie: each of the tied networks is measured so many times more.
+Otherwise the winner among equals would be the one with a lucky measurement."""
 
 _FRONT_POINTS = 400
 """Most points of a front among which candidates are chosen."""
