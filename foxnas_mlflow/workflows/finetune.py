@@ -102,11 +102,11 @@ def _finetuned(
     checkpoint: Path,
     progress: Callable[[int, int, float], None],
 ) -> FinetuneResult:
+    import dataclasses
+
     from foxnas_mlflow.core.network import build_network
-    from foxnas_mlflow.flavor import SubnetModel, log_model
     from foxnas_mlflow.supernet import AUGMENTED_EPOCHS, PlainNetwork, finetune, get_preset, subnet_weights
-    from foxnas_mlflow.tracking.registry import find_version, register
-    from foxnas_mlflow.tracking.search import quantize_command
+    from foxnas_mlflow.tracking.finetune import log_finetuned
     from foxnas_mlflow.tracking.supernet import log_dataset
 
     subnet_uri, epochs, preset = request.subnet, request.epochs, get_preset(request.preset)
@@ -133,40 +133,14 @@ def _finetuned(
     weights = subnet_weights(plain)
     inherited, evaluated = (_evaluated(network, w, dataset, preprocessing) for w in (shared_weights, weights))
     before, after = inherited.top1_percent, evaluated.top1_percent
-    better = SubnetModel(
-        model.architecture,
-        model.space,
-        {
-            **model.details,
-            "evaluated_accuracy": after,
-            "evaluated_accuracy_standard_error": evaluated.standard_error,
-            "finetuned_epochs": epochs,
-            "finetuned_from": subnet_uri,
-        },
-        weights,
-        preprocessing,
-        model.labels,
-    )
-    version = find_version(subnet_uri)
-    info = log_model(better, name="subnet")
-    figures = {
-        "finetune/inherited_top1": before,
-        "finetune/top1": after,
-        "finetune/shared_weights_cost": after - before,
-    }
-    run.log_metrics(figures, model_id=info.model_id, dataset=run.dataset)
-    kept = {key: value for key, value in version.tags.items() if not key.startswith("gate")}
-    uri = register(
-        info.model_uri,
-        version.name,
-        "subnet",
-        tags={**kept, "finetuned_from": subnet_uri, "finetuned_epochs": epochs},
-        facts={
-            "trained alone from": f"{subnet_uri}, for {epochs} epochs",
-            "float top-1, %": after,
-            "with shared weights, %": before,
-        },
-        command=lambda uri: quantize_command(uri, target),
+    uri = log_finetuned(
+        run,
+        dataclasses.replace(model, weights=weights, preprocessing=preprocessing),
+        subnet_uri=subnet_uri,
+        epochs=epochs,
+        inherited=inherited,
+        evaluated=evaluated,
+        target=target,
     )
     summary = (
         f"Trained {subnet_uri} alone for {epochs} epochs: {before:.2f} % with shared weights, {after:.2f} % with "
