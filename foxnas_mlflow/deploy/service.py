@@ -63,11 +63,21 @@ KEEP_SECONDS = 120.0
 ATTEMPTS = 3
 """A request at which so many workers died is not tried again."""
 UPLOAD_SECONDS = 20.0
-"""At its end it waits so long for a request that is still being sent: less than who ends it waits before a kill."""
+"""A body of which nothing comes for so long is refused, and one that takes longer, with a second more for each 64 KiB.
+At its end the service waits so long for one: less than who ends it waits before a kill."""
+MAX_CONNECTIONS = 256
+"""Of applications. For one more, that which has asked nothing for longest is closed: of descriptors, often 1024 in all,
+some are left for the runner and for a worker that must be replaced."""
+STACK_BYTES = 2**19
+"""Of a connection's thread: with 32 bits there is no room for so many of the usual 8 MiB."""
+NO_DESCRIPTOR_SECONDS = 0.1
+"""A connection that cannot be taken is looked for again after so long: it waits, and would be told of at once."""
 MAX_WAITING = 128
 """Whole requests that wait or run at once; more are rejected with status 503."""
-MAX_HELD_BYTES = max(MAX_BODY_BYTES, min(2**28, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4))
-"""Of all bodies, also of those that still come, the service has so much in memory at once: a quarter of the board's."""
+MAX_HELD_BYTES = max(MAX_BODY_BYTES, min(2**27, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8))
+"""Of all bodies, also of those that still come, the service has so much in memory at once."""
+SMALL_BYTES = MAX_HELD_BYTES // MAX_CONNECTIONS
+"""So much of every body there is always room for: with the others a quarter of the board's memory at most."""
 DRAIN_SECONDS = 2.0
 """What a client still sends of a request that was refused is read for so long."""
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -300,14 +310,16 @@ class Metrics:
         """Count one more request in for the duration of the block; it says how many bytes of it have come.
 
         Raises:
-            RefusedError: If there is no room for so many bytes.
+            RefusedError: If there is no room for so many bytes, or they come too slowly.
         """
-        mine = 0
+        mine, began = 0, time.monotonic()
 
         def hold(n_bytes: int) -> None:
             nonlocal mine
+            if time.monotonic() > began + UPLOAD_SECONDS + (mine + n_bytes) / 2**16:
+                raise RefusedError(408, f"a body must come in {UPLOAD_SECONDS:g} s, and a second for each 64 KiB")
             with self._lock:
-                if self._held + n_bytes > MAX_HELD_BYTES:
+                if mine + n_bytes > SMALL_BYTES and self._held + n_bytes > MAX_HELD_BYTES:
                     raise RefusedError(503, f"{MAX_HELD_BYTES} bytes of requests wait already; send this later")
                 self._held += n_bytes
                 mine += n_bytes
@@ -420,16 +432,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         service: Service = self.server.service  # type: ignore[attr-defined]
         return service
 
-    def setup(self) -> None:
-        """Count the connection in."""
-        self.service.connections.add(self)
-        super().setup()
+    def handle_one_request(self) -> None:
+        """Wait for a request, and answer it."""
+        # The runner's connections are not taken for others.
+        if self.timeout is not None:
+            self.service.connections[self.request] = time.monotonic()
+        super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """Read a request's head; from then on it is answered."""
+        parsed = super().parse_request()
+        self.service.connections[self.request] = float("inf")
+        return parsed
 
     def finish(self) -> None:
-        """Count it out."""
+        """Read what need not be answered."""
         if self._unread:
             self._drain()
-        self.service.connections.discard(self)
         super().finish()
 
     def do_GET(self) -> None:
@@ -458,7 +477,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             length = self._announced()
             with self.service.metrics.entered() as hold:
-                body = self._body(length, hold)
+                body = self._come(length, hold)
                 with self.service.metrics.running():
                     self._predict(body, start)
         except RefusedError as refused:
@@ -514,6 +533,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(lengths) != 1 or not lengths[0].isdecimal():
             raise RefusedError(411, "a request must say its Content-Length, or come in chunks")
         return _checked_length(int(lengths[0]))
+
+    def _come(self, length: int | None, hold: Callable[[int], None]) -> bytearray:
+        """A body of an application, which must keep coming."""
+        self.connection.settimeout(UPLOAD_SECONDS)
+        try:
+            return self._body(length, hold)
+        except socket.timeout:
+            raise RefusedError(408, f"nothing of the body came for {UPLOAD_SECONDS:g} s") from None
+        finally:
+            self.connection.settimeout(self.timeout)
 
     def _body(self, length: int | None, hold: Callable[[int], None]) -> bytearray:
         body = bytearray()
@@ -602,13 +631,51 @@ class ControlHandler(Handler):
         self._answer(200, json.dumps(answer).encode())
 
 
-class _Quiet(socketserver.ThreadingMixIn):
-    """A thread a connection."""
+class Patient(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """A thread a connection; for the next one it waits where there is no descriptor, and does not spin."""
 
     daemon_threads = True
+
+    def get_request(self) -> tuple[Any, Any]:
+        """The next connection."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(NO_DESCRIPTOR_SECONDS)
+            raise
+
+
+class _Quiet(Patient):
+    """Counts connections from when they are accepted, and closes idle ones for new ones."""
+
     allow_reuse_address = True
     request_queue_size = 256
     service: Service
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for a connection."""
+        held = self.service.connections.copy()
+        if self.RequestHandlerClass is ControlHandler or len(held) < MAX_CONNECTIONS:
+            return True
+        idle = min(held, key=held.__getitem__)
+        if held[idle] == float("inf"):
+            return False
+        # Not asked twice; it counts itself in again if there is a request to answer.
+        self.service.connections.pop(idle, None)
+        with contextlib.suppress(OSError):
+            idle.shutdown(socket.SHUT_RD)
+        return True
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Count a connection in."""
+        control = self.RequestHandlerClass is ControlHandler
+        self.service.connections[request] = float("inf") if control else time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Count it out."""
+        self.service.connections.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients go away as they like; anything else is logged in one line."""
@@ -617,7 +684,7 @@ class _Quiet(socketserver.ThreadingMixIn):
             log(f"error: {type(error).__name__}: {error}")
 
 
-class TcpServer(_Quiet, socketserver.TCPServer):
+class TcpServer(_Quiet):
     """HTTP over TCP."""
 
 
@@ -652,7 +719,8 @@ class Service:
         self._refused: tuple[str, str] = ("", "")
         self._stopped = False
         self.stopping = False
-        self.connections: set[Any] = set()
+        # Since when each waits for a request; infinity: it has asked, or is not to be closed.
+        self.connections: dict[socket.socket, float] = {}
         self.metrics = Metrics()
         self.settings = read_json(self._place / "service.json")
         # Paths of sockets are short: they are made where the service is.
@@ -876,6 +944,7 @@ def url_of(settings: dict[str, Any]) -> str:
 
 def run_service(root: Path, name: str) -> int:
     """Serve a deployment until it is stopped; at once 0 if another process does already."""
+    threading.stack_size(STACK_BYTES)
     run = root / name / "run"
     settings = read_json(root / name / "service.json")
     try:

@@ -23,11 +23,12 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
+from foxnas_mlflow.deploy.service import Patient
 
 SIGNATURE, TIMESTAMP, DELIVERY_ID = "X-MLflow-Signature", "X-MLflow-Timestamp", "X-MLflow-Delivery-Id"
 
@@ -152,8 +153,8 @@ def receiving(
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
+    class Server(Patient):
+        allow_reuse_address = True
         address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def handle_error(self, request: Any, client_address: Any) -> None:
@@ -183,7 +184,7 @@ def receiving(
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         thread.start()
         try:
-            yield f"http{'s' if certificate else ''}://{place}:{server.server_port}/"
+            yield f"http{'s' if certificate else ''}://{place}:{server.server_address[1]}/"
         finally:
             server.shutdown()
             thread.join()

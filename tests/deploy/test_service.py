@@ -24,6 +24,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -240,8 +241,11 @@ def test_room_for_requests_is_bounded_in_number_and_bytes() -> None:
             stack.enter_context(metrics.running())
         hold = stack.enter_context(metrics.entered())
         hold(service.MAX_HELD_BYTES)
+        another = stack.enter_context(metrics.entered())
+        # A small one has room whatever the others hold.
+        another(service.SMALL_BYTES)
         with pytest.raises(RefusedError, match="bytes of requests wait already"):
-            stack.enter_context(metrics.entered())(1)
+            another(1)
     with metrics.entered() as hold, metrics.running():
         hold(service.MAX_HELD_BYTES)
     assert metrics.waiting == 0
@@ -261,6 +265,70 @@ def test_who_announces_a_body_and_sends_little_keeps_nobody_out(deployed: tuple[
         assert send(url, "image/jpeg", encoded(image_of("blue")))[0] == 200
 
 
+def test_a_body_must_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = service.Metrics()
+    server = service.TcpServer(("127.0.0.1", 0), service.TcpHandler)
+    server.service = SimpleNamespace(metrics=metrics, connections={}, stopping=False)  # type: ignore[assignment]
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    sent = b"POST /invocations HTTP/1.1\r\nContent-Length: 100\r\n\r\nlittle"
+    try:
+        monkeypatch.setattr(service, "UPLOAD_SECONDS", 0.05)
+        found = answers(f"http://127.0.0.1:{server.server_address[1]}", sent)
+        assert found == [(408, "nothing of the body came for 0.05 s")]
+    finally:
+        server.shutdown()
+        server.server_close()
+    # Also a little at a time.
+    monkeypatch.setattr(service, "UPLOAD_SECONDS", -1.0)
+    with pytest.raises(RefusedError, match="a body must come in -1 s"), metrics.entered() as hold:
+        hold(1)
+    assert (metrics.waiting, metrics._held) == (0, 0)
+
+
+def test_idle_connections_keep_nobody_out(
+    deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str]
+) -> None:
+    """More of them than the service may have descriptors: 1024, as often on a board."""
+    client, deployment, root = deployed
+    url, pid, image = deployment["service"]["url"], pid_of(root), encoded(image_of("blue"))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 1024))
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1500:
+        pytest.skip("this process may not open so many connections")
+
+    def used() -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    with contextlib.ExitStack() as stack:
+        uploading = stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+        head = f"POST /invocations HTTP/1.1\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n"
+        uploading.sendall(head.encode() + image[:100])
+        asking = stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=60)))
+        asking.connect()
+        kept = asking.sock
+        for _ in range(11):
+            for _ in range(100):
+                stack.enter_context(socket.create_connection((host, int(port)), timeout=60))
+            # The last one to come is the last one to be accepted.
+            assert request(url + "/ping")[0] == 200
+            asking.request("GET", "/ping")
+            assert asking.getresponse().read() == b"\n"
+        # Who asks now and then, or sends, is not closed for others.
+        assert asking.sock is kept
+        uploading.sendall(image[100:])
+        assert uploading.recv(100).startswith(b"HTTP/1.1 200")
+        assert send(url, "image/jpeg", image)[0] == 200
+        os.kill(busy_workers(root)[0], signal.SIGKILL)
+        assert send(url, "image/jpeg", image)[0] == 200
+        assert client.update_deployment("camera", versions[1])["service"]["version"] == "0003"
+        assert len(os.listdir(f"/proc/{pid}/fd")) < 2 * service.MAX_CONNECTIONS
+        before = used()
+        time.sleep(2)
+        assert used() - before < 1
+    assert send(url, "image/jpeg", image)[0] == 200
+
+
 def test_who_still_sends_at_the_end_is_not_waited_for_until_a_kill() -> None:
     metrics, unit = service.Metrics(), dict(line.split("=", 1) for line in boot.UNIT.splitlines() if "=" in line)
     with metrics.entered():
@@ -277,7 +345,7 @@ def test_a_small_board_holds_less_and_keeps_the_allocator_as_it_is(monkeypatch: 
         patched.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**17}.__getitem__)
         on_board = runpy.run_path(service.__file__)
     assert on_board["KEPT_MEMORY"] == {}
-    assert on_board["MAX_HELD_BYTES"] == 2**27
+    assert on_board["MAX_HELD_BYTES"] == 2**26
 
 
 def test_an_upload_that_is_under_way_at_the_end_is_answered(

@@ -11,7 +11,10 @@ import hmac
 import http.client
 import ipaddress
 import json
+import os
+import resource
 import socket
+import socketserver
 import ssl
 import tempfile
 import threading
@@ -92,6 +95,29 @@ def test_a_delivery_is_accepted_once_while_it_is_fresh_and_as_it_was_signed() ->
         with pytest.raises(DeliveryRefusedError, match="is taken once") as error:
             deliveries.check(signed(body), body, now=1e9 + later)
         assert error.value.status == 409
+
+
+def test_a_receiver_without_descriptors_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, get_request = [], socketserver.TCPServer.get_request
+
+    def counted(server: socketserver.TCPServer) -> object:
+        asked.append(server)
+        return get_request(server)
+
+    monkeypatch.setattr(socketserver.TCPServer, "get_request", counted)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with receiving(SECRET, "127.0.0.1", 0, str) as url, socket.socket() as client:
+        os.close(free := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            client.connect(("127.0.0.1", urlsplit(url).port))
+            time.sleep(1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert 1 <= len(asked) < 100
+        client.settimeout(60)
+        client.sendall(b"GET /ping HTTP/1.0\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.0 200")
 
 
 def certificate(path: Path) -> Path:
