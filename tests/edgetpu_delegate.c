@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 typedef struct { int size; int data[]; } IntArray;
@@ -111,7 +112,12 @@ static void release(Context* context, void* interpreter) {
 
 static int prepare(Context* context, Node* node) { return node->user_data ? 0 : 1; }
 
+/* A stick whose file was removed is unplugged: what has it open fails until it is opened anew. */
+static int held_file = -1;
+
 static int invoke(Context* context, Node* node) {
+  struct stat file;
+  if (held_file >= 0 && !fstat(held_file, &file) && !file.st_nlink) return 1;
   Tensor *given = &context->tensors[node->inputs->data[0]], *answer = &context->tensors[node->outputs->data[0]];
   int held = PyGILState_Ensure();
   PyObject* bytes = PyBytes_FromStringAndSize(given->data, given->bytes);
@@ -146,7 +152,7 @@ static int take(Context* context, Delegate* delegate) {
 
 /* A process has a stick to itself while it has delegates there; without a name the first free one is taken. */
 static char held[16] = "";
-static int holders = 0, held_file = -1;
+static int holders = 0;
 
 static bool hold(const char* wanted) {
   const char* directory = getenv("STAND_IN_STICKS");
@@ -180,6 +186,9 @@ Delegate* tflite_plugin_create_delegate(const char* const* keys, const char* con
 }
 
 void tflite_plugin_destroy_delegate(Delegate* delegate) {
-  if (holders && !--holders) close(held_file);
+  if (holders && !--holders) {
+    close(held_file);
+    held_file = -1;
+  }
   free(delegate);
 }

@@ -182,9 +182,10 @@ class Generation:
         self._tending = threading.Lock()
         # None is the place of a worker that died.
         self._free: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        self._workers: set[Worker] = set()
         try:
             for _ in range(size):
-                self._free.put(Worker(version, python))
+                self._free.put(self._opened())
         except RunnerError:
             self._end_workers()
             raise
@@ -211,15 +212,16 @@ class Generation:
             worker = self._take()
             try:
                 answer = worker.ask(content_type, body)
-            except (OSError, EOFError):
-                worker.end()
+            except BaseException as error:
+                self._end(worker)
                 self._free.put(None)
-            except BaseException:
-                worker.end()
-                self._free.put(None)
-                raise
+                if not isinstance(error, (OSError, EOFError)):
+                    raise
             else:
-                self._free.put(worker)
+                broken = answer[0].get("broken")
+                if broken:
+                    self._end(worker)
+                self._free.put(None if broken else worker)
                 return answer
         raise RunnerError("worker", f"{ATTEMPTS} workers ended, or did not answer, at this request")
 
@@ -248,9 +250,7 @@ class Generation:
 
     def alive(self) -> bool:
         """Whether a worker answers, or could."""
-        with self._free.mutex:
-            idle = list(self._free.queue)
-        return len(idle) < self._size or any(worker is not None and worker.alive() for worker in idle)
+        return any(worker.alive() for worker in self._workers.copy())
 
     def pids(self) -> list[int]:
         """Processes of the idle workers."""
@@ -274,10 +274,10 @@ class Generation:
 
     def _replaced(self, worker: Worker | None) -> Worker:
         if worker is not None:
-            worker.end()
+            self._end(worker)
         self._metrics.replaced()
         try:
-            return Worker(self.version, self._python)
+            return self._opened()
         except BaseException:
             self._free.put(None)
             raise
@@ -287,7 +287,16 @@ class Generation:
             while True:
                 worker = self._free.get_nowait()
                 if worker is not None:
-                    worker.end()
+                    self._end(worker)
+
+    def _opened(self) -> Worker:
+        worker = Worker(self.version, self._python)
+        self._workers.add(worker)
+        return worker
+
+    def _end(self, worker: Worker) -> None:
+        self._workers.discard(worker)
+        worker.end()
 
 
 class Metrics:
@@ -459,7 +468,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         service = self.service
         if path in ("/ping", "/health"):
-            self._answer(200 if service.active.alive() else 503, b"\n")
+            self._answer(200 if service.alive() else 503, b"\n")
         elif path == "/version":
             self._answer(200, str(service.active.deployment.get("mlflow_version", "")).encode())
         elif path == "/info":
@@ -778,6 +787,10 @@ class Service:
                 if active is self.active and self._open.is_set():
                     header, answer = active.ask(content_type, body)
                     return header, answer, active.version.name
+
+    def alive(self) -> bool:
+        """Whether requests are answered, or wait for a version that takes an accelerator over."""
+        return self.active.alive() or not self._open.is_set()
 
     def info(self) -> dict[str, Any]:
         """What is served, and how."""

@@ -95,9 +95,8 @@ def run_worker(version: Path, descriptor: int) -> None:
             header, body = receive(connection)
             start = time.perf_counter()
             working = Working(connection if header.get("told") else None)
-            status, answer, images = answered(model, header.get("content_type") or "", body, working)
-            seconds = time.perf_counter() - start
-            send(connection, {"status": status, "images": images, "seconds": seconds}, answer)
+            said, answer = answered(model, header.get("content_type") or "", body, working)
+            send(connection, {**said, "seconds": time.perf_counter() - start}, answer)
 
 
 class Working:
@@ -125,8 +124,12 @@ def black(shape: tuple[int, int, int]) -> Any:
     return np.zeros(shape, np.uint8)
 
 
-def answered(model: Any, content_type: str, body: bytes, working: Callable[[], None]) -> tuple[int, bytes, int]:
-    """Status, JSON and number of images of the answer to a request; `working` is called after each image."""
+def answered(model: Any, content_type: str, body: bytes, working: Callable[[], None]) -> tuple[dict[str, Any], bytes]:
+    """Header and JSON of the answer to a request; `working` is called after each image.
+
+    The header has the ``status``, the number of ``images``, and ``broken`` where an accelerator failed: it may have
+    been unplugged, and only a new process finds it again.
+    """
     from foxnas_mlflow.core.errors import InvalidInputError, MissingDependencyError
     from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 
@@ -145,17 +148,20 @@ def answered(model: Any, content_type: str, body: bytes, working: Callable[[], N
             rows += model.classify([image], top_k=top_k)
             working()
     except RefusedError as refused:
-        return refused.status, problem("BAD_REQUEST", str(refused)), 0
+        return {"status": refused.status}, problem("BAD_REQUEST", str(refused))
     except InvalidInputError as error:
-        return 400, problem("INVALID_PARAMETER_VALUE", str(error)), 0
+        return {"status": 400}, problem("INVALID_PARAMETER_VALUE", str(error))
     except MissingDependencyError:
         message = f"decoding images needs Pillow {OLDEST_PILLOW} or newer on the board; send pixels, or install it"
-        return 501, problem("NOT_IMPLEMENTED", message), 0
+        return {"status": 501}, problem("NOT_IMPLEMENTED", message)
     except Exception as error:
         # Whoever sent it learns nothing of this machine; the log does.
         log(f"{type(error).__name__}: {error}")
-        return 500, problem("INTERNAL_ERROR", "prediction failed inside the model; its log has the details"), 0
-    return 200, json.dumps({"predictions": rows}).encode(), len(rows)
+        message = "prediction failed inside the model; its log has the details"
+        # What a runtime raises where an inference fails; images raise other errors.
+        broken = bool(model.deployment["delegate"]) and type(error) is RuntimeError
+        return {"status": 500, "broken": broken}, problem("INTERNAL_ERROR", message)
+    return {"status": 200, "images": len(rows)}, json.dumps({"predictions": rows}).encode()
 
 
 def problem(code: str, message: str) -> bytes:

@@ -18,6 +18,7 @@ from foxnas_mlflow.flavor import TfliteModel, log_model
 from foxnas_mlflow.tflite import require_compiler
 from tests.colour_model import LABELS, encoded, image_of
 from tests.deploy.test_service import Clients, counted, send
+from tests.servers import request
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("edgetpu")]
 
@@ -77,6 +78,18 @@ def test_one_stick_is_handed_over_without_a_lost_request(
     with pytest.raises(MlflowException, match=r"an accelerator of local must be free.*no device answered"):
         client.create_deployment("door", compiled[0])
     assert send(service["url"], "image/jpeg", encoded(image_of("blue")))[1]["predictions"][0]["label"] == "bleu"
+
+
+def test_a_stick_that_was_unplugged_is_found_again(compiled: tuple[str, str], sticks: Path, target: str) -> None:
+    url = get_deploy_client(target).create_deployment("camera", compiled[0])["service"]["url"]
+    image = encoded(image_of("blue"))
+    assert (send(url, "image/jpeg", image)[0], request(url + "/ping")[0]) == (200, 200)
+    (sticks / "usb:0").unlink()
+    for _ in range(2):
+        assert send(url, "image/jpeg", image)[0] == 500
+        assert request(url + "/ping")[0] == 503
+    (sticks / "usb:0").touch()
+    assert (send(url, "image/jpeg", image)[0], request(url + "/ping")[0]) == (200, 200)
 
 
 def test_of_several_sticks_one_is_named(compiled: tuple[str, str], sticks: Path, target: str) -> None:
