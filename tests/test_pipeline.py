@@ -67,9 +67,11 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(
         if killed == KILLS:
             # A step of a killed pipeline is shown below the one that went on.
             assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id, name
-        # Nothing that was finished was done again.
+        # Nothing that was finished was done again, but what a busy machine spoiled.
         same = client.search_runs(["0"], f"tags.`foxnas.step_digest` = '{run.data.tags['foxnas.step_digest']}'")
-        assert [r.info.status for r in same].count("FINISHED") == 1, name
+        finished = [r.info.run_id for r in same if r.info.status == "FINISHED"]
+        assert [run_id for run_id in finished if _holds(name, run_id)] in ([step["run_id"]], []), name
+        assert len(finished) == 1 or name in ("benchmark", "compare"), name
 
     final = _rows(steps["sample"]["outputs"]["measurements"], cache.parents[1] / "final")
     assert set(rows) <= set(final)
@@ -204,6 +206,13 @@ def _rows(uri: str, directory: Path) -> list[Measurement]:
     return read_measurements(mlflow.artifacts.download_artifacts(uri, dst_path=str(directory)))
 
 
+def _holds(step: str, run_id: str) -> bool:
+    """Whether a finished step is not done again."""
+    outputs = json.loads(_text(run_id, "outputs.json"))
+    told = {"benchmark": outputs.get("valid"), "compare": "found_dominated" in outputs.get("metrics", ())}
+    return bool(told.get(step, True))
+
+
 def _text(run_id: str, path: str) -> str:
     import mlflow
 
@@ -228,3 +237,27 @@ def test_a_latency_that_nobody_asked_for_is_no_gate_s(monkeypatch: pytest.Monkey
     ):
         _Pipeline(asked, *[None] * 5)._promote("models:/foxnas-rpi4/1")  # type: ignore[arg-type]
     assert given == [0, 0, 60, 40]
+
+
+def test_what_a_busy_machine_spoiled_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from foxnas_mlflow import MainRequest, SearchResult
+    from foxnas_mlflow.workflows.main import _Pipeline
+
+    def holds(outputs: dict[str, Any], device: str = "local", n_compare: int = 5) -> list[bool]:
+        told: list[bool] = []
+        step = lambda *_, holds, **more: told.append(holds(outputs))  # noqa: E731
+        monkeypatch.setattr(_Pipeline, "_step", step)
+        pipeline = _Pipeline(MainRequest(n_compare=n_compare), None, None, device, None, {})  # type: ignore[arg-type]
+        found = SearchResult(
+            run_id="", model_uri="", model_uris=["models:/s/1"], predictors_uri="", architecture={}, latency_ms=9.0,
+            limits="", confidence=0.95, metrics={},
+        )  # fmt: skip
+        pipeline._benchmark("models:/foxnas-cpu/1", "")
+        pipeline._compare("models:/s/1", "", ["models:/foxnas-cpu/1"], found)
+        return told
+
+    assert holds({"valid": True, "metrics": {"found_dominated": 0.0}}) == [True, True]
+    assert holds({"valid": False, "metrics": {"accuracy_mean_error": 1.0}}) == [False, False]
+    # Without a device, or with nothing to compare with, no measurement could tell more.
+    assert holds({"valid": True, "metrics": {}}, device="") == [True, True]
+    assert holds({"valid": True, "metrics": {}}, n_compare=0) == [True, True]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._addresses import addresses
@@ -251,11 +251,8 @@ def run_main(request: MainRequest) -> MainResult:
             return pipeline.run()
 
 
-class _Do(Protocol):
-    """Does a step, given further tags of its run."""
-
-    def __call__(self, *, tags: Mapping[str, str]) -> Result: ...
-
+_Do = Callable[[Sequence[str], Mapping[str, str]], Result]
+"""Does a step, given the runs of it that were cut off and further tags of its run."""
 
 S = TypeVar("S", bound=Result)
 
@@ -397,11 +394,11 @@ class _Pipeline:
 
         request, inputs = self._training()
 
-        def do(cut_off: Sequence[str]) -> _Do:
+        def do(cut_off: Sequence[str], tags: Mapping[str, str]) -> Result:
             # The newest checkpoint: that of a resumed training is further than the one it came from.
             resume = next((run_id for run_id in cut_off if has_checkpoint(run_id)), "")
             changes = {"resume": resume, "init": ""} if resume else {}
-            return lambda *, tags: run_supernet(request.replace(**changes), tags=tags)
+            return run_supernet(request.replace(**changes), tags=tags)
 
         return self._step("supernet", SupernetResult, inputs, (), do)
 
@@ -419,9 +416,9 @@ class _Pipeline:
             name=main.name,
         )
 
-        def do(cut_off: Sequence[str]) -> _Do:
+        def do(cut_off: Sequence[str], tags: Mapping[str, str]) -> Result:
             resume = _rows_to_go_on_from(cut_off, main.n_samples)
-            return lambda *, tags: run_sample(request.replace(resume=resume), tags=tags)
+            return run_sample(request.replace(resume=resume), tags=tags)
 
         return self._step("sample", SampleResult, _inputs(request), ("supernet",), do)
 
@@ -429,7 +426,7 @@ class _Pipeline:
         main = self._request
         request = FitRequest(measurements=measurements, target=main.target, seed=main.seed, name=main.name)
         return self._step(
-            "fit", FitStepResult, _inputs(request), ("sample",), lambda _: lambda *, tags: run_fit(request, tags=tags)
+            "fit", FitStepResult, _inputs(request), ("sample",), lambda _, tags: run_fit(request, tags=tags)
         )
 
     def _latencies(self, predictors_uri: str) -> tuple[float, ...]:
@@ -490,7 +487,7 @@ class _Pipeline:
             SearchResult,
             _inputs(request) | (looks if also else {}),
             ("fit", "supernet"),
-            lambda _: lambda *, tags: run_search(request, tags=tags, also=also, beaten=beaten),
+            lambda _, tags: run_search(request, tags=tags, also=also, beaten=beaten),
         )
 
     def _finetune(self, subnet: str, place: str) -> FinetuneResult:
@@ -512,7 +509,7 @@ class _Pipeline:
                 FinetuneResult,
                 inputs,
                 ("search",),
-                lambda _: lambda *, tags: run_finetune(request, checkpoint=checkpoint, tags=tags),
+                lambda _, tags: run_finetune(request, checkpoint=checkpoint, tags=tags),
                 place=place,
             )
 
@@ -541,7 +538,7 @@ class _Pipeline:
             QuantizeResult,
             inputs,
             ("search", f"finetune{place}"),
-            lambda _: lambda *, tags: run_quantize(request, tags=tags),
+            lambda _, tags: run_quantize(request, tags=tags),
             place=place,
         )
 
@@ -550,7 +547,7 @@ class _Pipeline:
         cluster = {key: value for key, value in self._working.items() if key != "workers"}
         request = BenchmarkRequest(model=model, target=main.target, device=self._device, name=main.name, **cluster)
 
-        def benchmark(*, tags: Mapping[str, str]) -> BenchmarkResult:
+        def benchmark(_: Sequence[str], tags: Mapping[str, str]) -> Result:
             from foxnas_mlflow.workflows._timers import first_answering
 
             # One model is measured on one board; boards that share work are alike.
@@ -559,7 +556,14 @@ class _Pipeline:
             return run_benchmark(request.replace(device=board), tags=tags)
 
         return self._step(
-            "benchmark", BenchmarkResult, _inputs(request), (f"quantize{place}",), lambda _: benchmark, place=place
+            "benchmark",
+            BenchmarkResult,
+            _inputs(request),
+            (f"quantize{place}",),
+            benchmark,
+            place=place,
+            # A machine that was busy may be quiet now.
+            holds=lambda outputs: bool(outputs["valid"]),
         )
 
     def _compare(self, supernet: str, samples: str, models: Sequence[str], found: SearchResult) -> CompareResult:
@@ -585,13 +589,16 @@ class _Pipeline:
             name=main.name,
         )
         inputs, after = _inputs(request), ("supernet", "fit", "quantize")
+        alone = len(models) + main.n_compare < 2
         with self._kept("compare", inputs, after, "comparisons") as directory:
             return self._step(
                 "compare",
                 CompareResult,
                 inputs,
                 after,
-                lambda _: lambda *, tags: run_compare(request, directory=directory, tags=tags),
+                lambda _, tags: run_compare(request, directory=directory, tags=tags),
+                # Where latencies were not valid it told nothing.
+                holds=lambda outputs: not self._device or alone or "found_dominated" in outputs["metrics"],
             )
 
     def _promote(self, model: str) -> PromoteResult:
@@ -607,7 +614,7 @@ class _Pipeline:
             max_accuracy_drop=main.max_accuracy_drop,
         )
 
-        def promote(*, tags: Mapping[str, str]) -> PromoteResult:
+        def promote(_: Sequence[str], tags: Mapping[str, str]) -> Result:
             # What serves already is not moved back: it must still pass.
             stage = "Production" if holds_stage(model, "Production") else main.stage
             return run_promote(request.replace(stage=stage), tags=tags)
@@ -617,7 +624,7 @@ class _Pipeline:
             PromoteResult,
             _inputs(request),
             ("quantize", "benchmark"),
-            lambda _: promote,
+            promote,
             # What somebody else moved since then is moved again.
             holds=lambda _: any(holds_stage(model, stage) for stage in (main.stage, "Production")),
         )
@@ -628,7 +635,7 @@ class _Pipeline:
         result: type[S],
         inputs: Mapping[str, Any],
         after: Sequence[str],
-        do: Callable[[Sequence[str]], _Do],
+        do: _Do,
         *,
         place: str = "",
         holds: Callable[[Mapping[str, Any]], bool] = lambda outputs: True,
@@ -640,7 +647,7 @@ class _Pipeline:
             result: Class of its result.
             inputs: What its result depends on beside the steps before it and the data.
             after: Steps whose results it depends on.
-            do: Given the runs of this step that were cut off, what does it.
+            do: Does it.
             place: What its name ends with in `done` where several networks were found.
             holds: Whether a result that is found still holds.
         """
@@ -649,7 +656,7 @@ class _Pipeline:
         from foxnas_mlflow.tracking.steps import run_step
 
         def action(cut_off: Sequence[str], tags: Mapping[str, str]) -> Mapping[str, Any]:
-            made = do(cut_off)(tags=tags)
+            made = do(cut_off, tags)
             logger.info(made.describe())
             return made.to_dict()
 
