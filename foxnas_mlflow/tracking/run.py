@@ -181,13 +181,14 @@ def entry_run(
     values = {key: redacted(value) for key, value in values.items()}
     # A run inside a run (the pipeline's steps) is nested. Tags are part of its creation: a kill
     # leaves no run without them.
-    nested = mlflow.active_run() is not None
+    parent = mlflow.active_run()
+    nested = parent is not None
     if not nested:
         _open_database_file(mlflow.get_tracking_uri())
         _check_system_metrics()
     # A run that `mlflow run` made has its name already.
     named = nested or "MLFLOW_RUN_ID" not in os.environ
-    active = _started(_run_name(stage, target) if named else None, nested, values)
+    active = _started(_run_name(stage, target) if named else None, parent, values)
     if not named and _is_random(active.info.run_name):
         best_effort(MlflowClient().update_run)(active.info.run_id, name=_run_name(stage, target))
     if not nested:
@@ -214,14 +215,24 @@ def entry_run(
         mlflow.end_run(status)
 
 
-def _started(name: str | None, nested: bool, tags: Mapping[str, str]) -> mlflow.ActiveRun:
-    """MLflow's own start of a run, in an experiment that others may make at the same moment."""
+def _started(name: str | None, parent: mlflow.ActiveRun | None, tags: Mapping[str, str]) -> mlflow.ActiveRun:
+    """MLflow's own start of a run, in an experiment that others may make at the same moment.
+
+    One inside another belongs to the experiment of that one, whatever the environment names.
+    """
+    start = functools.partial(
+        mlflow.start_run,
+        run_name=name,
+        nested=parent is not None,
+        experiment_id=None if parent is None else parent.info.experiment_id,
+        tags=dict(tags),
+    )
     try:
-        return mlflow.start_run(run_name=name, nested=nested, tags=dict(tags))
+        return start()
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        return mlflow.start_run(run_name=name, nested=nested, tags=dict(tags))
+        return start()
 
 
 def end_dead_runs(experiment_id: str) -> list[str]:
