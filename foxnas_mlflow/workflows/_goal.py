@@ -23,7 +23,10 @@ class GoalRequest(Request):
         "What is to be best: accuracy, the least of a quantity (latency_ms, macs, ...) at min_accuracy, or the knee.",
     )
     min_accuracy: float | None = parameter(
-        None, "Least predicted accuracy in percent; empty: none.", above=0, below=100
+        None,
+        "Least predicted accuracy in percent; alone: the fastest network of it is found; empty: none.",
+        above=0,
+        below=100,
     )
     tolerance_points: str = parameter(
         "auto",
@@ -52,6 +55,15 @@ class GoalRequest(Request):
     @property
     def is_open(self) -> bool:
         """Whether accuracy is to be largest and nothing limits it."""
+        return self._is_unlimited and self.min_accuracy is None
+
+    @property
+    def goal(self) -> str:
+        """What is to be best: the objective; where a least accuracy alone is given, the least latency."""
+        return "latency_ms" if self._is_unlimited and self.min_accuracy is not None else self.objective
+
+    @property
+    def _is_unlimited(self) -> bool:
         return not self.latency_ms and not self.limits and self.objective == "accuracy"
 
     @property

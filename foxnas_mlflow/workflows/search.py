@@ -183,6 +183,7 @@ def run_search(
 
     resolved = request.texts() | {
         "latency_ms": ",".join(str(ms) for ms in request.latencies_ms if ms is not None),
+        "objective": request.goal,
         "image_size": ",".join(map(str, inputs.problems[0].objective.image_sizes)),
         "data": "" if inputs.supernet is None else inputs.supernet.dataset.source,
     }
@@ -281,7 +282,7 @@ def _problems(request: SearchRequest, predictors: PredictorSet) -> tuple[Problem
         predictors,
         latencies[0],
         limits=request.limits,
-        objective=request.objective,
+        objective=request.goal,
         min_accuracy=request.min_accuracy,
         confidence=request.confidence,
         image_sizes=list(request.image_size) or None,
