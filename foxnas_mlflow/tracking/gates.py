@@ -14,6 +14,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from foxnas_mlflow.tracking.registry import shortened
+
 LATENCY = "benchmark/latency_ms_p90"
 SUSTAINED = "benchmark/sustained_p90_ms"
 SUSTAINED_SECONDS = 60.0
@@ -86,6 +88,8 @@ class Candidate:
         sealed: Whether its manifest is the one that the registry has; False: the registry has none.
         signature: What is wrong with its signature, or empty; None: no signature is asked for.
         unread: Runs that logged a latency of its model and may not be read by who asks.
+        data_digest: Digest of the images that its accuracy is of; empty where nothing tells.
+        labels: Its classes in the order of its outputs; none where nothing tells.
     """
 
     version: str
@@ -101,6 +105,8 @@ class Candidate:
     sealed: bool = True
     signature: str | None = None
     unread: Sequence[str] = ()
+    data_digest: str = ""
+    labels: Sequence[str] = ()
 
     def suits(self, measured: Measured) -> bool:
         """Whether a latency is of the version's file, and of what the version is for."""
@@ -292,6 +298,12 @@ def _holder(candidate: Candidate, holder: Candidate | None) -> Verdict:
     if holder.version == candidate.version:
         return Verdict("holder", True, "it holds the stage itself")
     who, measured = f"version {holder.version}", candidate.benchmark
+    if candidate.labels and holder.labels and tuple(candidate.labels) != tuple(holder.labels):
+        theirs, ours = (shortened(each.labels, 5) for each in (holder, candidate))
+        text = f"not comparable. BEWARE: {who} answers {theirs}, this one {ours}: what reads its answers must know them"
+        return Verdict("holder", True, text)
+    if "" not in (candidate.data_digest, holder.data_digest) and candidate.data_digest != holder.data_digest:
+        return Verdict("holder", True, f"not comparable: {who} was evaluated on other images")
     # Whatever the holder's tags say it is for: milliseconds of one machine are compared.
     held = None if measured is None else holder.like(measured)
     if held is None and holder.unread:

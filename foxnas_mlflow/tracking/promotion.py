@@ -155,7 +155,7 @@ def promote(
         candidate, files = _candidate(version, run.directory, verify_key)
         if verify_key is not None:
             candidate = dataclasses.replace(candidate, signature=_signed(files, verify_key))
-    holder = None if former is None else held(version.name, former, verify_key)
+    holder = None if former is None else _holder(version.name, former, run.directory / "holder", verify_key)
     verdicts = tuple(judge(candidate, holder, max_latency_ms=max_latency_ms, max_accuracy_drop=max_accuracy_drop))
     promotion = dataclasses.replace(promotion, verdicts=verdicts)
     logger.info(_table(promotion))
@@ -387,7 +387,28 @@ def _candidate(version: ModelVersion, directory: Path, verify_key: Path | None) 
         threads=int(details.get("threads", 0)) if builtin is None else builtin.threads,
         sealed=files.is_sealed,
     )
-    return candidate, files
+    return _with_images(candidate, manifest), files
+
+
+def _holder(name: str, number: str, directory: Path, verify_key: Path | None) -> Candidate:
+    """What is known of the version that holds a stage: from its files, where they are there and whole."""
+    directory.mkdir()
+    known = held(name, number, verify_key)
+    try:
+        files = checked_files(MlflowClient().get_model_version(name, number), directory)
+    except (InvalidFormatError, PromotionError):
+        return known
+    return _with_images(known, files.manifest)
+
+
+def _with_images(candidate: Candidate, manifest: Manifest) -> Candidate:
+    """A version with what its sealed description says of images and classes; earlier releases sealed no images."""
+    provenance = manifest.metadata.get("details", {}).get("provenance", {})
+    return dataclasses.replace(
+        candidate,
+        data_digest=str(provenance.get("data_digest", "")),
+        labels=tuple(map(str, manifest.metadata.get("labels", ()))),
+    )
 
 
 def _signed(files: CheckedFiles, public_key: Path) -> str:
