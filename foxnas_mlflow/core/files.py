@@ -48,6 +48,11 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cells_end_with(header: str) -> str:
+    """What separates the cells of a table with this first line: a comma, or a semicolon, as in some countries."""
+    return ";" if header.count(";") > header.count(",") else ","
+
+
 def write_atomically(path: str | Path, data: bytes | str | Callable[[BinaryIO], None]) -> None:
     """Write a file so that readers, and a crash, see the old content or the new, never half of it.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import FoxNasError, InvalidMeasurementsError
-from foxnas_mlflow.core.files import sought, write_atomically
+from foxnas_mlflow.core.files import cells_end_with, sought, write_atomically
 from foxnas_mlflow.core.space import CPU_SPACE
 
 COLUMNS: tuple[str, ...] = (
@@ -232,12 +232,12 @@ def _punctuation(path: Path) -> tuple[str, str]:
     import csv
 
     with path.open(encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        if header.count(";") <= header.count(","):
+        separator = cells_end_with(file.readline())
+        if separator == ",":
             return ",", "."
-        cells = (cell for row in csv.reader(file, delimiter=";") for cell in row)
+        cells = (cell for row in csv.reader(file, delimiter=separator) for cell in row)
         commas = any(_DECIMAL_COMMA.fullmatch(cell) for cell in cells)
-    return ";", "," if commas else "."
+    return separator, "," if commas else "."
 
 
 def _check_units(rows: Sequence[Measurement], name: str) -> None:

@@ -34,14 +34,17 @@ _QUERY = re.compile(
 
 
 def redacted(text: str) -> str:
-    """A text without the passwords and tokens in it; all else stays.
+    """A text without the passwords and tokens in it, which can be written as UTF-8; all else stays.
 
     What counts as one: the password of a URL (``scheme://user:password@host``), a token in the place of an http
     address's user, a password, token or signature in a query, and what the environment has for MLflow and S3.
 
+    Bytes of a file's name that are no UTF-8 are shown as Python escapes them.
+
     Args:
         text: Any text: an address, a message, a whole page.
     """
+    text = text.encode("utf-8", "backslashreplace").decode()
     for name in _ENVIRONMENT:
         value = os.environ.get(name, "")
         if len(value) >= _SHORTEST:

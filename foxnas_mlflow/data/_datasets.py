@@ -267,7 +267,14 @@ class ImageDataset:
         counts = np.bincount(self.train.targets, minlength=self.n_classes)
         few = [f"{self.labels[i]} ({counts[i]})" for i in np.flatnonzero(counts < FEW_IMAGES)]
         missing = [self.labels[i] for i in sorted(set(range(self.n_classes)) - set(self.val.targets.tolist()))]
-        found = []
+        alike: dict[str, list[str]] = {}
+        for label in self.labels:
+            alike.setdefault(label.strip().casefold(), []).append(label)
+        found = [
+            f"classes whose names differ by case or spaces alone: {', '.join(map(repr, names))}"
+            for names in alike.values()
+            if len(names) > 1
+        ]
         if counts.max() >= IMBALANCE * counts.min():
             most, least = self.labels[int(counts.argmax())], self.labels[int(counts.argmin())]
             found.append(f"classes are unbalanced: {counts.max()} training images of {most}, {counts.min()} of {least}")
@@ -861,6 +868,13 @@ def _pictures(
     Its digest is of names, sizes and contents; in a folder a name has its class in it, in a list class, part and group
     count too. Where work began with the digest of a release before, without contents, it is that one.
     """
+    for label in labels:
+        if label.encode("utf-8", "replace").decode() != label:
+            raise InvalidInputError(
+                "the name of a class must be UTF-8",
+                received=ascii(label),
+                remedy="rename it, a folder for example with: convmv -f latin1 -t utf8 -r --notest FOLDER",
+            )
     unreadable: list[str] = []
     unread: Counter[str] = Counter()
     full, before = hashlib.sha256(), hashlib.sha256()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.core.files import cells_end_with
 from foxnas_mlflow.data._names import Names
 from foxnas_mlflow.data.preprocess import READERS, read_formats
 
@@ -251,9 +252,11 @@ def pictures_of_list(path: Path) -> Pictures:
     """
     found = Pictures(path.parent)
     for number, row in _rows(path):
-        if not row.get("file") or row.get("label") in (None, ""):
+        label = "" if row.get("label") is None else str(row["label"]).strip()
+        if not row.get("file") or not label:
+            columns = "" if {"file", "label"} <= set(row) else f", whose columns are {', '.join(map(str, row))}"
             raise InvalidInputError(
-                "every line of a list needs a 'file' and a 'label'", received=f"line {number} of {path.name}"
+                "every line of a list needs a 'file' and a 'label'", received=f"line {number} of {path.name}{columns}"
             )
         part = str(row.get("split") or "").lower()
         if part and part not in PARTS:
@@ -261,7 +264,7 @@ def pictures_of_list(path: Path) -> Pictures:
                 f"a split is one of {', '.join(PARTS)}", received=f"{part!r} in line {number} of {path.name}"
             )
         found.names.append(str(row["file"]))
-        found.labels.append(sys.intern(str(row["label"])))
+        found.labels.append(sys.intern(label))
         found.parts.append(PARTS.get(part, ""))
         if (group := row.get("group")) not in (None, ""):
             found.groups.append(sys.intern(str(group)))
@@ -281,7 +284,8 @@ def _rows(path: Path) -> list[tuple[int, Mapping[str, object]]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
-            return list(enumerate(csv.DictReader(text.splitlines()), 2))
+            lines = text.splitlines()
+            return list(enumerate(csv.DictReader(lines, delimiter=cells_end_with("".join(lines[:1]))), 2))
         rows = [(i, json.loads(line)) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     except (OSError, ValueError, csv.Error) as error:
         raise InvalidInputError("a list of pictures must be readable", received=f"{path.name}: {error}") from error

@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.files import cache_directory
+from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.data import ImageDataset
 from foxnas_mlflow.flavor import SupernetModel, log_model
 from foxnas_mlflow.tracking.registry import is_away, register, registered_name, shortened
@@ -81,9 +82,10 @@ def log_dataset(run: EntryRun, dataset: ImageDataset, *, context: str) -> list[s
     Returns:
         What a user should know of the data.
     """
-    source = CodeDatasetSource(tags={"mlflow.source.name": dataset.source})
+    name = redacted(dataset.source)
+    source = CodeDatasetSource(tags={"mlflow.source.name": name})
     # MLflow documents this use of a class that it declares abstract.
-    logged = MetaDataset(source=source, name=dataset.source, digest=dataset.digest[:36])  # type: ignore[abstract]
+    logged = MetaDataset(source=source, name=name, digest=dataset.digest[:36])  # type: ignore[abstract]
     mlflow.log_input(logged, context=context)
     run.dataset = logged
     run.log_params(

@@ -33,6 +33,11 @@ def test_secrets_go(text: str, shown: str) -> None:
     assert redacted(shown) == shown
 
 
+def test_names_of_other_bytes_than_utf_8_can_be_written() -> None:
+    name = os.fsdecode(b"caf\xe9/caf\xc3\xa9.png")
+    assert redacted(name).encode() == b"caf\\udce9/caf\xc3\xa9.png"
+
+
 @pytest.mark.parametrize(
     "text",
     [

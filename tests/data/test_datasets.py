@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import logging
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -371,8 +372,28 @@ def test_a_list_of_pictures(tmp_path: Path, suffix: str) -> None:
     assert (len(dataset.train), len(dataset.val)) == (8, 4)
     assert "test is validated on, as there is no val" in " ".join(dataset.notes)
     path.write_text(lines[0].replace("label", "other") + "\n" + lines[1].replace("label", "other"), encoding="utf-8")
-    with pytest.raises(InvalidInputError, match="needs a 'file' and a 'label'"):
+    columns = r"received line . of list.*, whose columns are file, other, split"
+    with pytest.raises(InvalidInputError, match=f"needs a 'file' and a 'label'; {columns}"):
         load_dataset(str(path))
+
+
+def test_a_list_as_programs_of_some_countries_and_people_write_it(tmp_path: Path) -> None:
+    write_images(tmp_path / "all", 12)
+    labels = ("ape", "ape ", " bee", "bee", "Bee", "bee")
+    lines = [f"all/{i}.png;{labels[i % 6]}" for i in range(12)]
+    (tmp_path / "list.csv").write_text("\n".join(["file;label", *lines]), encoding="utf-8")
+    dataset = load_dataset(str(tmp_path / "list.csv"))
+    # Spaces are nobody's meaning; of letters that is not known.
+    assert dataset.labels == ("Bee", "ape", "bee")
+    assert "classes whose names differ by case or spaces alone: 'Bee', 'bee'" in dataset.warnings()
+
+
+def test_a_class_whose_name_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    for name in (b"caf\xe9", b"tea"):
+        write_images(tmp_path / os.fsdecode(name), 4)
+    with pytest.raises(InvalidInputError, match=r"must be UTF-8; received 'caf\\udce9'; rename it") as caught:
+        load_dataset(str(tmp_path))
+    str(caught.value).encode()
 
 
 @pytest.mark.parametrize(
