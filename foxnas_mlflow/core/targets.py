@@ -92,6 +92,11 @@ class Target:
         """What a command is given to name it, quoted: a target of a file has no name that others know."""
         return shlex.quote(self.file or self.name)
 
+    @property
+    def device_option(self) -> str:
+        """What a command that measures is given besides, after a space, where the target has no device of its own."""
+        return "" if self.device else " --device ssh://user@board"
+
     def int8_runtime(self, what: str) -> Int8Runtime:
         """What executes its int8 files.
 

@@ -79,7 +79,8 @@ def trace(model: str) -> Lineage:
 def draw(line: Lineage) -> None:
     """Write a lineage as a chain of links to the page of its version; a registry that takes no text stops nothing."""
     links = [
-        f"[{ancestor.what}: {ancestor.name}]({ancestor.url.partition('/#')[1]}{ancestor.url.partition('/#')[2]})"
+        # Relative to MLflow's one page, which may lie behind a prefix of the path.
+        f"[{ancestor.what}: {ancestor.name}](#{ancestor.url.partition('/#')[2]})"
         if ancestor.url
         else f"{ancestor.what}: {ancestor.name}"
         for ancestor in line.ancestors

@@ -249,7 +249,8 @@ def _origin(subnet: SubnetModel) -> dict[str, str]:
 def benchmark_command(uri: str, kind: str, target: Target) -> str:
     """How to measure a model: one that was not compiled for its Edge TPU runs on this host only."""
     runs_there = target.runtime != "edgetpu" or kind == "edgetpu"
-    return f"foxnas benchmark --model {shlex.quote(uri)} --target {target.argument if runs_there else 'cpu'}"
+    where = f"{target.argument}{target.device_option}" if runs_there else "cpu"
+    return f"foxnas benchmark --model {shlex.quote(uri)} --target {where}"
 
 
 def write_layer_errors(errors: tuple[LayerError, ...], path: Path) -> None:

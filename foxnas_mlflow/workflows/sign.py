@@ -52,6 +52,7 @@ def run_sign(request: SignRequest) -> SignResult:
     """
     from pathlib import Path
 
+    from foxnas_mlflow.core.targets import BUILTIN_TARGETS
     from foxnas_mlflow.flavor import keep_signature, signer
     from foxnas_mlflow.tracking.promotion import checked_files
     from foxnas_mlflow.tracking.registry import find_version
@@ -70,10 +71,12 @@ def run_sign(request: SignRequest) -> SignResult:
         run.log_text(signature, SIGNATURE_FILE)
         uri = f"models:/{version.name}/{version.version}"
         quoted = shlex.quote(uri)
+        target = BUILTIN_TARGETS.get(version.tags.get("target", ""))
+        device = "" if target is None else target.device_option
         summary = (
             f"{name} is signed: {len(files.manifest.files)} files and what describes them.\n"
             f"  run           {run.run_id}: {SIGNATURE_FILE}\n"
-            f"Next: foxnas benchmark --model {quoted} --signing-key {shlex.quote(request.signing_key)}\n"
+            f"Next: foxnas benchmark --model {quoted}{device} --signing-key {shlex.quote(request.signing_key)}\n"
             f"and then, with a signed measurement: foxnas promote --model {quoted} --verify-key PUBLIC_KEY.pem"
         )
         return SignResult(run_id=run.run_id, model_uri=uri, summary=summary)

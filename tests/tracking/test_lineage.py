@@ -68,7 +68,7 @@ def test_it_is_drawn_on_the_page_and_the_next_command_stays(made: dict[str, str]
     describe_version(NAME, "1", "tflite", facts={"a": 1}, command="foxnas what comes next")
     assert main(["lineage", f"models:/{NAME}/1"]) == 0
     page = client.get_model_version(NAME, "1").description
-    assert "[supernet: models:/s/1](/#/models/s/versions/1) → [rows: " in page
+    assert "[supernet: models:/s/1](#/models/s/versions/1) → [rows: " in page
     assert page.endswith("Next:\n\n    foxnas what comes next")
     client.update_model_version(NAME, "1", description="mine")
     assert main(["lineage", f"models:/{NAME}/1"]) == 0

@@ -32,7 +32,7 @@ def test_only_what_the_key_signed_is_promoted(
     assert "signature: nobody signed it; run foxnas sign" in capsys.readouterr().err
     assert main(["sign", "--model", f"models:/{NAME}/1", "--signing-key", private]) == 0
     out = capsys.readouterr().out
-    assert f"Next: foxnas benchmark --model models:/{NAME}/1 --signing-key {private}" in out
+    assert f"Next: foxnas benchmark --model models:/{NAME}/1 --device ssh://user@board --signing-key {private}" in out
     assert f"foxnas promote --model models:/{NAME}/1 --verify-key" in out
     assert promote("1", other) == 2
     assert "must be signed by the key other.pub" in capsys.readouterr().err

@@ -109,9 +109,11 @@ def test_a_target_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
     with pytest.raises(UnknownTargetError, match="only the keys"):
         Target.from_dict({"name": "my-board", "file": "my-board.yaml"})
     for kind, named, words in (
-        ("edgetpu", target, f"'{path}'"),
+        ("edgetpu", target, f"'{path}' --device ssh://user@board"),
         ("tflite", target, "cpu"),
-        ("tflite", get_target("rpi4"), "rpi4"),
+        # It has no device of its own, and a benchmark without one is refused.
+        ("tflite", get_target("rpi4"), "rpi4 --device ssh://user@board"),
+        ("tflite", get_target("cpu"), "cpu"),
     ):
         command = benchmark_command("models:/mine/1", kind, named)
         assert command == f"foxnas benchmark --model models:/mine/1 --target {words}"
