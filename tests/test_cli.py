@@ -9,7 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -111,13 +111,19 @@ def test_every_option_shows_its_help_and_its_default(
         (["search", "--limits", "macs>=40"], "a limit reads quantity<=value"),
         (["search", "--latency-ms", "60", "--limits", "latency_ms<=70"], "a quantity has one limit"),
         (["search", "--limits", "latency_ms<=60, int8_size_bytes<=1kB"], "smallest that each can reach alone"),
-        (["search", "--min-accuracy", "77.9"], "the most accurate network is predicted 72.976"),
+        (["search", "--min-accuracy", "77.9", "--latency-ms", "60"], "the most accurate network is predicted 72.976"),
         (["search", "--min-accuracy", "101"], "min_accuracy must be above 0 and below 100"),
         (["search", "--objective", "latency_ms"], "give min_accuracy in percent"),
         (["search", "--objective", "beauty", "--min-accuracy", "70"], "int8_size_bytes"),
         (["search", "--objective", "knee", "--latency-ms", "60,70"], "a front has one knee"),
         (["search", "--tolerance-points", "much"], "tolerance_points must be auto, or 0 to 100 points"),
         (["main", "--limits", "macs<=0"], "must be limited to a positive number"),
+        (["main", "--limits", "int8_size_byte<=2M"], "are ['latency_ms', 'int8_size_bytes'"),
+        (["main", "--limits", "energy_mj<=5"], "received energy_mj; measure it as a column"),
+        (["main", "--objective", "latency", "--min-accuracy", "90"], "received latency;"),
+        (["main", "--class-weights", "balanced", "--sampling", "balanced"], "both make up for rare classes"),
+        (["main", "--supernet", "models:/x/1", "--epochs", "9"], "names a trained one; received --epochs 9;"),
+        (["main", "--supernet", "models:/x/1", "--max-train", "9"], "received --max-train 9;"),
         (["search", "--latency-ms", "20"], "smallest reachable latency is 37"),
         (["search", "--confidence", "1"], "confidence"),
         (["search", "--space", "nope"], "space must be one of"),
@@ -135,6 +141,21 @@ def test_bad_input_is_one_line_and_status_2(argv: list[str], message: str, capsy
     lines = [line for line in capsys.readouterr().err.splitlines() if "mlflow.store.db" not in line]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_a_least_accuracy_alone_asks_for_the_fastest_network_of_it() -> None:
+    from foxnas_mlflow import SearchRequest
+
+    def asked(**values: Any) -> tuple[str, tuple[float | None, ...]]:
+        request = SearchRequest(min_accuracy=74, **values)
+        return request.goal, request.latencies_ms
+
+    assert asked() == ("latency_ms", (None,))
+    assert asked(latency_ms=80) == ("accuracy", (80,))
+    assert asked(limits="macs<=300M") == ("accuracy", (None,))
+    assert asked(objective="macs") == ("macs", (None,))
+    assert asked(objective="knee") == ("knee", (None,))
+    assert SearchRequest().latencies_ms == (60,)
 
 
 @dataclass(frozen=True, kw_only=True)

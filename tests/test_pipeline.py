@@ -158,7 +158,7 @@ def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str
         (["--device", "ftp://x"], "a device is local"),
         (["--name", "a/b"], "registered model's name"),
         (["--seed", "-1"], "seed must be 0 or more"),
-        (["--n-samples", "12"], "the space cpu need at least 13 networks; received n_samples 12; give 13 or more"),
+        (["--n-samples", "12"], "the space cpu-tiny need at least 13 networks; received n_samples 12; give 13 or more"),
         (["--n-samples", "10", "--device", "none"], "need at least 11 networks; received n_samples 10"),
         (["--stage", "Best"], "stage must be"),
     ],

@@ -18,13 +18,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._addresses import addresses
 from foxnas_mlflow.workflows._executor import WORKING, ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
-from foxnas_mlflow.workflows._request import PresetName, Request, chosen_device, compiler_image, parameter
+from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
+from foxnas_mlflow.workflows._training import TrainingRequest
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
 from foxnas_mlflow.workflows.benchmark import BenchmarkRequest, BenchmarkResult, run_benchmark
 from foxnas_mlflow.workflows.compare import CompareRequest, CompareResult, run_compare
@@ -50,12 +51,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MainRequest(GoalRequest, ExecutorRequest):
+class MainRequest(GoalRequest, TrainingRequest, ExecutorRequest):
     """From which images to which model; see `run_main`."""
 
-    data: str = parameter(
-        "glyphs", "Images: glyphs, digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
-    )
     target: str = parameter("cpu", "Target: rpi4, edgetpu, cpu (this host), or the path of a target YAML.")
     device: str = parameter(
         "",
@@ -69,25 +67,8 @@ class MainRequest(GoalRequest, ExecutorRequest):
         "of what is reachable, where nothing else is asked; promotion then asks for no latency.",
         above=0,
     )
-    preset: PresetName = parameter("tiny", "Size of images and of training.")
     space: str = parameter("", "Search space: cpu, tpu, proxyless, lite or the path of a YAML; empty: the target's.")
     supernet: str = parameter("", "Model URI of a trained supernet; empty: train one.")
-    epochs: int = parameter(0, "Epochs of the supernet; 0: the preset's.", at_least=0)
-    init: str = parameter(
-        "", "Weights to begin with: models:/NAME/VERSION of a supernet, timm:NAME, torchvision:NAME or a file."
-    )
-    teacher: str = parameter("", "URI of an MLflow model whose probabilities are learned beside the labels.")
-    class_weights: Literal["none", "balanced"] = parameter(
-        "none", "Weight of a class in the loss: none, or balanced: by how seldom it is."
-    )
-    sampling: Literal["all", "balanced"] = parameter(
-        "all",
-        "How an epoch draws images: all, each once, or balanced: every class as often, rare ones again and again.",
-    )
-    background: int = parameter(
-        255, "Grey level behind transparent parts of pictures, 0 (black) to 255 (white).", at_least=0, below=256
-    )
-    max_train: int = parameter(0, "Train on at most so many images, drawn by class; 0: all.", at_least=0)
     n_samples: int = parameter(55, "Networks to evaluate and measure for the predictors.", at_least=1)
     rounds: int = parameter(
         2, "Most rounds of searching, looking at networks of the front and refitting; 1: no refit.", at_least=1
@@ -116,13 +97,23 @@ class MainRequest(GoalRequest, ExecutorRequest):
     name: str = parameter("foxnas", "Prefix of the registered models.")
 
     def check(self) -> None:
-        """The stage is one, or none; a trained supernet stays as it is; limits and goal are as `GoalRequest` wants."""
+        """The stage is one, or none; a trained supernet stays as it is; what is limited, and the goal, can be known."""
+        from foxnas_mlflow.core.searchers import KNEE, check_quantity, parse_limits
+
         super().check()
+        asked = [limit.quantity for limit in parse_limits(self.limits)]
+        for quantity in (*asked, *([] if self.objective in ("accuracy", KNEE) else [self.objective])):
+            check_quantity(quantity, _PREDICTED)
         if self.stage.lower() not in ("staging", "production", "none"):
             raise InvalidInputError("stage must be Staging, Production or none", received=self.stage)
-        if self.supernet and (self.init or self.teacher):
+        # What is trained further takes these two from here.
+        training = {p.name for p in TrainingRequest.parameters()} - {"data"}
+        training -= {"preset", "max_train"} if self.finetune_epochs else set()
+        if self.supernet and (given := self.options(*training)):
             raise InvalidInputError(
-                "init and teacher are of a training, and supernet names a trained one", received="both"
+                "how to train is of a training, and supernet names a trained one",
+                received=given.strip(),
+                remedy="leave one of the two out",
             )
 
 
@@ -158,6 +149,9 @@ _LOOKS = 3
 
 _MODELS = ("supernet", "init", "teacher")
 """Parameters that may name a registered model."""
+
+_PREDICTED = ("latency_ms",)
+"""Quantities that it fits predictors of, beside accuracy."""
 
 _MOVABLE = ("data", "target", "space", "resume", "signing_key", *WORKING)
 """Parameters that are no inputs of a step: data, target and space count apart from them, what is resumed and who works
@@ -195,24 +189,32 @@ def run_main(request: MainRequest) -> MainResult:
     from foxnas_mlflow.supernet import get_preset
 
     space = get_space(request.space or target.space)
-    check_options(space)
-    trained = get_preset(request.preset).space(space, in_channels=3, n_classes=2)
-    if not request.supernet:
-        _check_samples(request.n_samples, trained, measured=bool(device))
+    if request.supernet:
+        from foxnas_mlflow.tracking.inputs import open_supernet
+
+        supernet = open_supernet(request.supernet, data=request.data)
+        # An alias may mean another version a moment later.
+        request = request.replace(supernet=supernet.uri)
+        searched = supernet.space
+    else:
+        preset = get_preset(request.preset)
+        searched = preset.space(space, in_channels=space.in_channels, n_classes=space.n_classes)
+    check_options(searched)
+    _check_samples(request.n_samples, searched, measured=bool(device))
     with open_executor(request) as executor:
         if not device:
-            reference_latency(target, space)  # refuses a target without a cost model
-        machine = _machine(device, target, space, request.compiler_image, executor)
+            reference_latency(target, searched)  # refuses a target without a cost model
+        machine = _machine(device, target, searched, request.compiler_image, executor)
     read = functools.partial(
         load_dataset,
         request.data,
         seed=request.seed,
         max_train=request.max_train or None,
-        sizes=trained.image_sizes,
-        keep=not request.supernet,
+        sizes=searched.image_sizes,
+        keep=True,
         background=request.background,
     )
-    dataset = read()
+    dataset = supernet.dataset if request.supernet else read()
 
     from foxnas_mlflow.tracking.claims import heartbeat
     from foxnas_mlflow.tracking.registry import check_rights, fixed_uri, registered_name
@@ -373,20 +375,8 @@ class _Pipeline:
     def _training(self) -> tuple[SupernetRequest, dict[str, Any]]:
         """The training of the supernet, and what its result depends on."""
         main = self._request
-        request = SupernetRequest(
-            data=main.data,
-            space=main.space,
-            preset=main.preset,
-            epochs=main.epochs,
-            init=main.init,
-            teacher=main.teacher,
-            class_weights=main.class_weights,
-            sampling=main.sampling,
-            background=main.background,
-            max_train=main.max_train,
-            seed=main.seed,
-            name=main.name,
-        )
+        asked = {p.name: getattr(main, p.name) for p in TrainingRequest.parameters()}
+        request = SupernetRequest(space=main.space, seed=main.seed, name=main.name, **asked)
         return request, _inputs(request)
 
     def _supernet(self) -> SupernetResult:
@@ -577,7 +567,7 @@ class _Pipeline:
             data=main.data,
             latency_ms=found.latency_ms,
             limits=found.limits,
-            objective=main.objective,
+            objective=main.goal,
             min_accuracy=main.min_accuracy,
             confidence=main.confidence,
             n_compare=main.n_compare,

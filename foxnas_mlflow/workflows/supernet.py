@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.core.processors import n_processors
-from foxnas_mlflow.workflows._request import PresetName, Request, parameter
+from foxnas_mlflow.workflows._request import parameter
+from foxnas_mlflow.workflows._training import TrainingRequest
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:
@@ -25,37 +26,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupernetRequest(Request):
+class SupernetRequest(TrainingRequest):
     """What to train; see `run_supernet`."""
 
-    data: str = parameter(
-        "glyphs", "Images: glyphs, digits, fashion-mnist, or a folder (IDX, one folder a class, train/ and val/)."
-    )
     space: str = parameter("cpu", "Search space: cpu, tpu, proxyless, lite or the path of a YAML.")
-    preset: PresetName = parameter("tiny", "Size of images and schedule.")
     strategy: Literal["sandwich", "progressive_shrinking"] = parameter("sandwich", "How to train.")
-    epochs: int = parameter(0, "Passes over the training images; 0: the preset's.", at_least=0)
     batch_size: int = parameter(0, "Images a step on each process; 0: the preset's.", at_least=0)
     accumulate: int = parameter(
         1, "Parts that a step's batch is computed in, one after another, for the memory of one part.", at_least=1
     )
     learning_rate: float = parameter(0.0, "Peak learning rate on each process; 0: the preset's.", at_least=0)
     width_mult: float = parameter(0.0, "Width multiplier of all channels; 0: the preset's.", at_least=0)
-    init: str = parameter(
-        "", "Weights to begin with: models:/NAME/VERSION of a supernet, timm:NAME, torchvision:NAME or a file."
-    )
-    teacher: str = parameter("", "URI of an MLflow model whose probabilities are learned beside the labels.")
-    class_weights: Literal["none", "balanced"] = parameter(
-        "none", "Weight of a class in the loss: none, or balanced: by how seldom it is."
-    )
-    sampling: Literal["all", "balanced"] = parameter(
-        "all",
-        "How an epoch draws images: all, each once, or balanced: every class as often, rare ones again and again.",
-    )
-    background: int = parameter(
-        255, "Grey level behind transparent parts of pictures, 0 (black) to 255 (white).", at_least=0, below=256
-    )
-    max_train: int = parameter(0, "Use at most so many training images, drawn by class; 0: all.", at_least=0)
     flip: Literal["auto", "yes", "no"] = parameter("auto", "Mirror half of the training images; auto: colour only.")
     augment: Literal["auto", "yes", "no"] = parameter(
         "auto",
@@ -67,15 +48,10 @@ class SupernetRequest(Request):
     name: str = parameter("foxnas", "Prefix of the registered model.")
 
     def check(self) -> None:
-        """A training begins or goes on."""
+        """A training begins or goes on; of its images as `TrainingRequest` wants it."""
+        super().check()
         if self.init and self.resume:
             raise InvalidInputError("init begins a training and resume goes on with one", received="both")
-        if "balanced" == self.class_weights == self.sampling:
-            raise InvalidInputError(
-                "class_weights and sampling both make up for rare classes",
-                received="balanced for both",
-                remedy="give one of them",
-            )
 
 
 HEAD_FIRST = 0.05

@@ -308,19 +308,28 @@ def test_a_target_in_the_tag_alone_counts_too(
 def test_the_holder_is_compared_whatever_its_tags_say(
     tracking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    register_version(tmp_path, {"accuracy/int8_top1": 80.0, "benchmark/latency_ms_p90": 20.0})
+    worse = {"accuracy/int8_top1": 70.0, "benchmark/latency_ms_p90": 30.0}
+    register_version(tmp_path, {"accuracy/int8_top1": 80.0, "benchmark/latency_ms_p90": 20.0}, details=of_images("a1"))
     assert promote(NAME) == 0
     client = mlflow.MlflowClient()
     client.set_model_version_tag(NAME, "1", "target", "cpu")
+    client.set_model_version_tag(NAME, "1", "data_digest", "b2")
     log_measurement(
         str(model_id_of(client.get_model_version(NAME, "1"))),
         {"benchmark/latency_ms_p90": 900.0, "benchmark/valid": 1.0},
         target="cpu",
         machine="AMD EPYC",
     )
-    register_version(tmp_path, {"accuracy/int8_top1": 70.0, "benchmark/latency_ms_p90": 30.0})
+    register_version(tmp_path, worse, details=of_images("a1"))
     assert promote(NAME) == 2
     assert "beaten on both: 70.00 %, 30 ms against 80.00 %, 20 ms of version 1" in capsys.readouterr().err
+    register_version(tmp_path, worse, details=of_images("b2"))
+    assert promote(f"models:/{NAME}/3") == 0
+    assert "not comparable: version 1 was evaluated on other images" in capsys.readouterr().out
+
+
+def of_images(digest: str) -> dict[str, object]:
+    return {"provenance": {"data_digest": digest}}
 
 
 def test_no_rollback_to_files_that_were_changed(
@@ -492,7 +501,7 @@ def test_a_pipeline_asks_a_version_that_serves_whether_it_still_may(tracking: st
 
     class AlwaysDone(_Pipeline):
         def _step(self, name: str, result: Any, inputs: Any, after: Any, do: Any, **more: Any) -> Any:
-            return do([])(tags={})
+            return do([], {})
 
     register_version(tmp_path)
     assert promote(f"models:/{NAME}/1") == 0

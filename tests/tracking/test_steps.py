@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.flavor import TfliteModel
 from foxnas_mlflow.tracking.process import is_dead, process_identity
 
@@ -402,7 +403,7 @@ def begun(tracking: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     # The real `run` would train for minutes.
     monkeypatch.setattr(_Pipeline, "run", lambda self: self)
-    return lambda **values: run_main(MainRequest(data="digits", **values))
+    return lambda **values: run_main(MainRequest(**{"data": "digits", **values}))
 
 
 @pytest.mark.train
@@ -416,6 +417,13 @@ def test_a_pipeline_takes_the_versions_that_an_alias_and_latest_mean(begun: Any)
     MlflowClient().set_registered_model_alias("foxnas-supernet", "best", "1")
     for given in (uri, "models:/foxnas-supernet@best", "models:/foxnas-supernet/latest"):
         assert begun(target="rpi4", device="none", supernet=given)._request.supernet == uri
+        # Its images are those that it was trained on, and not all that are there.
+        assert len(begun(target="rpi4", device="none", supernet=given)._dataset.train) == 400
+    with pytest.raises(InvalidInputError, match="predictors of the space cpu-mini need at least"):
+        begun(target="rpi4", device="none", supernet=uri, n_samples=4)
+    with pytest.raises(InvalidInputError, match="data must be the images that the supernet was trained on"):
+        begun(target="rpi4", device="none", supernet=uri, data="glyphs")
+    assert begun(target="rpi4", device="none", supernet=uri, finetune_epochs=1, max_train=9)._request.max_train == 9
     pipeline = begun(target="rpi4", device="none", init="models:/foxnas-supernet@best", teacher="runs:/0/m")
     assert (pipeline._request.init, pipeline._request.teacher) == (uri, "runs:/0/m")
     # A training that begins with the newest of what it registers is the same when its own is the newest.

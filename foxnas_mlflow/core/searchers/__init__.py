@@ -19,6 +19,7 @@ from foxnas_mlflow.core.searchers._limits import Limit, describe_limits, parse_l
 from foxnas_mlflow.core.searchers._objective import Objective
 from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices, spoken, spoken_unit
 from foxnas_mlflow.core.searchers._problem import Problem
+from foxnas_mlflow.core.searchers._quantities import check_quantity
 from foxnas_mlflow.core.searchers._random import RandomSearch
 from foxnas_mlflow.core.searchers._rounds import Loop, Round, closed_loop, promises_more
 from foxnas_mlflow.core.searchers._search import (
@@ -67,6 +68,7 @@ __all__ = [
     "Verdict",
     "accuracy_signal",
     "candidates",
+    "check_quantity",
     "choose",
     "closed_loop",
     "combine",

@@ -203,9 +203,9 @@ class Objective:
         self.predictors = predictors
         self.space = predictors.space
         self.confidence = confidence
-        for quantity in quantities:
-            check_quantity(quantity, predictors)
         known = predicted_quantities(predictors)
+        for quantity in quantities:
+            check_quantity(quantity, known)
         self.quantities = ("latency_ms", *(q for q in dict.fromkeys(quantities) if q != "latency_ms"))
         self.level = joint_level(confidence, len(set(quantities) & set(known)))
         self.sizes = tuple(SizeObjective(predictors, size, self.quantities, self.level) for size in sizes)

@@ -7,6 +7,7 @@ alive at once). Both are known exactly for each stage option; a maximum limits e
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +49,17 @@ def predicted_quantities(predictors: PredictorSet) -> tuple[str, ...]:
     return tuple(quantity for quantity in predictors.groups if quantity != "accuracy")
 
 
-def check_quantity(quantity: str, predictors: PredictorSet) -> None:
+def check_quantity(quantity: str, predicted: Sequence[str]) -> None:
     """Refuse a quantity that is neither counted nor predicted.
+
+    Args:
+        quantity: What a limit or a goal is on.
+        predicted: The quantities that there are, or will be, predictors of.
 
     Raises:
         InvalidInputError: It names the known quantities.
     """
-    known = [*predicted_quantities(predictors), *SUMS, *MAXIMA]
+    known = [*predicted, *SUMS, *MAXIMA]
     if quantity == "accuracy":
         raise InvalidInputError("a limit is the most of a cost", received=quantity, remedy="set min_accuracy instead")
     if quantity not in known:

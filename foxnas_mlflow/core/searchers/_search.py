@@ -21,7 +21,7 @@ from foxnas_mlflow.core.searchers._limits import Limit, parse_limits
 from foxnas_mlflow.core.searchers._objective import Objective
 from foxnas_mlflow.core.searchers._prices import LimitPrice, feasible_points, limit_prices, spoken
 from foxnas_mlflow.core.searchers._problem import Problem
-from foxnas_mlflow.core.searchers._quantities import check_quantity
+from foxnas_mlflow.core.searchers._quantities import check_quantity, predicted_quantities
 from foxnas_mlflow.core.searchers._random import RandomSearch
 
 SEARCHERS: Mapping[str, Searcher] = {
@@ -246,7 +246,7 @@ def pose(
         raise InvalidInputError("min_accuracy must lie between 0 and 100 percent", received=min_accuracy)
     goal = "accuracy" if objective == KNEE else objective
     if goal != "accuracy":
-        check_quantity(goal, predictors)
+        check_quantity(goal, predicted_quantities(predictors))
     quantities = [limit.quantity for limit in asked]
     if goal != "accuracy":
         quantities.append(goal)
