@@ -24,6 +24,7 @@ from foxnas_mlflow.core.errors import InvalidInputError
 from foxnas_mlflow.workflows._addresses import addresses
 from foxnas_mlflow.workflows._executor import WORKING, ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
+from foxnas_mlflow.workflows._images import find_unknown
 from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
 from foxnas_mlflow.workflows._training import TrainingRequest
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
@@ -32,7 +33,7 @@ from foxnas_mlflow.workflows.compare import CompareRequest, CompareResult, run_c
 from foxnas_mlflow.workflows.finetune import FinetuneRequest, FinetuneResult, run_finetune
 from foxnas_mlflow.workflows.fit import FitRequest, FitStepResult, run_fit
 from foxnas_mlflow.workflows.promote import PromoteRequest, PromoteResult, run_promote
-from foxnas_mlflow.workflows.quantize import QuantizeRequest, QuantizeResult, find_unknown, run_quantize
+from foxnas_mlflow.workflows.quantize import QuantizeRequest, QuantizeResult, run_quantize
 from foxnas_mlflow.workflows.sample import SampleRequest, SampleResult, run_sample
 from foxnas_mlflow.workflows.search import SearchRequest, SearchResult, run_search
 from foxnas_mlflow.workflows.supernet import SupernetRequest, SupernetResult, run_supernet

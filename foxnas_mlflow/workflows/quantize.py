@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.workflows._images import CALIBRATION_IMAGES, batches_of, class_weights_of, images_of
+from foxnas_mlflow.workflows._images import CALIBRATION_IMAGES, batches_of, class_weights_of, images_of, unknown_images
 from foxnas_mlflow.workflows._request import Request, compiler_image, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -56,7 +55,7 @@ class QuantizeRequest(Request):
 
 REPAIR_LEARNING_RATE = 0.02
 _REPAIR_BATCH = 64
-_NAMED_LAYERS = _NAMED_FILES = 5
+_NAMED_LAYERS = 5
 _PARITY_IMAGES = 8
 _TABLE_IMAGES = 8
 
@@ -125,8 +124,8 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
     seed = int(subnet.details.get("data_seed", 0)) if request.seed is None else request.seed
     size = subnet.architecture.image_size
     dataset = images_of(subnet, source, seed=seed, max_val=request.max_val or None, sizes=(size,))
-    preprocessing, labels = _fitting(subnet, network, dataset)
-    unknown = _unknown_images(request.unknown, preprocessing)
+    preprocessing = _fitting(subnet, network, dataset)
+    unknown = unknown_images(request.unknown, preprocessing)
 
     given = request.texts() | {"subnet": uri, "data": source, "seed": str(seed)}
     with entry_run(stage="quantize", params=given, target=target.name, space=subnet.space.name, tags=tags) as run:
@@ -136,7 +135,8 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
 
         log_dataset(run, dataset, context="quantization")
         provenance = {"subnet": uri, "run_id": run.run_id, "data": source, "data_digest": dataset.digest, "seed": seed}
-        quantized = _quantize(request, runtime, subnet, network, dataset, preprocessing, labels, unknown, provenance)
+        inputs = _Inputs(subnet, network, dataset, preprocessing, unknown, runtime, seed, provenance)
+        quantized = _quantize(request, inputs)
         edgetpu = _compile(run, quantized.conversion.data, compiler) if runtime == "edgetpu" else None
         logged = log_quantized(run, quantized, target=target, name=request.name, edgetpu=edgetpu)
         return QuantizeResult(
@@ -144,7 +144,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
             model_uri=logged.model_uri,
             edgetpu_model_uri=logged.edgetpu_model_uri,
             metrics=logged.metrics,
-            classes=class_table(quantized.loss.int8.counts, labels),
+            classes=class_table(quantized.loss.int8.counts, quantized.labels),
             summary=_summary(quantized, target, logged, run.run_id, edgetpu, request.max_accuracy_drop),
         )
 
@@ -163,8 +163,8 @@ def _compile(run: EntryRun, data: bytes, compiler: EdgeTpuCompiler | None) -> Ed
     return EdgeTpuResult(readiness, output.data, output.report())
 
 
-def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tuple[Preprocessing, tuple[str, ...]]:
-    """How images are prepared, and the labels; refused if data and subnet do not belong together."""
+def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> Preprocessing:
+    """How images are prepared; refused if data and subnet do not belong together."""
     import dataclasses
 
     if subnet.labels and subnet.labels != dataset.labels:
@@ -186,20 +186,35 @@ def _fitting(subnet: SubnetModel, network: Network, dataset: ImageDataset) -> tu
     preprocessing = subnet.preprocessing
     if preprocessing is None:
         preprocessing = dataset.preprocessing(network.image_size)
-    return dataclasses.replace(preprocessing, image_size=network.image_size), dataset.labels
+    return dataclasses.replace(preprocessing, image_size=network.image_size)
 
 
-def _quantize(
-    request: QuantizeRequest,
-    runtime: Int8Runtime,
-    subnet: SubnetModel,
-    network: Network,
-    dataset: ImageDataset,
-    preprocessing: Preprocessing,
-    labels: tuple[str, ...],
-    unknown: NDArray[np.uint8] | None,
-    provenance: dict[str, Any],
-) -> Quantized:
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """What is converted, for what, and the images that it is converted and evaluated with.
+
+    Attributes:
+        unknown: Images of none of the classes, (n, size, size, channels); None: none were given.
+        seed: Seed of the calibration images.
+        provenance: What the file tells of its origin.
+    """
+
+    subnet: SubnetModel
+    network: Network
+    dataset: ImageDataset
+    preprocessing: Preprocessing
+    unknown: NDArray[np.uint8] | None
+    runtime: Int8Runtime
+    seed: int
+    provenance: Mapping[str, Any]
+
+    @property
+    def weights(self) -> Mapping[str, NDArray[Any]]:
+        """Arrays by parameter name."""
+        return self.subnet.weights or {}
+
+
+def _quantize(request: QuantizeRequest, inputs: _Inputs) -> Quantized:
     """Convert the subnet and evaluate the result."""
     import importlib.util
 
@@ -208,23 +223,23 @@ def _quantize(
     from foxnas_mlflow.tflite import FloatModel, Int8Model, convert, layer_errors, quantization_loss
     from foxnas_mlflow.tracking.quantize import Quantized
 
-    weights = subnet.weights or {}
+    network, dataset, preprocessing, weights = inputs.network, inputs.dataset, inputs.preprocessing, inputs.weights
     normalization = preprocessing.normalization
-    representative = calibration_images(dataset, preprocessing, request.calibration_images, seed=provenance["seed"])
+    representative = calibration_images(dataset, preprocessing, request.calibration_images, seed=inputs.seed)
     conversion = convert(
         network,
         weights,
         representative,
         normalization=normalization,
-        labels=labels,
-        architecture=subnet.architecture,
-        provenance=provenance | {"calibration_images": len(representative)},
+        labels=dataset.labels,
+        architecture=inputs.subnet.architecture,
+        provenance={**inputs.provenance, "calibration_images": len(representative)},
         reference_logits=_torch_logits(network, weights, normalization, representative[:_PARITY_IMAGES]),
-        runtime=runtime,
+        runtime=inputs.runtime,
         input_type=request.input_type,
     )
 
-    def prepared(images: ImageSet) -> Any:
+    def prepared(images: ImageSet) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         done = 0
         with progress_bar("quantize", "image") as show:
             for batch, targets in prepared_batches(images, preprocessing):
@@ -244,9 +259,7 @@ def _quantize(
             "int8 loses %.2f points: the network is trained with simulated int8 for %d epochs",
             *(loss.drop_points, request.repair_epochs),
         )
-        other, its_weights = _repaired(
-            request, conversion, subnet, network, weights, dataset, preprocessing, provenance["seed"]
-        )
+        other, its_weights = _repaired(request, inputs, conversion)
         its_loss = quantization_loss(exact, Int8Model(other.data), prepared(dataset.val))
         if its_loss.int8_top1_percent > loss.int8_top1_percent:
             repair, loss, conversion, weights, int8 = loss, its_loss, other, its_weights, Int8Model(other.data)
@@ -257,34 +270,27 @@ def _quantize(
         loss.int8.scores,
         loss.int8.targets,
         max_false_accept=request.max_false_accept,
-        unknown=None if unknown is None else int8.logits(unknown),
+        unknown=None if inputs.unknown is None else int8.logits(inputs.unknown),
     )
     errors = layer_errors(network, weights, conversion.data, representative[:_TABLE_IMAGES])
     return Quantized(
-        subnet,
+        inputs.subnet,
         network,
         preprocessing,
-        labels,
+        dataset.labels,
         conversion,
         loss,
         rejection,
         tuple(errors),
-        provenance,
+        inputs.provenance,
         before=repair,
         test=test,
     )
 
 
 def _repaired(
-    request: QuantizeRequest,
-    conversion: Conversion,
-    subnet: SubnetModel,
-    network: Network,
-    weights: Mapping[str, NDArray[np.floating]],
-    dataset: ImageDataset,
-    preprocessing: Preprocessing,
-    seed: int,
-) -> tuple[Conversion, Mapping[str, NDArray[np.floating]]]:
+    request: QuantizeRequest, inputs: _Inputs, conversion: Conversion
+) -> tuple[Conversion, Mapping[str, NDArray[Any]]]:
     """The file with weights that were trained on its grids, and these weights in floats.
 
     The float network teaches beside the labels.
@@ -292,8 +298,9 @@ def _repaired(
     from foxnas_mlflow.supernet import PlainNetwork, SimulatedNetwork, network_teacher, subnet_weights
     from foxnas_mlflow.tflite import grids_of, one_scale_of, read_tflite, with_weights
 
-    file, ours = read_tflite(conversion.data), preprocessing.normalization
-    batches = batches_of(subnet, dataset, batch_size=_REPAIR_BATCH, augment=False, seed=seed)
+    network, weights, ours = inputs.network, inputs.weights, inputs.preprocessing.normalization
+    file = read_tflite(conversion.data)
+    batches = batches_of(inputs.subnet, inputs.dataset, batch_size=_REPAIR_BATCH, augment=False, seed=inputs.seed)
     teacher = network_teacher(PlainNetwork.from_weights(network, weights), its=ours, ours=ours)
     simulated = SimulatedNetwork(network, weights, grids_of(file, network), one_scale=one_scale_of(file, network))
     with progress_bar("repair", "step") as show:
@@ -301,7 +308,7 @@ def _repaired(
             batches,
             epochs=request.repair_epochs,
             learning_rate=REPAIR_LEARNING_RATE,
-            class_weights=class_weights_of(subnet),
+            class_weights=class_weights_of(inputs.subnet),
             teacher=teacher,
             progress=lambda done, n, loss: show(done, n, f"loss {loss:.3f}"),
         )
@@ -309,58 +316,9 @@ def _repaired(
     return with_weights(conversion, network, simulated.parameters_of_file(), how), subnet_weights(simulated)
 
 
-def find_unknown(folder: str) -> tuple[list[Path], Mapping[str, int]]:
-    """The pictures of none of the classes, and how many files of each suffix are none that are read.
-
-    They are found as those of the classes are.
-
-    Raises:
-        InvalidInputError: If there is no such folder, or no picture in it that can be read.
-    """
-    from pathlib import Path
-
-    from foxnas_mlflow.data import pictures_below, unread_words
-    from foxnas_mlflow.data.preprocess import Preprocessing
-
-    rule = "unknown must be a folder of pictures that are none of the classes"
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise InvalidInputError(rule, received=folder)
-    found = pictures_below(root)
-    paths = [found.root / name for name in found.names]
-    if all(_decoded(path, Preprocessing(8)) is None for path in paths):
-        beside = f", beside {unread_words(found.unread)}" if found.unread else ""
-        raise InvalidInputError(rule, received=f"{folder}: {len(paths)} pictures, none of which can be read{beside}")
-    return paths, found.unread
-
-
-def _unknown_images(folder: str, preprocessing: Preprocessing) -> NDArray[np.uint8] | None:
-    """The pictures of none of the classes, (n, size, size, channels); None where none is given."""
-    if not folder:
-        return None
-    import numpy as np
-
-    from foxnas_mlflow.data import unread_words
-
-    paths, unread = find_unknown(folder)
-    images = [_decoded(path, preprocessing) for path in paths]
-    damaged = [str(path) for path, image in zip(paths, images, strict=True) if image is None]
-    if unread:
-        logger.warning("unknown: files that are not read: %s", unread_words(unread))
-    if damaged:
-        logger.warning("unknown: %d damaged files are left out: %s", len(damaged), ", ".join(damaged[:_NAMED_FILES]))
-    return np.stack([image for image in images if image is not None])
-
-
-def _decoded(path: Path, preprocessing: Preprocessing) -> NDArray[np.uint8] | None:
-    """A picture as a network gets it; None if it cannot be read."""
-    try:
-        return preprocessing.decode(path.read_bytes())
-    except (InvalidInputError, OSError):
-        return None
-
-
-def _torch_logits(network: Network, weights: Any, normalization: Normalization, images: Any) -> Any:
+def _torch_logits(
+    network: Network, weights: Mapping[str, NDArray[Any]], normalization: Normalization, images: NDArray[np.uint8]
+) -> NDArray[np.floating] | None:
     """The trainer's own float logits, or None where PyTorch is not installed."""
     import importlib.util
 

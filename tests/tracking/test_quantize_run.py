@@ -90,7 +90,7 @@ def test_pictures_of_none_of_the_classes_are_found_as_those_of_the_classes_are(
     from PIL import Image
 
     from foxnas_mlflow.core.errors import InvalidInputError
-    from foxnas_mlflow.workflows.quantize import _unknown_images, find_unknown
+    from foxnas_mlflow.workflows._images import find_unknown, unknown_images
 
     root = tmp_path / "unknown"
     for place in ("a.png", "more/b.PNG", "@eaDir/a.jpg/thumb.png", ".ipynb_checkpoints/a.png"):
@@ -103,7 +103,7 @@ def test_pictures_of_none_of_the_classes_are_found_as_those_of_the_classes_are(
         "more/b.PNG",
         "torn.png",
     ]
-    images = _unknown_images(str(root), Preprocessing(16))
+    images = unknown_images(str(root), Preprocessing(16))
     assert images is not None
     assert images.shape == (2, 16, 16, 3)
     assert caplog.messages == [
