@@ -17,18 +17,16 @@ from foxnas_mlflow.flavor import FLAVOR_NAME, SubnetModel, SupernetModel, Tflite
 
 
 @dataclass(frozen=True, eq=False)
-class TeacherModel:
-    """A model that a training learns from.
+class AnsweringTeacher:
+    """A model that a training learns from by its answers.
 
     Attributes:
-        network: The model where it has weights of ours.
-        answer: Else its probabilities (n, n_classes) for uint8 images (n, height, width, channels).
+        answer: Its probabilities (n, n_classes) for uint8 images (n, height, width, channels).
         image_size: Size of the images that `answer` takes; None: any.
     """
 
-    network: SupernetModel | SubnetModel | None
-    answer: Callable[[NDArray[np.uint8]], NDArray[np.float64]] | None = None
-    image_size: int | None = None
+    answer: Callable[[NDArray[np.uint8]], NDArray[np.float64]]
+    image_size: int | None
 
 
 def open_init(uri: str) -> SupernetModel:
@@ -44,10 +42,10 @@ def open_init(uri: str) -> SupernetModel:
     return model
 
 
-def open_teacher(uri: str, *, labels: Sequence[str], channels: int) -> TeacherModel:
+def open_teacher(uri: str, *, labels: Sequence[str], channels: int) -> SupernetModel | SubnetModel | AnsweringTeacher:
     """The model behind a URI, as a teacher of these classes.
 
-    One of ours answers by its weights, or its int8 file. Any other is a pyfunc: it gets an array of uint8
+    One of ours with weights is itself; any other answers: an int8 file of ours, or a pyfunc: it gets an array of uint8
     images, or of floats in 0..1 where its signature says float, with channels last or, where its signature says so,
     first; and gives one probability a class, in the order of the labels.
 
@@ -68,7 +66,7 @@ def open_teacher(uri: str, *, labels: Sequence[str], channels: int) -> TeacherMo
                 raise InvalidInputError("a teacher must have weights", received=f"{uri}, an untrained subnet")
             _check_labels(uri, model.labels, labels, model.space.n_classes)
             _check_channels(uri, model.space.in_channels, channels)
-            return TeacherModel(model)
+            return model
         if not isinstance(model, TfliteModel):
             raise InvalidInputError("a teacher must classify images", received=f"{uri}, a {type(model).__name__}")
         _check_labels(uri, model.labels, labels, len(model.labels))
@@ -77,7 +75,7 @@ def open_teacher(uri: str, *, labels: Sequence[str], channels: int) -> TeacherMo
     return _pyfunc_teacher(uri, channels)
 
 
-def _pyfunc_teacher(uri: str, channels: int, image_size: int = 0) -> TeacherModel:
+def _pyfunc_teacher(uri: str, channels: int, image_size: int = 0) -> AnsweringTeacher:
     model = mlflow.pyfunc.load_model(uri)
     shape, kind = _tensor_input(model)
     first = len(shape) == 4 and shape[1] == channels and shape[3] != channels
@@ -94,7 +92,7 @@ def _pyfunc_teacher(uri: str, channels: int, image_size: int = 0) -> TeacherMode
                 received=f"{uri}: {str(error).strip().splitlines()[0]}",
             ) from error
 
-    return TeacherModel(None, answer, size or None)
+    return AnsweringTeacher(answer, size or None)
 
 
 def _tensor_input(model: Any) -> tuple[tuple[int, ...], str]:

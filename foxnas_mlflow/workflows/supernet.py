@@ -384,7 +384,7 @@ def _class_weights(request: SupernetRequest, data: ImageDataset) -> tuple[float,
 
 
 def _teacher(request: SupernetRequest, dataset: ImageDataset, worker: Worker) -> Teacher | None:
-    """The teacher, which has answered two images of the training already."""
+    """The teacher; one that only answers has answered two images of the training already."""
     if not request.teacher:
         return None
     import dataclasses
@@ -396,30 +396,25 @@ def _teacher(request: SupernetRequest, dataset: ImageDataset, worker: Worker) ->
     from foxnas_mlflow.data import prepared_batches
     from foxnas_mlflow.flavor import SupernetModel
     from foxnas_mlflow.supernet import PlainNetwork, SubnetEvaluator, Supernet, function_teacher, network_teacher
-    from foxnas_mlflow.tracking.teacher import open_teacher
+    from foxnas_mlflow.tracking.teacher import AnsweringTeacher, open_teacher
 
     opened = open_teacher(request.teacher, labels=dataset.labels, channels=dataset.channels)
     ours = dataset.normalization
-    if opened.network is not None:
-        model = opened.network
-        its = ours if model.preprocessing is None else model.preprocessing.normalization
-        if isinstance(model, SupernetModel):
-            # Its statistics are those of whatever network its last step trained.
-            shown = dataclasses.replace(dataset, normalization=its)
-            known = Supernet.from_weights(model.space, model.weights)
-            plain = SubnetEvaluator(known, shown, seed=request.seed, device=worker.device).network(
-                model.space.largest()
-            )
-        else:
-            plain = PlainNetwork.from_weights(build_network(model.space, model.architecture), model.weights or {})
-        return network_teacher(plain, its=its, ours=ours)
-    if opened.answer is None:
-        raise TypeError("a teacher is a network or a function")
-    teacher = function_teacher(opened.answer, ours=ours, image_size=opened.image_size, n_classes=dataset.n_classes)
-    preprocessing = dataset.preprocessing(opened.image_size or 32)
-    images, _ = next(prepared_batches(dataset.train, preprocessing, np.arange(2)))
-    teacher(torch.from_numpy(ours(images)).permute(0, 3, 1, 2))
-    return teacher
+    if isinstance(opened, AnsweringTeacher):
+        teacher = function_teacher(opened.answer, ours=ours, image_size=opened.image_size, n_classes=dataset.n_classes)
+        preprocessing = dataset.preprocessing(opened.image_size or 32)
+        images, _ = next(prepared_batches(dataset.train, preprocessing, np.arange(2)))
+        teacher(torch.from_numpy(ours(images)).permute(0, 3, 1, 2))
+        return teacher
+    its = ours if opened.preprocessing is None else opened.preprocessing.normalization
+    if isinstance(opened, SupernetModel):
+        # Its statistics are those of whatever network its last step trained.
+        shown = dataclasses.replace(dataset, normalization=its)
+        known = Supernet.from_weights(opened.space, opened.weights)
+        plain = SubnetEvaluator(known, shown, seed=request.seed, device=worker.device).network(opened.space.largest())
+    else:
+        plain = PlainNetwork.from_weights(build_network(opened.space, opened.architecture), opened.weights or {})
+    return network_teacher(plain, its=its, ours=ours)
 
 
 def _augmented(request: SupernetRequest, epochs: int, data: ImageDataset) -> bool:

@@ -79,11 +79,12 @@ def test_known_weights_teachers_and_weights_of_classes_reach_the_training(
 
 def test_a_teacher_of_other_classes_or_channels_is_refused_by_name(tracking: str) -> None:
     from foxnas_mlflow.core.errors import InvalidInputError
+    from foxnas_mlflow.flavor import SupernetModel
     from foxnas_mlflow.tracking.teacher import open_teacher
     from tests.supernets import register_mini_supernet
 
     uri, digits = register_mini_supernet(), [str(i) for i in range(10)]
-    assert open_teacher(uri, labels=digits, channels=1).network is not None
+    assert isinstance(open_teacher(uri, labels=digits, channels=1), SupernetModel)
     for labels, channels, told in (
         (digits[:9], 1, "must have the 9 classes of the images; received 10"),
         ([*digits[:8], "9", "8"], 1, "classes of the images, in order; received '8' instead of '9'"),
@@ -119,11 +120,11 @@ def test_a_network_of_pytorch_that_takes_no_bytes_is_refused_in_words(tracking: 
     import torch
 
     from foxnas_mlflow.core.errors import InvalidInputError
-    from foxnas_mlflow.tracking.teacher import open_teacher
+    from foxnas_mlflow.tracking.teacher import AnsweringTeacher, open_teacher
 
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 10), torch.nn.Softmax(1))
     uri = log_teacher(lambda images: network(torch.from_numpy(images)).detach().numpy())
     teacher = open_teacher(uri, labels=[str(i) for i in range(10)], channels=1)
-    assert teacher.answer is not None
+    assert isinstance(teacher, AnsweringTeacher)
     with pytest.raises(InvalidInputError, match=r"a teacher must answer images given as an array .*; received models:"):
         teacher.answer(np.zeros((2, 16, 16, 1), np.uint8))
