@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from foxnas_mlflow.core.space import SearchSpace
     from foxnas_mlflow.data import ImageDataset
-    from foxnas_mlflow.supernet import KnownSupernet, Preset, SubnetEvaluator, Teacher, TrainingState, Worker
+    from foxnas_mlflow.supernet import Batches, KnownSupernet, Preset, SubnetEvaluator, Teacher, TrainingState, Worker
     from foxnas_mlflow.tracking.run import EntryRun
 
 
@@ -267,20 +267,36 @@ def _begin(
     n_train: int,
     worker: Worker,
     directory: Path,
-) -> tuple[TrainingState, Any]:
+) -> tuple[TrainingState, Batches]:
     """A new training, or the one to resume, and its batches; `n_train` counts broken images too."""
+    batches = _batches(request, preset, space, data, worker)
+    if request.resume:
+        state = _resumed_state(request.resume, space, directory)
+    else:
+        state = _new_state(request, preset, space, data, worker, len(batches))
+    batches.augment = _augmented(request, state.config.epochs, data)
+    origin = {
+        "data": data.digest,
+        "n_train": n_train,
+        "batch_size": batches.batch_size,
+        "flip": batches.flip,
+        "augment": batches.augment,
+        "world_size": worker.world_size,
+        "seed": request.seed,
+    }
+    origin |= {key: getattr(request, key) for key in ("init", "teacher", "class_weights", "sampling", "background")}
+    if request.resume:
+        _check_same(request, state, origin, worker)
+    else:
+        state.origin = origin
+    return state, batches
 
-    import torch
 
-    from foxnas_mlflow.supernet import (
-        Batches,
-        Supernet,
-        TrainConfig,
-        TrainingState,
-        load_checkpoint,
-        load_init,
-    )
-    from foxnas_mlflow.tracking.supernet import find_checkpoints
+def _batches(
+    request: SupernetRequest, preset: Preset, space: SearchSpace, data: ImageDataset, worker: Worker
+) -> Batches:
+    """The batches of a training, of which its epochs say whether they are augmented."""
+    from foxnas_mlflow.supernet import Batches
 
     batches = Batches(
         data.train,
@@ -301,46 +317,52 @@ def _begin(
             received=f"accumulate={request.accumulate}",
             remedy="give fewer parts, or a larger batch_size",
         )
-    if request.resume:
-        states = [load_checkpoint(place, space) for place in find_checkpoints(request.resume, directory / "resume")]
-        state = max(states, key=lambda s: s.step)
-    else:
-        torch.manual_seed(request.seed)
-        config = TrainConfig(
-            strategy=request.strategy,
-            epochs=request.epochs or preset.epochs_for(len(batches)),
-            learning_rate=(request.learning_rate or preset.learning_rate) * worker.world_size,
-            weight_decay=preset.weight_decay,
-            ema=request.ema,
-            accumulate=request.accumulate,
-            class_weights=_class_weights(request, data),
-            head_first=HEAD_FIRST if request.init else 0.0,
-            seed=request.seed,
-        )
-        supernet = Supernet(space)
-        if request.init:
-            read = load_init(_source(request.init), supernet, labels=data.labels)
-            if worker.rank == 0:
-                logger.info("Read %d tensors of %s. Different from there:", len(read.placed), read.family)
-                for line in read.differences:
-                    logger.info("  %s", line)
-                if read.sha256:
-                    logger.info("Its file has %s bytes and the SHA-256 %s.", f"{read.size_bytes:,}", read.sha256)
-        state = TrainingState(supernet, config)
-    batches.augment = _augmented(request, state.config.epochs, data)
-    origin = {
-        "data": data.digest,
-        "n_train": n_train,
-        "batch_size": batches.batch_size,
-        "flip": batches.flip,
-        "augment": batches.augment,
-        "world_size": worker.world_size,
-        "seed": request.seed,
-    }
-    origin |= {key: getattr(request, key) for key in ("init", "teacher", "class_weights", "sampling", "background")}
-    if not request.resume:
-        state.origin = origin
-        return state, batches
+    return batches
+
+
+def _resumed_state(resume: str, space: SearchSpace, directory: Path) -> TrainingState:
+    """The training to go on with: of its checkpoints the latest."""
+    from foxnas_mlflow.supernet import load_checkpoint
+    from foxnas_mlflow.tracking.supernet import find_checkpoints
+
+    states = [load_checkpoint(place, space) for place in find_checkpoints(resume, directory / "resume")]
+    return max(states, key=lambda state: state.step)
+
+
+def _new_state(
+    request: SupernetRequest, preset: Preset, space: SearchSpace, data: ImageDataset, worker: Worker, n_batches: int
+) -> TrainingState:
+    """A training that begins, with random weights or those that it is given."""
+    import torch
+
+    from foxnas_mlflow.supernet import Supernet, TrainConfig, TrainingState, load_init
+
+    torch.manual_seed(request.seed)
+    config = TrainConfig(
+        strategy=request.strategy,
+        epochs=request.epochs or preset.epochs_for(n_batches),
+        learning_rate=(request.learning_rate or preset.learning_rate) * worker.world_size,
+        weight_decay=preset.weight_decay,
+        ema=request.ema,
+        accumulate=request.accumulate,
+        class_weights=_class_weights(request, data),
+        head_first=HEAD_FIRST if request.init else 0.0,
+        seed=request.seed,
+    )
+    supernet = Supernet(space)
+    if request.init:
+        read = load_init(_source(request.init), supernet, labels=data.labels)
+        if worker.rank == 0:
+            logger.info("Read %d tensors of %s. Different from there:", len(read.placed), read.family)
+            for line in read.differences:
+                logger.info("  %s", line)
+            if read.sha256:
+                logger.info("Its file has %s bytes and the SHA-256 %s.", f"{read.size_bytes:,}", read.sha256)
+    return TrainingState(supernet, config)
+
+
+def _check_same(request: SupernetRequest, state: TrainingState, origin: Mapping[str, Any], worker: Worker) -> None:
+    """Refuse to go on with a training by other parameters than it was begun with."""
     # What is resumed has its weights, and names no others.
     compared = {*origin, *state.origin} - {"init"}
     differing = sorted(key for key in compared if state.origin.get(key) != origin.get(key))
@@ -357,7 +379,6 @@ def _begin(
             received=f"other {', '.join(differing)}",
             remedy="repeat the first command and add resume",
         )
-    return state, batches
 
 
 def _source(init: str) -> str | KnownSupernet:
