@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._script import run_board, runtime_packages
+from foxnas_mlflow.devices._script import BOARD_ERRORS, run_board, runtime_packages
 
 MIN_FREE_BYTES = 64 * 2**20
 """Space for the script, a model and its outputs; where /tmp is in memory, small boards have little more."""
@@ -152,10 +152,10 @@ def _software(answer: Mapping[str, Any], connection: Connection) -> Iterator[Fin
         if answer["edgetpu_error"].startswith("no_edgetpu_device") or "Failed to load" in answer["edgetpu_error"]:
             mend = "for the target edgetpu: plug it in, and check that no other process holds it"
         yield Finding("Edge TPU", "unknown", f"no Edge TPU answers ({answer['edgetpu_error']}; {needed})", mend)
-    if answer["lock_error"]:
-        yield Finding(
-            "lock", "not fine", f"no directory can be written ({answer['lock_error']})", "set TMPDIR there", needed=True
-        )
+    if answer["lock"]:
+        rule, remedy = BOARD_ERRORS[answer["lock"]]
+        text = f"{rule.format(uri=connection.uri)} ({answer['lock_error']})"
+        yield Finding("lock", "not fine", text, remedy, needed=True)
 
 
 def _mend(runtime: str, numpy: str, install: str) -> str:

@@ -33,6 +33,10 @@ BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
         "{uri} must have a directory for temporary files that can be written",
         "set TMPDIR for that user to one, and export it where its shell starts",
     ),
+    "closed_lock": (
+        "every user of {uri} must be able to open the directory that stands for the machine",
+        "have its owner or root run chmod 755 on it there",
+    ),
     "no_delegate": (
         "a delegate's library on {uri} must be one of TensorFlow Lite",
         "install libedgetpu1-std there, or mend what the library's name points to",

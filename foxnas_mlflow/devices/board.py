@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import pwd
 import re
 import shlex
 import shutil
@@ -148,7 +149,7 @@ def check(stick: str) -> dict[str, Any]:
     facts["throttle"] = throttle_state()
     facts.update(_clock_state())
     facts["managed"] = os.path.exists(os.path.join(os.path.dirname(os.__file__), "EXTERNALLY-MANAGED"))
-    facts["runtime"] = facts["runtime_error"] = facts["lock_error"] = ""
+    facts["runtime"] = facts["runtime_error"] = facts["lock"] = facts["lock_error"] = ""
     for name, module in (("numpy", "numpy"), ("pillow", "PIL"), ("pycoral", "pycoral")):
         facts[name] = ""
         with contextlib.suppress(Exception):
@@ -159,7 +160,8 @@ def check(stick: str) -> dict[str, Any]:
         with machine_lock(0):
             pass
     except BoardError as error:
-        facts["lock_error"] = "" if error.kind == "busy" else str(error)
+        if error.kind != "busy":
+            facts["lock"], facts["lock_error"] = error.kind, str(error)
     # In a process of its own: a wheel for another processor or another NumPy crashes.
     facts["runtime_error"] = _try_apart([])
     facts["edgetpu"], facts["edgetpu_error"] = False, _try_apart(["--library", EDGETPU_LIBRARY, "--stick", stick])
@@ -531,7 +533,11 @@ def machine_lock(wait_seconds: float) -> Any:
 
     The lock is on a directory, which every user can open whoever made it.
     """
-    descriptor = os.open(lock_path(), os.O_RDONLY)
+    path = lock_path()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise BoardError("closed_lock", "%s of %s: %s" % (path, _owner(path), error.strerror)) from error
     deadline = time.monotonic() + wait_seconds
     try:
         while True:
@@ -550,15 +556,29 @@ def machine_lock(wait_seconds: float) -> Any:
 def lock_path() -> str:
     """The directory that stands for the machine, made where it can be: /tmp may be read-only."""
     reasons = []
-    for path in (*LOCKS, os.path.join(tempfile.gettempdir(), os.path.basename(LOCKS[0]))):
-        try:
-            os.mkdir(path, 0o755)
-            return path
-        except FileExistsError:
-            return path
-        except OSError as error:
-            reasons.append("%s: %s" % (path, error.strerror))
+    # Others must open it, whatever this user lets them read of new files.
+    before = os.umask(0o022)
+    try:
+        for path in (*LOCKS, os.path.join(tempfile.gettempdir(), os.path.basename(LOCKS[0]))):
+            try:
+                os.mkdir(path, 0o755)
+                return path
+            except FileExistsError:
+                return path
+            except OSError as error:
+                reasons.append("%s: %s" % (path, error.strerror))
+    finally:
+        os.umask(before)
     raise BoardError("no_lock", "; ".join(reasons))
+
+
+def _owner(path: str) -> str:
+    """The user whose a file is, by name where it has one."""
+    number = os.lstat(path).st_uid
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def load_numpy() -> Any:

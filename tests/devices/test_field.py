@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.deploy._board import split_target
 from foxnas_mlflow.devices import LocalConnection, board, check, connect, host_answer, measure
-from foxnas_mlflow.devices._check import _throttling
+from foxnas_mlflow.devices._check import _software, _throttling
 from foxnas_mlflow.devices._script import runtime_packages
 from foxnas_mlflow.devices._ssh import SshPlace, known_name, wrapped
 from foxnas_mlflow.tflite import require_compiler
@@ -173,6 +177,32 @@ def test_the_lock_is_made_where_it_can_be(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(board.tempfile, "tempdir", "/proc/none")
     with pytest.raises(board.BoardError, match="No such file"):
         board.lock_path()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may measure as another account")
+def test_the_lock_that_one_user_made_is_every_users() -> None:
+    """Whatever that one lets others read of its new files; a closed one of an earlier release is told with its owner."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        Path(place).chmod(0o755)
+        path, script = Path(place, "lock"), Path(place, "board.py")
+        text = BOARD.read_text(encoding="utf-8")
+        script.write_text(re.sub(r"(?m)^LOCKS = .*", f"LOCKS = ({str(path)!r},)", text))
+        script.chmod(0o644)
+
+        def look(user: int, umask: int) -> dict[str, Any]:
+            argv = ["/usr/bin/python3", str(script), "check"]
+            done = subprocess.run(argv, capture_output=True, check=True, user=user, umask=umask, cwd="/")
+            return cast("dict[str, Any]", json.loads(done.stdout))
+
+        assert look(0, 0o077)["lock"] == ""
+        assert look(65534, 0o022)["lock"] == ""
+        path.chmod(0o700)
+        found = look(65534, 0o022)
+        assert (found["lock"], found["lock_error"]) == ("closed_lock", f"{path} of root: Permission denied")
+    (lock,) = (each for each in _software(found, LocalConnection()) if each.name == "lock")
+    assert lock.needed
+    assert f"{path} of root" in str(lock)
+    assert "chmod 755" in str(lock)
 
 
 @pytest.mark.skipif(Path(sys.prefix).is_relative_to("/tmp"), reason="this Python is in the /tmp to be covered")
