@@ -5,7 +5,8 @@ The compiler is a program that speaks edgetpu_compiler's command line and writes
 `STAND_IN_MODE` in the environment says how it goes: ``mapped``, ``partly`` (the last operator stays
 on the processor), ``unmapped``, ``refused`` (status 0, no file, as the real one), ``slow``. The library is
 edgetpu_delegate.c; with `STAND_IN_NO_DEVICE` in the environment no device answers, and with `STAND_IN_STICKS` those
-answer that are files of that directory (``usb:0``, ``usb:1``), each to one process.
+answer that are files of that directory (``usb:0``, ``usb:1``), each to one process. With `STAND_IN_FOREIGN` it crashes
+where a library does that was built for another runtime: when it takes an operator.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._script import BOARD_ERRORS, run_board, runtime_packages
+from foxnas_mlflow.devices._script import BOARD_ERRORS, EDGETPU_PAIRS, run_board, runtime_packages
 
 MIN_FREE_BYTES = 64 * 2**20
 """Space for the script, a model and its outputs; where /tmp is in memory, small boards have little more."""
@@ -145,10 +145,13 @@ def _software(answer: Mapping[str, Any], connection: Connection) -> Iterator[Fin
         )
     if answer["edgetpu"]:
         found = ", ".join(answer["edgetpus"]) or "one"
-        yield Finding("Edge TPU", "fine", f"{found} answers")
+        yield Finding("Edge TPU", "fine", f"{found} answers, its library fits the runtime")
+    elif "signal" in answer["edgetpu_error"] and not error:
+        text = f"its library crashes when it takes an operator ({answer['edgetpu_error'].strip()})"
+        yield Finding("Edge TPU", "not fine", text, f"for the target edgetpu: {EDGETPU_PAIRS}")
     else:
         needed = "needed for the target edgetpu only"
-        mend = "for the target edgetpu: install libedgetpu1-std there, a build that matches the runtime"
+        mend = f"for the target edgetpu: {EDGETPU_PAIRS}"
         if answer["edgetpu_error"].startswith("no_edgetpu_device") or "Failed to load" in answer["edgetpu_error"]:
             mend = "for the target edgetpu: plug it in, and check that no other process holds it"
         yield Finding("Edge TPU", "unknown", f"no Edge TPU answers ({answer['edgetpu_error']}; {needed})", mend)

@@ -18,6 +18,11 @@ MISSING_OPERATOR = (
     "convert it with TensorFlow Lite's own operators alone (target_spec.supported_ops = [TFLITE_BUILTINS])"
 )
 
+EDGETPU_PAIRS = (
+    "install the libedgetpu there that is for its runtime: Google's libedgetpu1-std for tflite-runtime 2.5 to 2.11 "
+    "alone, for a newer one the build of https://github.com/feranick/libedgetpu for its release of TensorFlow"
+)
+
 BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
     "no_numpy": ("{uri} must have NumPy", INSTALL),
     "no_runtime": ("{uri} must have ai-edge-litert or tflite-runtime", INSTALL),
@@ -39,7 +44,7 @@ BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
     ),
     "no_delegate": (
         "a delegate's library on {uri} must be one of TensorFlow Lite",
-        "install libedgetpu1-std there, or mend what the library's name points to",
+        f"mend what the library's name points to, or {EDGETPU_PAIRS}",
     ),
     "custom_operator": (
         "the runtime on {uri} must know all operators of the model",
@@ -60,7 +65,7 @@ BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
     ),
     "no_edgetpu_library": (
         "an Edge TPU on {uri} needs the library libedgetpu.so.1",
-        "install libedgetpu1-std there (a build that matches the runtime)",
+        EDGETPU_PAIRS,
     ),
     "no_edgetpu_device": (
         "an Edge TPU must be connected to {uri}",
@@ -121,18 +126,18 @@ def run_board(connection: Connection, arguments: Sequence[str], *, timeout_s: fl
         # Its time was up: the script takes the end of its input for that of this host, and removes its directory.
         connection.leave_workspace()
         raise
-    return read_answer(completed, connection)
+    return read_answer(completed, connection, edgetpu="--edgetpu" in arguments)
 
 
-def read_answer(completed: Completed, connection: Connection) -> dict[str, Any]:
-    """The script's JSON, or the error that its end means."""
+def read_answer(completed: Completed, connection: Connection, *, edgetpu: bool = False) -> dict[str, Any]:
+    """The script's JSON, or the error that its end means; `edgetpu`: whether it was to run there."""
     uri = connection.uri
     try:
         answer = json.loads(completed.stdout.strip().splitlines()[-1])
         if not isinstance(answer, dict):
             raise ValueError(answer)
     except (ValueError, IndexError):
-        raise _ended(completed, connection) from None
+        raise _ended(completed, connection, edgetpu) from None
     if completed.status == 0 and "error" not in answer:
         return answer
     rule, remedy = BOARD_ERRORS.get(
@@ -142,7 +147,7 @@ def read_answer(completed: Completed, connection: Connection) -> dict[str, Any]:
     raise DeviceError(rule.format(uri=uri), received=answer.get("message") or None, remedy=remedy)
 
 
-def _ended(completed: Completed, connection: Connection) -> DeviceError:
+def _ended(completed: Completed, connection: Connection, edgetpu: bool) -> DeviceError:
     """The error for a script that ended without an answer."""
     uri, status = connection.uri, completed.status
     said = (completed.stderr.strip().splitlines() or [f"exit status {status}"])[-1]
@@ -165,6 +170,12 @@ def _ended(completed: Completed, connection: Connection) -> DeviceError:
             f"the measuring process on {uri} was killed",
             received=said,
             remedy="look whether its memory was full (dmesg), or who ended it",
+        )
+    if status > 128 and edgetpu:
+        return DeviceError(
+            f"the Edge TPU's library on {uri} must be one for its runtime",
+            received=f"signal {status - 128}",
+            remedy=EDGETPU_PAIRS,
         )
     if status > 128:
         return DeviceError(

@@ -63,6 +63,12 @@ TINY_MODEL = (
     "PperkNVNKnVlv05HF8J3Jf35PA8r8zwr8lXva/hf7zpNtfZTSaMrzUf6dHS6+Osj8z+3HsKeL+zc2/+y6zv46GzmO2aT30Wi9Yp+"
     "fvv+ol+cfjV7"
 )
+# The Edge TPU's operator with no program in it, which its library refuses.
+EMPTY_EDGETPU_MODEL = (
+    "eNqTYWBgCHHzMWYAAz4GEQYBBh4GDiCbBchjAPIYGGSA2IaRgYEZSAMpqCwIQvggNTxwnSxAEiJmA8QOQOyCpI6BgQssD1LHBTWLByoPwwxY+E"
+    "xAnAK2l4Fh0////0FmGUCkOEH0EqAYyCwRJD0MSGYxMDTYg+hKqFmMULNgfuaHuokP6l8LqNkWYPfxgDkwv3FA/cKIw44KNDsQYQSyBxJ6IHMU"
+    "oGaBmIJAIjUlPbWkoFQ3ubS4JD9XN78AKAYAytkXFA=="
+)
 TINY_WEIGHTS, TINY_BIASES = ((7, -5, 3), (-2, 9, 1)), (100, -50)
 
 
@@ -189,13 +195,18 @@ def _try_apart(arguments: list[str]) -> str:
 
 
 def try_out(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the smallest model through the runtime, or load a delegate."""
+    """Run the smallest model through the runtime, or let an Edge TPU's library take an operator."""
     np = load_numpy()
     name, runtime = load_runtime()
     if options.library:
-        load_delegate(runtime, options.library, options.stick)
+        # A library that was built for another runtime loads, and crashes when it takes its first operator.
+        try:
+            open_model(runtime, name, _unpacked(EMPTY_EDGETPU_MODEL), 1, options.library, options.stick)
+        except BoardError as error:
+            if error.kind != "bad_model":
+                raise
         return {}
-    interpreter = open_model(runtime, name, zlib.decompress(base64.b64decode(TINY_MODEL)), 1, "")
+    interpreter = open_model(runtime, name, _unpacked(TINY_MODEL), 1, "")
     given = np.arange(-24, 24).astype(np.int8).reshape(1, 4, 4, 3)
     interpreter.set_tensor(interpreter.get_input_details()[0]["index"], given)
     interpreter.invoke()
@@ -204,6 +215,10 @@ def try_out(options: argparse.Namespace) -> dict[str, Any]:
     if abs(got - exact).max() > 1:
         raise BoardError("bad_model", "%s computes one convolution wrongly" % name)
     return {}
+
+
+def _unpacked(model: str) -> bytes:
+    return zlib.decompress(base64.b64decode(model))
 
 
 def list_edgetpus() -> list[str]:

@@ -56,6 +56,23 @@ def test_no_device_and_no_library(int8: bytes, monkeypatch: pytest.MonkeyPatch) 
         measure(connection, compiled, edgetpu=True)
 
 
+def test_a_library_for_another_runtime_is_told_by_check_too(int8: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads and finds its device; the first interpreter that it takes an operator of crashes."""
+    compiled = require_compiler().compile(int8)
+    monkeypatch.setenv("STAND_IN_FOREIGN", "1")
+    with connect("local") as connection:
+        found = check(connection)
+        assert not found.edgetpu
+        (note,) = (note for note in found.notes if "its library crashes" in note)
+        assert "signal 11" in note
+        assert "tflite-runtime 2.5 to 2.11" in note
+        assert "feranick/libedgetpu" in note
+        with pytest.raises(
+            DeviceError, match=r"must be one for its runtime; received signal 11; install .* 2\.11 alone"
+        ):
+            measure(connection, compiled, edgetpu=True)
+
+
 def test_of_several_accelerators_one_is_named(int8: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = require_compiler().compile(int8)
     for name in ("usb:0", "usb:1"):

@@ -181,7 +181,7 @@ def test_the_lock_is_made_where_it_can_be(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may measure as another account")
 def test_the_lock_that_one_user_made_is_every_users() -> None:
-    """Whatever that one lets others read of its new files; a closed one of an earlier release is told with its owner."""
+    """Whatever that one lets others read of its files; a closed one of an earlier release is told with its owner."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
         Path(place).chmod(0o755)
         path, script = Path(place, "lock"), Path(place, "board.py")
