@@ -25,7 +25,7 @@ def connect(device: str) -> Connection:
             ``?python=/path/to/python`` (on the machine), ssh also ``key=/path`` (of a private key), docker also
             ``cpus=0.5`` (processors that the container may use). ``local`` and ssh take ``edgetpu=usb:1``: which
             of several Edge TPUs, in the words of its library. The host's name is written as for ``ssh``: user,
-            port, keys and jump hosts also come from ``~/.ssh/config``, keys from the agent.
+            port, keys and jump hosts also come from ``~/.ssh/config`` and ``/etc/ssh/ssh_config``, keys from the agent.
 
     Raises:
         DeviceError: If the address is malformed, or the machine cannot be reached.

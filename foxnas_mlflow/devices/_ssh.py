@@ -1,7 +1,7 @@
 """``ssh://user@host[:port]``: a board, through asyncssh.
 
-Strict by default: the host's key must be known (``~/.ssh/known_hosts``, or what ``~/.ssh/config``
-names); a changed or unknown one is refused. An event loop in a thread of its own keeps the
+Strict by default: the host's key must be known (to ``~/.ssh/known_hosts`` or ``/etc/ssh/ssh_known_hosts``, or what the
+configuration names); a changed or unknown one is refused. An event loop in a thread of its own keeps the
 connection alive, and notices its loss, between two measurements too. Files travel through ``cat``,
 because small systems have no SFTP server.
 
@@ -16,13 +16,16 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
+import getpass
+import logging
 import os
 import re
 import secrets
 import shlex
 import socket
+import tempfile
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +39,16 @@ KEEPALIVE_SECONDS = 15
 KEEPALIVE_MISSES = 3
 FILE_SECONDS = 600
 
+USER_CONFIG, SYSTEM_CONFIG = "~/.ssh/config", "/etc/ssh/ssh_config"
+KNOWN_HOSTS = {
+    "UserKnownHostsFile": ("~/.ssh/known_hosts", "~/.ssh/known_hosts2"),
+    "GlobalKnownHostsFile": ("/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"),
+}
+"""Where OpenSSH looks for host keys, by the option that names other files."""
+
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class SshConnection(Connection):
@@ -129,7 +141,8 @@ class SshConnection(Connection):
     async def _run(self, argv: Sequence[str], data: bytes | None, timeout_s: float) -> tuple[Completed, bytes]:
         if self._ssh is None:
             raise self._asyncssh.ConnectionLost("it could not be opened again")
-        process = await self._ssh.create_process(wrapped(argv, self._marker), encoding=None)
+        # A terminal, which `RequestTTY` may ask for, changes what passes.
+        process = await self._ssh.create_process(wrapped(argv, self._marker), encoding=None, request_pty=False)
         try:
             async with asyncio.timeout(timeout_s):
                 _, output, errors = await asyncio.gather(
@@ -153,33 +166,48 @@ class SshConnection(Connection):
             self._ssh = None
         place, known = SshPlace(self._host, self._options.get("port"), self._options.get("username")), False
         try:
-            # Empty: the usual files; without it none are read.
-            options = self._asyncssh.SSHClientConnectionOptions(host=self._host, config=(), **self._options)
-            alias = options.host_key_alias
-            name = alias or options.host.lower()
-            if name != (alias or options.host):
+            with configuration() as files:
+                config, options = self._configured(files)
+                alias = options.host_key_alias
                 # `Host` lines know upper case, known_hosts does not: ssh looks a name up in lower case.
-                options = self._asyncssh.SSHClientConnectionOptions(options, host_key_alias=name)
-            if options.known_hosts is None:
-                # `UserKnownHostsFile none`: asyncssh would take any key for the host's.
-                options = self._asyncssh.SSHClientConnectionOptions(options, known_hosts=[os.devnull])
-            files = [str(Path(file).expanduser()) for file in options.known_hosts or ("~/.ssh/known_hosts",)]
-            place = dataclasses.replace(
-                place,
+                name = alias or options.host.lower()
+                named = options.known_hosts or KNOWN_HOSTS["UserKnownHostsFile"]
+                if options.known_hosts is None:
+                    # `UserKnownHostsFile none`: asyncssh would take any key for the host's.
+                    named = [os.devnull, *options.config.get("GlobalKnownHostsFile", ())]
+                there = _readable(_expanded(str(file), options, self._host, name) for file in named)
+                holding = [file for file in there if self._is_known(file, name, options.port)]
+                known = bool(holding)
                 # As in ssh: an alias stands without a port.
-                known_as=alias or known_name(name, options.port),
-                known_hosts=next(filter(os.path.exists, files), ""),
-            )
-            known = self._is_known(files, name, options.port)
-            self._ssh = self._wait(self._asyncssh.connect(self._host, options=options))
+                known_as = alias or known_name(name, options.port)
+                place = dataclasses.replace(place, known_as=known_as, known_hosts=next(iter(holding or there), ""))
+                connecting = self._asyncssh.connect(
+                    self._host,
+                    config=config,
+                    host_key_alias=alias if name == options.host else name,
+                    # Of no file asyncssh would read the usual one.
+                    known_hosts=there or [os.devnull],
+                    **self._options,
+                )
+                self._ssh = self._wait(connecting)
         except (OSError, ValueError, self._asyncssh.Error, self._asyncssh.PasswordChangeRequired) as error:
             raise unreachable(error, self.uri, place, known=known) from error
 
-    def _is_known(self, files: Sequence[str], name: str, port: int) -> bool:
-        """Whether known_hosts has a key of this host."""
+    def _configured(self, files: list[str]) -> tuple[list[str], Any]:
+        """The files of a configuration that asyncssh can read, and what they say."""
+        read = self._asyncssh.SSHClientConnectionOptions
+        try:
+            return files, read(host=self._host, config=files, **self._options)
+        except self._asyncssh.ConfigParseError as error:
+            others = [file for file in files if file != SYSTEM_CONFIG]
+            options = read(host=self._host, config=others, **self._options)
+            _log.warning("%s is left out, which asyncssh cannot read: %s", SYSTEM_CONFIG, error)
+            return others, options
+
+    def _is_known(self, file: str, name: str, port: int) -> bool:
+        """Whether a file of known hosts has a key of this host."""
         with contextlib.suppress(OSError, ValueError):
-            there = list(filter(os.path.exists, files))
-            found = self._asyncssh.match_known_hosts(there, name, "", port) if there else ((), ())
+            found = self._asyncssh.match_known_hosts([file], name, "", port)
             return bool(found[0] or found[1])
         return False
 
@@ -214,6 +242,31 @@ class SshConnection(Connection):
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+@contextlib.contextmanager
+def configuration() -> Iterator[list[str]]:
+    """The files that OpenSSH reads for a connection, the one that counts first; jump hosts are opened by them too.
+
+    Of these asyncssh knows only the user's. The last one is made here: it names known hosts where nothing else does.
+    """
+    with tempfile.NamedTemporaryFile("w", prefix="foxnas-ssh-", encoding="utf-8") as defaults:
+        for option, files in KNOWN_HOSTS.items():
+            there = _readable(str(Path(file).expanduser()) for file in files)
+            defaults.write(f"{option} {shlex.join(there)}\n" if there else "")
+        defaults.flush()
+        yield [*_readable((str(Path(USER_CONFIG).expanduser()), SYSTEM_CONFIG)), defaults.name]
+
+
+def _readable(files: Iterable[str]) -> list[str]:
+    return [file for file in files if os.access(file, os.R_OK)]
+
+
+def _expanded(file: str, options: Any, host: str, name: str) -> str:
+    """A known hosts file's path, with its tokens as ssh_config(5) has them."""
+    tokens = {"h": options.host, "k": name, "n": host, "p": str(options.port), "r": options.username, "%": "%"}
+    tokens |= {"d": str(Path.home()), "u": getpass.getuser()}
+    return re.sub("%(.)", lambda found: tokens.get(found[1], found[0]), str(Path(file).expanduser()))
 
 
 def wrapped(argv: Sequence[str], marker: str) -> str:
@@ -315,7 +368,11 @@ _UNREACHABLE: Mapping[str, tuple[str, str]] = {
         "the private key for {uri} must be readable",
         "load an encrypted key with ssh-add, or give another with ?key=/path",
     ),
-    "ConfigParseError": ("~/.ssh/config must be valid", "mend it: ssh -G {host} shows its mistakes"),
+    "ConfigParseError": (
+        "asyncssh must be able to read the SSH configuration for {uri}",
+        "mend that line; where ssh takes it: asyncssh knows no comment behind a value, and no Match canonical, "
+        "localnetwork or other rare condition",
+    ),
     "gaierror": ("the host name of {uri} must be known", "check its spelling, or give its IP address"),
     "TimeoutError": (
         f"{{uri}} must answer within {CONNECT_SECONDS} s",

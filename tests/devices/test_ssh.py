@@ -22,7 +22,7 @@ from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import _measure as measuring
-from foxnas_mlflow.devices import check, connect, measure
+from foxnas_mlflow.devices import _ssh, check, connect, measure
 from foxnas_mlflow.devices._script import run_board
 from foxnas_mlflow.devices._ssh import SshPlace, lost, unreachable
 from foxnas_mlflow.workflows._timers import open_device
@@ -140,7 +140,11 @@ def test_hosts_and_users_that_are_refused(
         ),
         (lambda: known_hosts.write_text(""), address(server), "must be known.*connect with ssh once"),
         (known_hosts.unlink, address(server), "must be known"),
-        (lambda: config.write_text("Port many\n"), address(server), "config must be valid"),
+        (
+            lambda: config.write_text("Port many\n"),
+            address(server),
+            r"must be able to read the SSH configuration.*config line 1: Invalid Port",
+        ),
         # Asyncssh alone would take any key then.
         (lambda: config.write_text("UserKnownHostsFile none\n"), address(server), "keeps none.*remove that line"),
         (lambda: config.write_text("UserKnownHostsFile /dev/null\n"), address(server), "keeps none.*remove that line"),
@@ -169,6 +173,45 @@ def test_ssh_configuration_is_followed(server: Server, home: Path) -> None:
     )
     with connect("ssh://board") as connection:
         assert connection.run(["echo", "hello"], timeout_s=10).stdout == "hello\n"
+
+
+def test_system_wide_files_are_followed(
+    server: Server, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As distributions, NixOS and Ansible write them; a jump host's key is there too."""
+    monkeypatch.setattr(_ssh, "SYSTEM_CONFIG", str(tmp_path / "ssh_config"))
+    system = {**_ssh.KNOWN_HOSTS, "GlobalKnownHostsFile": (str(tmp_path / "ssh_known_hosts"), "/does/not/exist")}
+    monkeypatch.setattr(_ssh, "KNOWN_HOSTS", system)
+    (home / ".ssh" / "known_hosts").rename(tmp_path / "ssh_known_hosts")
+    (tmp_path / "10.conf").write_text(
+        f"Host board jump\n  HostName 127.0.0.1\n  Port {server.port}\n  User {os.environ.get('USER') or 'root'}\n"
+        "Host vsock/*\n  ProxyCommand /nothing %h %p\n  ProxyUseFdpass yes\n"
+    )
+    (tmp_path / "ssh_config").write_text(
+        f"Include {tmp_path}/*.conf\nHost *\n  SendEnv LANG LC_*\n  HashKnownHosts yes\n  GSSAPIAuthentication yes\n"
+        "Match final all\n  ForwardX11Trusted yes\n"
+    )
+    for user_s in ("", "Host board\n  ProxyJump jump\n"):
+        (home / ".ssh" / "config").write_text(user_s)
+        with connect("ssh://board") as connection:
+            assert connection.run(["echo", "hello"], timeout_s=10).stdout == "hello\n"
+    # A user cannot mend what the system's owner wrote for ssh alone.
+    (tmp_path / "ssh_config").write_text("Match canonical nothing\n")
+    (home / ".ssh" / "config").write_text((tmp_path / "10.conf").read_text())
+    with connect("ssh://board") as connection:
+        assert connection.run(["echo", "hello"], timeout_s=10).stdout == "hello\n"
+    assert f"{tmp_path / 'ssh_config'} is left out, which asyncssh cannot read" in caplog.text
+
+
+def test_what_ssh_takes_is_taken_or_named(server: Server, home: Path) -> None:
+    config = home / ".ssh" / "config"
+    (home / ".ssh" / "known_hosts").rename(home / ".ssh" / "127.0.0.1.hosts")
+    config.write_text("UserKnownHostsFile /does/not/exist ~/.ssh/%h.hosts\nRequestTTY force\n")
+    with connect(address(server)) as connection:
+        assert connection.run(["printf", "a\n"], timeout_s=10).stdout == "a\n"
+    config.write_text(f"Port {server.port}  # garage\n")
+    with pytest.raises(DeviceError, match=r"config line 1: Extra data at end: # garage; .* no comment behind a value"):
+        connect("ssh://127.0.0.1")
 
 
 def test_no_python_on_the_machine(server: Server) -> None:
