@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._script import BOARD_ERRORS, EDGETPU_PAIRS, run_board, runtime_packages
+from foxnas_mlflow.devices._script import BOARD_ERRORS, EDGETPU_PAIRS, OTHER_PROCESSOR, run_board, runtime_packages
 
 MIN_FREE_BYTES = 64 * 2**20
 """Space for the script, a model and its outputs; where /tmp is in memory, small boards have little more."""
@@ -123,16 +124,23 @@ def _software(answer: Mapping[str, Any], connection: Connection) -> Iterator[Fin
     elif answer["managed"] and "-m venv" in install:
         install += " (Debian's venv comes with: sudo apt install python3-venv)"
     numpy, runtime, error = answer["numpy"], answer["runtime"], answer["runtime_error"]
-    if not numpy:
+    missing = answer["numpy_error"]
+    if numpy:
+        yield Finding("NumPy", "fine", numpy)
+    elif missing.startswith("No module named 'numpy'"):
         yield Finding("NumPy", "not fine", "none", install, needed=True)
     else:
-        yield Finding("NumPy", "fine", numpy)
-    if not runtime:
+        yield Finding("NumPy", "not fine", f"it cannot be imported: {missing}", _rebuilt(missing, install), needed=True)
+    if not numpy and "signal" in missing:
+        yield Finding("runtime", "unknown", "it needs NumPy")
+    elif "signal" in error and not runtime:
+        yield Finding("runtime", "not fine", f"it cannot be imported: {error}", _rebuilt(error, install), needed=True)
+    elif not runtime:
         yield Finding("runtime", "not fine", f"no ai-edge-litert or tflite-runtime ({error})", install, needed=True)
-    elif numpy and error:
+    elif error:
         yield Finding("runtime", "not fine", f"{runtime}: {error}", _mend(runtime, numpy, install), needed=True)
     else:
-        yield Finding("runtime", "fine" if numpy else "unknown", f"{runtime}{', computes right' if numpy else ''}")
+        yield Finding("runtime", "fine", f"{runtime}, computes right")
     if int(answer["pillow"].split(".")[0] or 0) >= OLDEST_PILLOW:
         yield Finding("Pillow", "fine", answer["pillow"])
     else:
@@ -159,6 +167,13 @@ def _software(answer: Mapping[str, Any], connection: Connection) -> Iterator[Fin
         rule, remedy = BOARD_ERRORS[answer["lock"]]
         text = f"{rule.format(uri=connection.uri)} ({answer['lock_error']})"
         yield Finding("lock", "not fine", text, remedy, needed=True)
+
+
+def _rebuilt(error: str, install: str) -> str:
+    """What helps where importing a package fails or crashes."""
+    if error.endswith(f"signal {signal.SIGILL.value}"):
+        return f"{OTHER_PROCESSOR}; else {install}"
+    return install
 
 
 def _mend(runtime: str, numpy: str, install: str) -> str:

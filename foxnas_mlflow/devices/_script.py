@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ MISSING_OPERATOR = (
 EDGETPU_PAIRS = (
     "install the libedgetpu there that is for its runtime: Google's libedgetpu1-std for tflite-runtime 2.5 to 2.11 "
     "alone, for a newer one the build of https://github.com/feranick/libedgetpu for its release of TensorFlow"
+)
+
+OTHER_PROCESSOR = (
+    "its build is for another processor: on a Jetson put export OPENBLAS_CORETYPE=ARMV8 where that user's shell starts"
 )
 
 BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
@@ -170,6 +175,12 @@ def _ended(completed: Completed, connection: Connection, edgetpu: bool) -> Devic
             f"the measuring process on {uri} was killed",
             received=said,
             remedy="look whether its memory was full (dmesg), or who ended it",
+        )
+    if status == 128 + signal.SIGILL:
+        return DeviceError(
+            f"NumPy and the runtime on {uri} must be built for its processor",
+            received=f"signal {status - 128}",
+            remedy=f"run foxnas device check, which says whose it is; {OTHER_PROCESSOR}",
         )
     if status > 128 and edgetpu:
         return DeviceError(

@@ -85,6 +85,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command")
     checking = commands.add_parser("check")
     checking.add_argument("--stick", default="", help="which Edge TPU, in libedgetpu's words: usb:0")
+    looking = commands.add_parser("look")
+    looking.add_argument("at", help="a module, runtime, or edgetpus")
     trying = commands.add_parser("try")
     trying.add_argument("--library", default="", help="of a delegate; empty: the processor")
     trying.add_argument("--stick", default="")
@@ -116,6 +118,7 @@ def main() -> int:
     status = 0
     work: dict[str, Any] = {
         "check": lambda: check(options.stick),
+        "look": lambda: look(options.at),
         "try": lambda: try_out(options),
         "meter": lambda: {"power_meter": find_meter(options.energy).name},
         "answer": lambda: answer_only(options),
@@ -155,43 +158,53 @@ def check(stick: str) -> dict[str, Any]:
     facts["throttle"] = throttle_state()
     facts.update(_clock_state())
     facts["managed"] = os.path.exists(os.path.join(os.path.dirname(os.__file__), "EXTERNALLY-MANAGED"))
-    facts["runtime"] = facts["runtime_error"] = facts["lock"] = facts["lock_error"] = ""
-    for name, module in (("numpy", "numpy"), ("pillow", "PIL"), ("pycoral", "pycoral")):
-        facts[name] = ""
-        with contextlib.suppress(Exception):
-            facts[name] = str(importlib.import_module(module).__version__)
-    with contextlib.suppress(BoardError):
-        facts["runtime"] = load_runtime()[0]
+    facts["lock"] = facts["lock_error"] = ""
+    # Each in a process of its own: a build for another processor or another NumPy crashes when it is imported.
+    for name, module in (("numpy", "numpy"), ("pillow", "PIL"), ("runtime", "runtime")):
+        found, facts[name + "_error"] = _apart(["look", module])
+        facts[name] = found.get("found", "")
     try:
         with machine_lock(0):
             pass
     except BoardError as error:
         if error.kind != "busy":
             facts["lock"], facts["lock_error"] = error.kind, str(error)
-    # In a process of its own: a wheel for another processor or another NumPy crashes.
-    facts["runtime_error"] = _try_apart([])
-    facts["edgetpu"], facts["edgetpu_error"] = False, _try_apart(["--library", EDGETPU_LIBRARY, "--stick", stick])
+    if facts["runtime"]:
+        _, facts["runtime_error"] = _apart(["try"])
+    _, facts["edgetpu_error"] = _apart(["try", "--library", EDGETPU_LIBRARY, "--stick", stick])
     facts["edgetpu"] = not facts["edgetpu_error"]
-    facts["edgetpus"] = list_edgetpus() if facts["pycoral"] else []
+    facts["edgetpus"] = _apart(["look", "edgetpus"])[0].get("found", [])
     return facts
 
 
-def _try_apart(arguments: list[str]) -> str:
-    """What is wrong when the smallest model runs; empty: nothing."""
-    command = [sys.executable, os.path.abspath(__file__), "try", *arguments]
+def _apart(arguments: list[str]) -> tuple[dict[str, Any], str]:
+    """What this script answers in a process of its own, and what is wrong; empty: nothing."""
+    command = [sys.executable, os.path.abspath(__file__), *arguments]
     try:
         run = subprocess.run(command, capture_output=True, timeout=60)  # noqa: S603
     except subprocess.TimeoutExpired:
-        return "the smallest model did not end within 60 s"
+        return {}, "it did not end within 60 s"
     try:
-        answer = json.loads(run.stdout.decode().strip().splitlines()[-1])
-        return str(answer.get("message", "")) or str(answer.get("error", ""))
+        answer: dict[str, Any] = json.loads(run.stdout.decode().strip().splitlines()[-1])
+        return answer, str(answer.get("message", "")) or str(answer.get("error", ""))
     except (ValueError, IndexError):
+        if run.returncode < 0:
+            return {}, "it ended with signal %d" % -run.returncode
         said = (run.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
-        return "the runtime ended with %s %s" % (
-            "signal %d" % -run.returncode if run.returncode < 0 else "status %d" % run.returncode,
-            said,
-        )
+        return {}, "it ended with status %d %s" % (run.returncode, said)
+
+
+def look(at: str) -> dict[str, Any]:
+    """The version of a module or of the runtime, or the Edge TPUs that pycoral sees."""
+    try:
+        if at == "runtime":
+            return {"found": load_runtime()[0]}
+        if at == "edgetpus":
+            found = importlib.import_module("pycoral.utils.edgetpu").list_edge_tpus()
+            return {"found": ["%s %s" % (each["type"], each["path"]) for each in found]}
+        return {"found": str(importlib.import_module(at).__version__)}
+    except Exception as error:
+        return {"message": str(error)}
 
 
 def try_out(options: argparse.Namespace) -> dict[str, Any]:
@@ -219,14 +232,6 @@ def try_out(options: argparse.Namespace) -> dict[str, Any]:
 
 def _unpacked(model: str) -> bytes:
     return zlib.decompress(base64.b64decode(model))
-
-
-def list_edgetpus() -> list[str]:
-    """Edge TPUs as pycoral sees them."""
-    with contextlib.suppress(Exception):
-        found = importlib.import_module("pycoral.utils.edgetpu").list_edge_tpus()
-        return ["%s %s" % (each["type"], each["path"]) for each in found]
-    return []
 
 
 def answer_only(options: argparse.Namespace) -> dict[str, Any]:

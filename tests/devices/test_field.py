@@ -351,6 +351,44 @@ def test_a_quota_is_named_for_what_it_takes(probe: bytes, control_group: Path) -
     assert not any("other processes" in reason for reason in benchmark.invalid_reasons)
 
 
+@pytest.mark.parametrize("package", ["numpy", "ai_edge_litert", "pycoral"])
+def test_a_package_that_crashes_is_named_on_its_own_line(package: str, tmp_path: Path, probe: bytes) -> None:
+    """A build for another processor: NumPy on a Jetson, a wheel with AVX on an old Atom."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+
+    class Other(LocalConnection):
+        """This machine with a package for another processor."""
+
+        def run(self, argv: list[str], *, timeout_s: float):  # type: ignore[no-untyped-def, override]
+            argv = ["env", f"PYTHONPATH={tmp_path}", *argv] if argv[0] == self.python else argv
+            return super().run(argv, timeout_s=timeout_s)
+
+    with Other() as connection:
+        found = check(connection)
+        assert found.ready == (package == "pycoral")
+        if package == "pycoral":
+            return
+        (missing,) = found.missing
+        assert missing.startswith("NumPy: it cannot" if package == "numpy" else "runtime: it cannot")
+        assert "signal 4; its build is for another processor" in missing
+        with pytest.raises(DeviceError, match="must be built for its processor; received signal 4; run foxnas device"):
+            measure(connection, probe)
+
+
+def test_edge_tpus_are_named_as_pycoral_names_them(
+    tmp_path: Path, edgetpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pycoral" / "utils").mkdir(parents=True)
+    (tmp_path / "pycoral" / "utils" / "edgetpu.py").write_text(
+        "def list_edge_tpus():\n    return [{'type': 'usb', 'path': '/sys/bus/usb/devices/2-1'}]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with connect("local") as connection:
+        (line,) = (each for each in check(connection).findings if each.name == "Edge TPU")
+    assert (line.verdict, line.text.partition(" answers")[0]) == ("fine", "usb /sys/bus/usb/devices/2-1")
+
+
 def test_a_library_that_is_no_delegate_is_named(
     tmp_path: Path, probe: bytes, monkeypatch: pytest.MonkeyPatch, edgetpu: None
 ) -> None:
