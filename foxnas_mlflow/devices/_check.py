@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._script import BOARD_ERRORS, EDGETPU_PAIRS, OTHER_PROCESSOR, run_board, runtime_packages
+from foxnas_mlflow.devices._script import BOARD_ERRORS, EDGETPU_PAIRS, OTHER_PROCESSOR, how_to_install, run_board
 
 MIN_FREE_BYTES = 64 * 2**20
 """Space for the script, a model and its outputs; where /tmp is in memory, small boards have little more."""
@@ -114,15 +114,7 @@ def check(connection: Connection) -> DeviceCheck:
 
 
 def _software(answer: Mapping[str, Any], connection: Connection) -> Iterator[Finding]:
-    packages = runtime_packages(answer["machine"], answer["python"])
-    install = connection.install.format(packages=packages)
-    if not packages and "{packages}" in connection.install:
-        install = (
-            f"no runtime's wheel fits {answer['machine']} with Python {answer['python']}: "
-            "give a Python 3.7 to 3.11 of a 32-bit or 64-bit ARM or x86 with ?python=/path"
-        )
-    elif answer["managed"] and "-m venv" in install:
-        install += " (Debian's venv comes with: sudo apt install python3-venv)"
+    install = how_to_install(connection, answer)
     numpy, runtime, error = answer["numpy"], answer["runtime"], answer["runtime_error"]
     missing = answer["numpy_error"]
     if numpy:

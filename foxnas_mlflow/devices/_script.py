@@ -13,8 +13,6 @@ from foxnas_mlflow.devices._base import Completed, Connection
 
 USUAL_PACKAGES = "numpy ai-edge-litert"
 
-INSTALL = "{install} (foxnas device check says what fits its processor)"
-
 MISSING_OPERATOR = (
     "convert it with TensorFlow Lite's own operators alone (target_spec.supported_ops = [TFLITE_BUILTINS])"
 )
@@ -29,8 +27,8 @@ OTHER_PROCESSOR = (
 )
 
 BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
-    "no_numpy": ("{uri} must have NumPy", INSTALL),
-    "no_runtime": ("{uri} must have ai-edge-litert or tflite-runtime", INSTALL),
+    "no_numpy": ("{uri} must have NumPy", "{install}"),
+    "no_runtime": ("{uri} must have ai-edge-litert or tflite-runtime", "{install}"),
     "numpy_too_new": (
         "tflite-runtime on {uri} needs NumPy below 2",
         "install ai-edge-litert in its place, or pip install 'numpy<2' there",
@@ -89,19 +87,42 @@ BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
 """Rule and remedy of every error that the board script names."""
 
 
-def runtime_packages(machine: str, python: str) -> str:
+def runtime_packages(machine: str, python: str, *, glibc: bool = True) -> str:
     """What pip installs for a runtime on a machine; empty where no wheel fits.
 
     Args:
         machine: Instruction set, as `uname -m` says it.
         python: Version of its Python.
+        glibc: Whether its C library is GNU's.
     """
     major, minor = (int(part) for part in python.split(".")[:2])
+    if not glibc:
+        return ""
     if machine in ("x86_64", "aarch64") and (major, minor) >= (3, 10):
         return USUAL_PACKAGES
     if machine in ("x86_64", "aarch64", "armv7l") and (3, 7) <= (major, minor) <= (3, 11):
         return "'numpy<2' tflite-runtime"
     return ""
+
+
+def how_to_install(connection: Connection, facts: Mapping[str, Any]) -> str:
+    """What puts NumPy and a runtime on a machine, by what its board script told of it."""
+    machine, python = facts["machine"], facts["python"]
+    packages = runtime_packages(machine, python, glibc=facts["glibc"])
+    install = connection.install.format(packages=packages)
+    if "{packages}" in connection.install and not packages:
+        if not facts["glibc"]:
+            return (
+                "no runtime's wheel fits its C library (musl, of Alpine): give a Python of a Debian container or root "
+                "on it, with docker://IMAGE or ?python=/path"
+            )
+        return (
+            f"no runtime's wheel fits {machine} with Python {python}: "
+            "give a Python 3.7 to 3.11 of 64-bit ARM or x86, or of 32-bit ARM (armv7l), with ?python=/path"
+        )
+    if facts["managed"] and "-m venv" in install:
+        install += " (Debian's venv comes with: sudo apt install python3-venv)"
+    return install
 
 
 def prepare(connection: Connection) -> str:
@@ -148,7 +169,8 @@ def read_answer(completed: Completed, connection: Connection, *, edgetpu: bool =
     rule, remedy = BOARD_ERRORS.get(
         str(answer.get("error")), ("the measurement on {uri} failed", "run it again with --debug")
     )
-    remedy = remedy.format(install=connection.install.format(packages=USUAL_PACKAGES))
+    if "{install}" in remedy:
+        remedy = remedy.format(install=how_to_install(connection, answer))
     raise DeviceError(rule.format(uri=uri), received=answer.get("message") or None, remedy=remedy)
 
 

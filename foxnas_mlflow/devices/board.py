@@ -126,7 +126,7 @@ def main() -> int:
     try:
         result = work.get(options.command, lambda: measure(options))()
     except BoardError as error:
-        result, status = {"error": error.kind, "message": str(error)}, 3
+        result, status = {"error": error.kind, "message": str(error), **fitting()}, 3
     answer.write(json.dumps(result) + "\n")
     answer.flush()
     # Without interpreter shutdown: some runtimes crash while they unload.
@@ -157,7 +157,7 @@ def check(stick: str) -> dict[str, Any]:
     facts["free_memory_bytes"] = free_memory_bytes()
     facts["throttle"] = throttle_state()
     facts.update(_clock_state())
-    facts["managed"] = os.path.exists(os.path.join(os.path.dirname(os.__file__), "EXTERNALLY-MANAGED"))
+    facts.update(fitting())
     facts["lock"] = facts["lock_error"] = ""
     # Each in a process of its own: a build for another processor or another NumPy crashes when it is imported.
     for name, module in (("numpy", "numpy"), ("pillow", "PIL"), ("runtime", "runtime")):
@@ -638,6 +638,21 @@ def describe_machine() -> dict[str, Any]:
         "emulated": emulated,
         "governor": governor(),
         "temperature_c": temperature_c(),
+    }
+
+
+def fitting() -> dict[str, Any]:
+    """What decides which packages fit here, and how they are installed."""
+    glibc = None
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        # As pip asks: another C library (musl, of Alpine) has no such name, or nothing to say.
+        glibc = os.confstr("CS_GNU_LIBC_VERSION")
+    managed = os.path.exists(os.path.join(os.path.dirname(os.__file__), "EXTERNALLY-MANAGED"))
+    return {
+        "machine": instruction_set(),
+        "python": platform.python_version(),
+        "glibc": bool(glibc),
+        "managed": managed,
     }
 
 

@@ -18,9 +18,9 @@ import pytest
 
 from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.deploy._board import split_target
-from foxnas_mlflow.devices import LocalConnection, board, check, connect, host_answer, measure
+from foxnas_mlflow.devices import Completed, Connection, LocalConnection, board, check, connect, host_answer, measure
 from foxnas_mlflow.devices._check import _software, _throttling
-from foxnas_mlflow.devices._script import runtime_packages
+from foxnas_mlflow.devices._script import read_answer, runtime_packages
 from foxnas_mlflow.devices._ssh import SshPlace, known_name, wrapped
 from foxnas_mlflow.tflite import require_compiler
 from tests.measuring import SHORT
@@ -425,6 +425,33 @@ def test_throttling_that_cannot_be_known_is_not_called_fine(state: str, verdict:
 )
 def test_a_remedy_names_what_installs_there(machine: str, python: str, packages: str) -> None:
     assert runtime_packages(machine, python) == packages
+
+
+@pytest.mark.parametrize(
+    ("machine", "python", "glibc", "remedy"),
+    [
+        ("armv7l", "3.11.2", True, "pip install 'numpy<2' tflite-runtime,"),
+        ("aarch64", "3.12.1", True, "pip install numpy ai-edge-litert,"),
+        ("aarch64", "3.12.1", False, r"no runtime's wheel fits its C library \(musl"),
+        ("i686", "3.11.2", True, "fits i686 with Python 3.11.2: give a Python 3.7 to 3.11 of 64-bit ARM or x86, or of"),
+    ],
+)
+@pytest.mark.parametrize("error", ["no_numpy", "no_runtime"])
+def test_a_measurement_names_what_installs_there(
+    error: str, machine: str, python: str, glibc: bool, remedy: str
+) -> None:
+    facts = {"error": error, "message": "none", "machine": machine, "python": python, "glibc": glibc, "managed": False}
+    connection = LocalConnection()
+    connection.install = Connection.install
+    with pytest.raises(DeviceError, match=remedy):
+        read_answer(Completed(3, json.dumps(facts), ""), connection)
+
+
+def test_the_c_library_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert board.fitting()["glibc"]
+    # As musl answers.
+    monkeypatch.setattr(os, "confstr", lambda name: None)
+    assert not board.fitting()["glibc"]
 
 
 OLD_PYTHON = next(iter(sorted(Path(os.path.expanduser("~root/.pyenv/versions")).glob("3.9.*/bin/python3.9"))), None)
