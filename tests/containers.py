@@ -19,7 +19,7 @@ import pytest
 from tests.edgetpu_stand_in import write_stand_in
 
 IMAGE = "foxnas-test-board:latest"
-PROGRAMS = ("sh", "sleep", "mktemp", "rm", "ln")
+PROGRAMS = ("sh", "sleep", "env", "mktemp", "rm", "ln")
 PACKAGES = ("numpy", "numpy.libs", "ai_edge_litert", "flatbuffers")
 ENVIRONMENT = "ENV PATH=/usr/local/bin:/bin PYTHONPATH=/opt/packages"
 

@@ -12,6 +12,9 @@ from types import TracebackType
 from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.devices.board import DIRECTORY
 
+IN_ENGLISH = ("env", "LC_ALL=C")
+"""In front of a command whose complaints are read: boards speak other languages too."""
+
 
 @dataclass(frozen=True, slots=True)
 class Completed:
@@ -118,7 +121,7 @@ class Connection(ABC):
             ConnectionLostError: If the machine went away.
         """
         if self._directory is None:
-            made = self.run(["mktemp", "-d", "-t", f"{DIRECTORY}XXXXXXXXXX"], timeout_s=60)
+            made = self.run([*IN_ENGLISH, "mktemp", "-d", "-t", f"{DIRECTORY}XXXXXXXXXX"], timeout_s=60)
             if made.status != 0:
                 raise refused("making a directory", made.stderr, self.uri)
             directory = made.stdout.strip()
@@ -167,7 +170,8 @@ class Connection(ABC):
 
 def refused(action: str, reason: str, uri: str) -> DeviceError:
     """The error for something that a machine's operating system refused."""
-    reason = reason.strip() or "no reason given"
+    # The last line: a login shell may have complained of other things before.
+    reason = (reason.strip().splitlines() or ["no reason given"])[-1]
     remedy = "check rights and the path on the machine"
     if "no space" in reason.lower() or "quota" in reason.lower():
         remedy = "free some space there (df -h), or set TMPDIR for that user to a directory with space"

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError, import_or_raise
-from foxnas_mlflow.devices._base import Completed, Connection, refused, timed_out
+from foxnas_mlflow.devices._base import IN_ENGLISH, Completed, Connection, refused, timed_out
 
 PORT = 22
 CONNECT_SECONDS = 15
@@ -109,12 +109,12 @@ class SshConnection(Connection):
         return Completed(completed.status, output.decode(errors="replace"), completed.stderr)
 
     def put(self, data: bytes, path: str) -> None:
-        completed, _ = self._execute(["sh", "-c", 'cat > "$1"', "sh", path], data, FILE_SECONDS)
+        completed, _ = self._execute([*IN_ENGLISH, "sh", "-c", 'cat > "$1"', "sh", path], data, FILE_SECONDS)
         if completed.status != 0:
             raise refused("writing a file", completed.stderr, self.uri)
 
     def get(self, path: str) -> bytes:
-        completed, output = self._execute(["cat", path], None, FILE_SECONDS)
+        completed, output = self._execute([*IN_ENGLISH, "cat", path], None, FILE_SECONDS)
         if completed.status != 0:
             raise refused("reading a file", completed.stderr, self.uri)
         return output

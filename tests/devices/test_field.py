@@ -84,6 +84,27 @@ def test_a_shell_that_prints_is_named_and_worked_around(
     assert not list(scratch.iterdir())
 
 
+@needs_sshd
+def test_a_full_disk_is_told_whatever_language_the_board_speaks(home: Path, tmp_path: Path) -> None:
+    """By stand-ins: few machines have German installed."""
+    for program in ("mktemp", "cat"):
+        (tmp_path / "german").mkdir(exist_ok=True)
+        (tmp_path / "german" / program).write_text(
+            f'#!/bin/sh\necho "{program}: Hinweis" >&2\ncase "$LC_ALL" in C) why="No space left on device";; '
+            f'*) why="Auf dem Gerät ist kein Speicherplatz mehr verfügbar";; esac\necho "{program}: $why" >&2\nexit 1\n'
+        )
+        (tmp_path / "german" / program).chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'german'}:{os.environ['PATH']}", "LC_ALL": "de_DE.UTF-8"}
+    with ssh_server(tmp_path / "sshd", (home / ".ssh" / "id_ed25519.pub").read_text(), env=environment) as server:
+        (home / ".ssh" / "known_hosts").write_text(server.known_hosts_line)
+        message = "was refused; received {}: No space left on device; free some space there"
+        with connect(f"ssh://{USER}@127.0.0.1:{server.port}") as connection:
+            with pytest.raises(DeviceError, match=message.format("mktemp")):
+                connection.workspace({})
+            with pytest.raises(DeviceError, match=message.format("cat")):
+                connection.put(b"data", str(tmp_path / "data"))
+
+
 def _login_shell() -> str:
     import pwd
 
