@@ -47,6 +47,8 @@ MIN_TIMED_RUNS = 20
 WINDOW_SECONDS = 10.0
 LAST_SECONDS = 60.0
 THROTTLED_NOW, THROTTLED_SINCE_BOOT = 0xF, 0xF0000
+PROCESSOR_ZONES = ("cpu", "x86_pkg", "soc", "bcm2835", "imx_thermal")
+PROCESSOR_SENSORS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 PROCESSORS = "/sys/devices/system/cpu"
 PI_THROTTLED = "/sys/devices/platform/soc/soc:firmware/get_throttled"
 DIRECTORY = "foxnas-board-"
@@ -693,16 +695,22 @@ def is_emulated() -> bool:
 
 
 def temperature_c(root: str = "/sys") -> float | None:
-    """The processor's temperature, or None where nothing tells it."""
-    zones = sorted(glob.glob(root + "/class/thermal/thermal_zone*"))
-    # TCPU, CPU-therm and cpu_thermal are the processor's too.
-    names = ("cpu", "x86_pkg", "soc")
-    zones.sort(key=lambda zone: not any(name in _read(zone + "/type").lower() for name in names))
-    for zone in zones:
-        try:
-            return int(_read(zone + "/temp")) / 1000
-        except ValueError:
-            continue
+    """The processor's temperature, or None where nothing tells it.
+
+    Most zones of a PC are others' (acpitz is a place on its board); where none is the processor's, its driver's sensor
+    is in hwmon.
+    """
+    found = []
+    for zone in sorted(glob.glob(root + "/class/thermal/thermal_zone*")):
+        # TCPU, CPU-therm and cpu_thermal are the processor's too.
+        if any(name in _read(zone + "/type").lower() for name in PROCESSOR_ZONES):
+            found.append(zone + "/temp")
+    for hwmon in sorted(glob.glob(root + "/class/hwmon/hwmon*")):
+        if _read(hwmon + "/name") in PROCESSOR_SENSORS:
+            found.append(hwmon + "/temp1_input")
+    for path in found:
+        with contextlib.suppress(ValueError):
+            return int(_read(path)) / 1000
     return None
 
 

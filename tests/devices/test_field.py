@@ -354,6 +354,34 @@ def test_the_processors_temperature_is_found_by_any_spelling(name: str, tmp_path
     assert board.temperature_c(str(tmp_path)) == 60.0
 
 
+@pytest.mark.parametrize(
+    ("sensors", "temperature"),
+    [
+        ({}, None),
+        ({"hwmon0/name": "nvme", "hwmon0/temp1_input": "40000"}, None),
+        (
+            {
+                "hwmon0/name": "nvme",
+                "hwmon0/temp1_input": "40000",
+                "hwmon1/name": "k10temp",
+                "hwmon1/temp1_input": "61500",
+            },
+            61.5,
+        ),
+    ],
+)
+def test_a_place_on_the_board_is_not_the_processor(
+    sensors: dict[str, str], temperature: float | None, tmp_path: Path
+) -> None:
+    """An AMD machine's only zone, which always says 16.8 C."""
+    files = {"thermal/thermal_zone0/type": "acpitz", "thermal/thermal_zone0/temp": "16800"}
+    files |= {f"hwmon/{path}": text for path, text in sensors.items()}
+    for path, text in files.items():
+        (tmp_path / "class" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "class" / path).write_text(text + "\n")
+    assert board.temperature_c(str(tmp_path)) == temperature
+
+
 def test_a_quota_is_named_for_what_it_takes(probe: bytes, control_group: Path) -> None:
     class Held(LocalConnection):
         """This machine's Python in a control group that others cannot hold back."""
