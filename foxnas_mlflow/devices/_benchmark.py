@@ -27,6 +27,9 @@ WINDOW_RUNS = 5
 MIN_CPU_SHARE = 0.9
 """Least share of the time that one thread must have had a processor: company that stays is not seen in the halves."""
 
+MIN_DISK_WAITS = 10
+"""Least waits for memory on disk that explain lost time: of a few milliseconds each, a tenth of half a second."""
+
 MAX_CLOCK_SHARE = 0.01
 """Largest share of the median that one tick of the clock may be."""
 
@@ -124,10 +127,10 @@ class Benchmark:
     def shared(self) -> bool | None:
         """Whether other processes had the processor meanwhile.
 
-        None: with several threads, an Edge TPU or a quota that held it back waiting is not others' work alone, and
-        nothing tells.
+        None: with several threads, an Edge TPU, a quota that held it back or memory on disk waiting is not others'
+        work alone, and nothing tells.
         """
-        if self.threads > 1 or self.edgetpu or any(reason.startswith(_HELD) for reason in self.invalid_reasons):
+        if self.threads > 1 or self.edgetpu or any(r.startswith((_HELD, _WAITED)) for r in self.invalid_reasons):
             return None
         return any(reason.startswith(_SHARED) for reason in self.invalid_reasons)
 
@@ -249,6 +252,7 @@ def summarize(
         clock_tick_ms=answer["clock_tick_ms"],
         cpu_share=cpu_share(answer, threads=threads, edgetpu=edgetpu),
         quota=answer["quota"] if answer["quota_waits"] else None,
+        disk_waits=answer["disk_waits"],
         output_difference=output_difference,
         max_output_levels=max_output_levels,
     )
@@ -300,6 +304,7 @@ def summarize(
 
 
 _HELD = "a quota of"
+_WAITED = "it waited for memory on disk"
 _SHARED = "other processes had the processor for"
 _HALVES = "the two halves of the runs differ by"
 _DIFFERS = "the output differs from the host's by"
@@ -309,6 +314,8 @@ def what_helps(reasons: Iterable[str]) -> str:
     """What to do where figures cannot be trusted, before measuring again; no quieter hour changes what is computed."""
     if any(_DIFFERS in reason for reason in reasons):
         return "update the machine's runtime, which computes something else"
+    if any(_WAITED in reason for reason in reasons):
+        return "end other programs there or give it more memory, so that it does not swap (free -m)"
     return "quiet and cool the machine"
 
 
@@ -319,6 +326,7 @@ def invalid_reasons(
     clock_tick_ms: float,
     cpu_share: float | None = None,
     quota: float | None = None,
+    disk_waits: int = 0,
     output_difference: float | None = None,
     max_output_levels: float = MAX_OUTPUT_LEVELS,
 ) -> tuple[str, ...]:
@@ -330,6 +338,7 @@ def invalid_reasons(
         clock_tick_ms: Smallest step of the clock in ms.
         cpu_share: Share of the time that the process had a processor; None: it says nothing.
         quota: Processors' worth of time to which a container's quota held the process back; None: it did not.
+        disk_waits: How often it waited for a page of memory that was on disk.
         output_difference: Largest difference from the host's outputs in 8-bit levels, or None.
         max_output_levels: How many of these it may be.
     """
@@ -340,7 +349,8 @@ def invalid_reasons(
         share = "" if cpu_share is None else f" for {100 * (1 - cpu_share):.0f} % of the time"
         reasons.append(f"{_HELD} {quota:g} processors held it back{share}")
     elif cpu_share is not None and cpu_share < MIN_CPU_SHARE:
-        reasons.append(f"{_SHARED} {100 * (1 - cpu_share):.0f} % of the time")
+        waited = f"{_WAITED} {disk_waits} times, and had no processor for" if disk_waits >= MIN_DISK_WAITS else _SHARED
+        reasons.append(f"{waited} {100 * (1 - cpu_share):.0f} % of the time")
     difference = halves_difference(samples)
     if difference > MAX_HALVES_DIFFERENCE:
         reasons.append(f"{_HALVES} {100 * difference:.1f} %")

@@ -27,6 +27,7 @@ import os
 import platform
 import pwd
 import re
+import resource
 import shlex
 import shutil
 import struct
@@ -273,6 +274,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["first_invoke_ms"] = (time.perf_counter_ns() - start) / 1e6
         if options.outputs:
             write_outputs(interpreter, np, options.outputs)
+        # Loading reads the model and the runtime from disk; what is read from now on was taken from memory.
+        faults = disk_waits()
         samples, result["cpu_share"] = time_invoke(interpreter.invoke, options)
         for key, value in _clock_state().items():
             result[key + "_end"] = value
@@ -286,7 +289,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             shares.append(share)
         result["cpu_share"] = min(shares)
         result["throttled"] = throttled(before, throttle_state())
-        result["quota_waits"] = quota_waits() - waits
+        result["quota_waits"], result["disk_waits"] = quota_waits() - waits, disk_waits() - faults
     result["samples_ms"] = [round(sample / 1e6, 6) for sample in samples]
     result["clock_tick_ms"] = clock_tick_ns() / 1e6
     result["peak_memory_bytes"] = peak_memory_bytes()
@@ -805,6 +808,11 @@ def quota_waits() -> int:
             if line.startswith("nr_throttled "):
                 waits += int(line.split()[1])
     return waits
+
+
+def disk_waits() -> int:
+    """How often this process has waited for a page of its memory that was on disk: swapped out, or not yet read."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _cgroups(controller: str) -> list[str]:

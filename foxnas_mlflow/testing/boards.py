@@ -99,6 +99,7 @@ class FakeBoard(LocalConnection):
             "governor": "",
             "quota": None,
             "quota_waits": 0,
+            "disk_waits": 0,
             "windows": [],
             **dict.fromkeys(("temperature_c_start", "temperature_c_end", "sustained_p90_ms")),
             **dict.fromkeys(("frequency_mhz_start", "frequency_mhz_end")),

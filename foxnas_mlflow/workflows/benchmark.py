@@ -241,7 +241,7 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
     ]
     known: dict[bool | None, str] = {True: "yes", False: "no"}
     rows += [
-        ("shared", known.get(benchmark.shared, "unknown: only one thread tells, which no quota holds back")),
+        ("shared", known.get(benchmark.shared, "unknown: only one thread tells, which waits for no quota or disk")),
         ("throttled", known.get(benchmark.throttled, "unknown: the machine cannot tell")),
     ]
     if benchmark.sustained_p90_ms is not None:

@@ -7,10 +7,12 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from collections.abc import Sequence
@@ -93,6 +95,7 @@ def test_outputs_that_differ_are_found(probe: bytes, expected: list[np.ndarray])
         assert any("differs from the host's" in reason for reason in benchmark.invalid_reasons)
         assert "runtime" in what_helps(benchmark.invalid_reasons)
         assert "quiet" in what_helps(["the machine was throttled"])
+        assert "more memory" in what_helps(["it waited for memory on disk 500 times, and had no processor for 50 %"])
         other = measure(connection, probe, expected=[expected[0][:, :4]], **SHORT)
         assert other.output_difference == float("inf")
 
@@ -106,6 +109,12 @@ def test_outputs_that_differ_are_found(probe: bytes, expected: list[np.ndarray])
         (STEADY, {"output_difference": 2.0}, "output differs"),
         (STEADY, {"cpu_share": 0.5, "quota": 0.5}, "a quota of 0.5 processors held it back for 50 %"),
         (STEADY, {"cpu_share": 0.5}, "other processes had the processor for 50 %"),
+        (STEADY, {"cpu_share": 0.5, "disk_waits": 5}, "other processes had the processor for 50 %"),
+        (
+            STEADY,
+            {"cpu_share": 0.5, "disk_waits": 500},
+            "waited for memory on disk 500 times, and had no processor for 50",
+        ),
         (STEADY, {"output_difference": float("nan")}, "output differs"),
     ],
 )
@@ -181,6 +190,10 @@ def test_company_under_load_is_found_too() -> None:
         ({"threads": 2}, None),
         ({"edgetpu": True}, None),
         ({"quota": 0.5, "invalid_reasons": ("a quota of 0.5 processors held it back for 50 % of the time",)}, None),
+        (
+            {"invalid_reasons": ("it waited for memory on disk 500 times, and had no processor for 50 % of the time",)},
+            None,
+        ),
         # A quota that did not hold it back hides nothing.
         ({"quota": 2.0}, False),
         ({"quota": 2.0, "invalid_reasons": ("other processes had the processor for 50 % of the time",)}, True),
@@ -191,6 +204,19 @@ def test_whether_the_processor_was_shared_is_told_where_it_is_known(
 ) -> None:
     once = made_up({"benchmark/latency_ms_p90": 40.0, "benchmark/valid": 1.0}, b"file", "board", emulated=False)
     assert dataclasses.replace(once, **facts).shared is shared
+
+
+def test_waits_for_memory_on_disk_are_counted() -> None:
+    """Of pages that the system gave up, as it does where memory is short."""
+    with tempfile.TemporaryFile(dir="/var/tmp") as file:
+        file.write(bytes(64 * mmap.PAGESIZE))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = board.disk_waits()
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as memory:
+            assert sum(memory[:: mmap.PAGESIZE]) == 0
+    assert board.disk_waits() > before
 
 
 def test_runs_that_neighbours_slow_down_do_not_count(rng: np.random.Generator) -> None:
