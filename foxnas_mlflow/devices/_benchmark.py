@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,7 +187,7 @@ def subnet_timing(benchmarks: Sequence[Benchmark]) -> Timing:
     Runs of which some were disturbed are no problem then: what is sought is what the network costs, and not what the
     machine was like. Measurements with another problem do not count unless all have one.
     """
-    problems = [tuple(r for r in each.invalid_reasons if not r.startswith(_HALVES)) for each in benchmarks]
+    problems = [tuple(r for r in each.invalid_reasons if not r.startswith((_HALVES, _LOST))) for each in benchmarks]
     good = [each for each, problem in zip(benchmarks, problems, strict=True) if not problem]
     runs = undisturbed(np.array([ms for each in good or benchmarks[-1:] for ms in each.samples_ms]))
     last = benchmarks[-1]
@@ -256,6 +256,8 @@ def summarize(
         output_difference=output_difference,
         max_output_levels=max_output_levels,
     )
+    if answer["lost"]:
+        reasons = (*reasons, f"{_LOST} {answer['lost']}")
     mean = float(samples.mean())
     return Benchmark(
         latency_ms_p50=p50,
@@ -307,13 +309,16 @@ _HELD = "a quota of"
 _WAITED = "it waited for memory on disk"
 _SHARED = "other processes had the processor for"
 _HALVES = "the two halves of the runs differ by"
+_LOST = "not all was measured:"
 _DIFFERS = "the output differs from the host's by"
 
 
-def what_helps(reasons: Iterable[str]) -> str:
+def what_helps(reasons: Collection[str]) -> str:
     """What to do where figures cannot be trusted, before measuring again; no quieter hour changes what is computed."""
     if any(_DIFFERS in reason for reason in reasons):
         return "update the machine's runtime, which computes something else"
+    if reasons and all(reason.startswith(_LOST) for reason in reasons):
+        return "look after the meter and the connection"
     if any(_WAITED in reason for reason in reasons):
         return "end other programs there or give it more memory, so that it does not swap (free -m)"
     return "quiet and cool the machine"

@@ -64,7 +64,8 @@ def measure(
     """Time a TensorFlow Lite model where it will live, in a fresh process.
 
     Runs that are not steady (something else worked on the machine) are measured again; the last
-    attempt counts, whatever it is. A lost connection is opened again and the model measured anew.
+    attempt counts, whatever it is. A lost connection is opened again and the model measured anew. Where energy or the
+    time under load cannot be measured then, the figures before count, and are invalid for what is missing.
 
     Args:
         connection: The machine, from `connect`. It may be used for any number of models.
@@ -119,7 +120,14 @@ def measure(
         attempt += 1
     if longer:
         options += longer
-        answer, got = _with_reconnect(connection, lambda: _measure_once(connection, data, compared, options, timeout_s))
+        try:
+            answer, got = _with_reconnect(
+                connection, lambda: _measure_once(connection, data, compared, options, timeout_s)
+            )
+        except DeviceError as error:
+            # Its figures are whole, and the machine may be gone.
+            asked = [*(["load"] if sustained_seconds else []), *(["energy"] if energy else [])]
+            answer = {**answer, "lost": f"no {' and no '.join(asked)}, {str(error).rstrip('.')}"}
     return summarize(
         answer,
         connection=connection.uri,

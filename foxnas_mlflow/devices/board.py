@@ -283,10 +283,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             interpreter.invoke, options.sustained_seconds, np
         )
         shares = [result["cpu_share"], share]
+        result["lost"] = ""
         if meter:
-            energy, share = measure_energy(interpreter.invoke, meter, idle)
-            result.update(energy)
-            shares.append(share)
+            try:
+                energy, share = measure_energy(interpreter.invoke, meter, idle)
+                result.update(energy)
+                shares.append(share)
+            except BoardError as error:
+                # Half an hour of load may be measured: what is there is told.
+                result["lost"] = "no energy, %s" % error
         result["cpu_share"] = min(shares)
         result["throttled"] = throttled(before, throttle_state())
         result["quota_waits"], result["disk_waits"] = quota_waits() - waits, disk_waits() - faults

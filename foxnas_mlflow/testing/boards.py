@@ -100,6 +100,7 @@ class FakeBoard(LocalConnection):
             "quota": None,
             "quota_waits": 0,
             "disk_waits": 0,
+            "lost": "",
             "windows": [],
             **dict.fromkeys(("temperature_c_start", "temperature_c_end", "sustained_p90_ms")),
             **dict.fromkeys(("frequency_mhz_start", "frequency_mhz_end")),

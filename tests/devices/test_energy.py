@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from foxnas_mlflow.core.errors import DeviceError
-from foxnas_mlflow.devices import LocalConnection, board, connect, measure
+from foxnas_mlflow.devices import LocalConnection, board, connect, measure, subnet_timing, what_helps
 
 
 def tree(root: Path, files: dict[str, str]) -> str:
@@ -218,12 +221,8 @@ def script(path: Path, text: str) -> str:
     [
         (lambda d: str(d / "none"), "a meter that it can read; received .*No such file"),
         (lambda d: script(d / "words", "echo on fire"), "a meter that it can read"),
-        (
-            lambda d: script(d / "stops", f"cd {d}; test -e 2 && exit 1; test -e 1 && touch 2; touch 1; echo 3"),
-            "stops stopped",
-        ),
     ],
-    ids=["none", "words", "stops"],
+    ids=["none", "words"],
 )
 def test_a_meter_that_fails_is_one_line(
     make: Callable[[Path], str], message: str, tmp_path: Path, probe: bytes
@@ -240,6 +239,27 @@ class Hasty(LocalConnection):
         long, short = b"\nENERGY_SECONDS = 10.0\n", b"\nENERGY_SECONDS = 0.25\n"
         assert all(long in data for name, data in files.items() if name == "board.py")
         return super().workspace({name: data.replace(long, short) for name, data in files.items()})
+
+
+@pytest.mark.parametrize(("calls", "under_load"), [(2, False), (13, True)], ids=["at once", "later"])
+def test_a_meter_that_stops_takes_nothing_else_along(
+    calls: int, under_load: bool, tmp_path: Path, probe: bytes
+) -> None:
+    """Neither the steady runs nor, where it worked before them, the minutes under load."""
+    counting = f"echo >> {tmp_path}/calls; test $(wc -l < {tmp_path}/calls) -lt {calls} && echo 3"
+    command = script(tmp_path / "meter", counting)
+    quick: dict[str, Any] = {"runs": 3, "warmup": 1, "max_seconds": 0.05, "attempts": 1}
+    with Hasty() as connection:
+        benchmark = measure(connection, probe, sustained_seconds=0.2, energy=command, **quick)
+    assert benchmark.n_runs >= 3
+    assert (benchmark.sustained_p90_ms is not None) == under_load
+    assert benchmark.energy_mj is None
+    assert not benchmark.valid
+    (lost,) = (reason for reason in benchmark.invalid_reasons if "not all was measured" in reason)
+    assert re.search(r"no energy, .*meter stopped" if under_load else r"no load and no energy, .*a meter", lost)
+    assert what_helps([lost]) == "look after the meter and the connection"
+    # The latency is what it is.
+    assert subnet_timing([dataclasses.replace(benchmark, invalid_reasons=(lost,))]).problems == ()
 
 
 def test_a_users_command_measures(tmp_path: Path, probe: bytes) -> None:

@@ -341,6 +341,31 @@ def test_a_machine_that_goes_away_under_load_is_given_up(probe: bytes, monkeypat
     assert "\n" not in str(caught.value)
 
 
+def test_a_machine_that_is_lost_under_load_keeps_what_was_measured(
+    probe: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_measure, "RECONNECT_SECONDS", 0.02)
+
+    class Radio(LocalConnection):
+        """This machine, whose radio gives up in the last minute."""
+
+        def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
+            if "--sustained-seconds" in argv:
+                raise ConnectionLostError("the connection was lost", received="reset", remedy="look at it")
+            return super().run(argv, timeout_s=timeout_s)
+
+        def _reopen(self) -> None:
+            raise DeviceError("there must be a route")
+
+    with Radio() as connection:
+        benchmark = measure(connection, probe, sustained_seconds=60, **SHORT)
+    assert benchmark.n_runs >= 20
+    assert benchmark.sustained_p90_ms is None
+    assert not benchmark.valid
+    (lost,) = (reason for reason in benchmark.invalid_reasons if "not all was measured" in reason)
+    assert lost.startswith("not all was measured: no load, local went away and did not come back")
+
+
 def test_a_meter_that_is_missing_is_told_before_anything_is_measured(probe: bytes) -> None:
     with Watched() as connection, pytest.raises(DeviceError, match="needs a meter"):
         measure(connection, probe, energy="/no/such/meter", **SHORT)
