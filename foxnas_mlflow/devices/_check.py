@@ -20,6 +20,8 @@ MIN_FREE_MEMORY_BYTES = 128 * 2**20
 HOT_C = 75.0
 """Temperature above which a board that idles will be throttled under load: a Pi's limit is 80."""
 
+CPUFREQ = "/sys/devices/system/cpu/cpu*/cpufreq"
+
 Verdict = Literal["fine", "not fine", "unknown"]
 
 
@@ -207,7 +209,7 @@ def _hardware(answer: Mapping[str, Any]) -> Iterator[Finding]:
             "governor",
             "not fine",
             f"the CPU's governor is {answer['governor']}",
-            "for steadier figures: echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor",
+            f"for steadier figures: echo performance | sudo tee {CPUFREQ}/scaling_governor",
         )
     temperature = answer["temperature_c"]
     if temperature is None:
@@ -220,15 +222,24 @@ def _hardware(answer: Mapping[str, Any]) -> Iterator[Finding]:
             f"{temperature:.1f} C{f', above {HOT_C:g}' if hot else ''}",
             "cool it: a fan, a heat sink, a pause" if hot else "",
         )
-    if answer["frequency_mhz"] is not None:
-        yield Finding("clock", "fine", f"{answer['frequency_mhz']:.0f} MHz now")
-    else:
-        yield Finding("clock", "unknown", "not told")
+    yield _clock(answer["frequency_mhz"], answer["clock_cap_mhz"], answer["clock_most_mhz"])
     yield _throttling(answer["throttle"])
     if answer["emulated"]:
         yield Finding(
             "emulation", "not fine", "the processor is emulated", "results are right, times mean nothing", needed=False
         )
+
+
+def _clock(now_mhz: float | None, cap_mhz: float | None, most_mhz: float | None) -> Finding:
+    now = "" if now_mhz is None else f"{now_mhz:.0f} MHz now"
+    if cap_mhz is not None and most_mhz is not None and cap_mhz < most_mhz:
+        return Finding(
+            "clock",
+            "not fine",
+            f"{f'{now}, ' if now else ''}capped at {cap_mhz:.0f} of {most_mhz:.0f} MHz",
+            f"lift the cap: echo {1000 * most_mhz:.0f} | sudo tee {CPUFREQ}/scaling_max_freq",
+        )
+    return Finding("clock", "fine" if now else "unknown", now or "not told")
 
 
 def _throttling(state: str) -> Finding:

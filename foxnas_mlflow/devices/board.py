@@ -160,6 +160,7 @@ def check(stick: str) -> dict[str, Any]:
     facts["free_memory_bytes"] = free_memory_bytes()
     facts["throttle"] = throttle_state()
     facts.update(_clock_state())
+    facts["clock_cap_mhz"], facts["clock_most_mhz"] = clock_limits()
     facts.update(fitting())
     facts["lock"] = facts["lock_error"] = ""
     # Each in a process of its own: a build for another processor or another NumPy crashes when it is imported.
@@ -931,6 +932,22 @@ def governor() -> str:
     """Of the clock of the processors that this process may use: ``mixed`` where they differ, empty where untold."""
     found = {_read("%s/cpu%d/cpufreq/scaling_governor" % (PROCESSORS, number)) for number in _allowed()}
     return found.pop() if len(found) == 1 else "mixed"
+
+
+def clock_limits() -> tuple[float | None, float | None]:
+    """The clock in MHz that a processor of this process is held to, and the most that it can have; None: not told.
+
+    Of several the one that is held back most.
+    """
+    found = []
+    for number in _allowed():
+        with contextlib.suppress(ValueError):
+            held, most = (
+                int(_read("%s/cpu%d/cpufreq/%s_max_freq" % (PROCESSORS, number, name)))
+                for name in ("scaling", "cpuinfo")
+            )
+            found.append((held / 1000, most / 1000))
+    return min(found, key=lambda pair: pair[0] / pair[1]) if found else (None, None)
 
 
 def _clock_state() -> dict[str, Any]:

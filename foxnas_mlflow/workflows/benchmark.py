@@ -213,6 +213,13 @@ def _window(window: Mapping[str, float | None]) -> str:
     return f"from {window['second']:.0f} s: p50 {window['p50_ms']:.3f}, p90 {window['p90_ms']:.3f} ms, {place}, {speed}"
 
 
+def _ends(start: float | None, end: float | None, unit: str) -> str:
+    """A quantity before and after the timed runs."""
+    if start is None or end is None:
+        return "unknown: the machine does not tell"
+    return f"{unit.format(start)} before the runs, {unit.format(end)} after them"
+
+
 def _limited(benchmark: Benchmark) -> str:
     if benchmark.n_runs >= benchmark.asked_runs:
         return ""
@@ -243,6 +250,10 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
     rows += [
         ("shared", known.get(benchmark.shared, "unknown: only one thread tells, which waits for no quota or disk")),
         ("throttled", known.get(benchmark.throttled, "unknown: the machine cannot tell")),
+    ]
+    rows += [
+        ("temperature", _ends(benchmark.temperature_c_start, benchmark.temperature_c_end, "{:.1f} C")),
+        ("clock", _ends(benchmark.frequency_mhz_start, benchmark.frequency_mhz_end, "{:.0f} MHz")),
     ]
     if benchmark.sustained_p90_ms is not None:
         seconds = benchmark.sustained_seconds

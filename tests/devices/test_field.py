@@ -19,7 +19,7 @@ import pytest
 from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.deploy._board import split_target
 from foxnas_mlflow.devices import Completed, Connection, LocalConnection, board, check, connect, host_answer, measure
-from foxnas_mlflow.devices._check import _software, _throttling
+from foxnas_mlflow.devices._check import _clock, _software, _throttling
 from foxnas_mlflow.devices._script import read_answer, runtime_packages
 from foxnas_mlflow.devices._ssh import SshPlace, known_name, wrapped
 from foxnas_mlflow.tflite import require_compiler
@@ -343,6 +343,23 @@ def test_the_clock_is_that_of_the_processor_that_works(tmp_path: Path, monkeypat
         os.sched_setaffinity(0, allowed)
     (tmp_path / f"cpu{min(allowed)}" / "cpufreq" / "scaling_governor").write_text("ondemand\n")
     assert board.governor() == ("mixed" if len(allowed) > 1 else "ondemand")
+
+
+def test_a_clock_that_is_capped_is_not_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vendor's image, or a tool that saves power, holds a processor below what it can."""
+    monkeypatch.setattr(board, "PROCESSORS", str(tmp_path))
+    assert board.clock_limits() == (None, None)
+    for n, number in enumerate(sorted(os.sched_getaffinity(0))):
+        directory = tmp_path / f"cpu{number}" / "cpufreq"
+        directory.mkdir(parents=True)
+        (directory / "cpuinfo_max_freq").write_text("1800000\n")
+        (directory / "scaling_max_freq").write_text("1800000\n" if n else "1200000\n")
+    assert board.clock_limits() == (1200, 1800)
+    found = _clock(600, *board.clock_limits())
+    assert (found.verdict, found.text) == ("not fine", "600 MHz now, capped at 1200 of 1800 MHz")
+    assert found.remedy.startswith("lift the cap: echo 1800000 |")
+    assert _clock(None, 1200, 1800).text == "capped at 1200 of 1800 MHz"
+    assert (_clock(600, 1800, 1800).verdict, _clock(None, None, None).verdict) == ("fine", "unknown")
 
 
 @pytest.mark.parametrize("name", ["cpu-thermal", "CPU-therm", "TCPU", "x86_pkg_temp"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from foxnas_mlflow.tflite import write_probe
 from foxnas_mlflow.tracking.benchmark import MeasuredModel, next_command
 from foxnas_mlflow.workflows import BenchmarkRequest, BenchmarkResult, run_benchmark
 from foxnas_mlflow.workflows._addresses import without_key
+from foxnas_mlflow.workflows.benchmark import _summary
 from tests.versions import benchmark as made_up
 
 pytestmark = pytest.mark.server
@@ -122,6 +124,24 @@ def test_a_promotion_is_advised_where_it_may_pass(valid: bool, emulated: bool, v
     model = MeasuredModel("models:/my net/1", Path("file"), version=registered)
     found = next_command(made_up(figures, b"", "board", emulated), model, get_target("rpi4"), "ssh://a?python=b")
     assert found == command
+
+
+def test_temperature_and_clock_are_told_of_every_measurement() -> None:
+    model = MeasuredModel("m.tflite", Path("m.tflite"))
+    hot = {
+        "temperature_c_start": 48.3,
+        "temperature_c_end": 61.0,
+        "frequency_mhz_start": 600,
+        "frequency_mhz_end": 1800,
+    }
+    for facts, told in (
+        (hot, ("48.3 C before the runs, 61.0 C after them", "600 MHz before the runs, 1800 MHz after them")),
+        (dict.fromkeys(hot), ("unknown: the machine does not tell",) * 2),
+    ):
+        once = made_up({"benchmark/latency_ms_p90": 1.0, "benchmark/valid": 1.0}, b"", "board", False)
+        measured = dataclasses.replace(once, **facts)
+        lines = _summary(measured, model, get_target("cpu"), "run", "next").splitlines()
+        assert tuple(line[16:] for line in lines if line.startswith(("  temperature", "  clock"))) == told
 
 
 def test_a_measurement_is_repeated_as_it_was_made() -> None:
