@@ -40,12 +40,14 @@ class Connection(ABC):
         uri: What it was opened with, for tags and messages.
         python: The machine's Python.
         edgetpu: Which of several Edge TPUs there, in the words of its library (``usb:1``); empty: the first.
+        reconnect_seconds: How long it is waited for when it was lost; None: the usual time.
         login_words: What the machine's login shell prints before a command's own output; empty: nothing.
     """
 
     uri: str
     python: str
     edgetpu: str = ""
+    reconnect_seconds: float | None = None
     login_words: str = ""
     install = (
         "install it there: python3 -m venv ~/foxnas && ~/foxnas/bin/pip install {packages}, "

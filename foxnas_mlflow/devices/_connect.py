@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from urllib.parse import parse_qsl, urlsplit
 
 from foxnas_mlflow.core.addresses import refuse_password
@@ -11,7 +12,7 @@ from foxnas_mlflow.devices._local import LocalConnection
 
 _OPTIONS = {
     "local": ("edgetpu",),
-    "ssh": ("python", "key", "edgetpu"),
+    "ssh": ("python", "key", "edgetpu", "wait"),
     "docker": ("python", "cpus"),
 }
 """What an address of each kind takes after ``?``."""
@@ -22,8 +23,9 @@ def connect(device: str) -> Connection:
 
     Args:
         device: ``local``, ``ssh://user@host[:port]`` or ``docker://image``. The last two take
-            ``?python=/path/to/python`` (on the machine), ssh also ``key=/path`` (of a private key), docker also
-            ``cpus=0.5`` (processors that the container may use). ``local`` and ssh take ``edgetpu=usb:1``: which
+            ``?python=/path/to/python`` (on the machine), ssh also ``key=/path`` (of a private key) and ``wait=180``
+            (seconds that it is waited for when it was lost; 60), docker also ``cpus=0.5`` (processors that the
+            container may use). ``local`` and ssh take ``edgetpu=usb:1``: which
             of several Edge TPUs, in the words of its library. The host's name is written as for ``ssh``: user,
             port, keys and jump hosts also come from ``~/.ssh/config`` and ``/etc/ssh/ssh_config``, keys from the agent.
 
@@ -39,17 +41,22 @@ def connect(device: str) -> Connection:
         from foxnas_mlflow.devices._docker import DockerConnection
 
         options = _options(device, query, "docker")
+        # Docker's own least is a hundredth.
+        cpus = _number(device, options, "cpus", "processors, 0.01 or more", 0.01)
         connection = DockerConnection(
-            device, address.removeprefix("docker://"), python=options.get("python"), cpus=_cpus(device, options)
+            device, address.removeprefix("docker://"), python=options.get("python"), cpus=cpus
         )
     elif address.startswith("ssh://"):
         from foxnas_mlflow.devices._ssh import SshConnection
 
         options = _options(device, query, "ssh")
         user, host, port = _ssh_address(device)
+        # Less than a second finds no restart.
+        wait_s = _number(device, options, "wait", "seconds to wait for a lost board, 1 or more", 1)
         connection = SshConnection(
             device, host, port=port, user=user, key=options.get("key"), python=options.get("python")
         )
+        connection.reconnect_seconds = wait_s
     else:
         raise _malformed(device)
     connection.edgetpu = options.get("edgetpu", "")
@@ -83,17 +90,16 @@ def _options(device: str, query: str, kind: str) -> dict[str, str]:
     return options
 
 
-def _cpus(device: str, options: dict[str, str]) -> float | None:
-    if "cpus" not in options:
+def _number(device: str, options: Mapping[str, str], name: str, meaning: str, least: float) -> float | None:
+    if name not in options:
         return None
     try:
-        cpus = float(options["cpus"])
+        number = float(options[name])
     except ValueError:
-        cpus = 0.0
-    # Docker's own least is a hundredth.
-    if not 0.01 <= cpus < float("inf"):
-        raise DeviceError("cpus must be a number of processors, 0.01 or more", received=device)
-    return cpus
+        number = -1.0
+    if not least <= number < float("inf"):
+        raise DeviceError(f"{name} must be a number of {meaning}", received=device)
+    return number
 
 
 def _malformed(device: str) -> DeviceError:

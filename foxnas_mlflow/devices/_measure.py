@@ -224,8 +224,9 @@ def await_machine(connection: Connection, lost: DeviceError) -> None:
     Raises:
         ConnectionLostError: If it does not come back in time.
     """
-    deadline, pause = time.monotonic() + RECONNECT_SECONDS, min(1.0, RECONNECT_SECONDS / 2)
-    _log.warning("%s went away: waiting up to %g s for it", connection.uri, RECONNECT_SECONDS)
+    seconds = RECONNECT_SECONDS if connection.reconnect_seconds is None else connection.reconnect_seconds
+    deadline, pause = time.monotonic() + seconds, min(1.0, seconds / 2)
+    _log.warning("%s went away: waiting up to %g s for it", connection.uri, seconds)
     while time.monotonic() < deadline:
         time.sleep(pause)
         try:

@@ -248,6 +248,8 @@ def test_addresses_that_lead_nowhere(home: Path) -> None:
         ("ssh://board:port", "a device is local"),
         ("ssh://board/path", "a device is local"),
         ("ssh://me:secret@board", r"no password; received ssh://me:\*\*\*@board"),
+        ("ssh://board?wait=long", r"wait must be a number of seconds .* received ssh://board\?wait=long"),
+        ("ssh://board?wait=0", "wait must be a number of seconds"),
         ("ssh://board?colour=red", "takes only python and key and edgetpu"),
     ):
         with pytest.raises(DeviceError, match=message):
@@ -298,14 +300,14 @@ def test_a_lost_board_comes_back_and_is_measured(
 
 
 def test_a_board_that_stays_away_is_told(
-    server: Server, probe: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    server: Server, probe: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(measuring, "RECONNECT_SECONDS", 0.2)
-    with connect(address(server)) as connection:
+    with connect(address(server, wait="1.5")) as connection:
         puller = _pull_the_plug(server, tmp_path / "scratch", again=False)
         with pytest.raises(ConnectionLostError, match=r"went away and did not come back.*run the same command again"):
             measure(connection, probe, runs=10**6, warmup=1, max_seconds=30.0)
         puller.join()
+    assert "waiting up to 1.5 s for it" in caplog.text
     # The board's process noticed too: nothing runs, nothing is left.
     _wait_until_empty(tmp_path / "scratch")
 
