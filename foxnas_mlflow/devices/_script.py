@@ -58,7 +58,7 @@ BOARD_ERRORS: Mapping[str, tuple[str, str]] = {
         f"{MISSING_OPERATOR}, without SELECT_TF_OPS",
     ),
     "no_input": (
-        "a model to measure must have inputs, of numbers",
+        "a model to measure must have inputs, of numbers or text",
         "give a model that computes something from an image, or other numbers",
     ),
     "no_meter": (

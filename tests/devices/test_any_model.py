@@ -113,12 +113,42 @@ def edited(data: bytes, **changes: Any) -> bytes:
     return pack(model)
 
 
+def text_model() -> bytes:
+    """A model that gives texts another shape."""
+    schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
+    from foxnas_mlflow.tflite._model import pack
+
+    code, operator, graph, model = schema.OperatorCodeT(), schema.OperatorT(), schema.SubGraphT(), schema.ModelT()
+    code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.RESHAPE
+    code.version = 1
+    for shape in ((2, 2), (4,)):
+        tensor = schema.TensorT()
+        tensor.shape, tensor.type, tensor.buffer, tensor.name = shape, schema.TensorType.STRING, 0, "text"
+        graph.tensors = [*(graph.tensors or []), tensor]
+    operator.opcodeIndex, operator.inputs, operator.outputs = 0, [0], [1]
+    operator.builtinOptionsType, operator.builtinOptions = (
+        schema.BuiltinOptions.ReshapeOptions,
+        schema.ReshapeOptionsT(),
+    )
+    operator.builtinOptions.newShape = [4]
+    graph.operators, graph.inputs, graph.outputs = [operator], [0], [1]
+    model.version, model.operatorCodes, model.subgraphs, model.buffers = 3, [code], [graph], [schema.BufferT()]
+    return pack(model)
+
+
+def test_a_model_of_text_is_measured_and_not_compared(here: Connection) -> None:
+    data = text_model()
+    benchmark = measure(here, data, expected=host_answer(data), **QUICK)
+    assert benchmark.n_runs >= 3
+    assert benchmark.output_difference is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"custom": "MyOperator"}, "must know all operators.*MyOperator.*own operators alone"),
         ({"custom": "FlexAddV2"}, "no operators of TensorFlow itself"),
-        ({"inputs": []}, "must have inputs, of numbers; received 0 inputs"),
+        ({"inputs": []}, "must have inputs, of numbers or text; received 0 inputs"),
     ],
 )
 def test_what_cannot_run_is_told_with_what_helps(
