@@ -183,7 +183,9 @@ def check(stick: str) -> dict[str, Any]:
 
 def _apart(arguments: list[str]) -> tuple[dict[str, Any], str]:
     """What this script answers in a process of its own, and what is wrong; empty: nothing."""
-    command = [sys.executable, os.path.abspath(__file__), *arguments]
+    # A wrapper may have given this Python options (-S, -E): they decide which packages it sees.
+    options: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    command = [sys.executable, *options, os.path.abspath(__file__), *arguments]
     try:
         run = subprocess.run(command, capture_output=True, timeout=60)  # noqa: S603
     except subprocess.TimeoutExpired:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import venv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -439,12 +438,12 @@ def test_a_pillow_that_is_too_old_is_not_fine(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_lacks_packages_is_told_how_to_get_them(tmp_path: Path) -> None:
-    venv.create(tmp_path / "venv", symlinks=True)
-
     class Bare(LocalConnection):
         """This machine's Python without its packages."""
 
-        python = str(tmp_path / "venv" / "bin" / "python")
+        def run(self, argv: list[str], *, timeout_s: float) -> Completed:  # type: ignore[override]
+            argv = [argv[0], "-S", *argv[1:]] if argv[0] == self.python else argv
+            return super().run(argv, timeout_s=timeout_s)
 
     with Bare() as connection:
         found = check(connection)
