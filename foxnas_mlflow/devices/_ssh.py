@@ -27,6 +27,7 @@ import tempfile
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -181,12 +182,18 @@ class SshConnection(Connection):
                 # As in ssh: an alias stands without a port.
                 known_as = alias or known_name(name, options.port)
                 place = dataclasses.replace(place, known_as=known_as, known_hosts=next(iter(holding or there), ""))
+                keys: dict[str, Any] = {}
+                if "client_keys" not in self._options and options.config.get("IdentityFile"):
+                    # ssh passes over keys that are not there.
+                    paths = [str(Path(file).expanduser()) for file in options.config.get("IdentityFile")]
+                    keys = {"client_keys": list(filter(os.path.exists, paths)), "ignore_encrypted": True}
                 connecting = self._asyncssh.connect(
                     self._host,
                     config=config,
                     host_key_alias=alias if name == options.host else name,
                     # Of no file asyncssh would read the usual one.
                     known_hosts=there or [os.devnull],
+                    **keys,
                     **self._options,
                 )
                 self._ssh = self._wait(connecting)
@@ -195,12 +202,15 @@ class SshConnection(Connection):
 
     def _configured(self, files: list[str]) -> tuple[list[str], Any]:
         """The files of a configuration that asyncssh can read, and what they say."""
-        read = self._asyncssh.SSHClientConnectionOptions
+        # Keys are read when it is opened.
+        read = partial(
+            self._asyncssh.SSHClientConnectionOptions, **{**self._options, "host": self._host, "client_keys": None}
+        )
         try:
-            return files, read(host=self._host, config=files, **self._options)
+            return files, read(config=files)
         except self._asyncssh.ConfigParseError as error:
             others = [file for file in files if file != SYSTEM_CONFIG]
-            options = read(host=self._host, config=others, **self._options)
+            options = read(config=others)
             _log.warning("%s is left out, which asyncssh cannot read: %s", SYSTEM_CONFIG, error)
             return others, options
 

@@ -206,7 +206,9 @@ def test_system_wide_files_are_followed(
 def test_what_ssh_takes_is_taken_or_named(server: Server, home: Path) -> None:
     config = home / ".ssh" / "config"
     (home / ".ssh" / "known_hosts").rename(home / ".ssh" / "127.0.0.1.hosts")
-    config.write_text("UserKnownHostsFile /does/not/exist ~/.ssh/%h.hosts\nRequestTTY force\n")
+    config.write_text(
+        "UserKnownHostsFile /does/not/exist ~/.ssh/%h.hosts\nRequestTTY force\nIdentityFile ~/.ssh/none\n"
+    )
     with connect(address(server)) as connection:
         assert connection.run(["printf", "a\n"], timeout_s=10).stdout == "a\n"
     config.write_text(f"Port {server.port}  # garage\n")
