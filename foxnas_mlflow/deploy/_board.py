@@ -49,6 +49,10 @@ _ERRORS: Mapping[str, tuple[str, str]] = {
         "a service on {uri} runs as an account that can read its model, and that the deployer may become",
         "deploy as root with -C account=NAME, or leave account out",
     ),
+    "busy": (
+        "{uri} must have time and memory to start what is deployed, and to answer; what was served before still is",
+        "try again later; see there what needs them: top, free -m; the service's log: ROOT/NAME/run/log, or journalctl",
+    ),
     "unit": (
         "systemd on {uri} must take the service's unit; what was served before still is",
         "look there: systemctl status, journalctl -xe; or deploy without a service, -C serve=false",

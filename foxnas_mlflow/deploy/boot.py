@@ -20,6 +20,8 @@ from pathlib import Path
 from foxnas_mlflow.deploy.layout import DEFAULT_ROOT, RunnerError
 
 COMMAND_SECONDS = 60.0
+NO_ANSWER = 127
+"""Taken for the status of a command that does not end in time."""
 MAX_LOG_BYTES = 2**20
 
 UNIT = """\
@@ -32,12 +34,14 @@ ExecStart={command}
 Restart=always
 RestartSec=2
 KillMode=mixed
+OOMPolicy=continue
 TimeoutStopSec=30
 
 [Install]
 WantedBy={target}
 """
-"""The unit: `mixed`, because the workers end when the service has answered what it accepted."""
+"""The unit: `mixed`, because the workers end when the service has answered what it accepted; `continue`, because it
+replaces one that was killed for memory."""
 
 
 def install(root: Path, name: str) -> str:
@@ -156,7 +160,8 @@ def _install_unit(root: Path, name: str, manager: list[str]) -> None:
             else:
                 _write(unit, before)
             _run([*manager, "daemon-reload"])
-            raise RunnerError("unit", f"systemctl {' '.join(arguments)}: {said}")
+            kind = "busy" if status == NO_ANSWER else "unit"
+            raise RunnerError(kind, f"systemctl {' '.join(arguments)}: {said}")
     if "--user" in manager:
         _run(["loginctl", "enable-linger", _user()])
 
@@ -228,7 +233,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     """Status of a command, and the last line that it said."""
     done = _completed(command)
     if done is None:
-        return 127, f"{command[0]} does not answer"
+        return NO_ANSWER, f"{command[0]} does not answer"
     said = (done.stderr + done.stdout).decode(errors="replace").strip().splitlines()
     return done.returncode, said[-1] if said else f"exit status {done.returncode}"
 

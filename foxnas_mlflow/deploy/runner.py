@@ -300,7 +300,7 @@ def await_service(root: Path, name: str, version: Path) -> None:
             if failure is not None:
                 raise failure
         time.sleep(0.05)
-    raise RunnerError("service", f"no answer in {START_SECONDS:g} s")
+    raise RunnerError("busy", f"no answer of the service in {START_SECONDS:g} s")
 
 
 def failures(root: Path, name: str) -> list[Path]:
@@ -387,7 +387,7 @@ def over_socket(root: Path, name: str, file: str, path: str, body: bytes, header
             connection.request("POST", path, body, headers)
             answer: dict[str, Any] = json.loads(connection.getresponse().read().decode())
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise RunnerError("service", f"{type(error).__name__}: {error}") from error
+        raise RunnerError("busy", f"the service does not answer: {type(error).__name__}: {error}") from error
     finally:
         os.chdir(before)
     return answer

@@ -101,7 +101,7 @@ class Worker:
         try:
             ours, theirs = socket.socketpair()
         except OSError as error:
-            raise RunnerError("worker", f"no socket for it: {error.strerror}") from error
+            raise RunnerError("busy", f"no socket for a worker: {error.strerror}") from error
         with theirs:
             try:
                 self._process = subprocess.Popen(  # noqa: S603
@@ -120,10 +120,13 @@ class Worker:
             header, _ = receive(ours)
         except socket.timeout:
             self.end()
-            raise RunnerError("worker", f"it did not open its model in {START_SECONDS:g} s") from None
+            raise RunnerError("busy", f"a worker did not open its model in {START_SECONDS:g} s") from None
         except (OSError, EOFError):
             self.end()
-            raise RunnerError("worker", f"it ended with status {self._process.returncode} at its start") from None
+            status = self._process.returncode
+            # Killed as the kernel does where memory ends.
+            kind = "busy" if status == -signal.SIGKILL else "worker"
+            raise RunnerError(kind, f"a worker ended with status {status} at its start") from None
         if "error" in header:
             self.end()
             raise RunnerError(header["error"], header["message"])

@@ -22,6 +22,9 @@ from foxnas_mlflow.deploy.layout import RunnerError, log
 MAX_BATCH = 1024
 """Most images of one request."""
 
+OOM_SCORE = 500
+"""How much sooner than the service the kernel ends a worker where memory ends, of -1000 to 1000."""
+
 _LENGTHS = struct.Struct(">II")
 
 
@@ -78,6 +81,10 @@ def run_worker(version: Path, descriptor: int) -> None:
     from foxnas_mlflow.deploy.foxnas_edge import Version
 
     connection = socket.socket(fileno=descriptor)
+    with contextlib.suppress(OSError):
+        # Where memory ends, the kernel is to end this one and not the service, which replaces it.
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
     try:
         model = Version(version)
         if model.deployment["delegate"]:

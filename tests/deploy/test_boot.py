@@ -19,7 +19,7 @@ from foxnas_mlflow.devices import LocalConnection
 from foxnas_mlflow.devices._base import Completed
 from tests.colour_model import encoded, image_of
 from tests.deploy.systemd import SYSTEMD, Manager, UnavailableError
-from tests.deploy.test_service import open_root, python_for_all, send  # noqa: F401
+from tests.deploy.test_service import busy_workers, open_root, python_for_all, send  # noqa: F401
 from tests.servers import request
 
 pytestmark = [
@@ -96,6 +96,11 @@ def test_systemd_starts_it_again_after_a_crash_and_a_restart(
     (unit,) = units.glob("foxnas-camera-*.service")
     assert manager.verify(unit.name) == ""
     assert Path(f"/proc/{pid_of(root)}").stat().st_uid == uid
+    # A worker that is killed for memory, as the kernel does before it kills the service, does not end the unit.
+    assert manager.systemctl("show", "--property=OOMPolicy", unit.name).stdout == "OOMPolicy=continue\n"
+    (worker,) = busy_workers(root)
+    service = int(Path(f"/proc/{pid_of(root)}/oom_score_adj").read_text())
+    assert int(Path(f"/proc/{worker}/oom_score_adj").read_text()) == min(1000, service + 500)
     killed = pid_of(root)
     os.kill(killed, signal.SIGKILL)
     until(lambda: serving(root, "camera"))

@@ -620,13 +620,20 @@ def test_a_worker_says_once_a_second_that_it_works() -> None:
 
 def test_a_worker_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "START_SECONDS", 0.1)
-    with pytest.raises(RunnerError, match=r"it did not open its model in 0\.1 s"):
+    with pytest.raises(RunnerError, match=r"a worker did not open its model in 0\.1 s") as late:
         service.Worker(worker_of(tmp_path, "time.sleep(600)"), sys.executable)
+    monkeypatch.undo()
+    # Where memory ends, a worker is killed whatever its model: it is no refusal.
+    for code, kind in (("import os; os.kill(os.getpid(), 9)", "busy"), ("sys.exit(9)", "worker")):
+        with pytest.raises(RunnerError, match=r"a worker ended with status -?9 at its start") as error:
+            service.Worker(worker_of(tmp_path, code), sys.executable)
+        assert error.value.kind == kind
+    assert late.value.kind == "busy"
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     os.close(free := os.dup(0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
     try:
-        with pytest.raises(RunnerError, match="no socket for it: Too many open files"):
+        with pytest.raises(RunnerError, match="no socket for a worker: Too many open files"):
             service.Worker(tmp_path, sys.executable)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

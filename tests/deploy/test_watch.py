@@ -341,13 +341,16 @@ def test_what_passes_is_told_once_until_it_did(versions: tuple[str, str], target
 def test_a_service_that_does_not_start_is_refused_and_not_copied_again(
     versions: tuple[str, str], target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kinds = iter(("busy", "service"))
+
     def deploy(*_: object, **__: object) -> None:
-        raise RunnerRefusedError("service", "no answer in 120 s", "local")
+        raise RunnerRefusedError(next(kinds), "why", "local")
 
     follower = Follower(target, "camera", "foxnas-rpi4", "production")
     with monkeypatch.context() as patched:
         patched.setattr(Board, "deploy", deploy)
-        assert follower.look().state == "refused"
+        # What a board has no memory or time for it may have at the next look.
+        assert [follower.look().state for _ in range(3)] == ["away", "refused", "same"]
     assert follower.look().state == "same"
     assert follower.look(again=True).state == "updated"
 
