@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import logging
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,8 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from foxnas_mlflow.core.errors import FoxNasError, InvalidInputError
+
+logger = logging.getLogger("foxnas_mlflow")
 
 _CODES = {"exists": RESOURCE_ALREADY_EXISTS, "no_deployment": RESOURCE_DOES_NOT_EXIST}
 
@@ -124,7 +127,7 @@ class EdgeDeploymentClient(BaseDeploymentClient):
                 an answer there wrong. Nothing is active under the name then.
         """
         with _mlflow_errors():
-            return self._deploy(name, model_uri, flavor, dict(config or {}), new=True)
+            return _told(self._deploy(name, model_uri, flavor, dict(config or {}), new=True))
 
     def update_deployment(
         self,
@@ -161,9 +164,9 @@ class EdgeDeploymentClient(BaseDeploymentClient):
                     received=f"model_uri={model_uri}, config={dict(config or {})}",
                 )
             if model_uri is not None:
-                return self._deploy(name, model_uri, flavor, values, new=False)
+                return _told(self._deploy(name, model_uri, flavor, values, new=False))
             with _board(self.target_uri) as board:
-                return _public(board.call("rollback", _checked(name)))
+                return _told(board.call("rollback", _checked(name)))
 
     def delete_deployment(
         self, name: str, config: Mapping[str, Any] | None = None, endpoint: str | None = None
@@ -262,7 +265,8 @@ class EdgeDeploymentClient(BaseDeploymentClient):
                 )
             files = bundle(model, options, name=name, kind=kind, source=source, model_id=info.model_id)
         with _board(self.target_uri) as board:
-            return _public(board.deploy(name, files, options.service, new=new))
+            deployed: dict[str, Any] = board.deploy(name, files, options.service, new=new)
+            return deployed
 
 
 def _board(target_uri: str) -> Any:
@@ -291,6 +295,14 @@ def _checked(name: str | None) -> str:
             received=repr(name),
         )
     return name
+
+
+def _told(deployment: dict[str, Any]) -> dict[str, Any]:
+    """What was deployed; what there is to do for its service is said."""
+    service = deployment["service"]
+    if service is not None and service["note"]:
+        logger.warning("%s: %s", deployment["name"], service["note"])
+    return _public(deployment)
 
 
 def _public(deployment: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Starts services on a board, and again after it restarts; travels in ``runner.pyz``.
 
 - systemd, as root: a system unit. Otherwise a unit of the user, where lingering lets it run without a login.
-- cron elsewhere: a line that starts the service every minute unless it runs, so also after a crash.
+- cron elsewhere, also where a user's systemd may not linger: a line that starts the service every minute unless it
+  runs, so also after a crash.
 - nothing of these: the service runs until the board restarts, and the deployment says so.
 """
 
@@ -23,6 +24,7 @@ COMMAND_SECONDS = 60.0
 NO_ANSWER = 127
 """Taken for the status of a command that does not end in time."""
 MAX_LOG_BYTES = 2**20
+CRON_DAEMONS = ("cron", "crond", "fcron", "anacron")
 
 UNIT = """\
 [Unit]
@@ -54,10 +56,16 @@ def install(root: Path, name: str) -> str:
         RunnerError: If the unit is refused; nothing is left of it then.
     """
     manager = _manager()
+    if "--user" in manager:
+        _run(["loginctl", "enable-linger", _user()])
+        # Without lingering it ends with the last login.
+        if not _lingers() and _cron_runs() and _edit_crontab(root, name, add=True):
+            start_detached(root, name)
+            return "cron"
     if manager:
         _install_unit(root, name, manager)
         return " ".join(["systemd", *manager[1:]])
-    with_cron = shutil.which("crontab") is not None and _edit_crontab(root, name, add=True)
+    with_cron = _edit_crontab(root, name, add=True)
     start_detached(root, name)
     return "cron" if with_cron else "nothing"
 
@@ -132,7 +140,10 @@ def note(kind: str, root: Path, name: str) -> str:
         command = _joined(start_command(root, name))
         return f"no systemd and no cron here: let this start it when the board starts: {command}"
     if kind == "systemd --user" and not _lingers():
-        return f"it starts at a login only: sudo loginctl enable-linger {_user()}"
+        return f"it starts at a login only, and ends with it: sudo loginctl enable-linger {_user()}"
+    if kind == "cron" and not _cron_runs():
+        command = _joined(start_command(root, name))
+        return f"no cron runs here: start it, or let this start the service when the board starts: {command}"
     return ""
 
 
@@ -162,8 +173,6 @@ def _install_unit(root: Path, name: str, manager: list[str]) -> None:
             _run([*manager, "daemon-reload"])
             kind = "busy" if status == NO_ANSWER else "unit"
             raise RunnerError(kind, f"systemctl {' '.join(arguments)}: {said}")
-    if "--user" in manager:
-        _run(["loginctl", "enable-linger", _user()])
 
 
 def _unit_text(root: Path, name: str, manager: list[str]) -> str:
@@ -215,6 +224,15 @@ def _crontab() -> str | None:
     # Busybox's says that there is no such file.
     said = done.stderr.decode(errors="replace").lower()
     return "" if "no crontab" in said or "no such file" in said else None
+
+
+def _cron_runs() -> bool:
+    """Whether a daemon of cron runs; also where other users' processes are hidden."""
+    names = set()
+    for file in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            names.add((file.parent.name == "1", file.read_text().strip()))
+    return not any(first for first, _ in names) or any(name in CRON_DAEMONS for _, name in names)
 
 
 def _lingers() -> bool:

@@ -57,13 +57,21 @@ class Manager:
         self._environment = {**os.environ, "HOME": str(self.home)}
         self._environment.pop("XDG_RUNTIME_DIR", None)
         self._environment.pop("XDG_CONFIG_HOME", None)
+        # Whatever this machine has: who is not in cron.allow is refused.
+        scripts = {"crontab": "exit 1"}
         if uid == 0:
-            script = f'#!/bin/sh\nXDG_RUNTIME_DIR=/run/user/0 exec {shutil.which("systemctl")} --user "$@"\n'
-            (tools / "systemctl").write_text(script)
-            (tools / "systemctl").chmod(0o755)
-            self._environment["PATH"] = f"{tools}:{os.environ['PATH']}"
+            scripts["systemctl"] = f'XDG_RUNTIME_DIR=/run/user/0 exec {shutil.which("systemctl")} --user "$@"'
+        for name, script in scripts.items():
+            (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tools / name).chmod(0o755)
+        self.path(tools)
+        if uid == 0:
             self._environment["SYSTEMD_UNIT_PATH"] = "/etc/systemd/system:"
         self._process: subprocess.Popen[bytes] | None = None
+
+    def path(self, tools: Path) -> None:
+        """Let what is run there find other programs first."""
+        self._environment["PATH"] = f"{tools}:{self._environment['PATH']}"
 
     def start(self) -> None:
         """As the board boots."""

@@ -19,7 +19,7 @@ from foxnas_mlflow.devices import LocalConnection
 from foxnas_mlflow.devices._base import Completed
 from tests.colour_model import encoded, image_of
 from tests.deploy.systemd import SYSTEMD, Manager, UnavailableError
-from tests.deploy.test_service import busy_workers, open_root, python_for_all, send  # noqa: F401
+from tests.deploy.test_service import busy_workers, cron, open_root, python_for_all, send  # noqa: F401
 from tests.servers import request
 
 pytestmark = [
@@ -90,7 +90,7 @@ def test_systemd_starts_it_again_after_a_crash_and_a_restart(
     created = client.create_deployment("camera", versions[0])["service"]
     assert (created["state"], created["starts_by"]) == ("running", starts_by)
     # The login that would switch lingering on is not part of this systemd.
-    lingering = "it starts at a login only: sudo loginctl enable-linger nobody"
+    lingering = "it starts at a login only, and ends with it: sudo loginctl enable-linger nobody"
     assert created["note"] == (lingering if uid else "")
     units = manager.units if uid == 0 else manager.home / ".config" / "systemd" / "user"
     (unit,) = units.glob("foxnas-camera-*.service")
@@ -116,6 +116,23 @@ def test_systemd_starts_it_again_after_a_crash_and_a_restart(
     assert not unit.exists()
     assert manager.systemctl("is-enabled", unit.name).returncode != 0
     assert not [*units.glob("**/foxnas-*")]
+
+
+def test_cron_starts_what_would_end_with_a_users_login(
+    board: Callable[[int], tuple[Manager, Path, str]], versions: tuple[str, str]
+) -> None:
+    manager, _, target = board(NOBODY)
+    tools, table = manager.home.parent / "cron", manager.home / "table"
+    with cron(tools, table):
+        manager.path(tools)
+        client = get_deploy_client(target)
+        created = client.create_deployment("camera", versions[0])["service"]
+        assert (created["state"], created["starts_by"], created["note"]) == ("running", "cron", "")
+        assert client.update_deployment("camera", versions[1])["service"]["starts_by"] == "cron"
+        assert table.read_text().startswith("* * * * * ")
+        assert not [*manager.home.glob(".config/systemd/user/foxnas-*")]
+        client.delete_deployment("camera")
+        assert table.read_text() == ""
 
 
 def test_what_systemd_refuses_leaves_the_old_version_serving(

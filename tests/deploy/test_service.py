@@ -1048,19 +1048,34 @@ esac
 """
 
 
+@contextlib.contextmanager
+def cron(tools: Path, table: Path) -> Iterator[None]:
+    """A directory with a crontab, of one user, and a daemon's process."""
+    tools.mkdir()
+    (tools / "crontab").write_text(CRONTAB.format(table=table))
+    shutil.copy(shutil.which("sleep") or "", tools / "cron")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    with subprocess.Popen([tools / "cron", "600"]) as daemon:
+        try:
+            yield
+        finally:
+            daemon.kill()
+
+
 @pytest.mark.skipif(Path("/run/systemd/system").is_dir(), reason="systemd runs here, and is asked first")
 def test_cron_starts_it_where_there_is_no_systemd(
     versions: tuple[str, str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tools, table = tmp_path / "tools", tmp_path / "table"
-    tools.mkdir()
-    (tools / "crontab").write_text(CRONTAB.format(table=table))
-    (tools / "crontab").chmod(0o755)
     table.write_text("@daily backup\n")
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     client = get_deploy_client(target)
-    created = client.create_deployment("camera", versions[0])
-    assert (created["service"]["starts_by"], created["service"]["note"]) == ("cron", "")
+    with cron(tools, table):
+        created = client.create_deployment("camera", versions[0])
+        assert (created["service"]["starts_by"], created["service"]["note"]) == ("cron", "")
+    note = client.get_deployment("camera")["service"]["note"]
+    assert note.startswith("no cron runs here: start it, or let this ") is not boot._cron_runs()
     client.update_deployment("camera", versions[1])
     other, line = table.read_text().splitlines()
     assert other == "@daily backup"
@@ -1104,8 +1119,11 @@ def test_a_users_crontab_is_kept_byte_by_byte(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.skipif(
     Path("/run/systemd/system").is_dir() or shutil.which("crontab") is not None, reason="something here starts it"
 )
-def test_a_board_where_nothing_starts_it_says_so(versions: tuple[str, str], target: str, tmp_path: Path) -> None:
+def test_a_board_where_nothing_starts_it_says_so(
+    versions: tuple[str, str], target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     service = get_deploy_client(target).create_deployment("camera", versions[0])["service"]
     assert service["starts_by"] == "nothing"
+    assert f"camera: {service['note']}" in caplog.messages
     assert service["note"].startswith("no systemd and no cron here: let this start it when the board starts: ")
     assert service["note"].endswith(" ".join(serve(tmp_path / "board", "camera")))
