@@ -166,9 +166,31 @@ def digest(path: Path) -> str:
         return ""
 
 
+def check_files(version: Path) -> dict[str, Any]:
+    """The description of a version, whose files are compared with it.
+
+    Raises:
+        RunnerError: If one is not as it was sent.
+    """
+    deployment = read_json(version / "deployment.json")
+    for file, expected in deployment["files"].items():
+        if digest(version / file) != expected:
+            raise RunnerError("damaged", f"{file} is damaged or was changed")
+    return deployment
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON object.
+
+    Raises:
+        RunnerError: If it is none.
+    """
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunnerError("damaged", f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise RunnerError("damaged", f"{path}: it must be an object")
     return value
 
 
@@ -180,4 +202,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     with fresh.open("x", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1) + "\n")
         os.fchmod(file.fileno(), 0o644)
+        file.flush()
+        # A board that loses its power now must find a whole one.
+        os.fsync(file.fileno())
     os.replace(str(fresh), str(path))

@@ -33,6 +33,7 @@ from typing import Any
 from foxnas_mlflow.deploy import boot
 from foxnas_mlflow.deploy.layout import (
     RunnerError,
+    check_files,
     current,
     digest,
     let_in,
@@ -111,7 +112,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         return {"predictions": classify(here, [read_file(Path(image)) for image in options.images])}
     root = _directory(options.root)
     if options.command == "list":
-        return {"deployments": [describe(root, path.parent.name) for path in sorted(root.glob("*/current"))]}
+        return {"deployments": [listed(root, path.parent.name) for path in sorted(root.glob("*/current"))]}
     name = options.name
     if options.command == "begin":
         return begin(root, name, new=options.new)
@@ -395,7 +396,12 @@ def over_socket(root: Path, name: str, file: str, path: str, body: bytes, header
 
 def free_port(root: Path, name: str, host: str) -> int:
     """A port that nobody listens on, and that no other deployment here has."""
-    taken = {read_json(file)["port"] for file in root.glob("*/service.json") if file.parent.name != name}
+    taken = set()
+    for file in root.glob("*/service.json"):
+        # What is damaged is not served at its next start either.
+        with contextlib.suppress(RunnerError, KeyError):
+            if file.parent.name != name:
+                taken.add(read_json(file)["port"])
     for port in range(FIRST_PORT, FIRST_PORT + 1000):
         if port not in taken and can_listen(host, port):
             return port
@@ -466,6 +472,14 @@ def delete(root: Path, name: str) -> dict[str, Any]:
     return {"deleted": True}
 
 
+def listed(root: Path, name: str) -> dict[str, Any]:
+    """What is known of a deployment, or its ``error``: one that is damaged hides no other."""
+    try:
+        return describe(root, name)
+    except RunnerError as error:
+        return {"name": name, "error": str(error)}
+
+
 def describe(root: Path, name: str) -> dict[str, Any]:
     """What is known of a deployment."""
     active = current(root, name)
@@ -514,10 +528,7 @@ def check(root: Path, name: str, version: Path) -> dict[str, Any]:
     Raises:
         RunnerError: If a file is not as it was sent, or an answer is another one.
     """
-    deployment = read_json(version / "deployment.json")
-    for file, expected in deployment["files"].items():
-        if digest(version / file) != expected:
-            raise RunnerError("damaged", file)
+    deployment = check_files(version)
     if held(root, name, deployment):
         return {"by": "the service"}
     numpy()

@@ -960,10 +960,9 @@ def url_of(settings: dict[str, Any]) -> str:
 
 def run_service(root: Path, name: str) -> int:
     """Serve a deployment until it is stopped; at once 0 if another process does already."""
-    threading.stack_size(STACK_BYTES)
     run = root / name / "run"
-    settings = read_json(root / name / "service.json")
     try:
+        settings = read_json(root / name / "service.json")
         own = make_run(root, name, settings["account"])
     except (RunnerError, OSError) as error:
         log(f"error: {error}")
@@ -981,6 +980,7 @@ def run_service(root: Path, name: str) -> int:
         with contextlib.suppress(FileNotFoundError):
             (run / file).unlink()
         (run / file).symlink_to(Path("own", file))
+    threading.stack_size(STACK_BYTES)
     try:
         become(settings["account"])
         service = Service(root, name)

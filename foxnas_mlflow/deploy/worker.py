@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from foxnas_mlflow.deploy.layout import RunnerError, log
+from foxnas_mlflow.deploy.layout import RunnerError, check_files, log
 
 MAX_BATCH = 1024
 """Most images of one request."""
@@ -86,6 +86,8 @@ def run_worker(version: Path, descriptor: int) -> None:
         score = Path("/proc/self/oom_score_adj")
         score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
     try:
+        # A card that wears out is not to be answered from, under the checksum of what was sent.
+        check_files(version)
         model = Version(version)
         if model.deployment["delegate"]:
             # The runner cannot try what another process holds.

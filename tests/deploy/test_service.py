@@ -685,14 +685,14 @@ def test_the_service_follows_the_pointer_also_unasked(deployed: tuple[Any, dict[
     assert serving(root, "camera")["version"] == "0002"
     image = encoded(image_of("blue"))
     assert send(deployment["service"]["url"], "image/jpeg", image)[1]["predictions"][0]["label"] == "bleu"
-    # A version that cannot be opened is not served, whoever points to it.
+    # A version that is not as it was sent is not served, whoever points to it.
     shutil.copytree(root / "camera" / "versions" / "0001", root / "camera" / "versions" / "0009")
     (root / "camera" / "versions" / "0009" / "model.tflite").write_bytes(b"no model")
     layout.point_to(root, "camera", root / "camera" / "versions" / "0009")
     log, deadline = root / "camera" / "run" / "log", time.monotonic() + 60
     while b"version 0009" not in log.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert b"error: version 0009: a TFLite model must be one that the runtime can open" in log.read_bytes()
+    assert b"error: version 0009: model.tflite is damaged or was changed" in log.read_bytes()
     assert send(deployment["service"]["url"], "image/jpeg", image)[2] == "0002"
     # Nor does one whose description was damaged end the service.
     (root / "camera" / "versions" / "0009" / "deployment.json").write_bytes(b"{")
@@ -700,7 +700,7 @@ def test_the_service_follows_the_pointer_also_unasked(deployed: tuple[Any, dict[
     layout.point_to(root, "camera", root / "camera" / "versions" / "0010")
     while b"version 0010" not in log.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert b"error: version 0010: Expecting property name" in log.read_bytes()
+    assert b"0010/deployment.json: Expecting property name" in log.read_bytes()
     assert send(deployment["service"]["url"], "image/jpeg", image)[2] == "0002"
 
 
@@ -1017,6 +1017,22 @@ def test_root_kills_nobody_that_an_account_names(tmp_path: Path, monkeypatch: py
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=0.2)
         process.kill()
+
+
+def test_a_file_that_is_damaged_stops_no_other_deployment(tmp_path: Path) -> None:
+    for name, text in (("camera", "{"), ("door", "[]"), ("gate", "{}"), ("yard", '{"port": 5002}')):
+        version = tmp_path / name / "versions" / "0001"
+        version.mkdir(parents=True)
+        (version.parents[1] / "current").symlink_to(version)
+        for file in (version / "deployment.json", version.parents[1] / "service.json"):
+            file.write_text(text)
+    assert runner_module.free_port(tmp_path, "new", "127.0.0.1") != 5002
+    found = [runner_module.listed(tmp_path, name) for name in ("camera", "door")]
+    assert [each["name"] for each in found] == ["camera", "door"]
+    for name, each in zip(("camera", "door"), found, strict=True):
+        assert each["error"].startswith(f"{tmp_path / name / 'versions' / '0001' / 'deployment.json'}: ")
+    for name in ("camera", "door"):
+        assert service.run_service(tmp_path, name) == 1
 
 
 def test_leftovers_go_by_age_on_a_clock_that_nobody_sets(tmp_path: Path) -> None:
