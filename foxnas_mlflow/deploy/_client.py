@@ -176,7 +176,7 @@ class EdgeDeploymentClient(BaseDeploymentClient):
             board.call("delete", _checked(name))
 
     def list_deployments(self, endpoint: str | None = None) -> list[dict[str, Any]]:
-        """All deployments of the board, each as `get_deployment` returns it; of a damaged one ``name`` and ``error``."""
+        """All deployments of the board, as `get_deployment` returns them; a damaged one has ``name`` and ``error``."""
         with _mlflow_errors(), _board(self.target_uri) as board:
             return [_public(deployment) for deployment in board.call("list")["deployments"]]
 

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from foxnas_mlflow.deploy.boot import MAX_LOG_BYTES
 from foxnas_mlflow.deploy.layout import RunnerError, current, entry_of, log, make_run, read_json, write_json
 from foxnas_mlflow.deploy.worker import RefusedError, problem, receive, send
 
@@ -52,7 +53,7 @@ for each 64 KiB of the request."""
 IDLE_SECONDS = 75.0
 """A connection on which nothing comes for so long is closed."""
 CLOSE_SECONDS = 300.0
-"""A version that is not served any more ends by then, its requests answered or not."""
+"""What is to end waits so long for those whose requests it answers."""
 LEAVE_SECONDS = 2.0
 """At its end the service waits so long for clients that ask again on an open connection."""
 POLL_SECONDS = 0.5
@@ -61,7 +62,9 @@ HEAL_SECONDS = 10.0
 KEEP_SECONDS = 120.0
 """A version that was prepared, and is not active by then, is dropped."""
 ATTEMPTS = 3
-"""A request at which so many workers died is not tried again."""
+"""A request at which so many workers died, or could not be started, is not tried again."""
+AGAIN_SECONDS = 1.0
+"""After so long a request tries again to start a worker: memory that was short may be there then."""
 UPLOAD_SECONDS = 20.0
 """A body of which nothing comes for so long is refused, and one that takes longer, with a second more for each 64 KiB.
 At its end the service waits so long for one: less than who ends it waits before a kill."""
@@ -180,6 +183,7 @@ class Generation:
         self._size = size
         self._metrics = metrics
         self._users = 0
+        self._closed = False
         self._heal_after = 0.0
         self._changed = threading.Condition()
         self._tending = threading.Lock()
@@ -204,6 +208,8 @@ class Generation:
             with self._changed:
                 self._users -= 1
                 self._changed.notify_all()
+                if self._closed and not self._users:
+                    self._end_workers()
 
     def ask(self, content_type: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
         """The answer of a worker; of another one, if it dies meanwhile.
@@ -211,8 +217,14 @@ class Generation:
         Raises:
             RunnerError: If no worker can be started, or every one that tried has died.
         """
-        for _ in range(ATTEMPTS):
-            worker = self._take()
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                worker = self._take()
+            except RunnerError:
+                if not left:
+                    raise
+                time.sleep(AGAIN_SECONDS)
+                continue
             try:
                 answer = worker.ask(content_type, body)
             except BaseException as error:
@@ -261,15 +273,20 @@ class Generation:
             return [worker.pid for worker in self._free.queue if worker is not None]
 
     def close(self) -> None:
-        """End the workers once nobody uses them any more."""
+        """End the workers once nobody uses them any more; who still does after a while ends them then."""
         with self._changed:
             self._changed.wait_for(lambda: self._users == 0, timeout=CLOSE_SECONDS)
-        self._end_workers()
+            self._closed = True
+            if not self._users:
+                self._end_workers()
 
     def reopen(self) -> None:
         """Go on after `close`: workers are started when they are needed, or by `heal`."""
-        for _ in range(self._size):
-            self._free.put(None)
+        with self._changed:
+            self._closed = False
+            if not self._users:
+                for _ in range(self._size):
+                    self._free.put(None)
 
     def _take(self) -> Worker:
         worker = self._free.get()
@@ -614,6 +631,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.service.stopping or self.close_connection:
             self.send_header("Connection", "close")
             self.close_connection = True
+        elif self.request_version == "HTTP/1.0":
+            # Who asked for it waits for the end of the connection, unless told that it stays.
+            self.send_header("Connection", "keep-alive")
         self.end_headers()
         self.wfile.write(body)
 
@@ -767,6 +787,7 @@ class Service:
         self.active.close()
 
     def _look_after(self) -> None:
+        self._shorten_log()
         self.active.heal()
         with self._changing:
             if self._prepared is not None and time.monotonic() > self._prepared[-1]:
@@ -775,6 +796,14 @@ class Service:
                 self._follow()
             except Exception as error:
                 log(f"error: version {self._refused[0]}: {error}")
+
+    def _shorten_log(self) -> None:
+        """Begin the log beside the service anew where it is large; a journal is bounded by itself."""
+        with contextlib.suppress(OSError):
+            log = os.fstat(2)
+            if log.st_size > MAX_LOG_BYTES and os.path.samestat(log, (self._place / "run" / "log").stat()):
+                # All who write to it append.
+                os.ftruncate(2, 0)
 
     def stop(self, *_: Any) -> None:
         """End `run`."""

@@ -372,6 +372,36 @@ def counted(url: str) -> dict[str, float]:
     return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
 
 
+def test_who_speaks_http_1_0_is_told_whether_a_connection_stays(deployed: tuple[Any, dict[str, Any], Path]) -> None:
+    host, _, port = deployed[1]["service"]["url"].removeprefix("http://").rpartition(":")
+    for asked, n in (("keep-alive", 2), ("close", 1)):
+        connection = socket.create_connection((host, int(port)), timeout=60)
+        with connection, connection.makefile("rb") as stream:
+            for _ in range(n):
+                connection.sendall(f"GET /ping HTTP/1.0\r\nConnection: {asked}\r\n\r\n".encode())
+                assert stream.readline().startswith(b"HTTP/1.1 200")
+                headers = http.client.parse_headers(stream)
+                assert headers["Connection"] == asked
+                assert stream.read(int(headers["Content-Length"])) == b"\n"
+
+
+def test_a_log_without_a_journal_is_bounded(deployed: tuple[Any, dict[str, Any], Path]) -> None:
+    root = deployed[2]
+    log = root / "camera" / "run" / "log"
+    with log.open("ab") as file:
+        file.write(bytes(boot.MAX_LOG_BYTES + 1))
+    deadline = time.monotonic() + 60
+    while log.stat().st_size and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert log.stat().st_size == 0
+    # What it writes next is all that is there.
+    (root / "camera" / "versions" / "0009").mkdir()
+    layout.point_to(root, "camera", root / "camera" / "versions" / "0009")
+    while not log.stat().st_size and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert log.read_bytes().startswith(b"error: ")
+
+
 def test_metrics(deployed: tuple[Any, dict[str, Any], Path]) -> None:
     url = deployed[1]["service"]["url"]
     body = {"inputs": [image_of("red", height=SIZE, width=SIZE).tolist()] * 2}
@@ -599,6 +629,82 @@ send(connection, {"status": 200}, b"answer")
         assert worker.ask("image/jpeg", b"image") == ({"status": 200}, b"answer")
     finally:
         worker.end()
+
+
+def generation_of(directory: Path, code: str) -> service.Generation:
+    """The one worker of a version, see `worker_of`."""
+    (directory / "deployment.json").write_text("{}")
+    return service.Generation(worker_of(directory, code), sys.executable, 1, service.Metrics())
+
+
+def test_a_worker_that_cannot_be_started_at_once_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "AGAIN_SECONDS", 0.0)
+    code = """
+import os
+if len(os.listdir(".")) in %s:
+    os.mkdir(str(time.monotonic()))
+    os.kill(os.getpid(), 9)
+os.mkdir(str(time.monotonic()))
+send(connection, {"ready": True})
+receive(connection)
+send(connection, {"status": 200}, b"answer")
+receive(connection)
+"""
+    starts = tmp_path / "starts"
+    starts.mkdir()
+    monkeypatch.chdir(starts)
+    # The first start succeeds, and that worker is killed; then two fail, or all that a request tries.
+    for failing, found in (((1, 2), b"answer"), ((1, 2, 3), None)):
+        for path in starts.iterdir():
+            path.rmdir()
+        generation = generation_of(tmp_path, code % (failing,))
+        try:
+            os.kill(generation.pids()[0], signal.SIGKILL)
+            while generation.alive():
+                time.sleep(0.01)
+            if found is None:
+                with pytest.raises(RunnerError, match="a worker ended with status -9"):
+                    generation.ask("image/jpeg", b"image")
+            else:
+                assert generation.ask("image/jpeg", b"image") == ({"status": 200}, found)
+        finally:
+            generation.close()
+
+
+def test_a_worker_that_is_busy_when_its_version_is_closed_ends_when_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "CLOSE_SECONDS", 0.0)
+    go_on = tmp_path / "go-on"
+    generation = generation_of(
+        tmp_path,
+        f"""
+import os
+send(connection, {{"ready": True}})
+receive(connection)
+while not os.path.exists({str(go_on)!r}):
+    time.sleep(0.01)
+send(connection, {{"status": 200}})
+receive(connection)
+""",
+    )
+    (pid,) = generation.pids()
+
+    def ask() -> None:
+        with generation.used():
+            generation.ask("image/jpeg", b"image")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while generation.pids():
+        time.sleep(0.01)
+    generation.close()
+    assert Path(f"/proc/{pid}").exists()
+    go_on.touch()
+    asking.join()
+    assert not Path(f"/proc/{pid}").exists()
 
 
 def test_a_worker_says_once_a_second_that_it_works() -> None:
