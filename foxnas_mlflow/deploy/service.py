@@ -35,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from foxnas_mlflow.deploy.boot import MAX_LOG_BYTES
@@ -730,6 +730,19 @@ class UnixServer(_Quiet, socketserver.UnixStreamServer):
     """HTTP over a socket in the file system."""
 
 
+class Prepared(NamedTuple):
+    """A version that may be served at once."""
+
+    version: Path
+    settings: dict[str, Any]
+    generation: Generation | None
+    """Its workers; None: they start when those of the active version have given the accelerator up."""
+    listener: TcpServer | None
+    """Where it will be served; None: where the active one is."""
+    until: float
+    """When it is dropped, of `time.monotonic`."""
+
+
 class Service:
     """A deployment that is served.
 
@@ -745,7 +758,7 @@ class Service:
         self._root, self._name = root, name
         self._place = root / name
         self._changing = threading.Lock()
-        self._prepared: tuple[Path, dict[str, Any], Generation | None, Any, float] | None = None
+        self._prepared: Prepared | None = None
         self._open = threading.Event()
         self._open.set()
         self._refused: tuple[str, str] = ("", "")
@@ -790,7 +803,7 @@ class Service:
         self._shorten_log()
         self.active.heal()
         with self._changing:
-            if self._prepared is not None and time.monotonic() > self._prepared[-1]:
+            if self._prepared is not None and time.monotonic() > self._prepared.until:
                 self._drop()
             try:
                 self._follow()
@@ -881,16 +894,15 @@ class Service:
             if listener is not None:
                 listener.server_close()
             raise
-        self._prepared = (version, settings, generation, listener, time.monotonic() + KEEP_SECONDS)
+        self._prepared = Prepared(version, settings, generation, listener, time.monotonic() + KEEP_SECONDS)
 
     def _drop(self) -> None:
         if self._prepared is not None:
-            _, _, generation, listener, _ = self._prepared
-            self._prepared = None
-            if generation is not None:
-                generation.close()
-            if listener is not None:
-                listener.server_close()
+            dropped, self._prepared = self._prepared, None
+            if dropped.generation is not None:
+                dropped.generation.close()
+            if dropped.listener is not None:
+                dropped.listener.server_close()
 
     def _follow(self) -> None:
         """Serve what is active, if something else is served."""
@@ -898,7 +910,7 @@ class Service:
             version = current(self._root, self._name)
         except RunnerError:
             return  # It is being deleted.
-        if self._prepared is None or self._prepared[0] != version:
+        if self._prepared is None or self._prepared.version != version:
             if version == self.active.version or version.name == self._refused[0]:
                 return
             try:
@@ -949,7 +961,7 @@ class Service:
         state = read_json(version / "state.json")
         return Generation(version, state.get("python") or sys.executable, settings["workers"], self.metrics)
 
-    def _bound(self, settings: dict[str, Any]) -> Any:
+    def _bound(self, settings: dict[str, Any]) -> TcpServer:
         host, port = settings["host"], settings["port"]
         try:
             server = (Tcp6Server if ":" in host else TcpServer)((host, port), TcpHandler)
