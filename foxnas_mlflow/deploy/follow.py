@@ -25,7 +25,7 @@ _REFUSALS = ("account", "bad_model", "missing", "numpy", "old_python", "service"
 """What a runner refuses again at the next look; the rest passes, as a full disk does."""
 
 _PASSING = ("accelerator", "busy", "port", "system")
-"""What passes when somebody does something, and is told meanwhile."""
+"""What passes when somebody does something, and is told meanwhile, as is a board that does not answer."""
 
 _NO_ALIAS = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
 
@@ -115,8 +115,10 @@ class Follower:
             cause = error.__cause__
             kind = getattr(cause, "kind", "")
             lost = isinstance(cause, DeviceError) and kind not in _REFUSALS
+            deployed = named.tags.get(TAG + self.deployment, "").startswith(f"deployed on {_place(self.target)} ")
             words = f"not yet on {_place(self.target)}: {_first(error)}"
-            if kind in _PASSING and self._waiting != (wanted, words):
+            # A board that is off may have it already: what it said last stays.
+            if (kind in _PASSING or (lost and not deployed)) and self._waiting != (wanted, words):
                 # Once: boards that wait for different things would overwrite each other's words at every look.
                 self._note(registry, named, words)
                 self._waiting, self._untold = (wanted, words), (wanted, model_id)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,6 +171,7 @@ class Model:
         self._directory = directory
         self._lock = threading.Lock()
         self._opened, self._version = self._open_active()
+        self._refused: tuple[Any, ...] = ()
 
     @property
     def version(self) -> str:
@@ -187,10 +189,18 @@ class Model:
         return self._version.classifier.input_shape
 
     def classify(self, image: Any, *, top_k: int = 1) -> dict[str, Any]:
-        """Label and probabilities of an image: see `Version.classify`."""
+        """Label and probabilities of an image: see `Version.classify`.
+
+        An active version that cannot be opened is warned of once, and the one before goes on answering.
+        """
         with self._lock:
-            if _identity(self._active()) != self._opened:
-                self._opened, self._version = self._open_active()
+            active = _identity(self._active())
+            if active not in (self._opened, self._refused):
+                try:
+                    self._opened, self._version = self._open_active()
+                except RunnerError as error:
+                    self._refused = active
+                    warnings.warn(f"version {self.version} goes on answering: {error}", RuntimeWarning, stacklevel=2)
             (row,) = self._version.classify([image], top_k=top_k)
             return row
 

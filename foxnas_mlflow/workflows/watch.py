@@ -114,14 +114,13 @@ def run_watch(request: WatchRequest, *, stop: threading.Event | None = None) -> 
     certificate = Path(request.certificate) if request.certificate else None
     with receiving(secret, request.host, request.port, event, certificate=certificate) as url:
         logger.info("receiving at %s for %s@%s on %s", url, model, request.alias, request.target.partition("?")[0])
-        state, again = "", True
+        found, again = None, True
         while not ended.is_set():
-            found = follower.look(again=again)
-            if again or found.state == "updated" or found.state != state:
+            before, found = found, follower.look(again=again)
+            if again or found != before:
                 logger.info("%s", found.words)
-            state = found.state
             again = _wait(told, ended, request.every_s)
-    return WatchResult(run_id="", state=state, summary="Stopped.")
+    return WatchResult(run_id="", state=found.state if found else "", summary="Stopped.")
 
 
 def _wait(told: threading.Event, ended: threading.Event, seconds: float) -> bool:

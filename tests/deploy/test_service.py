@@ -944,6 +944,16 @@ def test_a_program_sees_that_a_deployment_was_made_anew(
     client, _, root = deployed
     model, pixels = foxnas_edge.load(root / "camera"), image_of("blue", height=SIZE, width=SIZE)
     assert (model.classify(pixels)["label"], model.version) == ("blue", "0001")
+    # One that cannot be opened is none to answer from.
+    unopened = root / "camera" / "versions" / "0009"
+    shutil.copytree(root / "camera" / "versions" / "0001", unopened)
+    (unopened / "model.tflite").write_bytes(b"no model")
+    layout.point_to(root, "camera", unopened)
+    with pytest.warns(RuntimeWarning, match="version 0001 goes on answering: a TFLite model must be one"):
+        assert (model.classify(pixels)["label"], model.version) == ("blue", "0001")
+    assert (model.classify(pixels)["label"], model.version) == ("blue", "0001")
+    layout.point_to(root, "camera", root / "camera" / "versions" / "0002")
+    assert (model.classify(pixels)["label"], model.version) == ("bleu", "0002")
     client.delete_deployment("camera")
     with pytest.raises(RunnerError) as error:
         model.classify(pixels)

@@ -41,7 +41,7 @@ from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import ConnectionLostError, InvalidInputError
 from foxnas_mlflow.deploy import _bundle
 from foxnas_mlflow.deploy._board import Board, RunnerRefusedError
-from foxnas_mlflow.deploy.follow import Follower
+from foxnas_mlflow.deploy.follow import Followed, Follower
 from foxnas_mlflow.deploy.webhook import FRESH_SECONDS, Deliveries, DeliveryRefusedError, receiving
 from foxnas_mlflow.devices import LocalConnection
 from foxnas_mlflow.devices._base import Completed
@@ -336,6 +336,34 @@ def test_what_passes_is_told_once_until_it_did(versions: tuple[str, str], target
     get_deploy_client(target).create_deployment("camera", versions[0], config={"serve": "false"})
     assert follower.look().state == "same"
     assert told() == "deployed on edge://local as version 0001"
+
+
+def test_a_board_that_is_off_is_told_but_not_against_what_it_has(versions: tuple[str, str]) -> None:
+    pytest.importorskip("asyncssh")
+    client, tag, target = MlflowClient(), "foxnas.deployment.camera", f"edge://pi@127.0.0.1:{free_port()}"
+    assert Follower(target, "camera", "foxnas-rpi4", "production").look().state == "away"
+    assert client.get_model_version("foxnas-rpi4", "1").tags[tag].startswith(f"not yet on {target}: ")
+    has = f"deployed on {target} as version 0007"
+    client.set_model_version_tag("foxnas-rpi4", "1", tag, has)
+    assert Follower(target, "camera", "foxnas-rpi4", "production").look().state == "away"
+    assert client.get_model_version("foxnas-rpi4", "1").tags[tag] == has
+
+
+def test_a_watch_logs_what_changed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("FOXNAS_WEBHOOK_SECRET", SECRET)
+    stop, waits = threading.Event(), ["for a port", "for a port", "for space"]
+
+    def look(*_: object, **__: object) -> Followed:
+        words = waits.pop(0)
+        if not waits:
+            stop.set()
+        return Followed("away", words)
+
+    monkeypatch.setattr(Follower, "look", look)
+    caplog.set_level("INFO", "foxnas_mlflow")
+    asked = WatchRequest(model="foxnas-rpi4", target="edge://local", deployment="camera", port=0, every_s=0.01)
+    assert run_watch(asked, stop=stop).state == "away"
+    assert caplog.messages[1:] == ["for a port", "for space"]
 
 
 def test_a_service_that_does_not_start_is_refused_and_not_copied_again(
