@@ -47,6 +47,8 @@ CONTROL_SOCKET = "control.sock"
 MAX_BODY_BYTES = 64 * 2**20
 START_SECONDS = 120.0
 """A worker that has not opened its model by then never will."""
+EXIT_SECONDS = 10.0
+"""A worker that has closed its socket has ended by then."""
 ANSWER_SECONDS = 60.0
 """A worker that has neither answered by then nor said that it is at its next image is replaced; it has a second more
 for each 64 KiB of the request."""
@@ -125,6 +127,9 @@ class Worker:
             self.end()
             raise RunnerError("busy", f"a worker did not open its model in {START_SECONDS:g} s") from None
         except (OSError, EOFError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                # Its end of the socket closes first; a kill meanwhile would hide how it ended.
+                self._process.wait(EXIT_SECONDS)
             self.end()
             status = self._process.returncode
             # Killed as the kernel does where memory ends.
