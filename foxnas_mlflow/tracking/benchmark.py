@@ -24,6 +24,7 @@ from foxnas_mlflow.tracking.registry import (
     lacks_right,
     reason,
     tag_version,
+    version_uri,
 )
 from foxnas_mlflow.tracking.run import EntryRun
 
@@ -75,7 +76,7 @@ def find_model(source: str, directory: Path) -> MeasuredModel:
     # models:/m-... is a logged model that need not be registered.
     if source.startswith("models:/") and ("/" in source.removeprefix("models:/") or "@" in source):
         version = find_version(source)
-        source = f"models:/{version.name}/{version.version}"
+        source = version_uri(version.name, version.version)
     model = load_model(source, str(directory))
     if not isinstance(model, TfliteModel):
         raise InvalidInputError(

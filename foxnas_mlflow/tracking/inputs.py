@@ -21,7 +21,7 @@ from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.data import ImageDataset, load_dataset
 from foxnas_mlflow.data.preprocess import WHITE
 from foxnas_mlflow.flavor import SubnetModel, SupernetModel, load_model
-from foxnas_mlflow.tracking.registry import fixed_uri, is_version, list_versions, newest, registered_name
+from foxnas_mlflow.tracking.registry import fixed_uri, is_version, list_versions, newest, registered_name, version_uri
 from foxnas_mlflow.tracking.run import download_artifact
 
 MEASUREMENTS, SPACE = "measurements.csv", "space.json"
@@ -81,7 +81,7 @@ def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedS
                 received=f"none, and there is no model {registered!r}",
                 remedy="train one with: foxnas supernet",
             )
-        uri = f"models:/{registered}/{version}"
+        uri = version_uri(registered, version)
     uri = fixed_uri(uri)
     model = load_model(uri)
     if not isinstance(model, SupernetModel):

@@ -15,7 +15,14 @@ from foxnas_mlflow.core.redaction import redacted
 from foxnas_mlflow.flavor import model_id_of
 from foxnas_mlflow.tracking.inputs import is_uri, run_in
 from foxnas_mlflow.tracking.promotion import held
-from foxnas_mlflow.tracking.registry import add_facts, find_version, list_versions
+from foxnas_mlflow.tracking.registry import (
+    add_facts,
+    find_version,
+    is_version,
+    list_versions,
+    name_and_number,
+    version_uri,
+)
 
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` answers by default."""
@@ -68,7 +75,7 @@ def trace(model: str) -> Lineage:
         MlflowException: If the registry cannot be asked.
     """
     version = find_version(model)
-    uri = _uri(version)
+    uri = version_uri(version.name, version.version)
     line = dict(_line(version))
     tags: dict[str, str] = {}
     for found in reversed(line.values()):
@@ -85,8 +92,7 @@ def draw(line: Lineage) -> None:
         else f"{ancestor.what}: {ancestor.name}"
         for ancestor in line.ancestors
     ]
-    name, _, number = line.uri.removeprefix("models:/").rpartition("/")
-    add_facts(name, number, {"lineage": " → ".join(links)})
+    add_facts(*name_and_number(line.uri), {"lineage": " → ".join(links)})
 
 
 def _line(version: ModelVersion) -> Iterator[tuple[str, ModelVersion]]:
@@ -120,7 +126,7 @@ def _ancestors(version: ModelVersion, line: Mapping[str, ModelVersion], tags: Ma
         yield _named("search", f"runs:/{tags['search_run']}")
     for what in ("shared subnet", "subnet", "int8 file", "file", "version"):
         if what in line:
-            yield _named(what, _uri(line[what]))
+            yield _named(what, version_uri(line[what].name, line[what].version))
     yield from _measured(version)
 
 
@@ -156,19 +162,15 @@ def _descendants(version: ModelVersion, uri: str) -> dict[str, str]:
     client, found = MlflowClient(), {}
     for key in _PARENTS:
         for child in client.search_model_versions(f"tags.{key} = '{uri}'"):
-            found[_uri(child)] = page_of_version(child)
+            found[version_uri(child.name, child.version)] = page_of_version(child)
     return dict(sorted(found.items()))
-
-
-def _uri(version: ModelVersion) -> str:
-    return f"models:/{version.name}/{version.version}"
 
 
 def _version(uri: str) -> ModelVersion | None:
     """A registered version; None where there is none, or it was deleted."""
-    name, _, number = uri.removeprefix("models:/").rpartition("/")
-    if not uri.startswith("models:/") or not number.isdigit():
+    if not is_version(uri):
         return None
+    name, number = name_and_number(uri)
     if not any(str(version.version) == number for version in list_versions(name)):
         return None
     return MlflowClient().get_model_version(name, number)

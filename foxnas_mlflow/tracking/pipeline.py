@@ -25,7 +25,7 @@ from foxnas_mlflow.tracking.comparison import COMPARISON
 from foxnas_mlflow.tracking.inputs import open_measurements, open_predictors
 from foxnas_mlflow.tracking.lineage import draw, page_of_run, trace
 from foxnas_mlflow.tracking.promotion import PROMOTION_FILE
-from foxnas_mlflow.tracking.registry import holds_stage
+from foxnas_mlflow.tracking.registry import holds_stage, name_and_number
 from foxnas_mlflow.tracking.run import EntryRun, best_effort, download_artifact
 from foxnas_mlflow.tracking.steps import StepResult, has_artifact
 
@@ -248,7 +248,7 @@ def _summary(
     elif gates is None:
         lines.append("  promotion            not asked for" if measured else "  promotion            needs a device")
     else:
-        name = model_uri.removeprefix("models:/").rpartition("/")[0]
+        name = name_and_number(model_uri)[0]
         # Somebody may have moved it on since the gates let it through.
         stage = "Production" if holds_stage(model_uri, "Production") else str(gates["stage"])
         alias = f"models:/{name}@{stage.lower()}"

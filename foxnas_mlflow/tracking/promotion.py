@@ -50,7 +50,7 @@ from foxnas_mlflow.tracking.gates import (
 )
 from foxnas_mlflow.tracking.history import former_versions
 from foxnas_mlflow.tracking.holders import ARCHIVED, STAGES, StageKeeper
-from foxnas_mlflow.tracking.registry import describe_version, is_away, lacks_right, metrics_of, reason
+from foxnas_mlflow.tracking.registry import describe_version, is_away, lacks_right, metrics_of, reason, version_uri
 from foxnas_mlflow.tracking.run import EntryRun, download_artifact
 from foxnas_mlflow.tracking.steps import has_artifact
 
@@ -91,7 +91,7 @@ class Promotion:
     @property
     def uri(self) -> str:
         """URI of the version."""
-        return f"models:/{self.name}/{self.version}"
+        return version_uri(self.name, self.version)
 
     def to_dict(self, run_id: str) -> dict[str, Any]:
         """The content of ``promotion.json``."""
@@ -324,7 +324,7 @@ def checked_files(version: ModelVersion, directory: Path) -> CheckedFiles:
     """
     place = directory / "version"
     place.mkdir()
-    uri = f"models:/{version.name}/{version.version}"
+    uri = version_uri(version.name, version.version)
     model_id = model_id_of(version)
     try:
         expected = None if model_id is None else sealed(model_id)
@@ -528,7 +528,7 @@ def _describe(name: str, candidate: Candidate) -> None:
     if candidate.benchmark is not None:
         facts |= {"latency p90, ms": candidate.latency_ms, "measured on": str(candidate.benchmark)}
     facts |= {"weights": candidate.weights, "SHA-256": candidate.sha256}
-    command = f"mlflow models serve -m {shlex.quote(f'models:/{name}/{candidate.version}')} --env-manager local"
+    command = f"mlflow models serve -m {shlex.quote(version_uri(name, candidate.version))} --env-manager local"
     describe_version(name, candidate.version, candidate.kind, facts=facts, command=command)
 
 

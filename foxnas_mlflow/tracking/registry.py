@@ -112,7 +112,7 @@ def register(
             received=f"{name}: {reason(error)}",
             remedy=f"{kept}; register it once the registry answers",
         ) from error
-    uri = f"models:/{name}/{version.version}"
+    uri = version_uri(name, version.version)
     describe_version(name, version.version, kind, facts=facts, command=command(uri))
     return uri
 
@@ -133,7 +133,7 @@ def withdraw(run_id: str, *, is_used: Callable[[str], bool]) -> None:
     client = MlflowClient()
     try:
         for found in client.search_model_versions(f"tags.`{REGISTERED_BY}` = '{run_id}'"):
-            uri = f"models:/{found.name}/{found.version}"
+            uri = version_uri(found.name, found.version)
             # What a user registered again or copied is the user's; a copy has the tags of the version it is of.
             if not (found.source or "").startswith("models:/m-"):
                 continue
@@ -321,7 +321,18 @@ def fixed_uri(uri: str) -> str:
     if not uri.startswith("models:/") or uri.startswith("models:/m-"):
         return uri
     version = find_version(uri)
-    return f"models:/{version.name}/{version.version}"
+    return version_uri(version.name, version.version)
+
+
+def version_uri(name: str, number: str | int) -> str:
+    """The URI of a version by its number."""
+    return f"models:/{name}/{number}"
+
+
+def name_and_number(uri: str) -> tuple[str, str]:
+    """The registered model and the number that the URI of a version names."""
+    name, _, number = uri.removeprefix("models:/").rpartition("/")
+    return name, number
 
 
 def is_version(text: str) -> bool:
@@ -335,9 +346,8 @@ def has_files(client: MlflowClient, uri: str) -> bool:
     Raises:
         MlflowException: If the server fails or refuses, which does not say that they are gone.
     """
-    name, version = uri.removeprefix("models:/").split("/", 1)
     try:
-        client.get_model_version(name, version)
+        client.get_model_version(*name_and_number(uri))
         return any(file.path == MLMODEL_FILE_NAME for file in list_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         if is_away(error) or lacks_right(error):
@@ -347,14 +357,13 @@ def has_files(client: MlflowClient, uri: str) -> bool:
 
 def holds_stage(model_uri: str, stage: str) -> bool:
     """Whether the version ``models:/name/version`` has the alias of a stage."""
-    name, _, number = model_uri.removeprefix("models:/").rpartition("/")
+    name, number = name_and_number(model_uri)
     return _by_alias(MlflowClient(), name, stage.lower()) == number
 
 
 def aliases_of(model_uri: str) -> list[str]:
     """The aliases of the version ``models:/name/version``."""
-    name, _, number = model_uri.removeprefix("models:/").rpartition("/")
-    return sorted(MlflowClient().get_model_version(name, number).aliases)
+    return sorted(MlflowClient().get_model_version(*name_and_number(model_uri)).aliases)
 
 
 def list_versions(name: str) -> list[ModelVersion]:
@@ -474,7 +483,7 @@ def _describe_version(name: str, version: str, kind: str, facts: Mapping[str, ob
     rows |= {key: f"{value:.4g}" if isinstance(value, float) else redacted(str(value)) for key, value in facts.items()}
     client.set_model_version_tag(name, version, FACTS, json.dumps(rows))
     if not found.description or found.description.startswith(tuple(_WHAT.values())):
-        client.update_model_version(name, version, description=_page(kind, rows, command, f"models:/{name}/{version}"))
+        client.update_model_version(name, version, description=_page(kind, rows, command, version_uri(name, version)))
     if not client.get_registered_model(name).description:
         client.update_registered_model(name, description=_WHAT[kind])
 

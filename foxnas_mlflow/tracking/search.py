@@ -33,6 +33,7 @@ from foxnas_mlflow.tracking.registry import (
     register,
     registered_name,
     shortened,
+    version_uri,
 )
 from foxnas_mlflow.tracking.run import EntryRun
 from foxnas_mlflow.tracking.verification import Verification
@@ -336,7 +337,7 @@ def _with_weights(name: str, target: Target) -> str:
     version = newest(list_versions(supernet))
     if version is None:
         return f"foxnas supernet --name {shlex.quote(name)}"
-    return f"foxnas sample --supernet {shlex.quote(f'models:/{supernet}/{version}')} --target {target.argument}"
+    return f"foxnas sample --supernet {shlex.quote(version_uri(supernet, version))} --target {target.argument}"
 
 
 def _register_predictors(
@@ -353,7 +354,7 @@ def _register_predictors(
     registered = registered_name(name, "predictors", target.name)
     digest = json_digest(predictors.to_dict())
     for version in list_versions(registered):
-        uri = f"models:/{registered}/{version.version}"
+        uri = version_uri(registered, version.version)
         if version.tags.get(PREDICTORS_DIGEST) == digest and has_files(MlflowClient(), uri):
             return uri
     return register(

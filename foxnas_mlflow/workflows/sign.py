@@ -55,7 +55,7 @@ def run_sign(request: SignRequest) -> SignResult:
     from foxnas_mlflow.core.targets import BUILTIN_TARGETS
     from foxnas_mlflow.flavor import keep_signature, signer
     from foxnas_mlflow.tracking.promotion import checked_files
-    from foxnas_mlflow.tracking.registry import find_version
+    from foxnas_mlflow.tracking.registry import find_version, version_uri
     from foxnas_mlflow.tracking.run import entry_run
 
     version = find_version(request.model)
@@ -69,7 +69,7 @@ def run_sign(request: SignRequest) -> SignResult:
         signature = signer(Path(request.signing_key))(files.directory)
         keep_signature(files.model_id, signature)
         run.log_text(signature, SIGNATURE_FILE)
-        uri = f"models:/{version.name}/{version.version}"
+        uri = version_uri(version.name, version.version)
         quoted = shlex.quote(uri)
         target = BUILTIN_TARGETS.get(version.tags.get("target", ""))
         device = "" if target is None else target.device_option
