@@ -16,10 +16,17 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.data import Preprocessing, choose_by_class, load_dataset, prepared_batches
+from foxnas_mlflow.data import Preprocessing, choose_by_class, load_dataset, packed, prepared_batches, unpacked
 from foxnas_mlflow.data._datasets import grouped_split, stratified_split
 
 image = pytest.importorskip("PIL.Image")
+
+
+def test_answers_are_kept_as_one_bit_an_image() -> None:
+    correct = np.array([True, False, True, True, False, False, False, True, True])
+    # Files of earlier releases have it so.
+    assert packed(correct) == "b180"
+    np.testing.assert_array_equal(unpacked("b180", 9), correct)
 
 
 def write_images(folder: Path, n: int, *, seed: int = 0, suffix: str = ".png", size: int = 12) -> None:
