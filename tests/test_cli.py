@@ -104,7 +104,7 @@ def test_every_option_shows_its_help_and_its_default(
         (["search", "--latency-ms", "-1"], "positive number"),
         (["search", "--latency-ms", "nan"], "finite"),
         (["search", "--latency-ms", "abc"], "must be numbers, comma separated"),
-        (["search", "--latency-ms", "10,10"], "each latency is given once"),
+        (["search", "--latency-ms", "10,10"], "latencies must be given, each of them once"),
         (["search", "--latency-ms", "60,20"], "smallest reachable latency is 37"),
         (["search", "--limits", "beauty<=3"], "int8_size_bytes"),
         (["search", "--limits", "latency_ms<=40kB"], "has one of the units ['us', 'ms', 's'], or none"),

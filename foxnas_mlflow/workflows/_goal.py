@@ -35,18 +35,13 @@ class GoalRequest(Request):
 
     def check(self) -> None:
         """Limits can be read and stand once, and a goal has what it needs."""
-        from foxnas_mlflow.core.searchers import KNEE, parse_limits
+        from foxnas_mlflow.core.searchers import KNEE, check_latencies, parse_limits
 
         super().check()
         _tolerance(self.tolerance_points)
         for latency_ms in self.latency_ms or (None,):
             parse_limits(self.limits, latency_ms=latency_ms)
-        if len(set(self.latency_ms)) < len(self.latency_ms):
-            raise InvalidInputError("each latency is given once", received=list(self.latency_ms))
-        if self.objective == KNEE and len(self.latency_ms) > 1:
-            raise InvalidInputError(
-                "a front has one knee", received=f"{len(self.latency_ms)} latencies", remedy="give one at most"
-            )
+        check_latencies(self.latency_ms or (None,), self.objective)
         if self.objective not in ("accuracy", KNEE) and self.min_accuracy is None:
             raise InvalidInputError(
                 f"the least of {self.objective} is asked for at an accuracy", remedy="give min_accuracy in percent"

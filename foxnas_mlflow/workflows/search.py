@@ -273,22 +273,17 @@ def _open(request: SearchRequest) -> _Inputs:
 
 def _problems(request: SearchRequest, predictors: PredictorSet) -> tuple[Problem, ...]:
     """What is searched for under some predictors: a problem for each latency, on one objective."""
-    import dataclasses
+    from foxnas_mlflow.core.searchers import pose_each
 
-    from foxnas_mlflow.core.searchers import parse_limits, pose
-
-    latencies = request.latencies_ms
-    first = pose(
+    return pose_each(
         predictors,
-        latencies[0],
+        request.latencies_ms,
         limits=request.limits,
         objective=request.goal,
         min_accuracy=request.min_accuracy,
         confidence=request.confidence,
         image_sizes=list(request.image_size) or None,
     )
-    others = [dataclasses.replace(first, limits=parse_limits(request.limits, latency_ms=ms)) for ms in latencies[1:]]
-    return (first, *others)
 
 
 def _outcomes(request: SearchRequest, problems: Sequence[Problem], executor: Executor | None) -> list[SearchOutcome]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -267,6 +268,50 @@ def pose(
     )
 
 
+def pose_each(
+    predictors: PredictorSet,
+    latencies_ms: Sequence[float | None],
+    *,
+    limits: str | Mapping[str, float] = "",
+    objective: str = "accuracy",
+    min_accuracy: float | None = None,
+    confidence: float = 0.95,
+    image_sizes: Sequence[int] | None = None,
+) -> tuple[Problem, ...]:
+    """A problem for each of several latencies, on one objective; the arguments are those of `search_each`.
+
+    Raises:
+        InvalidInputError: If there are no latencies, one is there twice, or an argument breaks a rule.
+        InfeasibleConstraintError: If the knee is asked for and no network meets the limits.
+    """
+    check_latencies(latencies_ms, objective)
+    each = [parse_limits(limits, latency_ms=latency_ms) for latency_ms in latencies_ms]
+    first = pose(
+        predictors,
+        latencies_ms[0],
+        limits=limits,
+        objective=objective,
+        min_accuracy=min_accuracy,
+        confidence=confidence,
+        image_sizes=image_sizes,
+    )
+    return (first, *(dataclasses.replace(first, limits=asked) for asked in each[1:]))
+
+
+def check_latencies(latencies_ms: Sequence[float | None], objective: str) -> None:
+    """Refuse several latencies that are no different searches.
+
+    Raises:
+        InvalidInputError: If there are none, one is there twice, or the knee is asked for more than once.
+    """
+    if not latencies_ms or len(set(latencies_ms)) < len(latencies_ms):
+        raise InvalidInputError("latencies must be given, each of them once", received=list(latencies_ms))
+    if objective == KNEE and len(latencies_ms) > 1:
+        raise InvalidInputError(
+            "a front has one knee", received=f"{len(latencies_ms)} latencies", remedy="give one at most"
+        )
+
+
 def search(
     predictors: PredictorSet,
     latency_ms: float | None = None,
@@ -313,9 +358,6 @@ def search(
         >>> outcome.certificate()["statement"]
         "no architecture of space 'cpu' at [192, 256] px that meets the constraint ..."
     """
-    if evaluations < 1:
-        raise InvalidInputError("evaluations must be a positive integer", received=evaluations)
-    searcher = get_searcher(algorithm) if isinstance(algorithm, str) else algorithm
     problem = pose(
         predictors,
         latency_ms,
@@ -325,15 +367,21 @@ def search(
         confidence=confidence,
         image_sizes=image_sizes,
     )
-    start = time.perf_counter()
-    front = front_of(problem.objective)
-    return search_problem(
-        problem, front, front_seconds=time.perf_counter() - start, searcher=searcher, evaluations=evaluations, seed=seed
-    )
+    return _search_problems([problem], algorithm, evaluations, seed)[0]
 
 
 def search_each(
-    predictors: PredictorSet, latencies_ms: Sequence[float], *, limits: str | Mapping[str, float] = "", **options: Any
+    predictors: PredictorSet,
+    latencies_ms: Sequence[float],
+    *,
+    limits: str | Mapping[str, float] = "",
+    objective: str = "accuracy",
+    min_accuracy: float | None = None,
+    confidence: float = 0.95,
+    image_sizes: Sequence[int] | None = None,
+    algorithm: str | Searcher = "annealing",
+    evaluations: int = DEFAULT_EVALUATIONS,
+    seed: int = 0,
 ) -> list[SearchOutcome]:
     """One search for each of several latencies, with one front.
 
@@ -341,7 +389,7 @@ def search_each(
         predictors: Predictors of the target.
         latencies_ms: Latency limits in milliseconds.
         limits: Further limits, the same for all.
-        options: As `search` takes them.
+        objective, min_accuracy, confidence, image_sizes, algorithm, evaluations, seed: As for `search`.
 
     Raises:
         InvalidInputError: If there are no latencies, one is there twice, or an argument breaks a rule.
@@ -353,31 +401,32 @@ def search_each(
         >>> outcomes[0].accuracy < outcomes[1].accuracy < outcomes[2].accuracy
         True
     """
-    if not latencies_ms or len(set(latencies_ms)) < len(latencies_ms):
-        raise InvalidInputError("latencies must be given, each of them once", received=list(latencies_ms))
-    if options.get("objective") == KNEE and len(latencies_ms) > 1:
-        raise InvalidInputError(
-            "a front has one knee", received=f"{len(latencies_ms)} latencies", remedy="give one at most"
-        )
-    for latency_ms in latencies_ms:
-        parse_limits(limits, latency_ms=latency_ms)
-    first = search(predictors, latencies_ms[0], limits=limits, **options)
-    algorithm = options.get("algorithm", "annealing")
-    outcomes = [first]
-    for latency_ms in latencies_ms[1:]:
-        asked = parse_limits(limits, latency_ms=latency_ms)
-        problem = Problem(first.objective, asked, first.problem.goal, first.problem.min_accuracy)
-        outcomes.append(
-            search_problem(
-                problem,
-                first.front,
-                front_seconds=first.front_seconds,
-                searcher=get_searcher(algorithm) if isinstance(algorithm, str) else algorithm,
-                evaluations=options.get("evaluations", DEFAULT_EVALUATIONS),
-                seed=options.get("seed", 0),
-            )
-        )
-    return outcomes
+    problems = pose_each(
+        predictors,
+        latencies_ms,
+        limits=limits,
+        objective=objective,
+        min_accuracy=min_accuracy,
+        confidence=confidence,
+        image_sizes=image_sizes,
+    )
+    return _search_problems(problems, algorithm, evaluations, seed)
+
+
+def _search_problems(
+    problems: Sequence[Problem], algorithm: str | Searcher, evaluations: int, seed: int
+) -> list[SearchOutcome]:
+    """Solve problems of one objective, with one front."""
+    if evaluations < 1:
+        raise InvalidInputError("evaluations must be a positive integer", received=evaluations)
+    searcher = get_searcher(algorithm) if isinstance(algorithm, str) else algorithm
+    start = time.perf_counter()
+    front = front_of(problems[0].objective)
+    seconds = time.perf_counter() - start
+    return [
+        search_problem(problem, front, front_seconds=seconds, searcher=searcher, evaluations=evaluations, seed=seed)
+        for problem in problems
+    ]
 
 
 def search_problem(
