@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = arguments.workflow.run(requested(arguments))
         print(redacted(result.describe()))
     except KeyboardInterrupt:
-        print("foxnas: interrupted; finished work is kept, run the same command to continue", file=sys.stderr)
+        how = "run the same command to continue (foxnas supernet: with --resume)"
+        print(f"foxnas: interrupted; finished work is kept, {how}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output went away (`foxnas ... | head`): not an error of ours.

@@ -98,7 +98,8 @@ class Batches:
                 raise InvalidInputError(
                     "the images of a batch must be readable",
                     received=f"none of {len(skipped)}",
-                    remedy="look whether they are where they were, and run the same command again: it continues",
+                    remedy="look whether they are where they were, and run the same command again (foxnas supernet: "
+                    "with --resume): it continues",
                 )
             if len(targets) == 1:  # Batch norm has no variance of one image.
                 pixels, targets = pixels.repeat(2, 1, 1, 1), targets.repeat(2)
@@ -148,7 +149,7 @@ def _read_elsewhere(loader: DataLoader[Any]) -> Iterator[_Read]:
             "the processes that read images must go on to the end",
             received=str(error),
             remedy="look for what ended them (the system ends processes where memory runs out, see dmesg), and run the "
-            "same command again: it continues",
+            "same command again (foxnas supernet: with --resume): it continues",
         ) from error
 
 

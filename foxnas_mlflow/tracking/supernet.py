@@ -31,8 +31,12 @@ def local_checkpoints(run_id: str) -> Path:
 
 def has_checkpoint(run_id: str) -> bool:
     """Whether a run left a checkpoint, here or in its artifacts."""
-    here = cache_directory("checkpoints") / run_id
-    return any(here.glob("*.safetensors")) or bool(MlflowClient().list_artifacts(run_id, CHECKPOINT_ARTIFACTS))
+    return is_checkpoint_here(run_id) or bool(MlflowClient().list_artifacts(run_id, CHECKPOINT_ARTIFACTS))
+
+
+def is_checkpoint_here(run_id: str) -> bool:
+    """Whether a run left a checkpoint on this machine."""
+    return any((cache_directory("checkpoints") / run_id).glob("*.safetensors"))
 
 
 def find_checkpoints(resume: str, destination: Path) -> list[Path]:

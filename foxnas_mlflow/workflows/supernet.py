@@ -47,12 +47,6 @@ class SupernetRequest(TrainingRequest):
     seed: int = parameter(0, "Seed of split, initial weights, batches and subnets.", at_least=0)
     name: str = parameter("foxnas", "Prefix of the registered model.")
 
-    def check(self) -> None:
-        """A training begins or goes on; of its images as `TrainingRequest` wants it."""
-        super().check()
-        if self.init and self.resume:
-            raise InvalidInputError("init begins a training and resume goes on with one", received="both")
-
 
 HEAD_FIRST = 0.05
 """Share of a training with known weights in which the head and the norms learn alone (docs/METHOD.md)."""
@@ -120,7 +114,7 @@ def run_supernet(request: SupernetRequest, *, tags: Mapping[str, str] | None = N
             return SupernetResult(run_id="", model_uri="", metrics={})
 
         from foxnas_mlflow.tracking.run import entry_run
-        from foxnas_mlflow.tracking.supernet import log_dataset
+        from foxnas_mlflow.tracking.supernet import is_checkpoint_here, log_dataset
 
         # Logged once they are resolved.
         resolved = ("epochs", "batch_size", "learning_rate", "width_mult", "strategy")
@@ -128,7 +122,13 @@ def run_supernet(request: SupernetRequest, *, tags: Mapping[str, str] | None = N
         with entry_run(stage="supernet", params=given, space=space.name, tags=tags) as run:
             for warning in log_dataset(run, dataset, context="training"):
                 logger.warning("%s", warning)
-            return _train_and_register(request, preset, space, dataset, worker, run)
+            try:
+                return _train_and_register(request, preset, space, dataset, worker, run)
+            except BaseException:
+                # A pipeline goes on by itself.
+                if tags is None and is_checkpoint_here(run.run_id):
+                    logger.info("Its checkpoint is kept: the same command with --resume %s goes on.", run.run_id)
+                raise
 
 
 def _begun_with(resume: str) -> str:
@@ -363,8 +363,8 @@ def _new_state(
 
 def _check_same(request: SupernetRequest, state: TrainingState, origin: Mapping[str, Any], worker: Worker) -> None:
     """Refuse to go on with a training by other parameters than it was begun with."""
-    # What is resumed has its weights, and names no others.
-    compared = {*origin, *state.origin} - {"init"}
+    # What is resumed has its weights: those that it began with need not be named again.
+    compared = {*origin, *state.origin} - ({"init"} if not request.init else set())
     differing = sorted(key for key in compared if state.origin.get(key) != origin.get(key))
     if request.epochs not in (0, state.config.epochs):
         differing.append("epochs")

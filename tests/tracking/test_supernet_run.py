@@ -111,6 +111,7 @@ def test_an_interrupted_training_goes_on_from_its_run(
     assert "Traceback" not in said
     (killed,) = client.search_runs(["0"])
     assert killed.info.status == "KILLED"
+    assert f"Its checkpoint is kept: the same command with --resume {killed.info.run_id} goes on." in said
     # The machine is lost with its disk: only the artifacts are left.
     for path in (cache / "foxnas_mlflow" / "checkpoints").glob("*/*"):
         path.unlink()
@@ -123,6 +124,7 @@ def test_an_interrupted_training_goes_on_from_its_run(
         (["--seed", "1", "--learning-rate", "0.5", "--augment", "yes", "--flip", "yes", "--ema", "0.5"],
          "received other augment, flip, seed, learning_rate, ema"),
         (["--space", "tpu"], "space"),
+        (["--init", "timm:mobilenetv3_small_050"], "received other init"),
     ):  # fmt: skip
         assert main([*command, *other, "--resume", killed.info.run_id]) == 2
         assert told in capsys.readouterr().err
@@ -144,7 +146,6 @@ def test_an_interrupted_training_goes_on_from_its_run(
         (["--width-mult", "100"], "width_mult must be between"),
         (["--init", "/does/not/exist"], "the path of a checkpoint"),
         (["--init", "setup.cfg"], "the path of a checkpoint"),
-        (["--init", "a", "--resume", "b"], "received both"),
     ],
 )
 def test_bad_input(tracking: str, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
