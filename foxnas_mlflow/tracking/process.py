@@ -47,23 +47,24 @@ def is_dead(identity: str) -> bool:
     if not is_here(identity):
         return False
     _, pid, start = identity.rsplit(" ", 2)
-    return _start(int(pid)) != start
+    return _start(int(pid)) not in (start, "?")
 
 
 def _start(pid: int) -> str:
-    """When a process began: clock ticks since boot on Linux, ``?`` elsewhere; empty when there is none."""
+    """When a process began: clock ticks since boot on Linux; empty when there is none, ``?`` where nothing tells.
+
+    Other accounts' processes may be hidden in ``/proc`` (its option hidepid), and elsewhere there is no ``/proc``.
+    """
     try:
         # The name, in brackets, may hold spaces; the start is the 22nd field.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return ""
+    except (FileNotFoundError, PermissionError, ProcessLookupError):
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return ""
-        except OSError:
-            return "?"
+        except PermissionError:
+            pass
         return "?"
     # A zombie has ended; only its parent has not looked yet.
     return "" if fields[0] in ("Z", "X") else fields[19]

@@ -395,6 +395,32 @@ def test_a_process_is_known_by_its_start() -> None:
     process.wait()
 
 
+HIDDEN = """
+import os, sys
+from foxnas_mlflow.tracking.process import is_dead, process_identity
+
+process_identity()
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+print([is_dead(identity) for identity in sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("hidepid", [1, 2])
+def test_who_may_not_see_a_process_does_not_take_it_for_dead(hidepid: int) -> None:
+    # A mount of its own: this machine's /proc stays as it is.
+    hide = ["unshare", "-m", "sh", "-c", f'mount -t proc -o hidepid={hidepid} proc /proc && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*hide, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount /proc")
+    host = process_identity().rsplit(" ", 2)[0]
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    command = [*hide, sys.executable, "-c", HIDDEN, process_identity(), f"{host} {ended.pid} 1"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert said.stdout.strip() == "[False, True]", said.stderr
+
+
 @pytest.fixture
 def begun(tracking: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Begins a pipeline, and returns it before its first step."""
