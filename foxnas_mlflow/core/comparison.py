@@ -136,12 +136,14 @@ class Check:
         checked: Whether latencies were measured: without them nothing is known.
         better: A network that is faster and no less accurate as measured, be it by chance: of networks that noise
             cannot tell apart the fastest is wanted. None where there is none.
+        n_others: How many of those that it was compared with could have been found in its place.
     """
 
     beaten_by: Architecture | None
     sentence: str
     checked: bool
     better: Architecture | None = None
+    n_others: int = 0
 
     def beside(self, searched: Searched | None, sampled: Sequence[Measurement]) -> Check:
         """This check with the networks that were sampled before, by what was measured of the found one beside them.
@@ -170,14 +172,12 @@ class Check:
                 f"evaluated {more:.2f} points (standard error {error:.2f}) above the found one.",
                 True,
                 architecture,
+                self.n_others,
             )
         words = f"Nor does any of the {len(timed)} sampled"
-        if self.sentence == _NO_OTHER:
+        if not self.n_others:
             words = f"None of the {len(timed)} sampled beats it"
         return dataclasses.replace(self, sentence=f"{self.sentence} {words}: {len(faster)} are faster.")
-
-
-_NO_OTHER = "No other network compared could have been found in its place."
 
 
 def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0) -> Check:
@@ -198,7 +198,7 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
     if found_ms is None or not valid:
         return Check(None, "Whether another network beats the found one is not known: it needs valid latencies.", False)
     if not timed:
-        return Check(None, _NO_OTHER, True)
+        return Check(None, "No other network compared could have been found in its place.", True)
     faster = [(row, ms, *_more(row, found)) for row, ms in timed if ms < found_ms]
     beating = [(row, ms, more, error) for row, ms, more, error in faster if more > error]
     if beating:
@@ -209,6 +209,7 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
             f"(standard error {error:.2f}) more accurate than the found one.",
             True,
             row.architecture,
+            len(timed),
         )
     best = ""
     if faster:
@@ -221,6 +222,7 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
         f"accuracy: {len(faster)} are faster" + (f", the most accurate of them by {best}." if best else "."),
         True,
         min(as_accurate, key=lambda each: each[1])[0].architecture if as_accurate else None,
+        len(timed),
     )
 
 

@@ -152,7 +152,8 @@ def conclude(
     best_effort(lambda: draw(trace(model_uri)))()
     measured = bool(request["device"])
     lines = _summary(metrics, latency_ms, checks[0], measured, dataset, model_uri, gates, refusal, run.run_id)
-    return metrics, "\n".join([*lines[:-1], *map(_network_line, found[1:]), lines[-1]])
+    beaten = [other is not None for other in done["compare"].outputs["beaten_by"]]
+    return metrics, "\n".join([*lines[:-1], *map(_network_line, found[1:], beaten[1:]), lines[-1]])
 
 
 def _figures(network: PipelineNetwork, runs: Mapping[str, Run], check: str) -> dict[str, Any]:
@@ -171,11 +172,11 @@ def _figures(network: PipelineNetwork, runs: Mapping[str, Run], check: str) -> d
     }
 
 
-def _network_line(row: Mapping[str, Any]) -> str:
+def _network_line(row: Mapping[str, Any], is_beaten: bool) -> str:
     """A further network, for the summary."""
     limit, latency = row["limit_ms"], row["latency_ms"]
     took = "not measured" if latency is None else f"{latency:.4g} ms, {'within' if latency <= limit else 'ABOVE'} it"
-    beaten = "; beaten" if str(row["check"]).startswith("BEATEN") else ""
+    beaten = "; beaten" if is_beaten else ""
     return f"  at most {limit:.4g} ms".ljust(23) + f"{row['model_uri']}: {row['int8_top1']:.2f} %, {took}{beaten}"
 
 

@@ -335,6 +335,11 @@ def name_and_number(uri: str) -> tuple[str, str]:
     return name, number
 
 
+def named_latest(uri: str, name: str) -> bool:
+    """Whether a URI means the newest version of a model, whichever that is."""
+    return uri.rstrip("/") in (f"models:/{name}", f"models:/{name}/latest")
+
+
 def is_version(text: str) -> bool:
     """Whether a text is the URI of a version by its number."""
     return re.fullmatch(r"models:/[^/]+/\d+", text) is not None

@@ -218,7 +218,7 @@ def run_main(request: MainRequest) -> MainResult:
     dataset = supernet.dataset if request.supernet else read()
 
     from foxnas_mlflow.tracking.claims import heartbeat
-    from foxnas_mlflow.tracking.registry import check_rights, fixed_uri, registered_name
+    from foxnas_mlflow.tracking.registry import check_rights, fixed_uri, named_latest, registered_name
     from foxnas_mlflow.tracking.run import entry_run
 
     kinds = ["predictors", "subnet", "tflite"]
@@ -226,12 +226,10 @@ def run_main(request: MainRequest) -> MainResult:
     kinds += ["edgetpu"] if target.runtime == "edgetpu" and device else []
     registered = {registered_name(request.name, kind, target.name): kind for kind in kinds}
     # An alias or "latest" may mean another version when the same command goes on.
-    models = {key: fixed_uri(getattr(request, key)) for key in _MODELS}
-    for key in ("init", "teacher"):
-        asked, name = getattr(request, key), registered_name(request.name, "supernet")
-        if asked in (f"models:/{name}", f"models:/{name}/latest"):
-            # What this training registers is the next "latest": it would begin again from each.
-            models[key] = asked
+    given = {key: getattr(request, key) for key in _MODELS}
+    own = registered_name(request.name, "supernet")
+    # But what this training registers is the next "latest": it would begin again from each.
+    models = {key: uri if named_latest(uri, own) else fixed_uri(uri) for key, uri in given.items()}
     request = request.replace(space=request.space or target.space, **models)
     params = request.texts() | {"device": device, "latency_ms": request.texts()["latency_ms"] or "auto"}
     with entry_run(stage="main", params=params, target=target.name) as run:
