@@ -1151,16 +1151,20 @@ def test_a_file_that_is_damaged_stops_no_other_deployment(tmp_path: Path) -> Non
         assert service.run_service(tmp_path, name) == 1
 
 
-def test_leftovers_go_by_age_on_a_clock_that_nobody_sets(tmp_path: Path) -> None:
+def test_leftovers_go_by_age_on_a_clock_that_nobody_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "camera"
     place.mkdir()
+    old = Path(layout.make_incoming(place))
+    boot, seconds = layout.moment()
+    # A machine that has just started counts few seconds: the old copy is not made earlier, the others are later.
+    later = seconds + layout.STALE_SECONDS + 10
+    monkeypatch.setattr(layout, "moment", lambda: (boot, later))
     fresh = Path(layout.make_incoming(place))
-    mark, boot, seconds, rest = fresh.name.split("-", 3)
-    old = place / f"{mark}-{boot}-{float(seconds) - layout.STALE_SECONDS - 10:.0f}-{rest}"
-    earlier_start = place / f"{mark}-{'0' * 32}-{seconds}-{rest}"
+    earlier_start = place / fresh.name.replace(boot, "0" * 32)
     unmarked = place / ".incoming-abcdefgh"
-    for path in (old, earlier_start, unmarked, tmp_path / ".deleted-x"):
+    for path in (earlier_start, unmarked, tmp_path / ".deleted-x"):
         path.mkdir()
+    for path in (old, earlier_start, unmarked, tmp_path / ".deleted-x"):
         (path / "model.tflite").write_bytes(b"half")
     # A clock that jumped by years either way tells nothing.
     for path, seconds_of_clock in ((fresh, 0), (old, 2**32)):
