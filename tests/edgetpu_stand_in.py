@@ -19,9 +19,6 @@ from pathlib import Path
 
 _PROGRAM = '''#!{python}
 import argparse, collections, os, pathlib, subprocess, sys, time
-import numpy as np
-from ai_edge_litert import schema_py_generated as schema
-import flatbuffers
 
 parser = argparse.ArgumentParser()
 parser.add_argument("-s", "--show_operations", action="store_true")
@@ -40,6 +37,9 @@ if mode == "refused":
     print("Invalid model: model.tflite\\nModel not quantized")
     print("Compilation child process completed within timeout period.\\nCompilation failed! ")
     sys.exit(0)
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+import flatbuffers
 data = options.model.read_bytes()
 model = schema.ModelT.InitFromPackedBuf(data, 0)
 graph = model.subgraphs[0]

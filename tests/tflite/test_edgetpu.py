@@ -131,7 +131,7 @@ def test_a_compiler_that_does_not_end_is_stopped_with_its_children(
     with pytest.raises(ConversionError, match="must end within 5 s"):
         compiler.run(probe(SMALL_TPU), timeout_s=5)
     child = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while _alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _alive(child)
