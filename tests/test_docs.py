@@ -134,8 +134,10 @@ def run_of(document: str) -> list[Command]:
 @pytest.fixture
 def reader(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What a reader has: a checkout, an environment, a store, images and measurements."""
+    # Other tests write to caches meanwhile.
+    caches = ("__pycache__", ".*_cache", ".cache", ".hypothesis")
     ignored = shutil.ignore_patterns(
-        ".git", ".venv", "tests", "mlruns", "mlartifacts", "*.db", ".*_cache", "*.egg-info"
+        ".git", ".ci", ".venv*", "tests", "mlruns", "mlartifacts", "*.db", "*.egg-info", *caches
     )
     shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignored)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", copy_store(empty_store, tmp_path))
