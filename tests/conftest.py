@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from foxnas_mlflow.flavor import TfliteModel
@@ -24,12 +25,22 @@ if TYPE_CHECKING:
 # busy machine they wait for seconds. Torch reads it when it is first imported; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A proxy does not know the servers of tests, which listen on loopback.
+for variable in ("no_proxy", "NO_PROXY"):
+    os.environ[variable] = ",".join(filter(None, (os.environ.get(variable), "127.0.0.1", "localhost")))
+
 # Where it is set, each of hundreds of processes compiles the package anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell starts background jobs with Ctrl-C ignored, and their processes inherit that: tests send it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in each run, however busy the machine is.
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parents[1]
 
