@@ -52,9 +52,6 @@ def test_the_wheel_works_without_the_checkout(root: Path, empty_store: Path, tmp
     )
     assert Path(where.stdout.strip()).is_relative_to(site)
     assert "--finetune-epochs" in foxnas("main", "--help")
-    assert "models:/foxnas-subnet-rpi4/1" in foxnas(
-        "search", "--target", "rpi4", "--latency-ms", "60", "--evaluations", "2000"
-    )
     # Its project, as mlflow run takes it.
     foxnas("init", "project")
     command = [sys.executable, "-m", "mlflow", "run", "project", "-e", "search", "-P", "evaluations=2000"]
@@ -67,4 +64,4 @@ def test_the_wheel_works_without_the_checkout(root: Path, empty_store: Path, tmp
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "models:/foxnas-subnet-rpi4/2" in done.stdout + done.stderr
+    assert "models:/foxnas-subnet-rpi4/1" in done.stdout + done.stderr

@@ -19,6 +19,7 @@ from foxnas_mlflow.tracking.benchmark import MeasuredModel, next_command
 from foxnas_mlflow.workflows import BenchmarkRequest, BenchmarkResult, run_benchmark
 from foxnas_mlflow.workflows._addresses import without_key
 from foxnas_mlflow.workflows.benchmark import _summary
+from tests.measuring import shorten
 from tests.versions import benchmark as made_up
 
 pytestmark = pytest.mark.server
@@ -99,9 +100,10 @@ def test_a_registered_model_gets_its_figures(
     assert "models:/mine-cpu/1" in out
 
 
-def test_a_file_is_measured_too(tracking: str, model_path: Path) -> None:
+def test_a_file_is_measured_too(tracking: str, model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
+    shorten(monkeypatch)
     result = run_benchmark(BenchmarkRequest(model=str(model_path), runs=20, warmup=1))
     run = mlflow.get_run(result.run_id)
     assert run.data.metrics["benchmark/latency_ms_p50"] == result.latency_ms

@@ -148,36 +148,26 @@ def test_what_could_not_be_downloaded_is_told_by_its_name(tracking: str, monkeyp
     assert reason(error.value) == "rows.csv could not be downloaded: it is not there, or the server failed"
 
 
-@pytest.mark.parametrize(
-    ("argv", "failing", "words"),
-    [
-        (
-            ["search", "--latency-ms", "60", "--evaluations", "200"],
-            "upload front.csv",
-            "artifacts/front.csv: HTTP 403: Permission denied; ask for that right",
-        ),
-        (["fit", "--measurements"], "list", "artifacts: HTTP 403: Permission denied; ask for that right"),
-        (["fit", "--measurements"], "download", "artifacts/rows.csv: HTTP 403: Permission denied; ask for that right"),
-    ],
-)
 def test_a_right_to_artifacts_that_is_missing_is_told_as_one(
-    faulty: tuple[FaultyServer, str],
-    argv: list[str],
-    failing: str,
-    words: str,
-    capsys: pytest.CaptureFixture[str],
+    faulty: tuple[FaultyServer, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """MLflow's client raises errors of the operating system there."""
     proxy, _ = faulty
-    if argv[0] == "fit":
-        with mlflow.start_run() as run:
-            mlflow.log_text("accuracy", "rows.csv")
-        argv = [*argv, f"runs:/{run.info.run_id}/rows.csv"]
-    proxy.begin(lambda call: "403" if call.what.startswith(failing) else None)
-    assert main(argv) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("foxnas: ")]
-    assert line.startswith("foxnas: the tracking store refused: artifacts")
-    assert words in line
+    with mlflow.start_run() as run:
+        mlflow.log_text("accuracy", "rows.csv")
+    search = ["search", "--latency-ms", "60", "--evaluations", "200"]
+    fit = ["fit", "--measurements", f"runs:/{run.info.run_id}/rows.csv"]
+    for argv, failing, what in (
+        (search, "upload front.csv", "artifacts/front.csv"),
+        (fit, "list", "artifacts"),
+        (fit, "download", "artifacts/rows.csv"),
+    ):
+        capsys.readouterr()
+        proxy.begin(lambda call, failing=failing: "403" if call.what.startswith(failing) else None)
+        assert main(argv) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("foxnas: ")]
+        refused = f"foxnas: the tracking store refused: {what}: HTTP 403: Permission denied; ask for that right"
+        assert line.startswith(refused)
 
 
 @pytest.mark.parametrize("kind", ["500", "reset", "403", "404"])

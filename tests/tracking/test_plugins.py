@@ -20,6 +20,7 @@ from foxnas_mlflow.flavor import TfliteModel, log_model
 from foxnas_mlflow.tracking.context import FoxnasRunContext
 from foxnas_mlflow.tracking.evaluator import FoxnasEvaluator, class_indices, figures
 from tests.colour_model import LABELS, encoded, image_of
+from tests.measuring import shorten
 
 # MLflow 3.17 handles an evaluation's table in ways that pandas 4 will not take.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
@@ -41,7 +42,8 @@ def images(n: int = 12) -> tuple[pd.DataFrame, list[str]]:
 
 
 @pytest.mark.server
-def test_an_evaluation_with_latency(uri: str, tmp_path: Path) -> None:
+def test_an_evaluation_with_latency(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorten(monkeypatch)
     table, labels = images()
     config = {"device": "local", "runs": 20, "warmup": 1}
     with mlflow.start_run() as run:

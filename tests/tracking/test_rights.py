@@ -14,6 +14,7 @@ import pytest
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.flavor import model_id_of
+from tests.measuring import shorten
 from tests.servers import ADMIN, login_server
 from tests.versions import NAME, register_version, state, version_metrics
 
@@ -184,7 +185,10 @@ def test_a_model_that_is_gone_is_told_from_one_that_may_not_be_read(
     assert main(["promote", "--model", "models:/gone-rpi4/2", "--dry-run"]) == 0
 
 
-def test_a_measurement_of_what_may_only_be_read_is_kept(reader: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_measurement_of_what_may_only_be_read_is_kept(
+    reader: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
     before = everything(NAME)
     capsys.readouterr()
     command = ["benchmark", "--target", "cpu", "--model", f"models:/{NAME}/2", "--runs", "20", "--warmup", "1"]

@@ -92,7 +92,7 @@ def test_a_training_logs_what_the_contract_names(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_training_goes_on_from_its_run(
+def test_an_interrupted_training_is_killed_and_goes_on_from_its_run(
     tracking: str, cache: Path, space: str, signum: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import mlflow
@@ -101,10 +101,8 @@ def test_an_interrupted_training_goes_on_from_its_run(
     running = Running(command)
     client = mlflow.MlflowClient()
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        runs = client.search_runs(["0"])
-        if runs and "train/loss" in runs[0].data.metrics:
-            break
+    while not any("train/loss" in run.data.metrics for run in client.search_runs(["0"])):
+        assert time.monotonic() < deadline
         time.sleep(0.2)
     status, said = running.interrupt(signum), "\n".join(running.lines)
     assert status == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum], said
@@ -112,6 +110,8 @@ def test_an_interrupted_training_goes_on_from_its_run(
     (killed,) = client.search_runs(["0"])
     assert killed.info.status == "KILLED"
     assert f"Its checkpoint is kept: the same command with --resume {killed.info.run_id} goes on." in said
+    if signum == signal.SIGINT:
+        return
     # The machine is lost with its disk: only the artifacts are left.
     for path in (cache / "foxnas_mlflow" / "checkpoints").glob("*/*"):
         path.unlink()
