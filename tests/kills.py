@@ -55,10 +55,20 @@ class Evaluating:
         return self._evaluate
 
     def _evaluate(self, architecture: Architecture) -> float:
+        # On a busy machine all would be over before anything is lost.
+        while self._n_evaluated() >= int((self.directory / "most").read_text()) and not self._is_lost():
+            time.sleep(0.01)
         time.sleep(SECONDS)
         with (self.directory / "evaluated").open("a") as log:
             log.write(f"{architecture.to_json()}\n")
         return 40 * made_up(architecture, "accuracy")
+
+    def _n_evaluated(self) -> int:
+        path = self.directory / "evaluated"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def _is_lost(self) -> bool:
+        return (self.directory / "lost").exists()
 
 
 def work(directory: Path, address: str) -> None:
@@ -111,9 +121,10 @@ def moment(kind: str, rng: random.Random, directory: Path, cluster: Any = None) 
     node = None
     if kind == "node":
         node = next(iter(cluster.worker_nodes), None) or cluster.add_node(num_cpus=1)
-    process = start(directory, address)
-    # After some rows, so that there is something to lose.
+    # After some rows, so that there is something to lose, and before the last ones.
     wanted = rng.randrange(1, len(PLAN) - 8)
+    (directory / "most").write_text(str(wanted + 8))
+    process = start(directory, address)
     rows_csv = directory / "rows.csv"
     while not (rows_csv.exists() and rows_csv.read_bytes().count(b"\n") > wanted) and process.poll() is None:
         time.sleep(0.002)
@@ -128,6 +139,7 @@ def moment(kind: str, rng: random.Random, directory: Path, cluster: Any = None) 
         (directory / "dead").touch()
     else:
         cluster.remove_node(node, allow_graceful=False)
+    (directory / "lost").touch()
     finished = read_finished(rows_csv)
     n_done = len((directory / "evaluated").read_text().splitlines())
     if kind == "process":

@@ -53,15 +53,15 @@ def test_it_asks_the_tracking_server(monkeypatch: pytest.MonkeyPatch, capsys: py
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
-        assert main(["doctor"]) == 0
+        assert main(["doctor", "--timeout-s", "60"]) == 0
         out = capsys.readouterr().out
         assert "MLflow 3.17.2 answers" in out
         assert "but its models answer with status 501" in out
         monkeypatch.setattr(Version, "do_POST", Version.do_GET, raising=False)
-        assert main(["doctor"]) == 0
+        assert main(["doctor", "--timeout-s", "60"]) == 0
         assert "but cannot store models: it needs MLflow 3" in capsys.readouterr().out
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}/elsewhere")
-        assert main(["doctor"]) == 0
+        assert main(["doctor", "--timeout-s", "60"]) == 0
         assert "answers with status 404" in capsys.readouterr().out
         server.shutdown()
         thread.join()

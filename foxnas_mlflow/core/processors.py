@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def n_processors() -> int:
@@ -49,7 +50,7 @@ def processor_name() -> str:
 def _groups() -> Iterator[Path]:
     """Directories of the control groups of this process, innermost first, of version 2 and of `cpu` of 1."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:
         return
     for line in lines:

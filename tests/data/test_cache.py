@@ -31,6 +31,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where pixels are kept."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(cache.CACHE_GIB, raising=False)
+    # How full the disk of a test is, is not asked.
+    monkeypatch.setattr(cache, "KEPT_FREE_BYTES", 0)
     return tmp_path / "cache" / "foxnas_mlflow" / "pixels"
 
 
@@ -131,6 +133,12 @@ from foxnas_mlflow.data import load_dataset
 print(sorted(load_dataset(sys.argv[1], sizes=(16, 24, 200), keep=True).train.pixels))
 """
 
+WAITING = """
+import time
+from foxnas_mlflow.data import _cache
+_cache._Making.finish = lambda *arguments: time.sleep(600)
+"""
+
 
 def child(data: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", CHILD, str(data)], stdout=subprocess.PIPE, text=True)
@@ -146,11 +154,13 @@ def test_two_processes_at_once(tmp_path: Path, place: Path) -> None:
 
 def test_a_killed_process_leaves_nothing_wrong(tmp_path: Path, place: Path) -> None:
     data = write_pictures(tmp_path / "data", 30)
-    process = child(data)
+    process = subprocess.Popen([sys.executable, "-c", WAITING + CHILD, str(data)], stdout=subprocess.PIPE, text=True)
     while not list(place.glob(".*/pixels")) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert list(place.glob(".*/pixels"))
     dataset = load_dataset(str(data), sizes=SIZES, keep=True)
     assert kept(dataset.train) == list(SIZES)
     assert not list(place.glob(".*"))

@@ -31,6 +31,7 @@ def test_values_and_gradients_are_those_of_a_grouped_convolution(
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("size", [4, 7, 12])
 def test_autocast_computes_in_bfloat16_and_returns_float_gradients(size: int, kernel: int, stride: int) -> None:
+    torch.manual_seed(0)
     x = torch.randn(2, 8, size, size).to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.randn(8, 1, kernel, kernel, requires_grad=True)
     padding = kernel // 2

@@ -26,7 +26,7 @@ def noisy(space: SearchSpace, seed: int = 0) -> Supernet:
 
     In double precision: ReLU6 makes deep random networks amplify rounding.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.manual_seed(seed)
     supernet = Supernet(space)
     with torch.no_grad():
         for name, tensor in supernet.state_dict().items():

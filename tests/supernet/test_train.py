@@ -332,12 +332,14 @@ def test_an_ignored_signal_stays_ignored(digits, tmp_path) -> None:
 
 @pytest.mark.parametrize("signalled", [False, True])
 def test_what_ends_the_readers_ends_the_training_after_a_whole_step(signalled: bool, tmp_path) -> None:
+    others = set(multiprocessing.active_children())
+
     class Ending(Batches):
         def epoch(self, epoch: int, *, start: int = 0):
             for batch in super().epoch(epoch, start=start):
                 yield batch
                 # The step is done, and the training waits for the next batch.
-                for reader in multiprocessing.active_children():
+                for reader in set(multiprocessing.active_children()) - others:
                     reader.terminate()
                 if signalled:
                     os.kill(os.getpid(), signal.SIGINT)
@@ -412,6 +414,7 @@ def test_batches_depend_on_seed_epoch_and_index_only(digits) -> None:
 
 
 def test_recalibration_gives_the_mean_of_the_batches_statistics(digits) -> None:
+    torch.manual_seed(0)
     supernet = Supernet(SPACE).eval()
     plain = supernet.extract(SPACE.largest())
     images = [torch.randn(n, 1, 12, 12) + n for n in (50, 50, 20)]

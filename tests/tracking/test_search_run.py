@@ -352,7 +352,7 @@ def test_the_next_command_ends_what_sigkill_left_running(tracking: str) -> None:
 
     code = (
         "import time\nfrom foxnas_mlflow.tracking.run import entry_run\n"
-        "with entry_run(stage='search', params={}) as run:\n    print(run.run_id, flush=True)\n    time.sleep(60)\n"
+        "with entry_run(stage='search', params={}) as run:\n    print(run.run_id, flush=True)\n    time.sleep(600)\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     killed, alive = (process.stdout.readline().strip() for process in processes if process.stdout is not None)

@@ -31,7 +31,7 @@ from foxnas_mlflow.tracking.steps import Step, run_step
 def act(cut_off, tags):
     with entry_run(stage="sample", params={}, tags=tags) as run:
         print(run.run_id, flush=True)
-        time.sleep(60)
+        time.sleep(600)
 
 with entry_run(stage="main", params={}) as parent:
     run_step(parent, Step("sample", {"seed": 0}), act)
