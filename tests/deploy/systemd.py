@@ -86,12 +86,14 @@ class Manager:
                 stderr=log,
                 cwd="/",
             )
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while self.systemctl("is-system-running").stdout.strip() not in ("running", "degraded"):
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            ended = self._process.poll() is not None
+            if ended or time.monotonic() > deadline:
                 said = self._log.read_text(errors="replace").strip().splitlines()[-1:]
                 self.stop()
-                raise UnavailableError(f"systemd does not start here: {' '.join(said)}")
+                # One that goes on and does not answer is no reason to skip.
+                raise (UnavailableError if ended else TimeoutError)(f"systemd does not start here: {' '.join(said)}")
             time.sleep(0.05)
 
     def stop(self) -> None:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
 
+from foxnas_mlflow import devices
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.architecture import Architecture
 from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.core.measurements import Timing, read_measurements
 from foxnas_mlflow.core.sampling import collect
 from foxnas_mlflow.core.targets import get_target
+from foxnas_mlflow.devices import Benchmark, Connection
 from foxnas_mlflow.devices import _measure as measuring
 from foxnas_mlflow.workflows import _boards as boards
 from foxnas_mlflow.workflows import _timers
@@ -100,11 +103,10 @@ def test_boards_share_the_work_and_one_that_dies_is_set_aside(
     # How alike this host is to itself is not what is asked here.
     monkeypatch.setattr(boards, "compare", lambda *arguments: None)
     devices = ",".join(map(address, servers))
-    at_work: list[int] = []
+    at_work = itertools.count(1)
 
     def evaluate(architecture: Architecture) -> float:
-        at_work.append(1)
-        if len(at_work) == 3:
+        if next(at_work) == 3:
             servers[0].stop()
         return 70.0
 
@@ -264,24 +266,22 @@ def test_a_sampling_on_two_boards_of_which_one_dies(
 
     monkeypatch.setattr(boards, "compare", lambda *arguments: None)
     register_mini_supernet()
-    devices = ",".join(map(address, servers))
-    command = ["sample", "--n-samples", "6", "--image-size", "8", "--target", "cpu", "--device", devices]
+    both = ",".join(map(address, servers))
+    command = ["sample", "--n-samples", "6", "--image-size", "8", "--target", "cpu", "--device", both]
 
-    def cut() -> None:
-        deadline = time.monotonic() + 120
-        pattern = "cache/foxnas_mlflow/samples/*/measurements.csv"
-        while not any(p.read_bytes().count(b"\n") > 1 for p in tmp_path.glob(pattern)) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        servers[0].stop()
-
-    cutting = threading.Thread(target=cut)
-    cutting.start()
-    status = main(command)
-    cutting.join()
-    said = capsys.readouterr()
-    assert status == 0
-    run = mlflow.MlflowClient().search_runs(["0"], "tags.`foxnas.stage` = 'sample'")[0]
     dead = address(servers[0]).partition("?")[0]
+    measure, asked = devices.measure, list[str]()
+
+    def measure_until_cut(connection: Connection, *arguments: Any, **values: Any) -> Benchmark:
+        asked.append(connection.uri)
+        if asked.count(dead) == 2:
+            servers[0].stop()
+        return measure(connection, *arguments, **values)
+
+    monkeypatch.setattr(devices, "measure", measure_until_cut)
+    assert main(command) == 0
+    said = capsys.readouterr()
+    run = mlflow.MlflowClient().search_runs(["0"], "tags.`foxnas.stage` = 'sample'")[0]
     assert f"{dead} is set aside" in said.out
     assert dead in run.data.tags["foxnas.boards_set_aside"]
     assert f"set aside   {dead}" in said.out

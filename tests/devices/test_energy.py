@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -113,29 +114,26 @@ def test_rails_of_an_old_jetson(tmp_path: Path) -> None:
 
 
 def test_idling_is_subtracted_and_the_error_covers_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A board that draws 3 W, and 2 W more while it works: runs of 5 ms cost 10 mJ."""
+    """A board that draws 3 W, and 2 W more while it works: runs of 5 ms cost 10 mJ. It draws more as it gets warmer."""
     monkeypatch.setattr(board, "ENERGY_SECONDS", 1.0)
-    clock = {"joules": 0.0, "at": time.perf_counter()}
+    state = SimpleNamespace(now=0.0, busy=0.0)
 
-    def joules() -> float:
-        now = time.perf_counter()
-        clock["joules"] += (now - clock["at"]) * 3.0
-        clock["at"] = now
-        return clock["joules"]
-
-    spent: list[float] = []
+    def pass_time(seconds: float) -> None:
+        state.now += seconds
 
     def work() -> None:
-        begin = time.perf_counter()
-        time.sleep(0.005)
-        spent.append(time.perf_counter() - begin)
-        clock["joules"] += 2.0 * spent[-1]
+        pass_time(0.005)
+        state.busy += 0.005
 
-    meter = board.Meter("stand-in", joules=joules)
-    result, _ = board.measure_energy(work, meter, meter.segments(0.5))
-    assert result["idle_w"] == pytest.approx(3.0, rel=0.01)
-    truth = 2e3 * sum(spent) / len(spent)
-    assert result["energy_mj"] == pytest.approx(truth, abs=result["energy_error_mj"] + 0.05 * truth)
+    # A busy machine's clock would say that the board drew less.
+    clock = SimpleNamespace(perf_counter=lambda: state.now, process_time=lambda: state.busy, sleep=pass_time)
+    monkeypatch.setattr(board, "time", clock)
+    meter = board.Meter("stand-in", joules=lambda: 3.0 * state.now + 0.05 * state.now**2 + 2.0 * state.busy)
+    result, share = board.measure_energy(work, meter, meter.segments(0.5))
+    assert result["idle_w"] == pytest.approx(3.0, abs=0.15)
+    assert result["energy_mj"] == pytest.approx(10.0, abs=result["energy_error_mj"])
+    assert 0 < result["energy_error_mj"] < 0.5
+    assert share == pytest.approx(1.0)
 
 
 def test_what_a_slow_meter_says_after_the_work_is_no_power_of_it() -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -151,10 +152,10 @@ def test_an_encrypted_key_is_left_to_the_agent(
         (tmp_path / "ask").write_text("#!/bin/sh\necho secret\n")
         (tmp_path / "ask").chmod(0o755)
         ask = {**os.environ, "SSH_ASKPASS": str(tmp_path / "ask"), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": "x"}
-        for _ in range(100):
-            if subprocess.run(["ssh-add", str(key)], env=ask, capture_output=True, stdin=subprocess.DEVNULL).returncode:
-                continue
-            break
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "agent").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        subprocess.run(["ssh-add", str(key)], env=ask, check=True, capture_output=True, stdin=subprocess.DEVNULL)
         with connect(address) as connection:
             assert connection.run(["true"], timeout_s=10).status == 0
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -13,16 +14,18 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from foxnas_mlflow import devices
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.targets import get_target
+from foxnas_mlflow.devices import Benchmark, _ssh, check, connect, measure
 from foxnas_mlflow.devices import _measure as measuring
-from foxnas_mlflow.devices import _ssh, check, connect, measure
 from foxnas_mlflow.devices._script import run_board
 from foxnas_mlflow.devices._ssh import SshPlace, lost, unreachable
 from foxnas_mlflow.workflows._timers import open_device
@@ -66,7 +69,7 @@ def address(server: Server, **options: str) -> str:
 
 
 def test_measure_through_ssh(server: Server, probe: bytes, expected: list[np.ndarray], tmp_path: Path) -> None:
-    n_threads = threading.active_count()
+    before = set(threading.enumerate())
     with connect(address(server)) as connection:
         assert "?" not in connection.uri
         assert check(connection).ready
@@ -88,7 +91,7 @@ def test_measure_through_ssh(server: Server, probe: bytes, expected: list[np.nda
         assert connection.run(["sh", "-c", "kill -SEGV $$"], timeout_s=10).status == 139
         assert connection.run(["echo", "still here"], timeout_s=10).stdout == "still here\n"
     assert not list((tmp_path / "scratch").iterdir())
-    assert threading.active_count() == n_threads
+    assert set(threading.enumerate()) <= before
 
 
 def test_no_space_on_the_machine(
@@ -124,7 +127,7 @@ def test_no_space_on_the_machine(
 def test_hosts_and_users_that_are_refused(
     server: Server, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    n_threads = threading.active_count()
+    before = set(threading.enumerate())
     known_hosts, config = home / ".ssh" / "known_hosts", home / ".ssh" / "config"
     other = make_key(tmp_path / "other")
     wrong_key = {"python": "python3", "key": str(tmp_path / "other")}
@@ -160,7 +163,7 @@ def test_hosts_and_users_that_are_refused(
         assert main(["device", "check", "--device", uri]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(message, line)
-    assert threading.active_count() == n_threads
+    assert set(threading.enumerate()) <= before
 
 
 def test_ssh_configuration_is_followed(server: Server, home: Path) -> None:
@@ -280,11 +283,13 @@ def test_a_board_measures_on_after_a_command_whose_time_was_up(server: Server, p
     """The script there takes the end of its input for the end of the host, and removes its directory."""
     with connect(address(server)) as connection:
         measure(connection, probe, **SHORT)
+        first = connection.workspace({})
         endless = ["measure", connection.send(probe, "model.tflite"), "--watch-stdin", "--runs", "1000000000"]
         with pytest.raises(DeviceError, match="must end within"):
             run_board(connection, [*endless, "--max-seconds", "600"], timeout_s=3)
         _wait_until_empty(tmp_path / "scratch")
         assert measure(connection, probe, **SHORT).n_runs >= 5
+        assert connection.workspace({}) != first
     _wait_until_empty(tmp_path / "scratch")
 
 
@@ -396,17 +401,19 @@ def test_a_sampling_whose_board_goes_away_goes_on_when_it_is_back(
             if p.read_bytes().count(b"\n") > 2
         ]
 
-    def cut() -> None:
-        deadline = time.monotonic() + 120
-        while not rows_on_disk() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        server.stop()
+    measure, asked = devices.measure, itertools.count(1)
 
-    cutting = threading.Thread(target=cut)
-    cutting.start()
-    status = main(command)
-    cutting.join()
-    assert status == 2
+    def measure_until_cut(*arguments: Any, **values: Any) -> Benchmark:
+        if next(asked) == 4:
+            deadline = time.monotonic() + 120
+            while not rows_on_disk() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            server.stop()
+        return measure(*arguments, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "measure", measure_until_cut)
+        assert main(command) == 2
     assert "went away and did not come back" in capsys.readouterr().err
     client = mlflow.MlflowClient()
     (failed,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'sample'")
