@@ -46,6 +46,37 @@ def options(directory: Path) -> list[str]:
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
 
 
+WAITING = """
+import pkgutil, threading
+
+owner, name = pkgutil.resolve_name({owner!r}), {name!r}
+function, calls = getattr(owner, name), []
+
+def until_the_last(*arguments, **values):
+    calls.append(name)
+    if len(calls) == {n}:
+        threading.Event().wait()
+    return function(*arguments, **values)
+
+setattr(owner, name, until_the_last)
+"""
+
+
+def waiting(directory: Path, function: str, n: int) -> dict[str, str]:
+    """The environment of a command that waits without end in a call of a function: a kill meets it in its middle.
+
+    Args:
+        directory: Where to write what it imports.
+        function: ``module:name``, or ``module:class.name``.
+        n: Which call.
+    """
+    directory.mkdir()
+    owner, _, name = function.replace(":", ".").rpartition(".")
+    (directory / "sitecustomize.py").write_text(WAITING.format(owner=owner, name=name, n=n))
+    # After what makes latencies up.
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(directory))))}
+
+
 class Running:
     """A command, `foxnas` unless another is named, in a process group of its own, its output read as it comes.
 

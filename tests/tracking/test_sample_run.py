@@ -20,7 +20,7 @@ from foxnas_mlflow.core.space import get_space
 from foxnas_mlflow.workflows import SampleRequest
 from foxnas_mlflow.workflows.sample import _check_latencies
 from tests.measuring import shorten
-from tests.pipelines import Running
+from tests.pipelines import Running, waiting
 from tests.supernets import MINI_SPACE, register_mini_supernet
 
 pytestmark = [pytest.mark.server, pytest.mark.train]
@@ -104,7 +104,8 @@ def test_a_sampling_killed_in_the_middle_goes_on_by_the_same_command(
 ) -> None:
     register_mini_supernet()
     command = ["sample", "--n-samples", "24", "--n-measurements", "18", "--image-size", "8"]
-    running = Running(command)
+    sixth = waiting(tmp_path / "waiting", "foxnas_mlflow.supernet:SubnetEvaluator.evaluate", 6)
+    running = Running(command, env=sixth)
     deadline = time.monotonic() + 180
     while not (files := list(cache.glob("foxnas_mlflow/samples/*/measurements.csv"))) or _lines(files[0]) < 5:
         assert time.monotonic() < deadline

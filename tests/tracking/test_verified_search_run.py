@@ -17,7 +17,7 @@ from foxnas_mlflow.core.measurements import Measurement, read_finished, read_mea
 from foxnas_mlflow.core.predictors import fit_predictors, reference_latency
 from foxnas_mlflow.core.targets import get_target
 from tests.measuring import shorten
-from tests.pipelines import Running
+from tests.pipelines import Running, waiting
 from tests.supernets import MINI_SPACE, TRAINING, register_mini_supernet
 from tests.versions import version_metrics
 
@@ -237,7 +237,7 @@ def test_a_killed_search_asks_the_device_about_no_network_twice(
 ) -> None:
     command = ["search", "--target", "cpu", "--predictors", str(predictors), "--latency-ms", "9999", "--verify", "6"]
     command += ["--device", "local", "--evaluations", "2000"]
-    running = Running(command)
+    running = Running(command, env=waiting(tmp_path / "waiting", "foxnas_mlflow.devices:measure", 4))
     deadline = time.monotonic() + 180
     # The header and one row: the file is there before what is written to it.
     while sum(file.read_bytes().count(b"\n") for file in cache.glob("foxnas_mlflow/verifications/*/*.csv")) < 2:
