@@ -96,7 +96,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than cores: a third of the time tests wait, for servers, boards and what they kill."""
-    return (os.cpu_count() or 1) + 1
+    from foxnas_mlflow.core.processors import n_processors
+
+    return n_processors() + 1
 
 
 def once_a_run(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
@@ -227,15 +229,26 @@ def tracking(empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here, and in the commands that are started, latencies are made up, so that the same is chosen in each run.
+
+    How good figures are is asked in tests/devices.
+    """
+    from tests.measuring import make_up, started
+
+    make_up(monkeypatch)
+    started(monkeypatch, tmp_path / "made_up", make_up)
+
+
+@pytest.fixture
+def shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here, and in the commands that are started, measurements are short, and count although other tests disturb them.
 
-    Each would be done three times, and of those of a sampling too few might be left: how good figures are is asked
-    in tests/devices.
+    Each would be done three times, and of those of a sampling too few might be left.
     """
-    from tests.measuring import shorten, shorten_started
+    from tests.measuring import shorten, started
 
     shorten(monkeypatch)
-    shorten_started(monkeypatch, tmp_path / "short")
+    started(monkeypatch, tmp_path / "short", shorten)
 
 
 @pytest.fixture(scope="session")

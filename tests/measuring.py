@@ -1,44 +1,49 @@
-"""Measurements that take a moment, and are taken as a busy machine gives them.
+"""Measurements that take a moment, or none, for tests that do not ask how good figures are.
 
-For tests that do not ask how good figures are: a measurement has 20 runs, and is made once.
+`shorten`: each is of 20 runs, is made once, and counts although other tests disturb it. `make_up`: nothing runs; the
+latency is a matter of the file's size, so that what is chosen by it is the same however busy the machine is.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from foxnas_mlflow.devices import _benchmark, _measure
+from foxnas_mlflow.devices import Connection, _benchmark, _measure
+from foxnas_mlflow.testing import FakeBoard
 
 SHORT: dict[str, Any] = {"runs": 20, "warmup": 1, "min_seconds": 0.05, "max_seconds": 0.1, "attempts": 1}
 
-SITECUSTOMIZE = f"""
+ROOT = Path(__file__).resolve().parents[1]
+
+SITECUSTOMIZE = """
 import sys
 
 if any(word in " ".join(sys.orig_argv) for word in ("foxnas_mlflow", "ipykernel", "forkserver", "/ray/")):
-    from foxnas_mlflow import devices
-    from foxnas_mlflow.devices import _benchmark, _measure
-    from foxnas_mlflow.workflows import device
+    sys.path.insert(0, {root!r})
+    import pytest
+    from tests import measuring
 
-    device.REPEATED = 0
-    _benchmark.MAX_HALVES_DIFFERENCE, _benchmark.MIN_CPU_SHARE = float("inf"), 0.0
-    devices.measure = lambda *arguments, **values: _measure.measure(*arguments, **{{**values, **{SHORT}}})
+    measuring.{change}(pytest.MonkeyPatch())
 """
-"""A module that shortens the measurements of commands that are started with it on their module path."""
+"""A module that changes the measurements of commands that are started with it on their module path."""
 
 
-def shorten_started(patch: pytest.MonkeyPatch, directory: Path) -> None:
-    """Shorten the measurements of commands that are started.
+def started(patch: pytest.MonkeyPatch, directory: Path, change: Callable[[pytest.MonkeyPatch], None]) -> None:
+    """Change the measurements of commands that are started.
 
     Args:
         patch: Puts the environment back.
         directory: Where to write what they import.
+        change: `shorten` or `make_up`.
     """
     directory.mkdir()
-    (directory / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    (directory / "sitecustomize.py").write_text(SITECUSTOMIZE.format(root=str(ROOT), change=change.__name__))
     patch.setenv("PYTHONPATH", str(directory), prepend=os.pathsep)
 
 
@@ -53,3 +58,39 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("foxnas_mlflow.workflows.device.REPEATED", 0)
     patch.setattr(_benchmark, "MAX_HALVES_DIFFERENCE", float("inf"))
     patch.setattr(_benchmark, "MIN_CPU_SHARE", 0.0)
+
+
+def make_up(patch: pytest.MonkeyPatch) -> None:
+    """Make up the measurements of commands in this process, as of hardware; what is answered there is not compared."""
+
+    def measure(
+        connection: Connection,
+        model: str | Path | bytes,
+        *,
+        threads: int = 1,
+        runs: int = 200,
+        warmup: int = 10,
+        edgetpu: bool = False,
+        expected: _measure.Outputs | None = None,
+        max_output_levels: float = 1.0,
+        **values: Any,
+    ) -> _benchmark.Benchmark:
+        data = _measure.read_model(model)
+        # One a measurement: the runs of a file are the same in every process.
+        board = FakeBoard(lambda model: len(model) / 1e5)
+        answer = board._answer(data, runs) | {"device": "a made-up board", "emulated": False}
+        return _benchmark.summarize(
+            answer,
+            connection=connection.uri,
+            threads=threads,
+            runs=runs,
+            warmup=warmup,
+            attempts=1,
+            edgetpu=edgetpu,
+            output_difference=None if expected is None else 0.0,
+            max_output_levels=max_output_levels,
+        )
+
+    patch.setattr("foxnas_mlflow.devices.measure", measure)
+    patch.setattr("foxnas_mlflow.devices.host_answer", lambda model: [np.zeros(1)])
+    patch.setattr("foxnas_mlflow.workflows.device.REPEATED", 0)

@@ -49,10 +49,7 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(
         compared += [json.loads(path.read_text()) for path in cache.glob("comparisons/*/*.json")]
     capsys.readouterr()
     status = main(["main", *argv])
-    said = "".join(capsys.readouterr())
-    assert status in (0, 2), said
-    # On a busy machine the gates may refuse; nothing else may.
-    assert status == 0 or "every gate passes" in said
+    assert status == 0, "".join(capsys.readouterr())
 
     client = mlflow.MlflowClient()
     parents = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'", order_by=["attributes.start_time DESC"])
@@ -60,7 +57,7 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(
     assert [run.info.status for run in parents[1:]].count("KILLED") == killed
     parent = parents[0]
     steps = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}
-    assert set(steps) >= set(STEPS) - {"promote"}
+    assert set(steps) >= set(STEPS)
     for name, step in steps.items():
         run = client.get_run(step["run_id"])
         assert run.info.status == "FINISHED"
@@ -114,13 +111,14 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(
     assert [(r.architecture, r.accuracy) for r in undisturbed] == [(r.architecture, r.accuracy) for r in final]
 
 
-@pytest.mark.usefixtures("edgetpu", "undisturbed")
+@pytest.mark.usefixtures("edgetpu", "shortened")
 def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str, cache: Path) -> None:
     import mlflow
 
     asked = ["--target", "edgetpu", "--device", "local", "--max-accuracy-drop", "99"]
     argv = ["main", *options(cache.parents[1]), *asked]
     status = main(argv)
+    assert status in (0, 2)
     client = mlflow.MlflowClient()
     (parent,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'main'")
     steps = {s["name"]: s for s in json.loads(_text(parent.info.run_id, "pipeline.json"))["steps"]}
