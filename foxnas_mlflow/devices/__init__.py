@@ -7,12 +7,13 @@ from foxnas_mlflow.devices._benchmark import (
     subnet_timing,
     undisturbed,
     what_helps,
+    with_energy,
     with_threads,
 )
 from foxnas_mlflow.devices._check import DeviceCheck, Finding, check
 from foxnas_mlflow.devices._connect import connect
 from foxnas_mlflow.devices._local import LocalConnection
-from foxnas_mlflow.devices._measure import host_answer, measure, read_model
+from foxnas_mlflow.devices._measure import host_answer, measure, read_model, require_meter
 from foxnas_mlflow.devices._vela import ACCELERATORS, VelaEstimate, estimate_latency_vela
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "invalid_reasons",
     "measure",
     "read_model",
+    "require_meter",
     "subnet_timing",
     "undisturbed",
     "what_helps",
+    "with_energy",
     "with_threads",
 ]

@@ -13,7 +13,7 @@ from foxnas_mlflow.core.errors import InvalidFormatError
 from foxnas_mlflow.core.measurements import Timing
 from foxnas_mlflow.runtime import float_level
 
-FORMAT = 2
+FORMAT = 3
 
 WINDOW_SECONDS = 10.0
 """Seconds of a window of the sustained load, but for the last one."""
@@ -62,7 +62,9 @@ class Benchmark:
         connection: The address that it was reached at.
         governor: Of the CPU's frequency, or empty where the machine does not tell; ``mixed`` where processors differ.
         temperature_c_start, temperature_c_end: In degrees Celsius, None where not told.
-        throttled: Whether it was throttled, None where the machine does not tell.
+        throttled: Whether it was throttled until the timed runs ended, None where the machine does not tell.
+        throttled_under_load: Whether it was after them, in the sustained load and while energy was measured: figures of
+            that time are of a throttled board, as it will be. None where nothing tells, or neither was asked for.
         load_ms, first_invoke_ms: Loading the model, and its first run, in ms.
         edgetpu: Whether the Edge TPU ran it.
         output_difference: Largest difference from the host's outputs in 8-bit levels, see `output_difference`;
@@ -121,6 +123,7 @@ class Benchmark:
     idle_w: float | None = None
     load_w: float | None = None
     power_meter: str = ""
+    throttled_under_load: bool | None = None
     samples_ms: tuple[float, ...] = dataclasses.field(repr=False)
 
     @property
@@ -153,15 +156,17 @@ class Benchmark:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Benchmark:
-        """Read ``benchmark.json``, also of format 1, which knew no sustained load and no energy.
+        """Read ``benchmark.json``, also of formats 1 and 2, which lack what is in `_SINCE`.
 
         Raises:
             InvalidFormatError: If the format is newer, or keys are missing or unknown.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        if isinstance(data, Mapping) and data.get("format") == 1 and "n_runs" in data:
-            later = {field.name: field.default for field in dataclasses.fields(cls) if field.name in _SINCE_2}
-            data = {**data, **later, "asked_runs": data["n_runs"], "format": FORMAT}
+        if isinstance(data, Mapping) and data.get("format") in (1, 2):
+            since = {name for number, keys in _SINCE.items() if number > data["format"] for name in keys}
+            later = {field.name: field.default for field in dataclasses.fields(cls) if field.name in since}
+            asked = {"asked_runs": data["n_runs"]} if data["format"] == 1 and "n_runs" in data else {}
+            data = {**data, **later, **asked, "format": FORMAT}
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, Mapping) else type(data).__name__
             raise InvalidFormatError(f"a benchmark must have format {FORMAT}", received=found)
@@ -176,7 +181,7 @@ class Benchmark:
         """The figures as MLflow metrics, ``benchmark/...``; what the machine does not tell is left out."""
         names = [f"latency_ms_{part}" for part in ("p50", "p90", "p99", "mean", "std")]
         names += ["throughput_per_s", "peak_memory_bytes", "valid", "temperature_c_start", "temperature_c_end"]
-        names += ["throttled", "sustained_p90_ms", "energy_mj", "energy_error_mj"]
+        names += ["throttled", "throttled_under_load", "sustained_p90_ms", "energy_mj", "energy_error_mj"]
         values = {name: getattr(self, name) for name in names}
         return {f"benchmark/{name}": float(value) for name, value in values.items() if value is not None}
 
@@ -203,24 +208,41 @@ def subnet_timing(benchmarks: Sequence[Benchmark]) -> Timing:
     )
 
 
+def with_energy(timing: Timing, benchmark: Benchmark) -> Timing:
+    """The latency of a subnet, and the energy of an inference from a measurement of it.
+
+    Unlike a latency, the energy is all that the machine drew meanwhile: company and throttling are in it.
+    """
+    problems = tuple(reason for reason in benchmark.invalid_reasons if not reason.startswith(_HALVES))
+    energy_mj = benchmark.energy_mj or 0.0
+    if benchmark.throttled_under_load:
+        problems += ("the machine was throttled under load",)
+    if not energy_mj > 0:
+        problems += (f"{benchmark.power_meter} says {energy_mj:.3g} mJ an inference",)
+    return dataclasses.replace(timing, quantities={"energy_mj": energy_mj}, problems=problems)
+
+
 def with_threads(runtime: str, threads: int) -> str:
     """A runtime, and with how many threads where they are several: latencies of other ones are of another machine."""
     return runtime if threads == 1 else f"{runtime}, {threads} threads"
 
 
-_SINCE_2 = (
-    "frequency_mhz_start",
-    "frequency_mhz_end",
-    "quota",
-    "windows",
-    "sustained_p90_ms",
-    "energy_mj",
-    "energy_error_mj",
-    "idle_w",
-    "load_w",
-    "power_meter",
-)
-"""Keys that format 1 did not have, beside `asked_runs`."""
+_SINCE: Mapping[int, Sequence[str]] = {
+    2: (
+        "frequency_mhz_start",
+        "frequency_mhz_end",
+        "quota",
+        "windows",
+        "sustained_p90_ms",
+        "energy_mj",
+        "energy_error_mj",
+        "idle_w",
+        "load_w",
+        "power_meter",
+    ),
+    3: ("throttled_under_load",),
+}
+"""Keys that a format added, beside format 2's `asked_runs`."""
 
 
 def _tuple(value: Any) -> Any:
@@ -293,6 +315,7 @@ def summarize(
                 "temperature_c_start",
                 "temperature_c_end",
                 "throttled",
+                "throttled_under_load",
                 "load_ms",
                 "first_invoke_ms",
                 "model_sha256",
@@ -339,7 +362,7 @@ def invalid_reasons(
 
     Args:
         samples: Timed runs in ms, shape (n,).
-        throttled: Whether the machine was throttled; None: unknown.
+        throttled: Whether the machine was throttled until the timed runs ended; None: unknown.
         clock_tick_ms: Smallest step of the clock in ms.
         cpu_share: Share of the time that the process had a processor; None: it says nothing.
         quota: Processors' worth of time to which a container's quota held the process back; None: it did not.

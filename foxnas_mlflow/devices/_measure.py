@@ -114,7 +114,7 @@ def measure(
     attempt, steady, got = 0, False, None
     if energy:
         # Before minutes of runs that would be lost without it.
-        _with_reconnect(connection, lambda: run_board(connection, ["meter", energy], timeout_s=60))
+        require_meter(connection, energy)
     while not steady and attempt < attempts:
         answer, got = _with_reconnect(connection, lambda: _measure_once(connection, data, compared, options, timeout_s))
         steady = is_steady(answer, threads=threads, edgetpu=edgetpu)
@@ -140,6 +140,19 @@ def measure(
         output_difference=None if not expected or got is None else output_difference(got, expected),
         max_output_levels=max_output_levels,
     )
+
+
+def require_meter(connection: Connection, energy: str) -> None:
+    """Refuse a machine without the meter that is asked for.
+
+    Args:
+        connection: The machine.
+        energy: As for `measure`.
+
+    Raises:
+        DeviceError: If it has no such meter, or that says nothing.
+    """
+    _with_reconnect(connection, lambda: run_board(connection, ["meter", energy], timeout_s=60))
 
 
 def read_model(model: str | Path | bytes) -> bytes:

@@ -25,6 +25,8 @@ class FakeBoard(LocalConnection):
         spread: Standard deviation of single runs, relative to the median.
         measurements: After so many the machine is gone, and does not come back; None: never.
         seed: Seed of the runs.
+        energy_mj: Energy of one inference, in mJ, from the bytes of a file; None: the board has no meter but those of
+            this machine.
 
     Examples:
         >>> from foxnas_mlflow import get_space
@@ -48,17 +50,22 @@ class FakeBoard(LocalConnection):
         spread: float = 0.005,
         measurements: int | None = None,
         seed: int = 0,
+        energy_mj: Callable[[bytes], float] | None = None,
     ) -> None:
         super().__init__()
         self.uri = "fake board"
         self._latency_ms = latency_ms
         self._spread = spread
         self._left = measurements
+        self._energy_mj = energy_mj
         self._rng = np.random.default_rng(seed)
 
     def run(self, argv: Sequence[str], *, timeout_s: float) -> Completed:
         """A command of this machine, but for a measurement: that is answered at once."""
-        if not (len(argv) > 3 and argv[1].endswith("/board.py") and argv[2] == "measure"):
+        asked = argv[2] if len(argv) > 3 and argv[1].endswith("/board.py") else ""
+        if asked == "meter" and self._energy_mj is not None:
+            return Completed(0, json.dumps({"power_meter": "made up"}), "")
+        if asked != "measure":
             return super().run(argv, timeout_s=timeout_s)
         if self._left == 0:
             raise self._gone()
@@ -70,7 +77,12 @@ class FakeBoard(LocalConnection):
             if answered.status != 0:
                 return answered
         runs = int(options[options.index("--runs") + 1])
-        return Completed(0, json.dumps(self._answer(Path(model).read_bytes(), runs)), "")
+        content = Path(model).read_bytes()
+        answer = self._answer(content, runs)
+        if "--energy" in options and self._energy_mj is not None:
+            energy = {"energy_mj": float(self._energy_mj(content)), "energy_error_mj": 0.0, "power_meter": "made up"}
+            answer |= {**energy, "idle_w": 1.0, "load_w": 2.0, "throttled_under_load": False}
+        return Completed(0, json.dumps(answer), "")
 
     def reconnect(self) -> None:
         """Open it anew; what is gone stays gone."""
@@ -96,6 +108,7 @@ class FakeBoard(LocalConnection):
             "first_invoke_ms": median,
             "peak_memory_bytes": len(model),
             "throttled": False,
+            "throttled_under_load": None,
             "governor": "",
             "quota": None,
             "quota_waits": 0,

@@ -23,6 +23,7 @@ SUSTAINED_SECONDS = 60.0
 
 VALID = "benchmark/valid"
 THROTTLED = "benchmark/throttled"
+THROTTLED_UNDER_LOAD = "benchmark/throttled_under_load"
 ACCURACY = "accuracy/int8_top1"
 DROP = "accuracy/quantization_drop"
 
@@ -123,17 +124,15 @@ class Candidate:
 
     @property
     def benchmark(self) -> Measured | None:
-        """The latency that counts: of its own target, machines and threads; the newest that is real and valid."""
+        """The latency that counts: of its own target, machines and threads, the newest that is real and valid.
+
+        One of a minute under load counts before all that tell of a moment: no later one takes it back.
+        """
         suitable = [measured for measured in self.benchmarks if self.suits(measured)]
-        for wanted in (
-            lambda m: m.is_measured and m.figures.get(VALID) == 1,
-            lambda m: m.is_measured,
-            lambda m: True,
-        ):
-            for measured in suitable:
-                if wanted(measured):
-                    return measured
-        return None
+        real = [measured for measured in suitable if measured.is_measured]
+        valid = [measured for measured in real if measured.figures.get(VALID) == 1]
+        under_load = [measured for measured in valid if SUSTAINED in measured.figures]
+        return next(iter(under_load or valid or real or suitable), None)
 
     @property
     def latency_ms(self) -> float | None:
@@ -255,6 +254,8 @@ def _valid(candidate: Candidate) -> Verdict:
     text = "the benchmark is valid" if valid == 1 else "the benchmark is not valid: its benchmark.json tells why"
     if valid == 1 and candidate.benchmark is not None and THROTTLED not in candidate.benchmark.figures:
         text += "; whether its machine was throttled is unknown"
+    if valid == 1 and candidate.benchmark is not None and candidate.benchmark.figures.get(THROTTLED_UNDER_LOAD):
+        text += "; its machine was throttled under load, which its latency there tells"
     return Verdict("valid", valid == 1, text, valid, 1)
 
 
@@ -266,7 +267,11 @@ def _latency(candidate: Candidate, limit: float) -> Verdict:
         text = f"p90 {value:g} ms is no latency: run foxnas benchmark on this version"
         return Verdict("latency", False, text, limit=limit or None)
     words = f"p90 {told(value, limit, 4)} ms"
-    words += " of a minute under load" if SUSTAINED in candidate.benchmark.figures else ""
+    if SUSTAINED in candidate.benchmark.figures:
+        words += " of a minute under load"
+        newest = next(filter(candidate.suits, candidate.benchmarks))
+        if newest is not candidate.benchmark:
+            words += f" (run {candidate.benchmark.run_id}, which newer ones of a moment do not replace)"
     if not limit:
         return Verdict("latency", True, f"{words}, no limit given", value)
     passed = value <= limit

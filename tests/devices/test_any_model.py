@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,6 +221,26 @@ def test_figures_under_a_load_that_lasts(probe: bytes, here: Connection) -> None
     # A file of format 1, which knew no sustained load.
     plain = dataclasses.replace(benchmark, windows=(), sustained_p90_ms=None, asked_runs=benchmark.n_runs)
     later = ("asked_runs", "frequency_mhz_start", "frequency_mhz_end", "quota", "windows", "sustained_p90_ms")
-    later += ("energy_mj", "energy_error_mj", "idle_w", "load_w", "power_meter")
+    later += ("energy_mj", "energy_error_mj", "idle_w", "load_w", "power_meter", "throttled_under_load")
     old = {key: value for key, value in plain.to_dict().items() if key not in later}
     assert type(benchmark).from_dict({**old, "format": 1}).n_runs == benchmark.n_runs
+    # Of format 2, which knew no throttling under load.
+    old = {key: value for key, value in benchmark.to_dict().items() if key != "throttled_under_load"}
+    assert type(benchmark).from_dict({**old, "format": 2}).windows == benchmark.windows
+
+
+def test_throttling_under_load_is_told_and_spoils_no_runs_before(
+    probe: bytes, here: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A Pi whose soft temperature limit comes under load: asked before and after the timed runs, twice, and at the end.
+    stub = tmp_path / "vcgencmd"
+    stub.write_text(
+        f"#!/bin/sh\necho x >> {tmp_path}/asked\n"
+        f"if [ $(wc -l < {tmp_path}/asked) -lt 5 ]; then echo throttled=0x0; else echo throttled=0x80008; fi\n"
+    )
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    benchmark = measure(here, probe, sustained_seconds=0.2, **QUICK)
+    assert (benchmark.throttled, benchmark.throttled_under_load) == (False, True)
+    assert not any("throttled" in reason for reason in benchmark.invalid_reasons)
+    assert benchmark.metrics()["benchmark/throttled_under_load"] == 1

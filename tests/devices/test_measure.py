@@ -82,8 +82,8 @@ def test_benchmark_json_round_trip(probe: bytes) -> None:
         benchmark = measure(connection, probe, **SHORT)
     data = json.loads(json.dumps(benchmark.to_dict()))
     assert Benchmark.from_dict(data) == benchmark
-    with pytest.raises(InvalidFormatError, match="format 2"):
-        Benchmark.from_dict({**data, "format": 3})
+    with pytest.raises(InvalidFormatError, match="format 3"):
+        Benchmark.from_dict({**data, "format": 4})
     with pytest.raises(InvalidFormatError, match="speed"):
         Benchmark.from_dict({**data, "speed": 1})
 

@@ -16,6 +16,7 @@ from foxnas_mlflow.tracking.gates import (
     LATENCY,
     SUSTAINED,
     THROTTLED,
+    THROTTLED_UNDER_LOAD,
     VALID,
     Candidate,
     Measured,
@@ -75,6 +76,21 @@ def test_throttling_that_nobody_saw_is_unknown(throttled: dict[str, float], told
     (verdict,) = (v for v in judge(candidate, None, max_latency_ms=60, max_accuracy_drop=1) if v.gate == "valid")
     assert verdict.passed
     assert ("throttled is unknown" in verdict.text) == told
+
+
+def test_a_minute_under_load_is_not_taken_back_by_a_moment() -> None:
+    minute = measured(run_id="minute", figures={LATENCY: 40.0, SUSTAINED: 80.0, VALID: 1.0, THROTTLED_UNDER_LOAD: 1.0})
+    candidate = changed(benchmarks=(timed(50.0, run_id="moment"), minute))
+    assert failed(candidate) == {
+        "latency": "p90 80 ms of a minute under load (run minute, which newer ones of a moment do not replace) > 60 ms"
+    }
+    (valid,) = (v for v in judge(candidate, None, max_latency_ms=90, max_accuracy_drop=1) if v.gate == "valid")
+    assert valid.text.endswith("throttled under load, which its latency there tells")
+    # A newer minute does, and one that is of another machine or not valid never counted.
+    better = measured(figures={LATENCY: 40.0, SUSTAINED: 50.0, VALID: 1.0})
+    assert failed(changed(benchmarks=(better, minute))) == {}
+    spoilt = dataclasses.replace(minute, figures={**minute.figures, VALID: 0.0})
+    assert failed(changed(benchmarks=(timed(50.0), spoilt, dataclasses.replace(minute, machine="AMD EPYC")))) == {}
 
 
 @pytest.mark.parametrize(
