@@ -61,6 +61,7 @@ class Timing:
         n_runs: Timed runs behind it.
         problems: Why a measurement is not to be trusted; empty for a valid one and for an estimate.
         emulated: Whether the device is an emulator: its times say nothing of real hardware.
+        quantities: What was measured besides, by name, the unit in the name (``energy_mj``), positive.
     """
 
     latency_ms: float
@@ -70,6 +71,7 @@ class Timing:
     n_runs: int = 0
     problems: tuple[str, ...] = ()
     emulated: bool = False
+    quantities: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         # Boards say it in their name, and rows do; here it is said once.
@@ -140,7 +142,16 @@ class Measurement:
         if timing is None or timing.problems:
             return cls(architecture, accuracy)
         device = timing.device + _EMULATED if timing.emulated else timing.device
-        return cls(architecture, accuracy, timing.latency_ms, timing.source, device, timing.runtime, timing.n_runs)
+        return cls(
+            architecture,
+            accuracy,
+            timing.latency_ms,
+            timing.source,
+            device,
+            timing.runtime,
+            timing.n_runs,
+            timing.quantities,
+        )
 
     def value(self, quantity: str) -> float | None:
         """What was measured of ``accuracy``, ``latency_ms`` or a further quantity, None where nothing was."""
@@ -261,9 +272,15 @@ def read_finished(path: str | Path) -> list[Measurement]:
     return read_measurements(path) if path.read_bytes().count(b"\n") > 1 else []
 
 
-def write_measurements(rows: Sequence[Measurement], path: str | Path) -> None:
-    """Write ``measurements.csv`` in one step: readers see the old file or the new one."""
-    write_atomically(path, _csv_text(rows, _columns(rows), header=True))
+def write_measurements(rows: Sequence[Measurement], path: str | Path, *, quantities: Iterable[str] = ()) -> None:
+    """Write ``measurements.csv`` in one step: readers see the old file or the new one.
+
+    Args:
+        rows: The rows.
+        path: The file.
+        quantities: Further quantities that rows to be appended have.
+    """
+    write_atomically(path, _csv_text(rows, _columns(rows, quantities), header=True))
 
 
 def fastest(rows: Iterable[Measurement]) -> dict[Architecture, Measurement]:
@@ -309,9 +326,9 @@ def _digested(row: Measurement) -> str:
     return f"{row.architecture.to_json()} {row.accuracy} {row.latency_ms} {row.latency_source}{further}"
 
 
-def _columns(rows: Sequence[Measurement]) -> list[str]:
-    """Columns of a table of rows: quantities that any of them has come last, by name."""
-    return [*COLUMNS, *sorted({name for row in rows for name in row.quantities})]
+def _columns(rows: Sequence[Measurement], further: Iterable[str] = ()) -> list[str]:
+    """Columns of a table of rows: quantities that any of them has come last, by name, with further ones."""
+    return [*COLUMNS, *sorted({name for row in rows for name in row.quantities}.union(further))]
 
 
 def _header(path: Path) -> list[str]:

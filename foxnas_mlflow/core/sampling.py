@@ -75,7 +75,7 @@ def collect(
 
     def timed_anew(row: Measurement, timing: Timing) -> Measurement:
         new = Measurement.of(row.architecture, timing, row.accuracy)
-        return dataclasses.replace(new, quantities=row.quantities)
+        return dataclasses.replace(new, quantities={**row.quantities, **new.quantities})
 
     def work(architecture: Architecture) -> Measurement:
         accuracy = evaluate(architecture)

@@ -270,3 +270,19 @@ def chosen_device(given: str, default: str = "") -> str:
 def compiler_image() -> Any:
     """The parameter of every step that may need the Edge TPU's compiler."""
     return parameter("", "Docker image with edgetpu_compiler, for the target edgetpu; empty: the one on PATH.")
+
+
+def energy_parameter(what: str) -> Any:
+    """The parameter of every step that may measure energy; `what` says of what."""
+    return parameter(
+        "", f"{what}: auto (RAPL, INA sensors, Jetson rails), or a command on the device that prints watts."
+    )
+
+
+def sustained_parameter() -> Any:
+    """The parameter of every step that benchmarks."""
+    return parameter(
+        0.0,
+        "Seconds under load without a pause after the timed runs; from 60 on a promotion judges them. 0: none.",
+        at_least=0,
+    )

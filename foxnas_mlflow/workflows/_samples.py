@@ -156,6 +156,9 @@ def log_samples(
             f"  latency     {min(latencies):.3g} to {max(latencies):.3g} ms, {len(latencies)} subnets {word} "
             f"{log.timer.where}{' (emulated: no real times)' if log.emulated else ''}"
         )
+    for name in sorted({name for row in rows for name in row.quantities}):
+        values = [row.quantities[name] for row in rows if name in row.quantities]
+        lines.append(f"  {name:<11} {min(values):.3g} to {max(values):.3g}, {len(values)} subnets")
     lines += [f"  set aside   {board}: {why}" for board, why in log.timer.aside.items()]
     if problems:
         lines.append(f"  left out    {len(problems)} latencies that cannot be trusted, the last: {problems[-1]}")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foxnas_mlflow.core.architecture import Architecture
-from foxnas_mlflow.core.errors import DeviceError, OutOfDomainError, WorkerLostError, import_or_raise
+from foxnas_mlflow.core.errors import DeviceError, InvalidInputError, OutOfDomainError, WorkerLostError, import_or_raise
 from foxnas_mlflow.core.files import json_digest
 from foxnas_mlflow.core.measurements import Measurement, Timing, append_measurement, read_finished
 from foxnas_mlflow.core.network import build_network
@@ -84,6 +84,7 @@ def open_timer(
     *,
     device: str = "",
     compiler_image: str = "",
+    energy: str = "",
     executor: Executor | None = None,
     workers: int = 1,
 ) -> Iterator[Timer]:
@@ -96,10 +97,11 @@ def open_timer(
         space: The space whose subnets are timed.
         device: Connection; empty: none.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
-        executor, workers: As for `open_device`.
+        energy, executor, workers: As for `open_device`.
 
     Raises:
         OutOfDomainError: If there is neither a device nor a cost model.
+        InvalidInputError: If energy is asked for where nothing is measured, or a GPU is.
         DeviceError: If the device cannot be reached.
     """
     if not device:
@@ -110,6 +112,12 @@ def open_timer(
                 raise
             device = target.device
         else:
+            if energy:
+                raise InvalidInputError(
+                    "energy is measured on a device",
+                    received=f"energy={energy} with the cost model of {target.name}",
+                    remedy="say where to measure: --device ssh://user@host",
+                )
             yield Timer(_estimate(predictors), "cost_model", f"cost model of {target.name}", predictors)
             return
     with open_device(
@@ -117,6 +125,7 @@ def open_timer(
         space,
         device,
         compiler_image=compiler_image,
+        energy=energy,
         executor=executor,
         workers=workers,
     ) as timer:
@@ -124,11 +133,14 @@ def open_timer(
 
 
 @contextlib.contextmanager
-def open_measure(device: str, executor: Executor | None = None) -> Iterator[Callable[..., Benchmark]]:
+def open_measure(
+    device: str, executor: Executor | None = None, *, energy: str = ""
+) -> Iterator[Callable[..., Benchmark]]:
     """Measure files on a device, from here or from the node that reaches it.
 
     Args:
         device: Connection.
+        energy: The meter that it must have; empty: none.
         executor: Measures the boards that it has as resources, named by their addresses without options.
 
     Yields:
@@ -137,25 +149,28 @@ def open_measure(device: str, executor: Executor | None = None) -> Iterator[Call
     Raises:
         DeviceError: If the device cannot be reached.
     """
-    from foxnas_mlflow.devices import connect, measure
+    from foxnas_mlflow.devices import connect, measure, require_meter
 
     if executor is not None and executor.has(shown(device)):
-        with contextlib.closing(executor.start(_Measure(device), resource=shown(device))) as worker:
+        with contextlib.closing(executor.start(_Measure(device, energy), resource=shown(device))) as worker:
             yield lambda data, **options: worker((data, options))
         return
     with connect(device) as connection:
+        if energy:
+            require_meter(connection, energy)
         yield lambda data, **options: measure(connection, data, **options)
 
 
-def time_subnet(measure_int8: Callable[..., Benchmark], int8: bytes, **options: Any) -> Timing:
+def time_subnet(measure_int8: Callable[..., Benchmark], int8: bytes, *, energy: str = "", **options: Any) -> Timing:
     """What a subnet costs on a device, whatever else the device does (protocol: docs/METHOD.md).
 
     Args:
         measure_int8: Takes an int8 file's bytes and options of `devices.measure`, see `open_meter`.
         int8: The subnet's file.
+        energy: How to measure its energy too, 20 seconds longer; empty: it is not. Disturbed then, nothing counts.
         options: Further ones of `measure_int8`.
     """
-    from foxnas_mlflow.devices import subnet_timing
+    from foxnas_mlflow.devices import subnet_timing, with_energy
 
     made: list[Benchmark] = []
     while len(made) < _SUBNET_ATTEMPTS:
@@ -163,6 +178,8 @@ def time_subnet(measure_int8: Callable[..., Benchmark], int8: bytes, **options: 
         timing = subnet_timing(made)
         if not timing.problems and 2 * timing.n_runs >= sum(each.n_runs for each in made):
             break
+    if energy and not timing.problems:
+        return with_energy(timing, measure_int8(int8, attempts=1, energy=energy, **_SUBNET, **options))
     return timing
 
 
@@ -171,9 +188,10 @@ class _Measure:
     """Opens a device where it is asked to."""
 
     device: str
+    energy: str
 
     def __call__(self) -> Callable[[tuple[bytes, Mapping[str, Any]]], Benchmark]:
-        measure = _OPENED.enter_context(open_measure(self.device))
+        measure = _OPENED.enter_context(open_measure(self.device, energy=self.energy))
         return lambda item: measure(item[0], **item[1])
 
 
@@ -225,7 +243,7 @@ def first_answering(device: str, executor: Executor | None = None) -> str:
 
 @contextlib.contextmanager
 def open_meter(
-    target: Target, device: str, *, compiler_image: str = "", executor: Executor | None = None
+    target: Target, device: str, *, compiler_image: str = "", energy: str = "", executor: Executor | None = None
 ) -> Iterator[Callable[..., Benchmark]]:
     """Measure int8 files on a device as a target runs them: with its threads, compiled first for an Edge TPU.
 
@@ -233,7 +251,7 @@ def open_meter(
         target: The target.
         device: Connection.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
-        executor: As for `open_measure`.
+        energy, executor: As for `open_measure`.
 
     Yields:
         Takes the bytes of an int8 file and the options of `foxnas_mlflow.devices.measure`.
@@ -244,7 +262,7 @@ def open_meter(
     from foxnas_mlflow.tflite import require_compiler
 
     compiler = require_compiler(compiler_image) if target.runtime == "edgetpu" else None
-    with open_measure(device, executor) as measure:
+    with open_measure(device, executor, energy=energy) as measure:
 
         def measure_int8(int8: bytes, **options: Any) -> Benchmark:
             data = int8 if compiler is None else compiler.compile(int8)
@@ -260,6 +278,7 @@ def open_device(
     device: str,
     *,
     compiler_image: str = "",
+    energy: str = "",
     executor: Executor | None = None,
     workers: int = 1,
 ) -> Iterator[Timer]:
@@ -273,6 +292,7 @@ def open_device(
         space: The space whose subnets are timed.
         device: Connection, or several of boards that are alike, comma separated: they share the work.
         compiler_image: Docker image with the Edge TPU's compiler; empty: the one on PATH.
+        energy: How the energy of an inference is measured too, as for `foxnas_mlflow.devices.measure`; empty: not.
         executor: Measures the boards that it has as resources, named by their addresses without options, and makes
             the networks for the other boards.
         workers: How many of its workers make networks.
@@ -293,9 +313,9 @@ def open_device(
 
         def open_one(address: str) -> AbstractContextManager[Callable[[Architecture], Timing]]:
             if executor is not None and executor.has(shown(address)):
-                board = _Board(target, space, address, compiler_image)
+                board = _Board(target, space, address, compiler_image, energy)
                 return contextlib.closing(executor.start(board, resource=shown(address)))
-            return _open_one(target, space, address, compiler_image, build)
+            return _open_one(target, space, address, compiler_image, energy, build)
 
         if len(devices) < 2:
             time = stack.enter_context(open_one(device))
@@ -354,10 +374,13 @@ class _Board:
     space: SearchSpace
     device: str
     compiler_image: str
+    energy: str
 
     def __call__(self) -> Callable[[Architecture], Timing]:
         build = _Build(self.target, self.space)()
-        return _OPENED.enter_context(_open_one(self.target, self.space, self.device, self.compiler_image, build))
+        return _OPENED.enter_context(
+            _open_one(self.target, self.space, self.device, self.compiler_image, self.energy, build)
+        )
 
 
 @contextlib.contextmanager
@@ -366,13 +389,19 @@ def _open_one(
     space: SearchSpace,
     device: str,
     compiler_image: str,
+    energy: str,
     build: Callable[[Architecture], Probe],
 ) -> Iterator[Callable[[Architecture], Timing]]:
     """The latencies of one device."""
     if target.runtime == "torch":
+        if energy:
+            raise InvalidInputError(
+                "energy is measured of TensorFlow Lite models",
+                received=f"energy={energy} with the target {target.name}, which runs PyTorch",
+            )
         yield _on_gpu(target, space, device)
         return
-    with open_meter(target, device, compiler_image=compiler_image) as measure_int8:
+    with open_meter(target, device, compiler_image=compiler_image, energy=energy) as measure_int8:
         measure_one = one_at_a_time(measure_int8)
 
         def time(architecture: Architecture) -> Timing:
@@ -380,6 +409,7 @@ def _open_one(
             return time_subnet(
                 measure_one,
                 probe,
+                energy=energy,
                 expected=expected,
                 # Random weights carry through all layers what kernels round differently: LiteRT with and without
                 # XNNPACK are up to 0.6 standard deviations apart on probes, unrelated outputs several.

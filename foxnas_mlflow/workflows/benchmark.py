@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from foxnas_mlflow.workflows._addresses import without_key
 from foxnas_mlflow.workflows._executor import ClusterRequest, open_executor
-from foxnas_mlflow.workflows._request import chosen_device, parameter
+from foxnas_mlflow.workflows._request import chosen_device, energy_parameter, parameter, sustained_parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow
 
 if TYPE_CHECKING:
@@ -43,14 +43,8 @@ class BenchmarkRequest(ClusterRequest):
     max_seconds: float = parameter(
         120.0, "Most seconds of timed runs; fewer runs than asked for are said. 0: no limit.", at_least=0
     )
-    sustained_seconds: float = parameter(
-        0.0,
-        "Seconds under load without a pause after the timed runs; from 60 on a promotion judges them. 0: none.",
-        at_least=0,
-    )
-    energy: str = parameter(
-        "", "Measure energy: auto (RAPL, INA sensors, Jetson rails), or a command on the device that prints watts."
-    )
+    sustained_seconds: float = sustained_parameter()
+    energy: str = energy_parameter("Measure energy")
     signing_key: str = parameter(
         "", "Private key of an elliptic curve (PEM) to sign the measurement with, see foxnas sign; empty: it is not."
     )
@@ -228,6 +222,7 @@ def _limited(benchmark: Benchmark) -> str:
 
 def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id: str, command: str) -> str:
     from foxnas_mlflow.devices import what_helps
+    from foxnas_mlflow.tracking.benchmark import BENCHMARK_FILE, BENCHMARK_PAGE, has_page
     from foxnas_mlflow.tracking.gates import SUSTAINED_SECONDS
 
     compared = benchmark.output_difference
@@ -274,9 +269,13 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
                 f"{benchmark.idle_w:.2f} W idling ({benchmark.power_meter})",
             )
         )
+    if benchmark.sustained_p90_ms is not None or benchmark.energy_mj is not None:
+        words = known.get(benchmark.throttled_under_load, "unknown: the machine cannot tell")
+        told = ", as it will be under such a load: the benchmark stays valid" if benchmark.throttled_under_load else ""
+        rows.append(("throttled then", words + told))
     if benchmark.governor not in ("", "performance"):
         rows.append(("governor", f"{benchmark.governor}; steadier with performance"))
-    rows.append(("run", f"{run_id}: benchmark.json"))
+    rows.append(("run", f"{run_id}: {BENCHMARK_FILE}{', ' + BENCHMARK_PAGE if has_page(benchmark) else ''}"))
     lines = [f"Measured for {target.name}:", *(f"  {key:<14}{text}" for key, text in rows)]
     if benchmark.emulated:
         lines.append("EMULATED: the processor is emulated; these times say nothing of real hardware.")

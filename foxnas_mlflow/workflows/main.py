@@ -25,7 +25,14 @@ from foxnas_mlflow.workflows._addresses import addresses
 from foxnas_mlflow.workflows._executor import WORKING, ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
 from foxnas_mlflow.workflows._images import find_unknown
-from foxnas_mlflow.workflows._request import Request, chosen_device, compiler_image, parameter
+from foxnas_mlflow.workflows._request import (
+    Request,
+    chosen_device,
+    compiler_image,
+    energy_parameter,
+    parameter,
+    sustained_parameter,
+)
 from foxnas_mlflow.workflows._training import TrainingRequest
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger
 from foxnas_mlflow.workflows.benchmark import BenchmarkRequest, BenchmarkResult, run_benchmark
@@ -71,6 +78,8 @@ class MainRequest(GoalRequest, TrainingRequest, ExecutorRequest):
     space: str = parameter("", "Search space: cpu, tpu, proxyless, lite or the path of a YAML; empty: the target's.")
     supernet: str = parameter("", "Model URI of a trained supernet; empty: train one.")
     n_samples: int = parameter(55, "Networks to evaluate and measure for the predictors.", at_least=1)
+    energy: str = energy_parameter("Measure energy too, of samples 20 s a network, for limits on energy_mj")
+    sustained_seconds: float = sustained_parameter()
     rounds: int = parameter(
         2, "Most rounds of searching, looking at networks of the front and refitting; 1: no refit.", at_least=1
     )
@@ -181,6 +190,12 @@ def run_main(request: MainRequest) -> MainResult:
     target = get_target(request.target)
     target.int8_runtime("main")
     device = chosen_device(request.device, target.device)
+    if not device and (request.energy or request.sustained_seconds):
+        raise InvalidInputError(
+            "energy and a load that lasts are measured on a device",
+            received=f"energy={request.energy!r}, sustained_seconds={request.sustained_seconds:g} without one",
+            remedy="say where to measure: --device ssh://user@host",
+        )
     # Hours of training are not spent before what ends the work is known to be there.
     for needed in _NEEDS:
         _require(*needed)
@@ -205,7 +220,7 @@ def run_main(request: MainRequest) -> MainResult:
     with open_executor(request) as executor:
         if not device:
             reference_latency(target, searched)  # refuses a target without a cost model
-        machine = _machine(device, target, searched, request.compiler_image, executor)
+        machine = _machine(device, target, searched, request.compiler_image, request.energy, executor)
     read = functools.partial(
         load_dataset,
         request.data,
@@ -400,16 +415,21 @@ class _Pipeline:
             device=self._device,
             compiler_image=main.compiler_image,
             n_samples=main.n_samples,
+            energy=main.energy,
             **self._working,
             seed=main.seed,
             name=main.name,
         )
+        inputs = _inputs(request)
+        if not main.energy:
+            # As releases asked that could not measure it.
+            del inputs["energy"]
 
         def do(cut_off: Sequence[str], tags: Mapping[str, str]) -> Result:
             resume = _rows_to_go_on_from(cut_off, main.n_samples)
             return run_sample(request.replace(resume=resume), tags=tags)
 
-        return self._step("sample", SampleResult, _inputs(request), ("supernet",), do)
+        return self._step("sample", SampleResult, inputs, ("supernet",), do)
 
     def _fit(self, measurements: str) -> FitStepResult:
         main = self._request
@@ -534,7 +554,15 @@ class _Pipeline:
     def _benchmark(self, model: str, place: str) -> BenchmarkResult:
         main = self._request
         cluster = {key: value for key, value in self._working.items() if key != "workers"}
-        request = BenchmarkRequest(model=model, target=main.target, device=self._device, name=main.name, **cluster)
+        request = BenchmarkRequest(
+            model=model,
+            target=main.target,
+            device=self._device,
+            sustained_seconds=main.sustained_seconds,
+            energy=main.energy,
+            name=main.name,
+            **cluster,
+        )
 
         def benchmark(_: Sequence[str], tags: Mapping[str, str]) -> Result:
             from foxnas_mlflow.workflows._timers import first_answering
@@ -754,7 +782,9 @@ def _require(module: str, extra: str, feature: str) -> None:
         import_or_raise(module, extra=extra, feature=feature)
 
 
-def _machine(device: str, target: Target, space: SearchSpace, compiler_image: str, executor: Executor | None) -> str:
+def _machine(
+    device: str, target: Target, space: SearchSpace, compiler_image: str, energy: str, executor: Executor | None
+) -> str:
     """The machine behind an address and its runtime, ready to measure for the target; of several boards their kinds.
 
     Raises:
@@ -781,10 +811,12 @@ def _machine(device: str, target: Target, space: SearchSpace, compiler_image: st
                 remedy="plug it in and install libedgetpu1-std there, or give --device none for the cost model",
             )
         kinds.add(f"{found.device}, {found.runtime}")
-    # Several are compared when they are opened.
+    # Several are compared when they are opened, and looked at for their meters.
     with contextlib.ExitStack() as stack:
-        if len(addresses(device)) > 1:
-            stack.enter_context(open_device(target, space, device, compiler_image=compiler_image, executor=executor))
+        if len(addresses(device)) > 1 or energy:
+            stack.enter_context(
+                open_device(target, space, device, compiler_image=compiler_image, energy=energy, executor=executor)
+            )
     return ", ".join(sorted(kinds))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from foxnas_mlflow.workflows._executor import ExecutorRequest, open_executor
-from foxnas_mlflow.workflows._request import chosen_device, compiler_image, parameter
+from foxnas_mlflow.workflows._request import chosen_device, compiler_image, energy_parameter, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from foxnas_mlflow.core.workers import Executor
     from foxnas_mlflow.tracking.inputs import TrainedSupernet
     from foxnas_mlflow.tracking.run import EntryRun
+
+ENERGY = "energy_mj"
+"""Column of the energy of an inference, in mJ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,8 @@ class SampleRequest(ExecutorRequest):
     compiler_image: str = compiler_image()
     n_samples: int = parameter(60, "Subnets in all, those of resume included.", at_least=1)
     design: Literal["design", "random"] = parameter("design", "How to choose: D-optimal, or random as in the paper.")
-    n_measurements: int = parameter(0, "Measure the latency of only so many of them; 0: of all.", at_least=0)
+    n_measurements: int = parameter(0, "Measure the latency (and energy) of only so many; 0: of all.", at_least=0)
+    energy: str = energy_parameter("Measure the energy of an inference too, 20 s a network")
     image_size: tuple[int, ...] = parameter((), "Image sizes in px, comma separated; empty: all of the space.")
     validation_images: int = parameter(
         10000,
@@ -132,7 +136,7 @@ def _sample(
     space = supernet.space
     run.log_json(space.to_dict(), SPACE)
     log_dataset(run, supernet.dataset, context="evaluation")
-    given = _given_rows(request.resume, supernet, target, run.directory)
+    given = _given_rows(request, supernet, target, run.directory)
     plan = _plan(request, space, sizes, given)
     directory = cache_directory("samples", _digest(request, supernet, target, sizes, given))
     path = directory / MEASUREMENTS
@@ -143,6 +147,7 @@ def _sample(
             space,
             device=request.device,
             compiler_image=request.compiler_image,
+            energy=request.energy,
             executor=executor,
             workers=request.workers,
         ) as timer,
@@ -161,7 +166,7 @@ def _sample(
         known = {row.architecture for row in finished}
         # Together, so that the table has a column of each quantity that any of them has.
         before = [*finished, *(row for row in given if row.architecture not in known)]
-        write_measurements(before, path)
+        write_measurements(before, path, quantities=[ENERGY] if request.energy else [])
         log = SampleLog(run, path, timer, n_images=evaluators.n_images, before=before)
         try:
             with progress_bar("sample", "subnet") as show:
@@ -232,17 +237,20 @@ def _check_latencies(
         )
 
 
-def _given_rows(resume: str, supernet: TrainedSupernet, target: Target, directory: Path) -> list[Measurement]:
+def _given_rows(
+    request: SampleRequest, supernet: TrainedSupernet, target: Target, directory: Path
+) -> list[Measurement]:
     """The rows to go on from.
 
     Raises:
-        InvalidInputError: If they are known to be of another supernet or target.
+        InvalidInputError: If they are known to be of another supernet or target, or lack the energy that is asked for.
     """
     import re
 
     from foxnas_mlflow.core.errors import InvalidInputError
     from foxnas_mlflow.tracking.inputs import MEASUREMENTS, open_measurements, origin_of
 
+    resume = request.resume
     if not resume:
         return []
     source = f"runs:/{resume}/{MEASUREMENTS}" if re.fullmatch("[0-9a-f]{32}", resume) else resume
@@ -258,6 +266,12 @@ def _given_rows(resume: str, supernet: TrainedSupernet, target: Target, director
     rows, _ = open_measurements(source, directory / "resume")
     for row in rows:
         supernet.space.validate(row.architecture)
+    if request.energy and any(row.latency_ms is not None and ENERGY not in row.quantities for row in rows):
+        raise InvalidInputError(
+            "rows to go on from must have the energy that the others shall have",
+            received=f"{source}, with latencies without {ENERGY}",
+            remedy="begin without --resume, or go on without --energy",
+        )
     return rows
 
 
@@ -299,6 +313,8 @@ def _digest(
         "target": target_content(target, supernet.space, request.device),
         "image_sizes": sizes,
         "given": measurements_digest(given),
+        # Samplings that an earlier release began go on.
+        **({"energy": request.energy} if request.energy else {}),
         **{key: getattr(request, key) for key in ("device", "design", "n_measurements", "validation_images", "seed")},
     }
     return json_digest(inputs)[:32]

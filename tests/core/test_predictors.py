@@ -347,6 +347,11 @@ def test_columns_with_gaps_constants_and_words_are_refused(tmp_path: Path) -> No
     gap = [dataclasses.replace(rows[0], quantities={"energy_mj": 3.0}), *rows[1:]]
     with pytest.raises(InvalidMeasurementsError, match=r"ram_bytes@pi too.*1 of 40 rows without"):
         fit_predictors(gap, CPU_SPACE)
+    # What no device measured has neither a latency nor what was measured with it.
+    unmeasured = [dataclasses.replace(row, latency_ms=None, latency_source="", quantities={}) for row in rows[:5]]
+    fit = fit_predictors([*unmeasured, *rows[5:]], CPU_SPACE)
+    assert fit.reports["energy_mj"].metrics["n_samples"] == fit.reports["latency_ms"].metrics["n_samples"] == 35
+    assert fit.reports["accuracy"].metrics["n_samples"] == 40
     constant = [dataclasses.replace(row, quantities={"energy_mj": 3.0}) for row in rows]
     with pytest.raises(FitError, match="energy_mj must vary"):
         fit_predictors(constant, CPU_SPACE)

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 
 from foxnas_mlflow.core.errors import DeviceError
+<<<<<<< HEAD
 from foxnas_mlflow.devices import LocalConnection, board, connect, measure, subnet_timing, what_helps
+=======
+from foxnas_mlflow.core.measurements import Measurement
+from foxnas_mlflow.core.space import CPU_SPACE
+from foxnas_mlflow.devices import LocalConnection, board, connect, measure, with_energy
+from foxnas_mlflow.testing import FakeBoard
+from foxnas_mlflow.workflows._timers import time_subnet
+>>>>>>> c1d8663 (Measure the energy of sampled networks, so that it is fitted and limited as any column is)
 
 
 def tree(root: Path, files: dict[str, str]) -> str:
@@ -273,3 +281,20 @@ def test_a_users_command_measures(tmp_path: Path, probe: bytes) -> None:
 def test_no_sensor_is_said(tmp_path: Path) -> None:
     with pytest.raises(board.BoardError, match="no RAPL, no INA2xx"):
         board.find_meter("auto", str(tmp_path))
+
+
+def test_a_subnets_energy_comes_with_its_latency(probe: bytes) -> None:
+    drawn = iter([6.5, -0.25, 6.5])
+    with FakeBoard(lambda model: 5.0, energy_mj=lambda model: next(drawn)) as fake:
+        measured = time_subnet(lambda model, **options: measure(fake, model, **options), probe, energy="auto")
+        row = Measurement.of(CPU_SPACE.smallest(192), measured)
+        assert row.latency_ms == pytest.approx(5.0, rel=0.01)
+        assert row.quantities == {"energy_mj": 6.5}
+        # A board that seems to draw less under load than idling was disturbed: nothing of it counts.
+        noise = time_subnet(lambda model, **options: measure(fake, model, **options), probe, energy="auto")
+        assert noise.problems == ("made up says -0.25 mJ an inference",)
+        assert Measurement.of(CPU_SPACE.smallest(192), noise).quantities == {}
+        # An energy while the board was throttled is that of another board than the others' rows.
+        hot = dataclasses.replace(measure(fake, probe, energy="auto"), throttled_under_load=True)
+        assert with_energy(measured, hot).problems == ("the machine was throttled under load",)
+        assert time_subnet(lambda model, **options: measure(fake, model, **options), probe).quantities == {}

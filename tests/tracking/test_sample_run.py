@@ -17,6 +17,7 @@ from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.core.measurements import Measurement, Timing, read_measurements, write_measurements
 from foxnas_mlflow.core.sampling import collect
 from foxnas_mlflow.core.space import get_space
+from foxnas_mlflow.testing import FakeBoard
 from foxnas_mlflow.workflows import SampleRequest
 from foxnas_mlflow.workflows.sample import _check_latencies
 from tests.measuring import shorten
@@ -239,6 +240,41 @@ def test_latencies_are_measured_on_this_machine(
         write_measurements([dataclasses.replace(row, device=device)], own)
         assert main([*command, "--resume", str(own)]) == status
     assert "the rows of a sampling are measured on one machine" in capsys.readouterr().err
+
+
+def test_energy_is_measured_fitted_and_limited(
+    tracking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A board with a meter, of which only some of the networks were asked for."""
+    import mlflow
+
+    def board(*_: object, **__: object) -> FakeBoard:
+        # A start, and what each byte of weights costs.
+        return FakeBoard(lambda model: 1 + len(model) / 1e5, energy_mj=lambda model: 2 + len(model) / 1e4)
+
+    monkeypatch.setattr("foxnas_mlflow.devices.connect", board)
+    uri = register_mini_supernet()
+    command = ["sample", "--target", "cpu", "--device", "ssh://pi@board", "--image-size", "8,12", "--n-samples", "36"]
+    command += ["--n-measurements", "34", "--energy", "auto"]
+    assert main(command) == 0
+    assert re.search(r"energy_mj   \S+ to \S+, 34 subnets", capsys.readouterr().out)
+    (run_id,) = _runs("sample")
+    rows = _rows(tmp_path, run_id)
+    assert [set(row.quantities) for row in rows] == [{"energy_mj"}] * 34 + [set()] * 2
+    assert main(["fit", "--measurements", f"runs:/{run_id}/measurements.csv", "--target", "cpu"]) == 0
+    assert "--limits 'energy_mj<=...'" in capsys.readouterr().out
+    limit = float(np.median([row.quantities["energy_mj"] for row in rows[:34]]))
+    search = ["search", "--predictors", "models:/foxnas-predictors-cpu/1", "--supernet", uri, "--target", "cpu"]
+    search += ["--limits", f"energy_mj<={limit}", "--evaluations", "500", "--verify", "1", "--device", "none"]
+    assert main(search) == 0
+    assert "energy_mj" in mlflow.get_run(_runs("search")[0]).data.params["cfg.limits"]
+    # Rows without it teach none, and a cost model has none.
+    write_measurements([dataclasses.replace(rows[0], quantities={})], tmp_path / "own.csv")
+    capsys.readouterr()
+    assert main([*command, "--resume", str(tmp_path / "own.csv")]) == 2
+    assert "rows to go on from must have the energy" in capsys.readouterr().err
+    assert main(["sample", "--n-samples", "2", "--device", "none", "--energy", "auto"]) == 2
+    assert "energy is measured on a device; received energy=auto with the cost model" in capsys.readouterr().err
 
 
 class DisturbedLater:

@@ -503,7 +503,7 @@ def test_a_runtime_belongs_to_the_machine() -> None:
     from foxnas_mlflow.workflows.main import _machine
 
     found = check_device("local")
-    assert _machine("local", get_target("cpu"), get_space("cpu"), "", None) == f"{found.device}, {found.runtime}"
+    assert _machine("local", get_target("cpu"), get_space("cpu"), "", "", None) == f"{found.device}, {found.runtime}"
 
 
 def test_a_compiler_that_came_since_makes_another_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,8 @@ def fit_predictors(
 
     Args:
         measurements: Measured subnets; rows without an accuracy or a latency are left out of its fit. Estimates
-            of a cost model never enter a fit of latency beside measurements. A further quantity is in every row.
+            of a cost model never enter a fit of latency beside measurements. A further quantity is in every row, or in
+            every one that has a latency: they are measured together.
         space: Their search space.
         target: Name of the target.
         formula: ``calibrated``, ``paper``, or ``auto``: the better one by cross-validated error. For further
@@ -294,15 +295,18 @@ def measured_quantities(rows: Sequence[Measurement]) -> list[str]:
     """What rows have measurements of: accuracy and latency first, then further quantities by name.
 
     Raises:
-        InvalidMeasurementsError: If they have none, or a further quantity is missing in some of them.
+        InvalidMeasurementsError: If they have none, or a further quantity is missing in some of them that have a
+            latency, or in some of all where none has one.
     """
     further = sorted({name for row in rows for name in row.quantities})
+    # Not every network that is evaluated need be measured on a device.
+    measured = [row for row in rows if row.latency_ms is not None] or rows
     for name in further:
-        missing = sum(name not in row.quantities for row in rows)
+        missing = sum(name not in row.quantities for row in measured)
         if missing:
             raise InvalidMeasurementsError(
-                f"a column of measurements must have a value in every row, {name} too",
-                received=f"{missing} of {len(rows)} rows without one",
+                f"a column of measurements must have a value in every row with a latency, {name} too",
+                received=f"{missing} of {len(measured)} rows without one",
                 remedy="measure them, or remove the column or these rows",
             )
     known = [name for name in ("accuracy", "latency_ms") if any(row.value(name) is not None for row in rows)]
