@@ -18,14 +18,12 @@ from foxnas_mlflow.core.predictors import PredictorSet
 from foxnas_mlflow.core.rejection import confidence_words
 from foxnas_mlflow.core.searchers import Front
 from foxnas_mlflow.core.targets import Target
+from foxnas_mlflow.report._benchmark import facts, single_runs, under_load
 from foxnas_mlflow.report._page import axes_layout, fill, link, plot, scatter, table, write_page
 from foxnas_mlflow.report._search import network_drawing
 
 _BLUE, _GREY, _GREEN, _RED = "#1f5fa8", "#b9bec7", "#2a9d8f", "#c0392b"
 _SERIES = {"eval/top1_max": "largest subnet", "eval/top1_random": "random subnets", "eval/top1_min": "smallest subnet"}
-_LONGEST = 2.0
-"""Runs longer than so many medians are left out of the histogram."""
-
 _MOST_CLASSES = 20
 """Classes that the page lists."""
 
@@ -354,30 +352,11 @@ def _finetuning(alone: Mapping[str, Any] | None) -> Markup:
 
 
 def _latency(page: PipelinePage) -> Markup:
-    benchmark = page.benchmark
-    if benchmark is None:
+    if page.benchmark is None:
         return Markup("<p>Nothing was measured: no device was given. Latencies are those of the cost model.</p>")
-    rows = [
-        ("machine", f"{benchmark['device']} ({benchmark['connection']})"),
-        ("runtime", f"{benchmark['runtime']}, {benchmark['threads']} thread(s), batch {benchmark['batch']}"),
-        ("median", f"{benchmark['latency_ms_p50']:.4g} ms of {benchmark['n_runs']} runs"),
-        ("p90, p99", f"{benchmark['latency_ms_p90']:.4g} ms, {benchmark['latency_ms_p99']:.4g} ms"),
-        ("limit", "none" if page.latency_ms is None else f"at most {page.latency_ms:.4g} ms"),
-        ("peak memory", f"{benchmark['peak_memory_bytes'] / 2**20:.1f} MiB"),
-        ("valid", "yes" if benchmark["valid"] else "; ".join(benchmark["invalid_reasons"])),
-    ]
-    if benchmark["emulated"]:
-        rows.append(("emulated", "yes: these times say nothing of real hardware"))
-    # A few interrupted runs would squeeze the rest into one bar.
-    longest = _LONGEST * float(benchmark["latency_ms_p50"])
-    samples = [round(float(v), 5) for v in benchmark["samples_ms"] if v <= longest]
-    slower = len(benchmark["samples_ms"]) - len(samples)
-    note = fill("<p>{} runs of more than {:.3g} ms are not drawn.</p>", slower, longest) if slower else ""
-    figure = {
-        "data": [{"type": "histogram", "x": samples, "marker": {"color": _BLUE}, "name": "runs"}],
-        "layout": axes_layout("latency of one run (ms)", "runs"),
-    }
-    return table(("benchmark", ""), rows) + plot("runs", figure, 260) + note
+    limit = "none" if page.latency_ms is None else f"at most {page.latency_ms:.4g} ms"
+    drawn = facts(page.benchmark, {"limit": limit}) + single_runs(page.benchmark)
+    return drawn + (fill("<h3>Under load</h3>{}", under_load(page.benchmark)) if page.benchmark.get("windows") else "")
 
 
 def _gates(page: PipelinePage) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 from collections.abc import Callable
@@ -26,10 +27,13 @@ from foxnas_mlflow.tracking.registry import (
     tag_version,
     version_uri,
 )
-from foxnas_mlflow.tracking.run import EntryRun
+from foxnas_mlflow.tracking.run import EntryRun, best_effort
 
 BENCHMARK_FILE = "benchmark.json"
 """Artifact of a measurement: all of it, also what a promotion asks for."""
+
+BENCHMARK_PAGE = "report.html"
+"""Artifact of a measurement under load: it drawn."""
 
 BENCHMARK_SIGNATURE = "benchmark.json.sig"
 """Artifact beside it: its signature, where it was measured with a key."""
@@ -117,6 +121,12 @@ def log_benchmark(
         document = run.directory / BENCHMARK_FILE
         document.write_text(kept, encoding="utf-8")
         run.log_text(sign(document), BENCHMARK_SIGNATURE)
+    if has_page(benchmark):
+        from foxnas_mlflow.report import write_benchmark_report
+
+        page = run.directory / BENCHMARK_PAGE
+        write_benchmark_report(page, model=model.source, target=target.name, benchmark=benchmark.to_dict())
+        best_effort(run.log_artifact)(page)
     run.set_tags(
         {
             "foxnas.device": benchmark.connection,
@@ -126,6 +136,7 @@ def log_benchmark(
             "foxnas.model": model.source,
             "foxnas.model_sha256": benchmark.model_sha256,
             **({} if benchmark.valid else {"foxnas.invalid": "; ".join(benchmark.invalid_reasons)}),
+            **({"foxnas.throttled_under_load": "true"} if benchmark.throttled_under_load else {}),
         }
     )
     try:
@@ -138,6 +149,11 @@ def log_benchmark(
             received=f"{model.source}: {reason(error)}",
             remedy=f"the measurement is kept in run {run.run_id}; ask for that right",
         ) from error
+
+
+def has_page(benchmark: Benchmark) -> bool:
+    """Whether a measurement gets `BENCHMARK_PAGE`: of single runs alone there is little to draw."""
+    return bool(benchmark.windows) and importlib.util.find_spec("plotly") is not None
 
 
 def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, target: Target, command: str) -> None:
@@ -163,6 +179,7 @@ def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, tar
     facts: dict[str, object] = {
         "latency median, ms": benchmark.latency_ms_p50,
         "latency p90, ms": benchmark.latency_ms_p90,
+        **_later(benchmark),
         "measured on": f"{benchmark.device}, target {target.name}",
         "measured with": f"{benchmark.runtime}, {benchmark.threads} thread(s)",
         "measurement": "emulated: no real time" if benchmark.emulated else words,
@@ -173,6 +190,17 @@ def _log_to_model(run: EntryRun, benchmark: Benchmark, model: MeasuredModel, tar
             f"measured for {target.name} too": f"p90 {benchmark.latency_ms_p90:.4g} ms on {benchmark.device}, {words}"
         }
     describe_version(model.version.name, model.version.version, model.kind, facts=facts, command=command)
+
+
+def _later(benchmark: Benchmark) -> dict[str, object]:
+    """Facts of the time under load and of energy, where they were asked for."""
+    facts: dict[str, object] = {}
+    if benchmark.sustained_p90_ms is not None:
+        words = f"{benchmark.sustained_p90_ms:.4g} at the end of {benchmark.sustained_seconds:.0f} s"
+        facts["latency p90 under load, ms"] = words + (", throttled" if benchmark.throttled_under_load else "")
+    if benchmark.energy_mj is not None:
+        facts["energy an inference, mJ"] = f"{benchmark.energy_mj:.4g} +- {benchmark.energy_error_mj:.2g}"
+    return facts
 
 
 def next_command(benchmark: Benchmark, model: MeasuredModel, target: Target, device: str, options: str = "") -> str:

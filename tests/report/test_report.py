@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from foxnas_mlflow.core.predictors import marginal_effects, reference_predictors
 from foxnas_mlflow.core.searchers import SEARCHERS, Objective, front_of, search, verify
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.core.targets import get_target
-from foxnas_mlflow.report import PipelinePage, write_pipeline_report, write_search_report
+from foxnas_mlflow.report import PipelinePage, write_benchmark_report, write_pipeline_report, write_search_report
 from foxnas_mlflow.report._pipeline import _classes, _images
 from foxnas_mlflow.report._search import latency_shares, stage_latencies
 
@@ -160,6 +161,44 @@ def pipeline_page(limits_ms: list[float | None], **request: object) -> PipelineP
         stage="",
         refusal="",
     )
+
+
+LOAD: dict[str, Any] = {
+    "windows": [
+        {"second": s, "seconds": 10.0, "n_runs": 9, "p50_ms": 30.0 + s, "p90_ms": 31.0 + s}
+        | {"temperature_c": 50.0 + s, "frequency_mhz": None}
+        for s in (0.0, 10.0, 20.0)
+    ],
+    "sustained_p90_ms": 48.25,
+    "throttled": False,
+    "throttled_under_load": True,
+}
+
+
+def test_a_load_is_drawn_with_what_the_board_tells_meanwhile(tmp_path: Path) -> None:
+    benchmark = {**(pipeline_page([40.0]).benchmark or {}), **LOAD}
+    path = tmp_path / "report.html"
+    write_benchmark_report(path, model="models:/n/<1>", target="rpi4", benchmark=benchmark)
+    page = path.read_text()
+    assert "models:/n/&lt;1&gt;" in page
+    assert "at the end of 30 s of load without a pause at most <b>48.25 ms</b>" in page
+    assert '"x": [10.0, 20.0, 30.0], "y": [31.0, 41.0, 51.0]' in page
+    assert '"y": [50.0, 60.0, 70.0], "yaxis": "y2", "mode": "lines+markers", "name": "temperature"' in page
+    assert '"name": "clock"' not in page
+    assert "The machine does not tell its clock." in page
+    shown = cells(page)
+    assert shown[shown.index("throttled then") + 1] == "yes"
+    assert shown[shown.index("throttled") + 1] == "no"
+
+
+def test_the_page_of_a_pipeline_draws_the_load_of_its_benchmark(tmp_path: Path) -> None:
+    path, page = tmp_path / "report.html", pipeline_page([40.0])
+    write_pipeline_report(path, page)
+    assert "Under load" not in path.read_text()
+    # A window of an earlier release does not say how long it was.
+    windows = [{key: value for key, value in w.items() if key != "seconds"} for w in LOAD["windows"]]
+    write_pipeline_report(path, dataclasses.replace(page, benchmark={**page.benchmark, **LOAD, "windows": windows}))
+    assert '<h3>Under load</h3><div id="load"' in path.read_text()
 
 
 def test_the_page_of_a_pipeline_tells_each_of_its_networks(tmp_path: Path) -> None:
