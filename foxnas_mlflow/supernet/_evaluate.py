@@ -22,6 +22,7 @@ from foxnas_mlflow.data import (
     prepared_batches,
 )
 from foxnas_mlflow.supernet._network import PlainNetwork, Supernet, norms_of, subnet_weights
+from foxnas_mlflow.supernet._threads import keep_to_processors
 
 _BATCH = 250
 
@@ -70,6 +71,7 @@ class SubnetEvaluator:
         seed: int = 0,
         device: str = "cpu",
     ) -> None:
+        keep_to_processors()
         self._supernet = supernet.eval()
         self._dataset = dataset
         self._device = device

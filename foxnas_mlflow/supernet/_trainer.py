@@ -35,6 +35,7 @@ from foxnas_mlflow.supernet._state import TrainingState
 from foxnas_mlflow.supernet._step import Teacher, Workers, layout, set_gradients, update
 from foxnas_mlflow.supernet._strategy import strategy_of
 from foxnas_mlflow.supernet._style import OURS, Style
+from foxnas_mlflow.supernet._threads import keep_to_processors
 
 LOG_SECONDS = 1.0
 """Least time between two logs of the loss."""
@@ -122,6 +123,7 @@ class Trainer:
             WorkerLostError: If processes that read images ended; a checkpoint has what is done.
             InvalidInputError: If images cannot be read any more; a checkpoint has what is done.
         """
+        keep_to_processors()
         state = self._state
         state.config = resolved(state, self._n_steps, lambda: next(self._batches.epoch(0)), self._teacher, self._device)
         with held_signals() as arrived, Workers(self._network, state.config.workers) as workers:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from foxnas_mlflow.core import processors
 from foxnas_mlflow.core.errors import InvalidInputError, TrainingError, WorkerLostError
 from foxnas_mlflow.core.space import CPU_SPACE, LITE_SPACE, StageSpec
 from foxnas_mlflow.data import ArrayImages, Normalization, load_dataset
@@ -95,6 +96,30 @@ def test_a_preset_shrinks_built_in_spaces_and_leaves_ones_own_as_it_is() -> None
     medium = get_preset("medium").space(LITE_SPACE, in_channels=3, n_classes=7)
     assert (medium.width_mult, medium.stages) == (LITE_SPACE.width_mult, LITE_SPACE.stages)
     assert tiny.space(SPACE, in_channels=3, n_classes=7) == SPACE.replace(in_channels=3, n_classes=7)
+
+
+@pytest.fixture
+def many_threads():
+    """More threads than any quota of these tests leaves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield 4
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_no_more_threads_than_a_container_has_processors(digits, tmp_path, monkeypatch, many_threads, asked) -> None:
+    quota = tmp_path / "cpu.max"
+    quota.write_text("100000 100000\n")
+    monkeypatch.setattr(processors, "CGROUPS", tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(many_threads))
+    SubnetEvaluator(Supernet(SPACE), digits)
+    assert torch.get_num_threads() == (many_threads if asked else 1)
+    torch.set_num_threads(many_threads)
+    one_step(digits, tmp_path)
+    assert torch.get_num_threads() == (many_threads if asked else 1)
 
 
 def one_step(digits, directory, **changes) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
