@@ -75,6 +75,7 @@ class DeviceResult(Result):
         device: The machine.
         target: Path of the target file; empty after a check.
         outside_mape: Error in percent on random networks, each left out of the fit that predicts it.
+        bound_width: Percent by which their upper bounds lie above the predictions on average.
         stated_confidence: Highest confidence of an upper bound that these networks bear out.
         cv_mape: Cross-validated error in percent.
         n_probes: Networks of the design that were measured.
@@ -83,6 +84,7 @@ class DeviceResult(Result):
     device: str
     target: str = ""
     outside_mape: float | None = None
+    bound_width: float | None = None
     stated_confidence: float | None = None
     cv_mape: float | None = None
     n_probes: int = 0
@@ -212,6 +214,7 @@ def _calibrate(request: DeviceRequest) -> DeviceResult:
         device=device,
         target=str(out),
         outside_mape=metrics["outside_mape"],
+        bound_width=metrics["bound_width"],
         stated_confidence=latency.stated_confidence,
         cv_mape=metrics["cv_mape"],
         n_probes=len(probes.rows),
@@ -378,7 +381,8 @@ def _calibrated(predictor: LinearPredictor, rows: list[Measurement], out: Path, 
         f"  error on {metrics['n_outside']:.0f} random networks, each left out {metrics['outside_mape']:.2f} % "
         f"(mean absolute; on average predicted {_bias(metrics['outside_bias'])})",
         f"  upper bounds  hold with up to {stated} %: of these networks the formula's "
-        f"own 95 % held for {metrics['formula_coverage']:.0f} %, so they are {_widened(predictor)}",
+        f"own 95 % held for {metrics['formula_coverage']:.0f} %, so they are {_widened(predictor)}, on average "
+        f"{metrics['bound_width']:.1f} % above the prediction",
         f"  cross-validated error {metrics['cv_mape']:.2f} % (without a probe the others must tell its price)",
         f"  written       {out}, {', '.join(f'{out.stem}-{name}' for name in (PREDICTORS, MEASUREMENTS, CHECKS))}",
     ]

@@ -71,6 +71,9 @@ def test_bounds_hold_on_a_board_that_the_terms_do_not_describe() -> None:
         (latency,) = calibrate(rows, CPU_SPACE, target="board", outside=checks).latency
         assert latency.metrics["n_samples"] == 32
         assert latency.metrics["n_outside"] == len(latency.held_out) == 20
+        known = [row.architecture for row in checks]
+        above = latency.upper_bound(known, 0.95) / latency.predict(known) - 1
+        assert latency.metrics["bound_width"] == pytest.approx(100 * above.mean())
         new = [CPU_SPACE.sample(rng, image_size=int(rng.choice(CPU_SPACE.image_sizes))) for _ in range(250)]
         observed = np.array([row.latency_ms for row in biased(new, rng)])
         assert 100 * np.mean(np.abs(latency.predict(new) / observed - 1)) < 4
