@@ -34,6 +34,7 @@ RUNTIMES = ("ai_edge_litert", "tflite_runtime")
 """Runtimes in order of preference; full tensorflow is never loaded to run a model."""
 
 EDGETPU_DELEGATE = "libedgetpu.so.1"
+_ON_PROCESSOR = "model_config={'delegate': ''}, for mlflow models serve in SERVING_MODEL_CONFIG"
 _DEVICE = re.compile(r"@((?:usb|pci)(?::\d+)?|:\d+)$")
 
 
@@ -303,11 +304,26 @@ def open_pool(
     threads: int,
     delegate: str,
 ) -> ClassifierPool:
-    """A pool on the delegate, or with a warning on the processor where there is a fallback."""
+    """A pool on the delegate, or of the fallback on the processor: without a delegate, or where its library is missing.
+
+    Raises:
+        DeviceError: If no accelerator answers, as where another process has it: the processor in its place would make
+            some answers slow, and nobody would know which.
+    """
+    if not delegate:
+        return ClassifierPool(fallback or path, normalization, output, size=size, threads=threads)
     try:
         return ClassifierPool(path, normalization, output, size=size, threads=threads, delegate=delegate)
-    except (MissingDependencyError, DeviceError) as error:
-        if fallback is None or not delegate:
+    except MissingDependencyError as error:
+        if fallback is None:
             raise
         warnings.warn(f"running on the processor, which is slower: {error}", UserWarning, stacklevel=2)
         return ClassifierPool(fallback, normalization, output, size=size, threads=threads)
+    except DeviceError as error:
+        if fallback is None:
+            raise
+        raise DeviceError(
+            error.rule,
+            received=error.received,
+            remedy=f"{error.remedy}, or have the processor answer: {_ON_PROCESSOR}",
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, MissingDependencyError
+from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError, MissingDependencyError
 from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data import Normalization, evaluate
@@ -118,6 +119,20 @@ def test_a_pool_falls_back_where_the_accelerator_is_missing(probe: Path) -> None
     with pytest.warns(UserWarning, match="running on the processor"):
         pool = open_pool(probe, probe, NORMALIZATION, "logits", size=1, threads=1, delegate="/opt/libnone.so")
     assert pool.input_shape == (128, 128, 3)
+
+
+def test_a_stick_that_another_process_has_is_no_reason_to_answer_slowly(
+    probe: Path, edgetpu_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_STICKS", str(tmp_path))
+    (tmp_path / "usb:0").touch()
+    library, compiled = str(edgetpu_directory / "libedgetpu.so.1"), tmp_path / "compiled.tflite"
+    with (tmp_path / "usb:0").open("rb+") as taken:
+        fcntl.flock(taken, fcntl.LOCK_EX)
+        with pytest.raises(DeviceError, match=r"one process has it to itself, or have the processor answer.*delegate"):
+            open_pool(compiled, probe, NORMALIZATION, "logits", size=1, threads=1, delegate=library)
+    # Who asks for the processor gets it, from the twin: the compiled file runs on an Edge TPU alone.
+    assert open_pool(compiled, probe, NORMALIZATION, "logits", size=1, threads=1, delegate="").input_shape[0] == 128
 
 
 def test_threads_share_a_pool_and_get_the_answers_of_one(probe: Path, rng: np.random.Generator) -> None:

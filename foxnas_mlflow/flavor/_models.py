@@ -87,8 +87,8 @@ class TfliteModel:
         output: ``logits`` or ``probabilities``: what the network's last layer gives.
         architecture: The subnet that it was converted from, if it was one.
         weights: ``trained`` or ``random`` (a network that was only converted to be timed).
-        fallback: For kind ``edgetpu``: the same network for a processor, used with a warning where
-            no Edge TPU is found.
+        fallback: For kind ``edgetpu``: the same network for a processor, used where no delegate is asked for, and
+            with a warning where its library is not installed.
         details: Anything else worth keeping; JSON values only.
     """
 
