@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foxnas_mlflow.core.errors import DeviceError, FoxNasError
-from foxnas_mlflow.devices import Connection, connect, host_answer, measure
+from foxnas_mlflow.core.errors import DeviceError, FoxNasError, MissingDependencyError
+from foxnas_mlflow.devices import Connection, check, connect, host_answer, measure
 from foxnas_mlflow.devices._benchmark import output_difference
+from foxnas_mlflow.tflite import read_tflite
 
 QUICK: dict[str, Any] = {"runs": 3, "warmup": 1, "min_seconds": 0.0, "max_seconds": 0.05, "attempts": 1}
 
@@ -206,6 +208,16 @@ def test_runs_mean_what_they_say(probe: bytes, here: Connection) -> None:
     assert many.n_runs == len(many.samples_ms) == many.asked_runs == 20_000
     few = measure(here, probe, runs=10**7, warmup=1, max_seconds=0.1, attempts=1)
     assert 20 <= few.n_runs < few.asked_runs == 10**7
+
+
+def test_measuring_needs_no_schema(probe: bytes, here: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host with tflite-runtime alone has none."""
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.schema_py_generated", None)
+    with pytest.raises(MissingDependencyError):
+        read_tflite(probe)
+    benchmark = measure(here, probe, expected=host_answer(probe), **QUICK)
+    assert benchmark.output_difference == 0
+    assert check(here).ready
 
 
 def test_figures_under_a_load_that_lasts(probe: bytes, here: Connection) -> None:
