@@ -543,11 +543,15 @@ def test_a_working_directory_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch
 def test_litert_times_the_same() -> None:
     """Against LiteRT's own program, in turns; benchmarks/protocol.py tells more.
 
-    What the protocol could get wrong weighs more than the margin: XNNPACK off, or copies that are timed.
+    The fastest runs of both: other work makes none faster. As long as they differ there is another turn, because one
+    of the two may have had no quiet moment yet.
     """
     if shutil.which("litert-benchmark") is None:
         pytest.skip("no litert-benchmark here (ai-edge-litert 2.1 and newer)")
     network = CPU_SPACE.replace(kernels=(3,)).smallest(224)
-    turns = np.array(list(in_turns(write_probe(build_network(CPU_SPACE, network)), turns=4, runs=100)))
-    ours, theirs = turns[:, :, 1].min(axis=0)
-    assert 0.8 < ours / theirs < 1.25
+    fastest = np.full(2, np.inf)
+    for turn in in_turns(write_probe(build_network(CPU_SPACE, network)), turns=12, runs=100):
+        fastest = np.minimum(fastest, turn[:, 1])
+        if abs(fastest[0] / fastest[1] - 1) < 0.02:
+            break
+    assert 0.95 < fastest[0] / fastest[1] < 1.05
