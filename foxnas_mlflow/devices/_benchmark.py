@@ -217,7 +217,7 @@ def with_energy(timing: Timing, benchmark: Benchmark) -> Timing:
     energy_mj = benchmark.energy_mj or 0.0
     if benchmark.throttled_under_load:
         problems += ("the machine was throttled under load",)
-    if not energy_mj > 0:
+    if not problems and not energy_mj > 0:
         problems += (f"{benchmark.power_meter} says {energy_mj:.3g} mJ an inference",)
     return dataclasses.replace(timing, quantities={"energy_mj": energy_mj}, problems=problems)
 

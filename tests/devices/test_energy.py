@@ -15,15 +15,19 @@ from typing import Any
 import pytest
 
 from foxnas_mlflow.core.errors import DeviceError
-<<<<<<< HEAD
-from foxnas_mlflow.devices import LocalConnection, board, connect, measure, subnet_timing, what_helps
-=======
 from foxnas_mlflow.core.measurements import Measurement
 from foxnas_mlflow.core.space import CPU_SPACE
-from foxnas_mlflow.devices import LocalConnection, board, connect, measure, with_energy
+from foxnas_mlflow.devices import (
+    LocalConnection,
+    board,
+    connect,
+    measure,
+    subnet_timing,
+    what_helps,
+    with_energy,
+)
 from foxnas_mlflow.testing import FakeBoard
 from foxnas_mlflow.workflows._timers import time_subnet
->>>>>>> c1d8663 (Measure the energy of sampled networks, so that it is fitted and limited as any column is)
 
 
 def tree(root: Path, files: dict[str, str]) -> str:
