@@ -159,6 +159,8 @@ def test_on_an_edge_tpu_the_compiled_file_is_measured_and_promoted(tracking: str
         (["--n-samples", "12"], "the space cpu-tiny need at least 13 networks; received n_samples 12; give 13 or more"),
         (["--n-samples", "10", "--device", "none"], "need at least 11 networks; received n_samples 10"),
         (["--stage", "Best"], "stage must be"),
+        (["--target", "rpi4", "--energy", "auto"], "energy and a load that lasts are measured on a device"),
+        (["--energy", "/does/not/exist"], "No such file or directory: '/does/not/exist'"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_done(

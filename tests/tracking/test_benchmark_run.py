@@ -56,7 +56,8 @@ def test_a_registered_model_gets_its_figures(
         )
     described = {"facts": {"file, bytes": "1,234", "latency median, ms": 1e9}, "command": "foxnas benchmark"}
     describe_version("mine-cpu", "1", "tflite", **described)
-    status = main(["benchmark", "--name", "mine", *QUICK])
+    asked = [*QUICK, "--sustained-seconds", "0.2"]
+    status = main(["benchmark", "--name", "mine", *asked])
     out = capsys.readouterr().out
     client = mlflow.MlflowClient()
     (run,) = client.search_runs(["0"], "tags.`foxnas.stage` = 'benchmark'")
@@ -79,9 +80,14 @@ def test_a_registered_model_gets_its_figures(
     assert version.description.count("latency median") == 1
     following = "promote --stage staging --model models:/mine-cpu/1"
     if status == 3:
-        following = f"benchmark --model models:/mine-cpu/1 --target cpu --device local {' '.join(QUICK)}"
+        following = f"benchmark --model models:/mine-cpu/1 --target cpu --device local {' '.join(asked)}"
     assert version.description.endswith(f"foxnas {following}")
     assert out.endswith(f"Next: foxnas {following}\n")
+    # What it did under load is on a page of its own.
+    under_load = run.data.metrics["benchmark/sustained_p90_ms"]
+    assert f"| latency p90 under load, ms | {under_load:.4g} at the end of 0 s |" in version.description
+    assert f"{run.info.run_id}: benchmark.json, report.html" in out
+    assert f"<b>{under_load:.4g} ms</b>" in mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/report.html")
     figures = {metric.key: metric.value for metric in mlflow.get_logged_model(info.model_id).metrics}
     names = ("latency_ms_p50", "latency_ms_p90", "latency_ms_p99", "latency_ms_mean", "latency_ms_std")
     names += ("throughput_per_s", "peak_memory_bytes", "valid")
