@@ -120,6 +120,7 @@ def test_every_option_shows_its_help_and_its_default(
         (["main", "--limits", "macs<=0"], "must be limited to a positive number"),
         (["main", "--limits", "int8_size_byte<=2M"], "are ['latency_ms', 'int8_size_bytes'"),
         (["main", "--limits", "energy_mj<=5"], "received energy_mj; measure it as a column"),
+        (["main", "--limits", "energy_mj<=5", "--energy", "auto", "--device", "none"], "are measured on a device"),
         (["main", "--objective", "latency", "--min-accuracy", "90"], "received latency;"),
         (["main", "--class-weights", "balanced", "--sampling", "balanced"], "both make up for rare classes"),
         (["main", "--supernet", "models:/x/1", "--epochs", "9"], "names a trained one; received --epochs 9;"),

@@ -113,7 +113,8 @@ class MainRequest(GoalRequest, TrainingRequest, ExecutorRequest):
         super().check()
         asked = [limit.quantity for limit in parse_limits(self.limits)]
         for quantity in (*asked, *([] if self.objective in ("accuracy", KNEE) else [self.objective])):
-            check_quantity(quantity, _PREDICTED)
+            # What it fits predictors of, beside accuracy.
+            check_quantity(quantity, ("latency_ms", "energy_mj") if self.energy else ("latency_ms",))
         if self.stage.lower() not in ("staging", "production", "none"):
             raise InvalidInputError("stage must be Staging, Production or none", received=self.stage)
         # What is trained further takes these two from here.
@@ -159,9 +160,6 @@ _LOOKS = 3
 
 _MODELS = ("supernet", "init", "teacher")
 """Parameters that may name a registered model."""
-
-_PREDICTED = ("latency_ms",)
-"""Quantities that it fits predictors of, beside accuracy."""
 
 _MOVABLE = ("data", "target", "space", "resume", "signing_key", *WORKING)
 """Parameters that are no inputs of a step: data, target and space count apart from them, what is resumed and who works
