@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import warnings
 from pathlib import Path
 
 import mlflow
@@ -12,7 +11,6 @@ import pytest
 
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from tests.colour_model import LABELS, encoded, image_of
-from tests.servers import request, scoring_server
 
 pytestmark = pytest.mark.server
 
@@ -21,22 +19,12 @@ RECORDS = [{"image": base64.b64encode(encoded(image_of(colour))).decode()} for c
 
 @pytest.fixture
 def uri(tracking: str, colour_model: TfliteModel) -> str:
-    """A version with its code, in stage and under alias, as promotion leaves it."""
+    """A version with its code, under alias, as promotion leaves it. By its stage one is served in test_stack.py."""
     with mlflow.start_run():
         log_model(colour_model, name="model", registered_model_name="foxnas-cpu")
     client = mlflow.MlflowClient()
     client.set_registered_model_alias("foxnas-cpu", "production", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        client.transition_model_version_stage("foxnas-cpu", "1", "Production")
     return "models:/foxnas-cpu"
-
-
-def test_serve_by_stage(uri: str, tmp_path: Path) -> None:
-    with scoring_server(f"{uri}/Production", log=tmp_path / "log") as url:
-        status, text = request(url, {"dataframe_records": RECORDS, "params": {"top_k": 2}})
-    assert status == 200, text
-    assert [row["label"] for row in json.loads(text)["predictions"]] == list(LABELS)
 
 
 def test_predict_and_dockerfile_by_alias(uri: str, tmp_path: Path) -> None:

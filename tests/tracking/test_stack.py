@@ -63,7 +63,8 @@ def test_a_model_from_its_run_to_a_scoring_server(server: str, tmp_path: Path) -
     image = image_of("red", height=128, width=128)
     frame = pd.DataFrame({"image": [encoded(image, "PNG")]})
     table = mlflow.pyfunc.load_model(f"models:/{NAME}@production").predict(frame)
-    with scoring_server(f"models:/{NAME}@production", log=tmp_path / "serve.log") as url:
+    # By its stage; by its alias it is read here.
+    with scoring_server(f"models:/{NAME}/Production", log=tmp_path / "serve.log") as url:
         assert listening_on(urlsplit(url).port or 0) == {"127.0.0.1"}
         status, text = request(url, {"inputs": image[None].tolist()})
         assert status == 200, text
