@@ -532,7 +532,15 @@ def _installed(directory: Path, package: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def tflite_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def old_python() -> str:
+    found = shutil.which("python3.9") if OLD_PYTHON is None else str(OLD_PYTHON)
+    if found is None:
+        pytest.skip("no Python 3.9 here")
+    return found
+
+
+@pytest.fixture(scope="module")
+def tflite_runtime(old_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tflite") / "runtime"
     if not _installed(directory, "tflite-runtime==2.14.0"):
         pytest.skip("the wheels cannot be downloaded")
@@ -545,15 +553,12 @@ def tflite_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("numpy", "works"), [("numpy==1.26.4", True), ("numpy==1.19.5", False), ("numpy==2.0.2", False)]
 )
 def test_a_board_that_has_tflite_runtime_only(
-    numpy: str, works: bool, tmp_path: Path, probe: bytes, tflite_runtime: Path
+    numpy: str, works: bool, tmp_path: Path, probe: bytes, old_python: str, tflite_runtime: Path
 ) -> None:
-    python = shutil.which("python3.9") if OLD_PYTHON is None else str(OLD_PYTHON)
-    if python is None:
-        pytest.skip("no Python 3.9 here")
     if not _installed(tmp_path / numpy, numpy):
         pytest.skip("the wheels cannot be downloaded")
     (tmp_path / "python").write_text(
-        f'#!/bin/sh\nPYTHONPATH={tflite_runtime}:{tmp_path / numpy} exec {python} -s "$@"\n'
+        f'#!/bin/sh\nPYTHONPATH={tflite_runtime}:{tmp_path / numpy} exec {old_python} -s "$@"\n'
     )
     (tmp_path / "python").chmod(0o755)
 
