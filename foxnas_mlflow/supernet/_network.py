@@ -32,6 +32,7 @@ from foxnas_mlflow.core.network import NORM_EPSILON, Layer, Network, build_netwo
 from foxnas_mlflow.core.space import SearchSpace
 from foxnas_mlflow.supernet._depthwise import depthwise
 from foxnas_mlflow.supernet._style import OURS, Style
+from foxnas_mlflow.supernet._threads import keep_to_processors
 
 NORM_MOMENTUM = 0.1
 
@@ -220,6 +221,7 @@ def plain_logits(
     Raises:
         InvalidFormatError: If the weights are those of another network.
     """
+    keep_to_processors()
     plain = PlainNetwork.from_weights(network, weights)
     with torch.inference_mode():
         logits = plain(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))

@@ -23,18 +23,22 @@ from torch import Tensor, nn
 
 from foxnas_mlflow.core import processors
 from foxnas_mlflow.core.errors import InvalidInputError, TrainingError, WorkerLostError
+from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE, LITE_SPACE, StageSpec
 from foxnas_mlflow.data import ArrayImages, Normalization, load_dataset
 from foxnas_mlflow.supernet import (
     PRESETS,
     Batches,
+    PlainNetwork,
     SubnetEvaluator,
     Supernet,
     TrainConfig,
     TrainingState,
     get_preset,
     load_checkpoint,
+    plain_logits,
     recalibrate,
+    subnet_weights,
     train_supernet,
 )
 from foxnas_mlflow.supernet._distributed import GradientAverage
@@ -119,6 +123,10 @@ def test_no_more_threads_than_a_container_has_processors(digits, tmp_path, monke
     assert torch.get_num_threads() == (many_threads if asked else 1)
     torch.set_num_threads(many_threads)
     one_step(digits, tmp_path)
+    assert torch.get_num_threads() == (many_threads if asked else 1)
+    torch.set_num_threads(many_threads)
+    network = build_network(SPACE, SPACE.smallest(8))
+    plain_logits(network, subnet_weights(PlainNetwork(network)), np.zeros((1, 8, 8, 1), np.float32))
     assert torch.get_num_threads() == (many_threads if asked else 1)
 
 
