@@ -746,6 +746,26 @@ def test_a_worker_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+def test_what_does_not_answer_in_time_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "camera" / "run").mkdir(parents=True)
+    systemctl, unit = tmp_path / "systemctl", tmp_path / "foxnas-camera.service"
+    systemctl.write_text("#!/bin/sh\nexec sleep 600\n")
+    systemctl.chmod(0o755)
+    monkeypatch.setattr(boot, "COMMAND_SECONDS", 0.1)
+    monkeypatch.setattr(boot, "unit_path", lambda *_: unit)
+    monkeypatch.setattr(runner_module, "START_SECONDS", 0.0)
+    for act in (
+        lambda: runner_module.await_service(tmp_path, "camera", tmp_path),
+        # The service ended since it was asked last.
+        lambda: runner_module.ask(tmp_path, "camera", "prepare"),
+        lambda: boot._install_unit(tmp_path, "camera", [str(systemctl)]),
+    ):
+        with pytest.raises(RunnerError) as error:
+            act()
+        assert error.value.kind == "busy"
+    assert not unit.exists()
+
+
 def test_a_log_that_is_full_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stderr", full)
