@@ -13,7 +13,6 @@ import functools
 import importlib
 import queue
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -182,6 +181,10 @@ class Classifier:
         # What normalising and quantizing do to each value of a uint8 pixel is looked up.
         self._table = self._quantized(normalization.of_levels())
 
+    def close(self) -> None:
+        """Give up the interpreter, and the accelerator that it has."""
+        del self._interpreter
+
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image."""
@@ -259,39 +262,30 @@ class ClassifierPool:
             Classifier, model, normalization, output, threads=threads, delegate=delegate
         )
         # The first one is opened now, so that a missing runtime or delegate shows when a model is
-        # loaded and not at its first request. Last in, first out keeps a warm one busy.
+        # loaded and not at its first request. Last in, first out keeps a warm one busy: another is
+        # opened, in the place of a None, where none is free.
         first = self._open()
         self.input_shape = first.input_shape
-        self._free: queue.LifoQueue[Classifier] = queue.LifoQueue()
-        self._free.put(first)
-        self._unopened = size - 1
-        self._lock = threading.Lock()
+        self._free: queue.LifoQueue[Classifier | None] = queue.LifoQueue()
+        for each in (*[None] * (size - 1), first):
+            self._free.put(each)
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[Classifier]:
-        """Lend a classifier for the duration of the block."""
-        classifier = self._take()
-        try:
-            yield classifier
-        finally:
-            self._free.put(classifier)
+        """Lend a classifier for the duration of the block; one that fails there is opened anew when it is needed next.
 
-    def _take(self) -> Classifier:
+        An accelerator that was unplugged, or reset itself, is found again by that.
+        """
+        classifier = self._free.get()
         try:
-            return self._free.get_nowait()
-        except queue.Empty:
-            pass
-        with self._lock:
-            may_open = self._unopened > 0
-            self._unopened -= may_open
-        if not may_open:
-            return self._free.get()
-        try:
-            return self._open()
+            classifier = classifier or self._open()
+            yield classifier
         except BaseException:
-            with self._lock:
-                self._unopened += 1
+            if classifier is not None:
+                classifier.close()
+            self._free.put(None)
             raise
+        self._free.put(classifier)
 
 
 def open_pool(

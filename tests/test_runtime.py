@@ -18,7 +18,7 @@ from foxnas_mlflow.core.network import build_network
 from foxnas_mlflow.core.space import CPU_SPACE
 from foxnas_mlflow.data import Normalization, evaluate
 from foxnas_mlflow.runtime import RUNTIMES, ClassifierPool, open_interpreter, open_pool
-from foxnas_mlflow.tflite import Int8Model, write_probe
+from foxnas_mlflow.tflite import Int8Model, require_compiler, write_probe
 from foxnas_mlflow.tflite import _int8 as int8_models
 from tests.conftest import ROOT
 
@@ -133,6 +133,32 @@ def test_a_stick_that_another_process_has_is_no_reason_to_answer_slowly(
             open_pool(compiled, probe, NORMALIZATION, "logits", size=1, threads=1, delegate=library)
     # Who asks for the processor gets it, from the twin: the compiled file runs on an Edge TPU alone.
     assert open_pool(compiled, probe, NORMALIZATION, "logits", size=1, threads=1, delegate="").input_shape[0] == 128
+
+
+@pytest.mark.usefixtures("edgetpu")
+def test_a_pool_finds_a_stick_again_that_was_unplugged(
+    probe: Path, edgetpu_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STAND_IN_STICKS", str(tmp_path))
+    stick, compiled = tmp_path / "usb:0", tmp_path / "compiled.tflite"
+    stick.touch()
+    compiled.write_bytes(require_compiler().compile(probe.read_bytes()))
+    library, image = str(edgetpu_directory / "libedgetpu.so.1"), np.zeros((128, 128, 3), np.uint8)
+    pool = open_pool(compiled, probe, NORMALIZATION, "logits", size=1, threads=1, delegate=library)
+
+    def answer() -> list[float]:
+        with pool.lend() as classifier:
+            values: list[float] = classifier.last_layer(image).tolist()
+            return values
+
+    before = answer()
+    stick.unlink()
+    with pytest.raises(RuntimeError):
+        answer()
+    with pytest.raises(DeviceError):
+        answer()
+    stick.touch()
+    assert answer() == before
 
 
 def test_threads_share_a_pool_and_get_the_answers_of_one(probe: Path, rng: np.random.Generator) -> None:
