@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from foxnas_mlflow.core.addresses import refuse_password
 from foxnas_mlflow.core.errors import DeviceError
@@ -47,10 +47,14 @@ def connect(device: str) -> Connection:
             device, address.removeprefix("docker://"), python=options.get("python"), cpus=cpus
         )
     elif address.startswith("ssh://"):
-        from foxnas_mlflow.devices._ssh import SshConnection
+        from foxnas_mlflow.devices._ssh import SshConnection, address_parts
 
         options = _options(device, query, "ssh")
-        user, host, port = _ssh_address(device)
+        refuse_password(device)
+        try:
+            user, host, port = address_parts(device)
+        except ValueError as error:
+            raise _malformed(device) from error
         # Less than a second finds no restart.
         wait_s = _number(device, options, "wait", "seconds to wait for a lost board, 1 or more", 1)
         connection = SshConnection(
@@ -61,21 +65,6 @@ def connect(device: str) -> Connection:
         raise _malformed(device)
     connection.edgetpu = options.get("edgetpu", "")
     return connection
-
-
-def _ssh_address(device: str) -> tuple[str | None, str, int | None]:
-    """User, host and port of an address; the host as it was written: `Host` lines of OpenSSH know upper case."""
-    try:
-        parts = urlsplit(device)
-        port = parts.port
-    except ValueError as error:
-        raise _malformed(device) from error
-    refuse_password(device)
-    _, _, place = parts.netloc.rpartition("@")
-    host = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
-    if not host or parts.path not in ("", "/") or parts.fragment:
-        raise _malformed(device)
-    return parts.username, host, port
 
 
 def _options(device: str, query: str, kind: str) -> dict[str, str]:

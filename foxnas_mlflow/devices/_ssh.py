@@ -23,13 +23,13 @@ import re
 import secrets
 import shlex
 import socket
-import tempfile
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError, import_or_raise
 from foxnas_mlflow.devices._base import IN_ENGLISH, Completed, Connection, refused, timed_out
@@ -46,6 +46,9 @@ KNOWN_HOSTS = {
     "GlobalKnownHostsFile": ("/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2"),
 }
 """Where OpenSSH looks for host keys, by the option that names other files."""
+
+EXPANDED = ("CertificateFile", "ForwardAgent", "IdentityAgent", "IdentityFile", "ProxyCommand", "RemoteCommand")
+"""Options whose tokens (``%h``) asyncssh expands."""
 
 T = TypeVar("T")
 
@@ -85,10 +88,6 @@ class SshConnection(Connection):
         self._host = host
         self._asyncssh: Any = import_or_raise("asyncssh", extra="device", feature="measuring through ssh")
         self._options: dict[str, Any] = {
-            "connect_timeout": CONNECT_SECONDS,
-            "login_timeout": CONNECT_SECONDS,
-            "keepalive_interval": KEEPALIVE_SECONDS,
-            "keepalive_count_max": KEEPALIVE_MISSES,
             **({} if port is None else {"port": port}),
             **({} if user is None else {"username": user}),
             # An encrypted key is left to the agent, which is asked first.
@@ -165,61 +164,102 @@ class SshConnection(Connection):
         if self._ssh is not None:
             self._ssh.abort()
             self._ssh = None
-        place, known = SshPlace(self._host, self._options.get("port"), self._options.get("username")), False
+        place = SshPlace(self._host, self._options.get("port"), self._options.get("username"))
+        self._ssh = self._wait(self._open(place, self.uri, **self._options))
+
+    async def _open(self, place: SshPlace, called: str, tunnel: Any = (), way: Sequence[str] = (), **own: Any) -> Any:
+        """Open a connection to a machine, through its jump hosts.
+
+        Args:
+            place: The machine.
+            called: What messages call it.
+            tunnel: An open connection through which it is reached; without one its ``ProxyJump`` counts.
+            way: Jump hosts that are being opened.
+            own: asyncssh's options for it alone.
+        """
+        known, opened = False, None
         try:
-            with configuration() as files:
-                config, options = self._configured(files)
-                alias = options.host_key_alias
-                # `Host` lines know upper case, known_hosts does not: ssh looks a name up in lower case.
-                name = alias or options.host.lower()
-                named = options.known_hosts or KNOWN_HOSTS["UserKnownHostsFile"]
-                if options.known_hosts is None:
-                    # `UserKnownHostsFile none`: asyncssh would take any key for the host's.
-                    named = [os.devnull, *options.config.get("GlobalKnownHostsFile", ())]
-                there = _readable(_expanded(str(file), options, self._host, name) for file in named)
-                holding = [file for file in there if self._is_known(file, name, options.port)]
-                known = bool(holding)
-                # As in ssh: an alias stands without a port.
-                known_as = alias or known_name(name, options.port)
-                place = dataclasses.replace(place, known_as=known_as, known_hosts=next(iter(holding or there), ""))
-                keys: dict[str, Any] = {}
-                if "client_keys" not in self._options and options.config.get("IdentityFile"):
-                    # ssh passes over keys that are not there.
-                    paths = [str(Path(file).expanduser()) for file in options.config.get("IdentityFile")]
-                    keys = {"client_keys": list(filter(os.path.exists, paths)), "ignore_encrypted": True}
-                connecting = self._asyncssh.connect(
-                    self._host,
-                    config=config,
-                    host_key_alias=alias if name == options.host else name,
-                    # Of no file asyncssh would read the usual one.
-                    known_hosts=there or [os.devnull],
-                    **keys,
-                    **self._options,
-                )
-                self._ssh = self._wait(connecting)
+            config, options = self._configured(place.host, own)
+            alias = options.host_key_alias
+            # `Host` lines know upper case, known_hosts does not: ssh looks a name up in lower case.
+            name = alias or options.host.lower()
+            files = self._known_hosts(options, name)
+            port = None if options.port == PORT else options.port
+            holding = [file for file, lines in files.items() if any(self._keys(lines).match(name, "", port)[:2])]
+            known = bool(holding)
+            # As in ssh: an alias stands without a port.
+            known_as = alias or known_name(name, options.port)
+            place = dataclasses.replace(place, known_as=known_as, known_hosts=next(iter([*holding, *files]), ""))
+            if not tunnel and isinstance(options.tunnel, str):
+                tunnel = await self._through(options.tunnel, way)
+            opened = await self._asyncssh.connect(
+                place.host,
+                config=config,
+                tunnel=tunnel,
+                host_key_alias=alias if name == options.host else name,
+                known_hosts=self._keys([line for lines in files.values() for line in lines]),
+                **({} if "client_keys" in own else _client_keys(options)),
+                connect_timeout=CONNECT_SECONDS,
+                login_timeout=CONNECT_SECONDS,
+                keepalive_interval=KEEPALIVE_SECONDS,
+                keepalive_count_max=KEEPALIVE_MISSES,
+                **own,
+            )
+            if tunnel:
+                opened.set_tunnel(tunnel)
+            return opened
         except (OSError, ValueError, self._asyncssh.Error, self._asyncssh.PasswordChangeRequired) as error:
-            raise unreachable(error, self.uri, place, known=known) from error
+            raise unreachable(error, called, place, known=known) from error
+        finally:
+            if tunnel and opened is None:
+                tunnel.abort()
 
-    def _configured(self, files: list[str]) -> tuple[list[str], Any]:
-        """The files of a configuration that asyncssh can read, and what they say."""
+    async def _through(self, hops: str, way: Sequence[str]) -> Any:
+        """Open the jump hosts of a ``ProxyJump``, each through the one before; the connection to the last one."""
+        tunnel: Any = ()
+        for hop in hops.split(","):
+            if hop in way:
+                raise ValueError(f"the jump host {hop} is reached through itself")
+            user, host, port = address_parts(hop if "://" in hop else f"ssh://{hop}")
+            own = {**({} if port is None else {"port": port}), **({} if user is None else {"username": user})}
+            called = f"the jump host {hop} of {self.uri}"
+            tunnel = await self._open(SshPlace(host, port, user), called, tunnel, (*way, hop), **own)
+        return tunnel
+
+    def _configured(self, host: str, own: Mapping[str, Any]) -> tuple[list[str], Any]:
+        """The files of the configuration that count for a host, and what they say."""
         # Keys are read when it is opened.
-        read = partial(
-            self._asyncssh.SSHClientConnectionOptions, **{**self._options, "host": self._host, "client_keys": None}
-        )
+        read = partial(self._asyncssh.SSHClientConnectionOptions, **{**own, "host": host, "client_keys": None})
+        user, system = (_readable([str(Path(file).expanduser())]) for file in (USER_CONFIG, SYSTEM_CONFIG))
+        options = read(config=user)
+        # asyncssh expands these after each file again, also what stood as %% in the one before.
+        if not system or any("%" in str(options.config.get(option, "")) for option in EXPANDED):
+            return user, options
         try:
-            return files, read(config=files)
+            return [*user, *system], read(config=[*user, *system])
         except self._asyncssh.ConfigParseError as error:
-            others = [file for file in files if file != SYSTEM_CONFIG]
-            options = read(config=others)
             _log.warning("%s is left out, which asyncssh cannot read: %s", SYSTEM_CONFIG, error)
-            return others, options
+            return user, options
 
-    def _is_known(self, file: str, name: str, port: int) -> bool:
-        """Whether a file of known hosts has a key of this host."""
-        with contextlib.suppress(OSError, ValueError):
-            found = self._asyncssh.match_known_hosts([file], name, "", port)
-            return bool(found[0] or found[1])
-        return False
+    def _known_hosts(self, options: Any, name: str) -> dict[str, list[str]]:
+        """The lines of the files of known hosts that can be read; as in ssh, one that is damaged is passed over."""
+        user_s, system_s = (options.config.get(option, files) for option, files in KNOWN_HOSTS.items())
+        # `UserKnownHostsFile none` is an empty list.
+        paths = [_expanded(str(file), options, name) for file in (*(user_s or [os.devnull]), *system_s)]
+        found: dict[str, list[str]] = {}
+        for path in _readable(paths):
+            found[path] = []
+            for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+                try:
+                    self._keys([line])
+                    found[path].append(line)
+                except ValueError as error:
+                    _log.warning("line %d of %s is left out: %s", number, path, error)
+        return found
+
+    def _keys(self, lines: Iterable[str]) -> Any:
+        """Known hosts in asyncssh's form."""
+        return self._asyncssh.import_known_hosts("\n".join(lines))
 
     def _wait(self, work: Coroutine[Any, Any, T] | Any) -> T:
         async def run() -> T:
@@ -254,29 +294,44 @@ class SshConnection(Connection):
         self._loop.close()
 
 
-@contextlib.contextmanager
-def configuration() -> Iterator[list[str]]:
-    """The files that OpenSSH reads for a connection, the one that counts first; jump hosts are opened by them too.
+def address_parts(uri: str) -> tuple[str | None, str, int | None]:
+    """User, host and port of ``ssh://user@host[:port]``; the host as it was written: `Host` lines know upper case.
 
-    Of these asyncssh knows only the user's. The last one is made here: it names known hosts where nothing else does.
+    Raises:
+        ValueError: If it has no host, a port that is no number, or more.
     """
-    with tempfile.NamedTemporaryFile("w", prefix="foxnas-ssh-", encoding="utf-8") as defaults:
-        for option, files in KNOWN_HOSTS.items():
-            there = _readable(str(Path(file).expanduser()) for file in files)
-            defaults.write(f"{option} {shlex.join(there)}\n" if there else "")
-        defaults.flush()
-        yield [*_readable((str(Path(USER_CONFIG).expanduser()), SYSTEM_CONFIG)), defaults.name]
+    parts = urlsplit(uri)
+    _, _, place = parts.netloc.rpartition("@")
+    host = place[1:].partition("]")[0] if place.startswith("[") else place.partition(":")[0]
+    if not host or parts.path not in ("", "/") or parts.fragment:
+        raise ValueError(f"no ssh://user@host[:port]: {uri}")
+    return parts.username, host, parts.port
 
 
 def _readable(files: Iterable[str]) -> list[str]:
     return [file for file in files if os.access(file, os.R_OK)]
 
 
-def _expanded(file: str, options: Any, host: str, name: str) -> str:
-    """A known hosts file's path, with its tokens as ssh_config(5) has them."""
-    tokens = {"h": options.host, "k": name, "n": host, "p": str(options.port), "r": options.username, "%": "%"}
-    tokens |= {"d": str(Path.home()), "u": getpass.getuser()}
-    return re.sub("%(.)", lambda found: tokens.get(found[1], found[0]), str(Path(file).expanduser()))
+def _client_keys(options: Any) -> dict[str, Any]:
+    """asyncssh's options for the keys that the configuration names, but for those that cannot be read, as in ssh."""
+    files = [str(Path(file).expanduser()) for file in options.config.get("IdentityFile", ())]
+    if not files:
+        return {}
+    only = options.config.get("IdentitiesOnly")
+    # Of these alone the agent is asked, by their public halves.
+    keys = _readable([*files, *(f"{file}.pub" for file in files)] if only else files)
+    # An empty list means the usual ones, and all of the agent's.
+    return {"client_keys": keys or (None if only else []), "ignore_encrypted": True}
+
+
+def _expanded(file: str, options: Any, name: str) -> str:
+    """A known hosts file's path, with its variables and tokens as ssh_config(5) has them, but for %C and %j."""
+    local = socket.gethostname()
+    tokens = {"h": options.host, "k": name, "n": options.orig_host, "p": str(options.port), "r": options.username}
+    tokens |= {"d": str(Path.home()), "u": getpass.getuser(), "i": str(os.getuid()), "%": "%"}
+    tokens |= {"l": local, "L": local.partition(".")[0]}
+    path = os.path.expandvars(Path(file).expanduser())
+    return re.sub("%(.)", lambda found: tokens.get(found[1], found[0]), path)
 
 
 def wrapped(argv: Sequence[str], marker: str) -> str:

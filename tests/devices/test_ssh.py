@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -61,6 +62,26 @@ def server(home: Path, tmp_path: Path) -> Iterator[Server]:
     with ssh_server(tmp_path / "sshd", public, env={"TMPDIR": str(scratch)}) as running:
         (home / ".ssh" / "known_hosts").write_text(running.known_hosts_line)
         yield running
+
+
+RELAY = """
+import os, socket, sys, threading
+file, told, host, port = sys.argv[1:]
+open(file, "w").write(told)
+board = socket.create_connection((host, int(port)))
+def back():
+    while data := board.recv(65536):
+        os.write(1, data)
+threading.Thread(target=back, daemon=True).start()
+while data := os.read(0, 65536):
+    board.sendall(data)
+"""
+"""A ProxyCommand in Python: it writes down what it was told, then passes on."""
+
+
+def host_lines(server: Server, names: str) -> str:
+    """Lines of `ssh_config` that call a server by names."""
+    return f"Host {names}\n  HostName 127.0.0.1\n  Port {server.port}\n  User {os.environ.get('USER') or 'root'}\n"
 
 
 def address(server: Server, **options: str) -> str:
@@ -178,32 +199,144 @@ def test_ssh_configuration_is_followed(server: Server, home: Path) -> None:
         assert connection.run(["echo", "hello"], timeout_s=10).stdout == "hello\n"
 
 
+@pytest.fixture
+def system(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with this machine's own `ssh_config` and `ssh_known_hosts`, which are written by the test."""
+    system = tmp_path / "system"
+    system.mkdir()
+    monkeypatch.setattr(_ssh, "SYSTEM_CONFIG", str(system / "ssh_config"))
+    known_hosts = {**_ssh.KNOWN_HOSTS, "GlobalKnownHostsFile": (str(system / "ssh_known_hosts"), "/does/not/exist")}
+    monkeypatch.setattr(_ssh, "KNOWN_HOSTS", known_hosts)
+    return system
+
+
+def says_hello(uri: str) -> bool:
+    with connect(uri) as connection:
+        return connection.run(["echo", "hello"], timeout_s=10).stdout == "hello\n"
+
+
 def test_system_wide_files_are_followed(
-    server: Server, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    server: Server, home: Path, system: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As distributions, NixOS and Ansible write them; a jump host's key is there too."""
-    monkeypatch.setattr(_ssh, "SYSTEM_CONFIG", str(tmp_path / "ssh_config"))
-    system = {**_ssh.KNOWN_HOSTS, "GlobalKnownHostsFile": (str(tmp_path / "ssh_known_hosts"), "/does/not/exist")}
-    monkeypatch.setattr(_ssh, "KNOWN_HOSTS", system)
-    (home / ".ssh" / "known_hosts").rename(tmp_path / "ssh_known_hosts")
-    (tmp_path / "10.conf").write_text(
-        f"Host board jump\n  HostName 127.0.0.1\n  Port {server.port}\n  User {os.environ.get('USER') or 'root'}\n"
-        "Host vsock/*\n  ProxyCommand /nothing %h %p\n  ProxyUseFdpass yes\n"
+    (home / ".ssh" / "known_hosts").rename(system / "ssh_known_hosts")
+    (system / "10.conf").write_text(
+        host_lines(server, "board jump") + "Host vsock/*\n  ProxyCommand /nothing %h %p\n  ProxyUseFdpass yes\n"
     )
-    (tmp_path / "ssh_config").write_text(
-        f"Include {tmp_path}/*.conf\nHost *\n  SendEnv LANG LC_*\n  HashKnownHosts yes\n  GSSAPIAuthentication yes\n"
+    (system / "ssh_config").write_text(
+        f"Include {system}/*.conf\nHost *\n  SendEnv LANG LC_*\n  HashKnownHosts yes\n  GSSAPIAuthentication yes\n"
         "Match final all\n  ForwardX11Trusted yes\n"
     )
     for user_s in ("", "Host board\n  ProxyJump jump\n"):
         (home / ".ssh" / "config").write_text(user_s)
-        with connect("ssh://board") as connection:
-            assert connection.run(["echo", "hello"], timeout_s=10).stdout == "hello\n"
+        assert says_hello("ssh://board")
     # A user cannot mend what the system's owner wrote for ssh alone.
-    (tmp_path / "ssh_config").write_text("Match canonical nothing\n")
-    (home / ".ssh" / "config").write_text((tmp_path / "10.conf").read_text())
-    with connect("ssh://board") as connection:
-        assert connection.run(["echo", "hello"], timeout_s=10).stdout == "hello\n"
-    assert f"{tmp_path / 'ssh_config'} is left out, which asyncssh cannot read" in caplog.text
+    (system / "ssh_config").write_text("Match canonical nothing\n")
+    (home / ".ssh" / "config").write_text((system / "10.conf").read_text())
+    assert says_hello("ssh://board")
+    assert f"{system / 'ssh_config'} is left out, which asyncssh cannot read" in caplog.text
+
+
+def test_a_proxy_command_is_expanded_once(server: Server, home: Path, system: Path, tmp_path: Path) -> None:
+    """What is %% in it is for the shell, or for a proxy of its own."""
+    (system / "ssh_config").write_text("Host *\n  HashKnownHosts yes\n")
+    relay = tmp_path / "relay.py"
+    relay.write_text(RELAY)
+    for said, written in (("date +%s", "date +%%s"), ("nested %h:%p %%", "nested %%h:%%p %%%%")):
+        (home / ".ssh" / "config").write_text(
+            f"{host_lines(server, 'board')}  ProxyCommand {sys.executable} {relay} {tmp_path}/told '{written}' %h %p\n"
+        )
+        assert says_hello("ssh://board")
+        assert (tmp_path / "told").read_text() == said
+
+
+def test_jump_hosts_are_opened_like_boards(server: Server, home: Path, system: Path) -> None:
+    config, known_hosts = home / ".ssh" / "config", home / ".ssh" / "known_hosts"
+    board = f"{host_lines(server, 'board gate other')}Host board\n  ProxyJump other,gate\n"
+    (system / "ssh_config").write_text(
+        "Host *\n  IdentityFile ~/.ssh/id_rsa\n  IdentityFile ~/.ssh/id_ed25519\n"
+        f"  GlobalKnownHostsFile {home}/.ssh/known_hosts /does/not/exist\n"
+    )
+    config.write_text(board)
+    assert says_hello("ssh://board")
+    # An address of a gate may be one of ssh's.
+    config.write_text(f"{host_lines(server, 'board')}  ProxyJump ssh://127.0.0.1:{server.port}\n")
+    assert says_hello("ssh://board")
+    for lines, message in (
+        (
+            "Host gate\n  UserKnownHostsFile none\n  GlobalKnownHostsFile none\n",
+            "host key of the jump host gate of ssh",
+        ),
+        ("Host other\n  Port 1\n", "an ssh server must listen at the jump host other of ssh://board"),
+        ("Host *\n  ProxyJump gate\n", "the jump host gate is reached through itself"),
+        ("Host board\n  ProxyJump gate:port\n", "cannot be opened.*port"),
+    ):
+        config.write_text(lines + board)
+        with pytest.raises(DeviceError, match=message):
+            connect("ssh://board")
+    # The board's key is known by another name: the gate is not what has changed.
+    config.write_text(f"Host gate\n  HostKeyAlias unheard\n{board}")
+    with pytest.raises(DeviceError, match=r"key of the jump host gate of ssh://board must be known.*\(ssh gate"):
+        connect("ssh://board")
+    known_hosts.unlink()
+    config.write_text(board)
+    with pytest.raises(DeviceError, match="the host key of the jump host other of ssh://board must be known"):
+        connect("ssh://board")
+
+
+def test_keys_that_the_configuration_names(server: Server, home: Path, tmp_path: Path) -> None:
+    config = home / ".ssh" / "config"
+    # With none that is there, the usual ones are no substitute for those alone that it names.
+    config.write_text("IdentitiesOnly yes\nIdentityFile ~/.ssh/none\n")
+    with pytest.raises(DeviceError, match="must accept a key of this user"):
+        connect(address(server))
+    (home / ".ssh" / "id_ed25519").rename(tmp_path / "key")
+    (home / ".ssh" / "id_ed25519.pub").rename(home / ".ssh" / "board.pub")
+    config.write_text("IdentitiesOnly yes\nIdentityFile ~/.ssh/board\n")
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(tmp_path / "agent")], stdout=subprocess.DEVNULL)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
+            deadline = time.monotonic() + 30
+            while subprocess.run(["ssh-add", "-q", str(tmp_path / "key")]).returncode:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            # The private half is in the agent alone.
+            assert says_hello(address(server))
+    finally:
+        agent.terminate()
+        agent.wait()
+
+
+def test_a_key_of_the_system_s_is_passed_over() -> None:
+    """As `IdentityFile /etc/ssh/machine_key` of root for every host is, where another user connects."""
+    code = (
+        "import os\nfrom types import SimpleNamespace\n"
+        "from foxnas_mlflow.devices._ssh import _client_keys\n"
+        "if os.getuid() == 0:\n    os.setuid(65534)\n"
+        "print(_client_keys(SimpleNamespace(config={'IdentityFile': ['/etc/shadow', '/etc/passwd']}))['client_keys'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "['/etc/passwd']\n", done.stderr
+
+
+def test_known_hosts_that_ssh_reads(
+    server: Server, home: Path, system: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    known_hosts, config = home / ".ssh" / "known_hosts", home / ".ssh" / "config"
+    lines = known_hosts.read_bytes()
+    # A file that others wrote: cut short, of an unknown kind, of another encoding.
+    (system / "ssh_known_hosts").write_bytes(b"board\n|1|short ssh-rsa AAAA\n# B\xfcro\n@sealed a b c\n" + lines)
+    known_hosts.unlink()
+    assert says_hello(address(server))
+    assert f"line 1 of {system / 'ssh_known_hosts'} is left out: Invalid known hosts entry: board" in caplog.text
+    (system / "ssh_known_hosts").unlink()
+    monkeypatch.setenv("STATE", str(home / "state"))
+    place = home / "state" / f"{os.getuid()}-{socket.gethostname()}"
+    place.parent.mkdir()
+    place.write_bytes(lines)
+    config.write_text("UserKnownHostsFile ${STATE}/%i-%l\n")
+    assert says_hello(address(server))
 
 
 def test_what_ssh_takes_is_taken_or_named(server: Server, home: Path) -> None:
