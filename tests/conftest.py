@@ -151,6 +151,17 @@ def mlflow_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_system_wide_ssh() -> Iterator[None]:
+    """What this machine's owner wrote to /etc/ssh is not for the servers of tests."""
+    from foxnas_mlflow.devices import _ssh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ssh, "SYSTEM_CONFIG", "/does/not/exist")
+        patch.setattr(_ssh, "KNOWN_HOSTS", {**_ssh.KNOWN_HOSTS, "GlobalKnownHostsFile": ()})
+        yield
+
+
 @pytest.fixture(autouse=True)
 def module_path() -> Iterator[None]:
     """MLflow puts the code of every model that it loads on the module path, where each import looks through it."""
