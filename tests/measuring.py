@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.devices import Connection, _benchmark, _measure
-from foxnas_mlflow.testing import FakeBoard
 
 SHORT: dict[str, Any] = {"runs": 20, "warmup": 1, "min_seconds": 0.05, "max_seconds": 0.1, "attempts": 1}
 
@@ -62,6 +61,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
 
 def make_up(patch: pytest.MonkeyPatch) -> None:
     """Make up the measurements of commands in this process, as of hardware; what is answered there is not compared."""
+    from foxnas_mlflow.testing import FakeBoard
 
     def measure(
         connection: Connection,

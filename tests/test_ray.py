@@ -232,10 +232,10 @@ def test_the_command_of_the_ray_job_runs_the_pipeline_on_a_cluster(
     table = mlflow.artifacts.load_text(f"runs:/{runs['main'].info.run_id}/predicted_vs_real.csv").splitlines()
     assert len(table) == 1 + 2
 
-    # In this process the same weights make the same rows.
+    # In this process the same weights make the same rows; fewer of them are the first ones.
     shutil.rmtree(tmp_path / "cache")
     weights = {step["name"]: step["outputs"] for step in steps}["supernet"]["model_uri"]
-    alone = ["sample", "--supernet", weights, "--target", "rpi4", "--device", "none", "--n-samples", str(N_SAMPLES)]
+    alone = ["sample", "--supernet", weights, "--target", "rpi4", "--device", "none", "--n-samples", "4"]
     assert main(alone) == 0
     here = client.search_runs(["0"], "tags.`foxnas.stage` = 'sample'", order_by=["attributes.start_time DESC"])[0]
     assert here.data.params["cfg.executor"] == "local"
@@ -247,5 +247,5 @@ def test_the_command_of_the_ray_job_runs_the_pipeline_on_a_cluster(
         )
         for run in (runs["sample"], here)
     )
-    assert rows == same
+    assert rows[:4] == same
     assert len(rows) == N_SAMPLES
