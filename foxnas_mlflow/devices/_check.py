@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from foxnas_mlflow.data.preprocess import OLDEST_PILLOW
 from foxnas_mlflow.devices._base import Connection
-from foxnas_mlflow.devices._script import BOARD_ERRORS, EDGETPU_PAIRS, OTHER_PROCESSOR, how_to_install, run_board
+from foxnas_mlflow.devices._script import BOARD_ERRORS, EDGETPU_PAIRS, OTHER_PROCESSOR, STICK, how_to_install, run_board
 
 MIN_FREE_BYTES = 64 * 2**20
 """Space for the script, a model and its outputs; where /tmp is in memory, small boards have little more."""
@@ -150,7 +150,8 @@ def _software(answer: Mapping[str, Any], connection: Connection) -> Iterator[Fin
         yield Finding("Edge TPU", "fine", f"{found} answers, its library fits the runtime")
     elif "signal" in answer["edgetpu_error"] and not error:
         text = f"its library crashes when it takes an operator ({answer['edgetpu_error'].strip()})"
-        yield Finding("Edge TPU", "not fine", text, f"for the target edgetpu: {EDGETPU_PAIRS}")
+        mend = EDGETPU_PAIRS if f"signal {signal.SIGSEGV.value}" in answer["edgetpu_error"] else STICK
+        yield Finding("Edge TPU", "not fine", text, f"for the target edgetpu: {mend}")
     else:
         needed = "needed for the target edgetpu only"
         mend = f"for the target edgetpu: {EDGETPU_PAIRS}"
@@ -165,7 +166,7 @@ def _software(answer: Mapping[str, Any], connection: Connection) -> Iterator[Fin
 
 def _rebuilt(error: str, install: str) -> str:
     """What helps where importing a package fails or crashes."""
-    if error.endswith(f"signal {signal.SIGILL.value}"):
+    if f"signal {signal.SIGILL.value}" in error:
         return f"{OTHER_PROCESSOR}; else {install}"
     return install
 

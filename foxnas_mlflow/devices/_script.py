@@ -22,6 +22,8 @@ EDGETPU_PAIRS = (
     "alone, for a newer one the build of https://github.com/feranick/libedgetpu for its release of TensorFlow"
 )
 
+STICK = "look after the Edge TPU's power and cable: under load it draws more than a hub without a supply gives"
+
 OTHER_PROCESSOR = (
     "its build is for another processor: on a Jetson put export OPENBLAS_CORETYPE=ARMV8 where that user's shell starts"
 )
@@ -192,7 +194,7 @@ def _ended(completed: Completed, connection: Connection, edgetpu: bool) -> Devic
             received=said,
             remedy="add ?python=/path/to/python to the address",
         )
-    if status in (137, 152):
+    if status - 128 in (signal.SIGKILL, signal.SIGTERM, signal.SIGXCPU):
         return DeviceError(
             f"the measuring process on {uri} was killed",
             received=said,
@@ -204,16 +206,20 @@ def _ended(completed: Completed, connection: Connection, edgetpu: bool) -> Devic
             received=f"signal {status - 128}",
             remedy=f"run foxnas device check, which says whose it is; {OTHER_PROCESSOR}",
         )
-    if status > 128 and edgetpu:
+    if status == 128 + signal.SIGSEGV and edgetpu:
         return DeviceError(
             f"the Edge TPU's library on {uri} must be one for its runtime",
             received=f"signal {status - 128}",
             remedy=EDGETPU_PAIRS,
         )
     if status > 128:
+        # What aborts says why.
+        words = f": {said}" if completed.stderr.strip() else ""
         return DeviceError(
-            f"the runtime on {uri} must not crash",
-            received=f"signal {status - 128}",
-            remedy="update ai-edge-litert there, and check that the model was made for this processor",
+            f"the {'Edge TPU' if edgetpu else 'runtime'} on {uri} must not crash",
+            received=f"signal {status - 128}{words}",
+            remedy=STICK
+            if edgetpu
+            else "update ai-edge-litert there, and check that the model was made for this processor",
         )
     return DeviceError(f"the board script on {uri} must answer", received=said, remedy="run foxnas device check")

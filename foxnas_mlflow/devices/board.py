@@ -194,10 +194,9 @@ def _apart(arguments: list[str]) -> tuple[dict[str, Any], str]:
         answer: dict[str, Any] = json.loads(run.stdout.decode().strip().splitlines()[-1])
         return answer, str(answer.get("message", "")) or str(answer.get("error", ""))
     except (ValueError, IndexError):
-        if run.returncode < 0:
-            return {}, "it ended with signal %d" % -run.returncode
-        said = (run.stderr.decode(errors="replace").strip().splitlines() or [""])[-1]
-        return {}, "it ended with status %d %s" % (run.returncode, said)
+        how = "status %d" % run.returncode if run.returncode >= 0 else "signal %d" % -run.returncode
+        said = run.stderr.decode(errors="replace").strip().splitlines()
+        return {}, "it ended with %s%s" % (how, ": " + said[-1] if said else "")
 
 
 def look(at: str) -> dict[str, Any]:

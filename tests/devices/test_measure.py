@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from foxnas_mlflow.devices import (
     what_helps,
 )
 from foxnas_mlflow.devices._benchmark import invalid_reasons, median_interval
+from foxnas_mlflow.devices._check import _software
 from foxnas_mlflow.devices._script import BOARD_ERRORS, read_answer
 from foxnas_mlflow.tflite import write_probe
 from tests.measuring import SHORT
@@ -484,6 +486,8 @@ def test_the_board_script_is_python_3_7_and_needs_nothing_of_ours() -> None:
         (Completed(1, "", "SyntaxError: future feature annotations is not defined"), "must have Python 3.7 or newer"),
         (Completed(1, "", "OSError: [Errno 28] No space left on device"), "free disk space"),
         (Completed(137, "", ""), "killed"),
+        (Completed(143, "", ""), "killed"),
+        (Completed(134, "", "INFO\nwhat(): bad weights"), r"must not crash; received signal 6: what\(\): bad weights;"),
         (Completed(139, "", ""), "must not crash; received signal 11"),
         (Completed(1, "", "Traceback\nKeyError: 'x'"), "must answer; received KeyError"),
         (Completed(3, '{"error": "news", "message": "?"}', ""), "failed"),
@@ -493,6 +497,38 @@ def test_how_the_script_ended_is_told_in_one_line(completed: Completed, message:
     with pytest.raises(DeviceError, match=message) as caught:
         read_answer(completed, LocalConnection())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (
+            134,
+            r"Edge TPU on local must not crash; received signal 6: F usb_driver.cc:1148\] transfer in failed; look",
+        ),
+        (139, "library on local must be one for its runtime; received signal 11; install the libedgetpu"),
+        (143, "was killed"),
+    ],
+)
+def test_a_crash_with_an_edge_tpu_is_not_always_the_library_s(status: int, message: str) -> None:
+    """A stick that browns out under load ends the process too, and says why."""
+    completed = Completed(status, "", "INFO: Created\nF usb_driver.cc:1148] transfer in failed\n")
+    with pytest.raises(DeviceError, match=message):
+        read_answer(completed, LocalConnection(), edgetpu=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [("signal 6: F usb_driver.cc:1148] transfer in failed", "power and cable"), ("signal 11", "2.5 to 2.11")],
+)
+def test_a_check_tells_a_stick_s_crash_from_a_library_s(error: str, remedy: str) -> None:
+    facts: dict[str, Any] = dict.fromkeys(("numpy_error", "runtime_error", "pillow", "lock"), "")
+    facts |= {"numpy": "2.0", "runtime": "ai-edge-litert 2.0", "edgetpu": False, "edgetpus": []}
+    facts |= {"machine": "aarch64", "python": "3.12.1", "glibc": True, "managed": False}
+    found = _software({**facts, "edgetpu_error": f"it ended with {error}"}, LocalConnection())
+    (line,) = (each for each in found if each.name == "Edge TPU")
+    assert error in line.text
+    assert remedy in line.remedy
 
 
 def test_local_refusals_name_the_reason(tmp_path: Path) -> None:
