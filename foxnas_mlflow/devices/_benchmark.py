@@ -27,8 +27,8 @@ WINDOW_RUNS = 5
 MIN_CPU_SHARE = 0.9
 """Least share of the time that one thread must have had a processor: company that stays is not seen in the halves."""
 
-MIN_DISK_WAITS = 10
-"""Least waits for memory on disk that explain lost time: of a few milliseconds each, a tenth of half a second."""
+DISK_WAIT_SECONDS = 0.005
+"""What a wait for memory on disk takes, about: where they explain half of the lost time, they are its reason."""
 
 MAX_CLOCK_SHARE = 0.01
 """Largest share of the median that one tick of the clock may be."""
@@ -275,6 +275,7 @@ def summarize(
         cpu_share=cpu_share(answer, threads=threads, edgetpu=edgetpu),
         quota=answer["quota"] if answer["quota_waits"] else None,
         disk_waits=answer["disk_waits"],
+        seconds=answer["cpu_seconds"],
         output_difference=output_difference,
         max_output_levels=max_output_levels,
     )
@@ -355,6 +356,7 @@ def invalid_reasons(
     cpu_share: float | None = None,
     quota: float | None = None,
     disk_waits: int = 0,
+    seconds: float = 0.0,
     output_difference: float | None = None,
     max_output_levels: float = MAX_OUTPUT_LEVELS,
 ) -> tuple[str, ...]:
@@ -366,7 +368,8 @@ def invalid_reasons(
         clock_tick_ms: Smallest step of the clock in ms.
         cpu_share: Share of the time that the process had a processor; None: it says nothing.
         quota: Processors' worth of time to which a container's quota held the process back; None: it did not.
-        disk_waits: How often it waited for a page of memory that was on disk.
+        disk_waits: How often it waited meanwhile for a page of memory that was on disk.
+        seconds: How long that time was.
         output_difference: Largest difference from the host's outputs in 8-bit levels, or None.
         max_output_levels: How many of these it may be.
     """
@@ -377,7 +380,8 @@ def invalid_reasons(
         share = "" if cpu_share is None else f" for {100 * (1 - cpu_share):.0f} % of the time"
         reasons.append(f"{_HELD} {quota:g} processors held it back{share}")
     elif cpu_share is not None and cpu_share < MIN_CPU_SHARE:
-        waited = f"{_WAITED} {disk_waits} times, and had no processor for" if disk_waits >= MIN_DISK_WAITS else _SHARED
+        paged = disk_waits * DISK_WAIT_SECONDS > (1 - cpu_share) * seconds / 2
+        waited = f"{_WAITED} {disk_waits} times, and had no processor for" if paged else _SHARED
         reasons.append(f"{waited} {100 * (1 - cpu_share):.0f} % of the time")
     difference = halves_difference(samples)
     if difference > MAX_HALVES_DIFFERENCE:

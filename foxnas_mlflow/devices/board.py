@@ -276,31 +276,31 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["first_invoke_ms"] = (time.perf_counter_ns() - start) / 1e6
         if options.outputs:
             write_outputs(interpreter, np, options.outputs)
-        # Loading reads the model and the runtime from disk; what is read from now on was taken from memory.
-        faults = disk_waits()
-        samples, result["cpu_share"] = time_invoke(interpreter.invoke, options)
+        samples, phase = time_invoke(interpreter.invoke, options)
+        phases = [phase]
         for key, value in _clock_state().items():
             result[key + "_end"] = value
         timed = throttle_state()
         result["throttled"] = throttled(before, timed)
-        result["windows"], result["sustained_p90_ms"], share = sustain(
+        result["windows"], result["sustained_p90_ms"], phase = sustain(
             interpreter.invoke, options.sustained_seconds, np
         )
-        shares = [result["cpu_share"], share]
+        phases.append(phase)
         result["lost"] = ""
         if meter:
             try:
-                energy, share = measure_energy(interpreter.invoke, meter, idle)
+                energy, phase = measure_energy(interpreter.invoke, meter, idle)
                 result.update(energy)
-                shares.append(share)
+                phases.append(phase)
             except BoardError as error:
                 # Half an hour of load may be measured: what is there is told.
                 result["lost"] = "no energy, %s" % error
-        result["cpu_share"] = min(shares)
+        # What held it back is asked where it was held back most.
+        result["cpu_share"], result["disk_waits"], result["cpu_seconds"] = min(phases)
         # A case without a fan is throttled after minutes of load, which says nothing of the timed runs before.
         under_load = options.sustained_seconds or meter
         result["throttled_under_load"] = throttled(timed, throttle_state()) if under_load else None
-        result["quota_waits"], result["disk_waits"] = quota_waits() - waits, disk_waits() - faults
+        result["quota_waits"] = quota_waits() - waits
     result["samples_ms"] = [round(sample / 1e6, 6) for sample in samples]
     result["clock_tick_ms"] = clock_tick_ns() / 1e6
     result["peak_memory_bytes"] = peak_memory_bytes()
@@ -311,8 +311,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def time_invoke(invoke: Any, options: argparse.Namespace) -> tuple[list[int], float]:
-    """Warm up, then time single runs in nanoseconds; and the share of that time that this process had a processor.
+def watched() -> Any:
+    """Begin to watch this process.
+
+    What is returned tells the share of the time since that it had a processor, how often it waited for memory on disk
+    meanwhile, and the seconds.
+    """
+    begin, busy, faults = time.perf_counter_ns(), time.process_time_ns(), disk_waits()
+
+    def phase() -> tuple[float, int, float]:
+        worked, passed = time.process_time_ns() - busy, max(time.perf_counter_ns() - begin, 1)
+        return worked / passed, disk_waits() - faults, passed / 1e9
+
+    return phase
+
+
+def time_invoke(invoke: Any, options: argparse.Namespace) -> tuple[list[int], tuple[float, int, float]]:
+    """Warm up, then time single runs in nanoseconds; and what `watched` tells of that time.
 
     Warm-up: the asked runs and the asked time, whichever is longer. Timed: the asked runs and the least
     time; the most time ends it sooner, once there are 20 runs.
@@ -329,7 +344,7 @@ def time_invoke(invoke: Any, options: argparse.Namespace) -> tuple[list[int], fl
     samples: list[int] = []
     gc.collect()
     gc.disable()
-    begin, busy = clock(), time.process_time_ns()
+    begin, phase = clock(), watched()
     while True:
         start = clock()
         invoke()
@@ -340,21 +355,22 @@ def time_invoke(invoke: Any, options: argparse.Namespace) -> tuple[list[int], fl
             break
         if len(samples) >= min(MIN_TIMED_RUNS, options.runs) and elapsed >= most:
             break
-    share = (time.process_time_ns() - busy) / max(clock() - begin, 1)
+    found = phase()
     gc.enable()
-    return samples, share
+    return samples, found
 
 
-def sustain(invoke: Any, seconds: float, np: Any) -> tuple[list[dict[str, Any]], float | None, float]:
+def sustain(
+    invoke: Any, seconds: float, np: Any
+) -> tuple[list[dict[str, Any]], float | None, tuple[float, int, float]]:
     """Run without a pause.
 
-    Figures a window of ten seconds, the 90th percentile of the last minute in ms, and the share of the time that this
-    process had a processor.
+    Figures a window of ten seconds, the 90th percentile of the last minute in ms, and what `watched` tells of the time.
     """
     if not seconds:
-        return [], None, 1.0
+        return [], None, (1.0, 0, 0.0)
     clock = time.perf_counter_ns
-    begin, busy = clock(), time.process_time_ns()
+    begin, phase = clock(), watched()
     windows: list[dict[str, Any]] = []
     recent: list[Any] = []
     while clock() - begin < seconds * 1e9:
@@ -372,8 +388,8 @@ def sustain(invoke: Any, seconds: float, np: Any) -> tuple[list[dict[str, Any]],
         window["p50_ms"], window["p90_ms"] = (float(value) for value in np.percentile(in_ms, (50, 90)))
         window.update(_clock_state())
         windows.append(window)
-    share = (time.process_time_ns() - busy) / (clock() - begin)
-    return windows, float(np.percentile(np.concatenate([each for _, each in recent]), 90)), share
+    found = phase()
+    return windows, float(np.percentile(np.concatenate([each for _, each in recent]), 90)), found
 
 
 class Meter:
@@ -537,14 +553,18 @@ def _product(factor: float, *paths: str) -> Any:
     return read
 
 
-def measure_energy(invoke: Any, meter: Meter, idle: list[tuple[float, float, float]]) -> tuple[dict[str, Any], float]:
+def measure_energy(
+    invoke: Any, meter: Meter, idle: list[tuple[float, float, float]]
+) -> tuple[dict[str, Any], tuple[float, int, float]]:
     """Energy of one inference in mJ above what the board draws when it idles, with its error (95 %).
 
-    And the share of the time under load that this process had a processor. Both powers are means of segments; the
-    error is two standard errors of their difference. Idling was measured before; here it is measured once more
-    afterwards, so that a drift shows as error.
+    And what `watched` tells of the time under load, but for waiting for a slow meter. Both powers are means of
+    segments; the error is two standard errors of their difference. Idling was measured before; here it is measured
+    once more afterwards, so that a drift shows as error.
     """
+    faults = disk_waits()
     loaded = meter.segments(ENERGY_SECONDS, invoke)
+    faults = disk_waits() - faults
     idle = idle + meter.segments(ENERGY_SECONDS / 2)
 
     def mean(values: list[float]) -> tuple[float, float]:
@@ -560,7 +580,7 @@ def measure_energy(invoke: Any, meter: Meter, idle: list[tuple[float, float, flo
         "load_w": busy,
         "power_meter": meter.name,
     }
-    return energy, share
+    return energy, (share, faults, ENERGY_SECONDS)
 
 
 @contextlib.contextmanager

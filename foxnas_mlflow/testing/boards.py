@@ -103,6 +103,7 @@ class FakeBoard(LocalConnection):
             "model_sha256": hashlib.sha256(model).hexdigest(),
             "batch": 1,
             "cpu_share": 1.0,
+            "cpu_seconds": 1.0,
             "clock_tick_ms": 1e-6,
             "load_ms": 0.0,
             "first_invoke_ms": median,

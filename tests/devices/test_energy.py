@@ -141,11 +141,11 @@ def test_idling_is_subtracted_and_the_error_covers_the_truth(monkeypatch: pytest
     clock = SimpleNamespace(perf_counter=lambda: state.now, process_time=lambda: state.busy, sleep=pass_time)
     monkeypatch.setattr(board, "time", clock)
     meter = board.Meter("stand-in", joules=lambda: 3.0 * state.now + 0.05 * state.now**2 + 2.0 * state.busy)
-    result, share = board.measure_energy(work, meter, meter.segments(0.5))
+    result, (share, _, seconds) = board.measure_energy(work, meter, meter.segments(0.5))
     assert result["idle_w"] == pytest.approx(3.0, abs=0.15)
     assert result["energy_mj"] == pytest.approx(10.0, abs=result["energy_error_mj"])
     assert 0 < result["energy_error_mj"] < 0.5
-    assert share == pytest.approx(1.0)
+    assert (share, seconds) == (pytest.approx(1.0), 1.0)
 
 
 def test_what_a_slow_meter_says_after_the_work_is_no_power_of_it() -> None:
