@@ -44,8 +44,17 @@ def is_here(address: str) -> bool:
 
 def without_key(address: str) -> str:
     """An address with its options but the key."""
+    return _without("key", address)
+
+
+def where_measured(device: str) -> str:
+    """Addresses as figures depend on them: not on how long a lost board is waited for."""
+    return ",".join(_without("wait", address) for address in device.split(","))
+
+
+def _without(name: str, address: str) -> str:
     place, _, options = address.partition("?")
-    kept = "&".join(option for option in options.split("&") if option and not option.startswith("key="))
+    kept = "&".join(option for option in options.split("&") if option and not option.startswith(f"{name}="))
     return f"{place}?{kept}" if kept else place
 
 

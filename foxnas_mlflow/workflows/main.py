@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.workflows._addresses import addresses
+from foxnas_mlflow.workflows._addresses import addresses, where_measured
 from foxnas_mlflow.workflows._executor import WORKING, ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
 from foxnas_mlflow.workflows._images import find_unknown
@@ -709,7 +709,8 @@ class _Pipeline:
 def _inputs(request: Request) -> dict[str, Any]:
     """What a step's result depends on; models and pictures that are files count by their content."""
     values = {key: value for key, value in request.values().items() if key not in _MOVABLE}
-    return values | {key: _content_of(values[key]) for key in (*_MODELS, "unknown") if key in values}
+    values |= {key: _content_of(values[key]) for key in (*_MODELS, "unknown") if key in values}
+    return values | {key: where_measured(values[key]) for key in ("device",) if key in values}
 
 
 def _content_of(given: str) -> str:

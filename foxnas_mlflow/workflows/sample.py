@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from foxnas_mlflow.workflows._addresses import where_measured
 from foxnas_mlflow.workflows._executor import ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._request import chosen_device, compiler_image, energy_parameter, parameter
 from foxnas_mlflow.workflows._workflow import Result, Workflow, logger, progress_bar
@@ -313,9 +314,10 @@ def _digest(
         "target": target_content(target, supernet.space, request.device),
         "image_sizes": sizes,
         "given": measurements_digest(given),
+        "device": where_measured(request.device),
         # Samplings that an earlier release began go on.
         **({"energy": request.energy} if request.energy else {}),
-        **{key: getattr(request, key) for key in ("device", "design", "n_measurements", "validation_images", "seed")},
+        **{key: getattr(request, key) for key in ("design", "n_measurements", "validation_images", "seed")},
     }
     return json_digest(inputs)[:32]
 

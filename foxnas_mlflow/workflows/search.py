@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from foxnas_mlflow.core.errors import InvalidInputError
+from foxnas_mlflow.workflows._addresses import where_measured
 from foxnas_mlflow.workflows._executor import WORKING, ExecutorRequest, open_executor
 from foxnas_mlflow.workflows._goal import GoalRequest
 from foxnas_mlflow.workflows._request import chosen_device, compiler_image, parameter
@@ -396,6 +397,7 @@ def _keeping(request: SearchRequest, inputs: _Inputs, run: EntryRun) -> Abstract
     weights = {} if inputs.supernet is None else {"supernet_digest": inputs.supernet.digest}
     # Who works, and where, changes no answer.
     asked = {key: value for key, value in request.values().items() if key not in WORKING}
+    asked["device"] = where_measured(request.device)
     return kept_measurements(inputs.predictors, inputs.target, asked | weights)
 
 

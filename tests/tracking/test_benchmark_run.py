@@ -17,7 +17,7 @@ from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
 from foxnas_mlflow.tflite import write_probe
 from foxnas_mlflow.tracking.benchmark import MeasuredModel, next_command
 from foxnas_mlflow.workflows import BenchmarkRequest, BenchmarkResult, run_benchmark
-from foxnas_mlflow.workflows._addresses import without_key
+from foxnas_mlflow.workflows._addresses import where_measured, without_key
 from foxnas_mlflow.workflows.benchmark import _summary
 from tests.measuring import shorten
 from tests.versions import benchmark as made_up
@@ -164,6 +164,13 @@ def test_a_measurement_is_repeated_as_it_was_made() -> None:
     )
     assert without_key("ssh://a?python=b&key=/home/me/k&edgetpu=usb:1") == "ssh://a?python=b&edgetpu=usb:1"
     assert without_key("ssh://a?key=/home/me/k") == "ssh://a"
+
+
+def test_how_long_a_board_is_waited_for_makes_no_other_measurement() -> None:
+    for device in ("", "local", "ssh://a?python=b&key=c", "ssh://a, ssh://b?python=c"):
+        assert where_measured(device) == device
+        assert where_measured(f"{device}{'&' if '?' in device else '?'}wait=600") == device
+    assert where_measured("ssh://a?wait=5&python=c,ssh://b?wait=6") == "ssh://a?python=c,ssh://b"
 
 
 def test_a_version_that_serves_is_asked_whether_it_still_may() -> None:

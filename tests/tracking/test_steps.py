@@ -495,6 +495,27 @@ def test_models_and_pictures_count_by_content(tmp_path: Path) -> None:
     assert _inputs(SampleRequest(name=a))["name"] == a
 
 
+def test_rows_are_found_however_long_a_lost_board_is_waited_for() -> None:
+    from types import SimpleNamespace
+    from typing import cast
+
+    from foxnas_mlflow.core.space import CPU_SPACE
+    from foxnas_mlflow.core.targets import get_target
+    from foxnas_mlflow.tracking.inputs import TrainedSupernet
+    from foxnas_mlflow.workflows import SampleRequest
+    from foxnas_mlflow.workflows.main import _inputs
+    from foxnas_mlflow.workflows.sample import _digest
+
+    supernet = cast(TrainedSupernet, SimpleNamespace(digest="0" * 64, space=CPU_SPACE))
+    first, again, other = (SampleRequest(device=f"ssh://{each}") for each in ("a", "a?wait=600", "b"))
+
+    def digest(request: SampleRequest) -> str:
+        return _digest(request, supernet, get_target("cpu"), [32], ())
+
+    assert digest(first) == digest(again) != digest(other)
+    assert _inputs(first) == _inputs(again) != _inputs(other)
+
+
 @pytest.mark.tflite
 def test_a_runtime_belongs_to_the_machine() -> None:
     from foxnas_mlflow.core.space import get_space
