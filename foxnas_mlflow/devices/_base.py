@@ -184,6 +184,7 @@ def refused(action: str, reason: str, uri: str) -> DeviceError:
 
 def timed_out(argv: Sequence[str], timeout_s: float, uri: str) -> DeviceError:
     """The error for a command that did not end in time."""
+    argv = argv[len(IN_ENGLISH) :] if tuple(argv[: len(IN_ENGLISH)]) == IN_ENGLISH else argv
     return DeviceError(
         f"a command on {uri} must end within {timeout_s:g} s",
         received=" ".join(argv[:3]),

@@ -27,6 +27,7 @@ from foxnas_mlflow.core.measurements import read_measurements
 from foxnas_mlflow.core.targets import get_target
 from foxnas_mlflow.devices import Benchmark, _ssh, check, connect, measure
 from foxnas_mlflow.devices import _measure as measuring
+from foxnas_mlflow.devices._base import IN_ENGLISH
 from foxnas_mlflow.devices._script import run_board
 from foxnas_mlflow.devices._ssh import SshPlace, lost, unreachable
 from foxnas_mlflow.workflows._timers import open_device
@@ -107,8 +108,8 @@ def test_measure_through_ssh(server: Server, probe: bytes, expected: list[np.nda
             connection.get("/does/not/exist")
         with pytest.raises(DeviceError, match="Is a directory"):
             connection.put(b"", str(tmp_path))
-        with pytest.raises(DeviceError, match="must end within 1 s"):
-            connection.run(["sleep", "60"], timeout_s=1)
+        with pytest.raises(DeviceError, match="must end within 1 s; received sleep 60;"):
+            connection.run([*IN_ENGLISH, "sleep", "60"], timeout_s=1)
         assert connection.run(["sh", "-c", "kill -SEGV $$"], timeout_s=10).status == 139
         assert connection.run(["echo", "still here"], timeout_s=10).stdout == "still here\n"
     assert not list((tmp_path / "scratch").iterdir())
