@@ -22,6 +22,9 @@ HOT_C = 75.0
 
 CPUFREQ = "/sys/devices/system/cpu/cpu*/cpufreq"
 
+LIFT = f"for c in {CPUFREQ}; do sudo tee $c/scaling_max_freq < $c/cpuinfo_max_freq; done"
+"""Each cluster of processors has a limit of its own."""
+
 Verdict = Literal["fine", "not fine", "unknown"]
 
 
@@ -213,17 +216,17 @@ def _hardware(answer: Mapping[str, Any]) -> Iterator[Finding]:
             f"for steadier figures: echo performance | sudo tee {CPUFREQ}/scaling_governor",
         )
     temperature = answer["temperature_c"]
+    hot = temperature is not None and temperature > HOT_C
     if temperature is None:
         yield Finding("temperature", "unknown", "not told")
     else:
-        hot = temperature > HOT_C
         yield Finding(
             "temperature",
             "not fine" if hot else "fine",
             f"{temperature:.1f} C{f', above {HOT_C:g}' if hot else ''}",
             "cool it: a fan, a heat sink, a pause" if hot else "",
         )
-    yield _clock(answer["frequency_mhz"], answer["clock_cap_mhz"], answer["clock_most_mhz"])
+    yield _clock(answer["frequency_mhz"], answer["clock_cap_mhz"], answer["clock_most_mhz"], hot=hot)
     yield _throttling(answer["throttle"])
     if answer["emulated"]:
         yield Finding(
@@ -231,14 +234,14 @@ def _hardware(answer: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _clock(now_mhz: float | None, cap_mhz: float | None, most_mhz: float | None) -> Finding:
+def _clock(now_mhz: float | None, cap_mhz: float | None, most_mhz: float | None, *, hot: bool) -> Finding:
     now = "" if now_mhz is None else f"{now_mhz:.0f} MHz now"
     if cap_mhz is not None and most_mhz is not None and cap_mhz < most_mhz:
         return Finding(
             "clock",
             "not fine",
             f"{f'{now}, ' if now else ''}capped at {cap_mhz:.0f} of {most_mhz:.0f} MHz",
-            f"lift the cap: echo {1000 * most_mhz:.0f} | sudo tee {CPUFREQ}/scaling_max_freq",
+            f"{'cool it first, then ' if hot else ''}lift the cap: {LIFT}",
         )
     return Finding("clock", "fine" if now else "unknown", now or "not told")
 

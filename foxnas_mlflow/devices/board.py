@@ -612,19 +612,19 @@ def machine_lock(wait_seconds: float) -> Any:
 def lock_path() -> str:
     """The directory that stands for the machine, made where it can be: /tmp may be read-only."""
     reasons = []
-    # Others must open it, whatever this user lets them read of new files.
-    before = os.umask(0o022)
-    try:
-        for path in (*LOCKS, os.path.join(tempfile.gettempdir(), os.path.basename(LOCKS[0]))):
-            try:
-                os.mkdir(path, 0o755)
-                return path
-            except FileExistsError:
-                return path
-            except OSError as error:
-                reasons.append("%s: %s" % (path, error.strerror))
-    finally:
-        os.umask(before)
+    for path in (*LOCKS, os.path.join(tempfile.gettempdir(), os.path.basename(LOCKS[0]))):
+        try:
+            os.mkdir(path)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            reasons.append("%s: %s" % (path, error.strerror))
+            continue
+        # Others must open it, whatever this user lets them read of new files. In a container it is read-only.
+        with contextlib.suppress(OSError):
+            if os.lstat(path).st_uid == os.getuid():
+                os.chmod(path, 0o755)  # noqa: S103 - every account measures
+        return path
     raise BoardError("no_lock", "; ".join(reasons))
 
 
