@@ -584,7 +584,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._read(body, length, hold)
             return body
         while True:
-            size, _, _ = self.rfile.readline(_LONGEST_LINE).partition(b";")
+            size, _, _ = self._line(hold).partition(b";")
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\s*", size):
                 raise RefusedError(400, "a chunk must begin with its length, in hexadecimal")
             n = int(size, 16)
@@ -592,12 +592,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 break
             _checked_length(len(body) + n)
             self._read(body, n, hold)
-            if self.rfile.readline(_LONGEST_LINE).strip():
+            if self._line(hold).strip():
                 raise RefusedError(400, "a chunk must be as long as it says")
         for _ in range(_MOST_TRAILERS):
-            if not self.rfile.readline(_LONGEST_LINE).strip():
+            if not self._line(hold).strip():
                 return body
         raise RefusedError(400, f"a body has at most {_MOST_TRAILERS} trailers")
+
+    def _line(self, hold: Callable[[int], None]) -> bytes:
+        """A line between chunks, or the beginning of one that is too long."""
+        line = b""
+        while len(line) < _LONGEST_LINE and not line.endswith(b"\n"):
+            byte = self.rfile.read(1)
+            if not byte:
+                break
+            # Not for its memory, but for its time: `readline` waits for an end that may never come.
+            hold(0)
+            line += byte
+        return line
 
     def _read(self, body: bytearray, n: int, hold: Callable[[int], None]) -> None:
         """Add so many bytes to a body; they are held when they have come, not when they are announced."""
