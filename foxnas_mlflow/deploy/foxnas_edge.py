@@ -89,12 +89,18 @@ class Version:
         """Compare the answers to some images with those of the host that deployed.
 
         Raises:
-            RunnerError: If one is another.
+            RunnerError: If one is another, or an accelerator gives none.
         """
         with np.load(str(self.directory / "smoke.npz"), allow_pickle=False) as smoke:
             images, outputs = smoke["images"], smoke["outputs"]
         start = time.perf_counter()
-        got = np.stack([self.classifier.raw(image) for image in images])
+        try:
+            got = np.stack([self.classifier.raw(image) for image in images])
+        except RuntimeError as error:
+            if not self.deployment["delegate"]:
+                raise
+            # It was found, and failed at its first inference.
+            raise RunnerError("accelerator", str(error)) from error
         milliseconds = 1e3 * (time.perf_counter() - start) / len(images)
         step = float_level(outputs) if outputs.dtype.kind == "f" else 1.0
         difference = float(np.abs(got.astype(np.float64) - outputs.astype(np.float64)).max()) / step

@@ -13,6 +13,7 @@ ROOT/NAME/run/own/                   what the account that serves may write: htt
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -32,6 +33,9 @@ STALE_SECONDS = 3600.0
 
 DEFAULT_ROOT = "~/.foxnas/deployments"
 
+SCARCE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Of a machine that has no memory, process or descriptor left at the moment."""
+
 
 class RunnerError(Exception):
     """Something that a deployment needs and that is not so."""
@@ -39,6 +43,18 @@ class RunnerError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
         super().__init__(message)
+
+
+def kind_of(error: BaseException) -> str:
+    """What an error is called, see `RunnerError`."""
+    if isinstance(error, RunnerError):
+        return error.kind
+    # The second one where no thread can be started.
+    if isinstance(error, (MemoryError, RuntimeError)):
+        return "busy"
+    if isinstance(error, OSError):
+        return "busy" if error.errno in SCARCE else "system"
+    return "service"
 
 
 def log(words: object) -> None:

@@ -36,6 +36,7 @@ from foxnas_mlflow.deploy.layout import (
     check_files,
     current,
     digest,
+    kind_of,
     let_in,
     locked,
     make_incoming,
@@ -98,7 +99,7 @@ def main() -> int:
     except RunnerError as error:
         result, status = {"error": error.kind, "message": str(error)}, 3
     except OSError as error:
-        result, status = {"error": "system", "message": f"{error.strerror}: {error.filename}"}, 3
+        result, status = {"error": kind_of(error), "message": f"{error.strerror}: {error.filename}"}, 3
     answer.write(json.dumps(result) + "\n")
     answer.flush()
     # Without interpreter shutdown: some runtimes crash while they unload.

@@ -39,7 +39,17 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from foxnas_mlflow.deploy.boot import MAX_LOG_BYTES
-from foxnas_mlflow.deploy.layout import RunnerError, current, entry_of, log, make_run, read_json, write_json
+from foxnas_mlflow.deploy.layout import (
+    SCARCE,
+    RunnerError,
+    current,
+    entry_of,
+    kind_of,
+    log,
+    make_run,
+    read_json,
+    write_json,
+)
 from foxnas_mlflow.deploy.worker import RefusedError, problem, receive, send
 
 HTTP_SOCKET = "http.sock"
@@ -118,7 +128,8 @@ class Worker:
                 )
             except OSError as error:
                 ours.close()
-                raise RunnerError("worker", f"{python}: {error.strerror}") from error
+                kind = "busy" if error.errno in SCARCE else "worker"
+                raise RunnerError(kind, f"{python}: {error.strerror}") from error
         self._connection = ours
         try:
             ours.settimeout(START_SECONDS)
@@ -225,8 +236,9 @@ class Generation:
         for left in reversed(range(ATTEMPTS)):
             try:
                 worker = self._take()
-            except RunnerError:
-                if not left:
+            except RunnerError as error:
+                # A stick that is gone, or a file that is damaged, is not there a second later.
+                if not left or error.kind not in ("busy", "worker"):
                     raise
                 time.sleep(AGAIN_SECONDS)
                 continue
@@ -675,7 +687,7 @@ class ControlHandler(Handler):
             request = json.loads(self._body(self._announced(), lambda _: None).decode() or "{}")
             answer = self.service.control(urlsplit(self.path).path.strip("/"), request)
         except Exception as error:
-            answer = {"error": getattr(error, "kind", "service"), "message": str(error)}
+            answer = {"error": kind_of(error), "message": str(error) or type(error).__name__}
         self.close_connection = True
         self._answer(200, json.dumps(answer).encode())
 
@@ -689,8 +701,9 @@ class Patient(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """The next connection."""
         try:
             return super().get_request()
-        except OSError:
-            time.sleep(NO_DESCRIPTOR_SECONDS)
+        except OSError as error:
+            if error.errno in SCARCE:
+                time.sleep(NO_DESCRIPTOR_SECONDS)
             raise
 
 
@@ -1042,11 +1055,11 @@ def run_service(root: Path, name: str) -> int:
     try:
         become(settings["account"])
         service = Service(root, name)
-    except (RunnerError, OSError) as error:
-        kind = getattr(error, "kind", "system")
-        log(f"error: {error}")
+    except (RunnerError, OSError, MemoryError, RuntimeError) as error:
+        message = str(error) or type(error).__name__
+        log(f"error: {message}")
         with contextlib.suppress(OSError):
-            write_json(own / "failed.json", {"kind": kind, "message": str(error)})
+            write_json(own / "failed.json", {"kind": kind_of(error), "message": message})
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, service.stop)

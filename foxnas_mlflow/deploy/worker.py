@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from foxnas_mlflow.deploy.layout import RunnerError, check_files, log
+from foxnas_mlflow.deploy.layout import RunnerError, check_files, kind_of, log
 
 MAX_BATCH = 1024
 """Most images of one request."""
@@ -95,8 +95,8 @@ def run_worker(version: Path, descriptor: int) -> None:
         # What a runtime does at its first inference is done before the first request.
         shape = model.classifier.input_shape
         model.classify([black(shape)])
-    except (RunnerError, OSError) as error:
-        send(connection, {"error": getattr(error, "kind", "system"), "message": str(error)})
+    except (RunnerError, OSError, MemoryError) as error:
+        send(connection, {"error": kind_of(error), "message": str(error) or type(error).__name__})
         return
     send(connection, {"ready": True, "pid": os.getpid()})
     with contextlib.suppress(EOFError, ConnectionError):

@@ -13,6 +13,8 @@ from mlflow.exceptions import MlflowException
 
 from foxnas_mlflow.core.errors import DeviceError
 from foxnas_mlflow.deploy._board import split_target
+from foxnas_mlflow.deploy.foxnas_edge import Version
+from foxnas_mlflow.deploy.layout import RunnerError, current, read_json, write_json
 from foxnas_mlflow.deploy.runner import serving
 from foxnas_mlflow.flavor import TfliteModel, log_model
 from foxnas_mlflow.tflite import require_compiler
@@ -111,3 +113,19 @@ def test_of_several_sticks_one_is_named(compiled: tuple[str, str], sticks: Path,
 def test_a_target_names_no_stick() -> None:
     with pytest.raises(DeviceError, match=r"-C delegate=libedgetpu\.so\.1@usb:1 in its place"):
         split_target("edge://pi@board?edgetpu=usb:1")
+
+
+def test_a_stick_that_fails_at_once_may_answer_later(
+    compiled: tuple[str, str], sticks: Path, edgetpu_directory: Path, target: str, tmp_path: Path
+) -> None:
+    """No refusal of its version: it is found, and lost before its first inference ends."""
+    get_deploy_client(target).create_deployment("camera", compiled[0], config={"serve": "false"})
+    version = current(tmp_path / "board", "camera")
+    description = read_json(version / "deployment.json")
+    write_json(version / "deployment.json", {**description, "delegate": str(edgetpu_directory / "libedgetpu.so.1")})
+    opened = Version(version)
+    assert opened.try_out()["images"] > 0
+    (sticks / "usb:0").unlink()
+    with pytest.raises(RunnerError) as error:
+        opened.try_out()
+    assert error.value.kind == "accelerator"

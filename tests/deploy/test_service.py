@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import base64
 import contextlib
+import errno
 import fcntl
 import http.client
 import io
@@ -22,7 +23,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -268,17 +269,10 @@ def test_who_announces_a_body_and_sends_little_keeps_nobody_out(deployed: tuple[
 
 def test_a_body_must_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = service.Metrics()
-    server = service.TcpServer(("127.0.0.1", 0), service.TcpHandler)
-    server.service = SimpleNamespace(metrics=metrics, connections={}, stopping=False)  # type: ignore[assignment]
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    sent = b"POST /invocations HTTP/1.1\r\nContent-Length: 100\r\n\r\nlittle"
-    try:
-        monkeypatch.setattr(service, "UPLOAD_SECONDS", 0.05)
-        ((status, _),) = answers(f"http://127.0.0.1:{server.server_address[1]}", sent)
+    monkeypatch.setattr(service, "UPLOAD_SECONDS", 0.05)
+    with listening(service.TcpHandler, metrics=metrics) as url:
+        ((status, _),) = answers(url, b"POST /invocations HTTP/1.1\r\nContent-Length: 100\r\n\r\nlittle")
         assert status == 408
-    finally:
-        server.shutdown()
-        server.server_close()
     # Also a little at a time.
     monkeypatch.setattr(service, "UPLOAD_SECONDS", -1.0)
     with pytest.raises(RefusedError, match="a body must come in -1 s"), metrics.entered() as hold:
@@ -679,6 +673,26 @@ receive(connection)
             generation.close()
 
 
+def test_what_does_not_pass_is_not_tried_again(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    starts.mkdir()
+    code = f"""
+import os
+first = not os.listdir({str(starts)!r})
+os.mkdir(os.path.join({str(starts)!r}, str(time.monotonic())))
+send(connection, {{"ready": True}} if first else {{"error": "accelerator", "message": "none"}})
+"""
+    generation = generation_of(tmp_path, code)
+    try:
+        while generation.alive():
+            time.sleep(0.01)
+        with pytest.raises(RunnerError, match="none"):
+            generation.ask("image/jpeg", b"image")
+    finally:
+        generation.close()
+    assert len(list(starts.iterdir())) == 2
+
+
 def test_a_worker_that_is_busy_when_its_version_is_closed_ends_when_it_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -742,13 +756,84 @@ def test_a_worker_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
         assert error.value.kind == kind
     assert late.value.kind == "busy"
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    os.close(free := os.dup(0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    # Of descriptors none is left, or enough for its socket alone.
+    for left, what in ((0, "no socket for a worker"), (2, sys.executable)):
+        free = [os.dup(0) for _ in range(left + 1)]
+        for descriptor in free:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], limits[1]))
+        try:
+            with pytest.raises(RunnerError, match=f"^{what}: Too many open files") as error:
+                service.Worker(tmp_path, sys.executable)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert error.value.kind == "busy"
+
+
+@contextlib.contextmanager
+def listening(handler: type[service.Handler], **attributes: Any) -> Iterator[str]:
+    """The URL of a listener of a service that has nothing but these attributes."""
+    server = service.TcpServer(("127.0.0.1", 0), handler)
+    server.service = SimpleNamespace(connections={}, stopping=False, **attributes)  # type: ignore[assignment]
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
     try:
-        with pytest.raises(RunnerError, match="no socket for a worker: Too many open files"):
-            service.Worker(tmp_path, sys.executable)
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_what_a_service_is_short_of_refuses_no_version(tmp_path: Path) -> None:
+    errors: list[tuple[Exception, str, str]] = [
+        (RuntimeError("can't start new thread"), "busy", "can't start new thread"),
+        (MemoryError(), "busy", "MemoryError"),
+        (OSError(errno.EMFILE, "Too many open files"), "busy", "[Errno 24] Too many open files"),
+        (OSError(errno.ENOSPC, "No space left on device"), "system", "[Errno 28] No space left on device"),
+        (RunnerError("port", "taken"), "port", "taken"),
+        (KeyError("version"), "service", "'version'"),
+    ]
+    for raised, kind, message in errors:
+        with listening(service.ControlHandler, control=raising(raised)) as url:
+            assert request(url + "/prepare", {}) == (200, json.dumps({"error": kind, "message": message}))
+    # Nor what a worker is short of, nor what a start is.
+    layout.write_json(tmp_path / "deployment.json", {"files": {}, "delegate": ""})
+    code = """
+from pathlib import Path
+from foxnas_mlflow.deploy import foxnas_edge, worker
+def short(*_):
+    raise MemoryError
+foxnas_edge.Version = short
+worker.run_worker(Path(sys.argv[2]), connection.detach())
+"""
+    with pytest.raises(RunnerError, match="MemoryError") as error:
+        service.Worker(worker_of(tmp_path, code), sys.executable)
+    assert error.value.kind == "busy"
+    (tmp_path / "camera").mkdir()
+    layout.write_json(tmp_path / "camera" / "service.json", {"account": ""})
+    code = """
+import sys
+from pathlib import Path
+from foxnas_mlflow.deploy import service
+def short(*_):
+    raise RuntimeError("can't start new thread")
+service.Service = short
+sys.exit(service.run_service(Path(sys.argv[1]), "camera"))
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60).returncode == 1
+    failure = runner_module.read_failure(tmp_path / "camera" / "run" / "own" / "failed.json")
+    assert failure is not None
+    assert (failure.kind, str(failure)) == ("busy", "can't start new thread")
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    """A function that raises."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_what_does_not_answer_in_time_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
