@@ -98,9 +98,11 @@ class Follower:
                 there = board.get_deployment(self.deployment)
                 has = str(there["model_uri"])
             except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                new = error.error_code == "RESOURCE_DOES_NOT_EXIST"
+                # Where the active version is damaged, deploying is the remedy.
+                if not new and getattr(error.__cause__, "kind", "") != "damaged":
                     raise
-                there, has, new = {}, "", True
+                there, has = {}, "" if new else "a damaged version"
             # A model that was deleted and registered anew begins at version 1 again.
             if has == wanted and model_id in (None, there["model_id"]):
                 # An update whose answer was lost is told now; what another board said stays.

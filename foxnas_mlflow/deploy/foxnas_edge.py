@@ -204,9 +204,11 @@ class Model:
             if active not in (self._opened, self._refused):
                 try:
                     self._opened, self._version = self._open_active()
-                except RunnerError as error:
+                except Exception as error:
+                    # Whatever is wrong with it: also its description, of which nothing was compared.
                     self._refused = active
-                    warnings.warn(f"version {self.version} goes on answering: {error}", RuntimeWarning, stacklevel=2)
+                    why = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
+                    warnings.warn(f"version {self.version} goes on answering: {why}", RuntimeWarning, stacklevel=2)
             (row,) = self._version.classify([image], top_k=top_k)
             return row
 
@@ -221,5 +223,6 @@ class Model:
 
 def _identity(version: Path) -> tuple[Any, ...]:
     """What tells a version from all others: numbers begin anew in a deployment that was deleted and made again."""
-    status = (version / "deployment.json").stat()
+    description = version / "deployment.json"
+    status = (description if description.exists() else version).stat()
     return version, status.st_dev, status.st_ino, status.st_ctime_ns

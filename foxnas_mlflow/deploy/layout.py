@@ -182,15 +182,19 @@ def digest(path: Path) -> str:
         return ""
 
 
-def check_files(version: Path) -> dict[str, Any]:
+def check_files(version: Path, *, tried: bool = True) -> dict[str, Any]:
     """The description of a version, whose files are compared with it.
+
+    Args:
+        version: Its directory.
+        tried: Whether its answers are compared too; the images for that do not matter otherwise.
 
     Raises:
         RunnerError: If one is not as it was sent.
     """
     deployment = read_json(version / "deployment.json")
     for file, expected in deployment["files"].items():
-        if digest(version / file) != expected:
+        if (tried or file != "smoke.npz") and digest(version / file) != expected:
             raise RunnerError("damaged", f"{file} is damaged or was changed")
     return deployment
 

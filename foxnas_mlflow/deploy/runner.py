@@ -400,7 +400,7 @@ def free_port(root: Path, name: str, host: str) -> int:
     taken = set()
     for file in root.glob("*/service.json"):
         # What is damaged is not served at its next start either.
-        with contextlib.suppress(RunnerError, KeyError):
+        with contextlib.suppress(RunnerError, OSError, KeyError):
             if file.parent.name != name:
                 taken.add(read_json(file)["port"])
     for port in range(FIRST_PORT, FIRST_PORT + 1000):
@@ -477,16 +477,30 @@ def listed(root: Path, name: str) -> dict[str, Any]:
     """What is known of a deployment, or its ``error``: one that is damaged hides no other."""
     try:
         return describe(root, name)
-    except RunnerError as error:
+    except (RunnerError, OSError) as error:
         return {"name": name, "error": str(error)}
 
 
 def describe(root: Path, name: str) -> dict[str, Any]:
-    """What is known of a deployment."""
+    """What is known of a deployment.
+
+    Raises:
+        RunnerError: If there is none of that name, or a file of its active version is damaged.
+    """
     active = current(root, name)
+    try:
+        return described(root, name, active)
+    except (FileNotFoundError, KeyError, TypeError) as error:
+        raise RunnerError("damaged", f"{active}: {type(error).__name__}: {error}") from error
+
+
+def described(root: Path, name: str, active: Path) -> dict[str, Any]:
+    """What is known of a deployment whose files are whole."""
     deployment, state = read_json(active / "deployment.json"), read_json(active / "state.json")
-    replaced = state["replaces"]
-    previous = active.parent / replaced / "deployment.json" if replaced else None
+    previous = None
+    # One that is damaged is no reason to tell nothing of the active one.
+    with contextlib.suppress(RunnerError, OSError, KeyError):
+        previous = read_json(active.parent / str(state["replaces"]) / "deployment.json")["model_uri"]
     return {
         **{key: deployment[key] for key in ("name", "flavor", "kind", "model_uri", "model_id", "threads", "delegate")},
         "sha256": deployment["files"]["model.tflite"],
@@ -494,7 +508,7 @@ def describe(root: Path, name: str) -> dict[str, Any]:
         "directory": str(root / name / "current"),
         "version": active.name,
         "activated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(state["activated"])),
-        "previous": read_json(previous)["model_uri"] if previous is not None and previous.is_file() else None,
+        "previous": previous,
         "smoke": state["smoke"],
         "service": describe_service(root, name),
         "decodes_images": decodes_images(),

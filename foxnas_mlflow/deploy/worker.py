@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from foxnas_mlflow.deploy.layout import RunnerError, check_files, kind_of, log
+from foxnas_mlflow.deploy.layout import RunnerError, check_files, kind_of, log, read_json
 
 MAX_BATCH = 1024
 """Most images of one request."""
@@ -87,10 +87,11 @@ def run_worker(version: Path, descriptor: int) -> None:
         score.write_text(str(min(1000, int(score.read_text()) + OOM_SCORE)))
     try:
         # A card that wears out is not to be answered from, under the checksum of what was sent.
-        check_files(version)
+        # The runner cannot try what another process holds.
+        tried = bool(read_json(version / "deployment.json")["delegate"])
+        check_files(version, tried=tried)
         model = Version(version)
-        if model.deployment["delegate"]:
-            # The runner cannot try what another process holds.
+        if tried:
             model.try_out()
         # What a runtime does at its first inference is done before the first request.
         shape = model.classifier.input_shape

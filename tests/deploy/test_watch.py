@@ -338,6 +338,29 @@ def test_what_passes_is_told_once_until_it_did(versions: tuple[str, str], target
     assert told() == "deployed on edge://local as version 0001"
 
 
+def test_a_damaged_version_is_replaced_and_hides_nothing_when_it_was(
+    versions: tuple[str, str], target: str, tmp_path: Path
+) -> None:
+    board, place = get_deploy_client(target), tmp_path / "board" / "camera" / "versions"
+    follower = Follower(target, "camera", "foxnas-rpi4", "production", {"serve": "false"})
+    assert follower.look().state == "updated"
+    for number, text in (("0001", "{"), ("0002", "{}"), ("0003", None)):
+        file = place / number / "deployment.json"
+        file.unlink()
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(MlflowException, match="files must arrive on local as they were sent"):
+            board.get_deployment("camera")
+        found = follower.look()
+        assert (found.state, found.words) == (
+            "updated",
+            "camera is models:/foxnas-rpi4/1 now, before a damaged version",
+        )
+        deployed = board.get_deployment("camera")
+        assert (deployed["version"], deployed["previous"]) == (f"{int(number) + 1:04d}", None)
+    assert follower.look().state == "same"
+
+
 def test_a_board_that_is_off_is_told_but_not_against_what_it_has(versions: tuple[str, str]) -> None:
     pytest.importorskip("asyncssh")
     client, tag, target = MlflowClient(), "foxnas.deployment.camera", f"edge://pi@127.0.0.1:{free_port()}"
