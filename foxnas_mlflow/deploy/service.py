@@ -83,6 +83,9 @@ At its end the service waits so long for one: less than who ends it waits before
 MAX_CONNECTIONS = 256
 """Of applications. For one more, that which has asked nothing for longest is closed: of descriptors, often 1024 in all,
 some are left for the runner and for a worker that must be replaced."""
+FRESH_SECONDS = 0.01
+"""A connection that was taken so recently may not have had the time to ask, and is not closed for another one. Longer,
+and so many as come in that time would keep all others out."""
 STACK_BYTES = 2**19
 """Of a connection's thread: with 32 bits there is no room for so many of the usual 8 MiB."""
 NO_DESCRIPTOR_SECONDS = 0.1
@@ -92,7 +95,7 @@ MAX_WAITING = 128
 MAX_HELD_BYTES = max(MAX_BODY_BYTES, min(2**27, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8))
 """Of all bodies, also of those that still come, the service has so much in memory at once."""
 SMALL_BYTES = MAX_HELD_BYTES // MAX_CONNECTIONS
-"""So much of every body there is always room for: with the others a quarter of the board's memory at most."""
+"""So much of every body there is always room for, beyond what all are held to: in all twice that at most."""
 DRAIN_SECONDS = 2.0
 """What a client still sends of a request that was refused is read for so long."""
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -720,7 +723,7 @@ class _Quiet(Patient):
         if self.RequestHandlerClass is ControlHandler or len(held) < MAX_CONNECTIONS:
             return True
         idle = min(held, key=held.__getitem__)
-        if held[idle] == float("inf"):
+        if held[idle] > time.monotonic() - FRESH_SECONDS:
             return False
         # Not asked twice; it counts itself in again if there is a request to answer.
         self.service.connections.pop(idle, None)
@@ -830,7 +833,7 @@ class Service:
         self.active.close()
 
     def _look_after(self) -> None:
-        self._shorten_log()
+        shorten_log(self._place / "run")
         self.active.heal()
         with self._changing:
             if self._prepared is not None and time.monotonic() > self._prepared.until:
@@ -839,14 +842,6 @@ class Service:
                 self._follow()
             except Exception as error:
                 log(f"error: version {self._refused[0]}: {error}")
-
-    def _shorten_log(self) -> None:
-        """Begin the log beside the service anew where it is large; a journal is bounded by itself."""
-        with contextlib.suppress(OSError):
-            log = os.fstat(2)
-            if log.st_size > MAX_LOG_BYTES and os.path.samestat(log, (self._place / "run" / "log").stat()):
-                # All who write to it append.
-                os.ftruncate(2, 0)
 
     def stop(self, *_: Any) -> None:
         """End `run`."""
@@ -949,8 +944,8 @@ class Service:
                 self._refused = (version.name, str(error))
                 raise
         assert self._prepared is not None
-        _, settings, generation, listener, _ = self._prepared
-        self._prepared = None
+        prepared, self._prepared = self._prepared, None
+        settings, generation, listener = prepared.settings, prepared.generation, prepared.listener
         old, old_listener = self.active, self._listener
         if generation is None:
             try:
@@ -1029,6 +1024,15 @@ def url_of(settings: dict[str, Any]) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{settings['port']}"
 
 
+def shorten_log(run: Path) -> None:
+    """Begin the log beside the service anew where it is large; a journal is bounded by itself."""
+    with contextlib.suppress(OSError):
+        status = os.fstat(2)
+        if status.st_size > MAX_LOG_BYTES and os.path.samestat(status, (run / "log").stat()):
+            # All who write to it append.
+            os.ftruncate(2, 0)
+
+
 def run_service(root: Path, name: str) -> int:
     """Serve a deployment until it is stopped; at once 0 if another process does already."""
     run = root / name / "run"
@@ -1043,6 +1047,8 @@ def run_service(root: Path, name: str) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return 0
+    # Also where it ends at every start, and is started again.
+    shorten_log(run)
     # Who cannot open it cannot hold it either.
     os.fchmod(lock, 0o600)
     os.ftruncate(lock, 0)

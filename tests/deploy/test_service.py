@@ -285,6 +285,38 @@ def test_a_body_must_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
     assert held == [0] * len("2;x\r\n") + [2] + [0] * len("\r\n0\r\nA: b\r\n\r\n")
 
 
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """Leave for thousands of connections."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[1], 4096), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("many_descriptors")
+def test_who_has_only_just_come_is_not_closed_for_the_next() -> None:
+    with contextlib.ExitStack() as stack:
+        pairs = [socket.socketpair() for _ in range(service.MAX_CONNECTIONS)]
+        for pair in pairs:
+            stack.enter_context(pair[0])
+            stack.enter_context(pair[1])
+        held = {ours: float("inf") for ours, _ in pairs}
+        newest, client = pairs[-1]
+        server = stack.enter_context(service.TcpServer(("127.0.0.1", 0), service.TcpHandler))
+        server.service = SimpleNamespace(connections=held)  # type: ignore[assignment]
+        # Since when it waits: all the others are asking.
+        held[newest] = time.monotonic() + 60
+        assert not server.verify_request(None, None)
+        client.sendall(b"asks")
+        assert newest.recv(100) == b"asks"
+        held[newest] = time.monotonic() - 1
+        assert server.verify_request(None, None)
+        assert newest.recv(100) == b""
+        assert newest not in held
+
+
+@pytest.mark.usefixtures("many_descriptors")
 def test_idle_connections_keep_nobody_out(
     deployed: tuple[Any, dict[str, Any], Path], versions: tuple[str, str]
 ) -> None:
@@ -294,7 +326,7 @@ def test_idle_connections_keep_nobody_out(
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (1024, 1024))
     host, _, port = url.removeprefix("http://").rpartition(":")
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1500:
-        pytest.skip("this process may not open so many connections")
+        pytest.skip("this account may not open so many connections")
 
     def used() -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -400,6 +432,52 @@ def test_a_log_without_a_journal_is_bounded(deployed: tuple[Any, dict[str, Any],
     while not log.stat().st_size and time.monotonic() < deadline:
         time.sleep(0.02)
     assert log.read_bytes().startswith(b"error: ")
+
+
+def test_a_log_of_starts_that_fail_is_bounded_too(tmp_path: Path) -> None:
+    run = tmp_path / "camera" / "run"
+    run.mkdir(parents=True)
+    layout.write_json(tmp_path / "camera" / "service.json", {"account": "", "host": "127.0.0.1", "port": 0})
+    (run / "log").write_bytes(bytes(boot.MAX_LOG_BYTES + 1))
+    code = """
+import pathlib, sys
+from foxnas_mlflow.deploy.service import run_service
+sys.exit(run_service(pathlib.Path(sys.argv[1]), "camera"))
+"""
+    with (run / "log").open("ab") as log:
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], stderr=log, timeout=60)
+    assert done.returncode == 1
+    assert (run / "log").read_bytes() == b"error: camera\n"
+
+
+def test_images_that_are_for_a_deployment_alone_stop_no_worker(tmp_path: Path) -> None:
+    files = {}
+    for name in ("model.tflite", "smoke.npz"):
+        (tmp_path / name).write_bytes(b"sent")
+        files[name] = layout.digest(tmp_path / name)
+    code = """
+from pathlib import Path
+from foxnas_mlflow.deploy import foxnas_edge, worker
+from foxnas_mlflow.deploy.layout import RunnerError
+def opened(*_):
+    raise RunnerError("opened", "it would be")
+foxnas_edge.Version = opened
+worker.run_worker(Path(sys.argv[2]), connection.detach())
+"""
+    # An accelerator's answers are compared by the worker.
+    for damaged, delegate, kind in (
+        ("smoke.npz", "", "opened"),
+        ("smoke.npz", "libedgetpu.so.1", "damaged"),
+        ("model.tflite", "", "damaged"),
+    ):
+        layout.write_json(tmp_path / "deployment.json", {"files": files, "delegate": delegate})
+        (tmp_path / damaged).write_bytes(b"rent")
+        with pytest.raises(RunnerError) as error:
+            service.Worker(worker_of(tmp_path, code), sys.executable)
+        assert error.value.kind == kind
+        with pytest.raises(RunnerError, match=f"{damaged} is damaged"):
+            layout.check_files(tmp_path)
+        (tmp_path / damaged).write_bytes(b"sent")
 
 
 def test_metrics(deployed: tuple[Any, dict[str, Any], Path]) -> None:
@@ -1067,6 +1145,19 @@ def test_a_program_sees_that_a_deployment_was_made_anew(
     with pytest.warns(RuntimeWarning, match="version 0001 goes on answering: a TFLite model must be one"):
         assert (model.classify(pixels)["label"], model.version) == ("blue", "0001")
     assert (model.classify(pixels)["label"], model.version) == ("blue", "0001")
+    description = layout.read_json(unopened / "deployment.json")
+    for damaged, why in (
+        ({**description, "preprocessing": {}}, "InvalidFormatError: "),
+        ({**description, "labels": None}, "TypeError: "),
+        (None, "FileNotFoundError: "),
+    ):
+        if damaged is None:
+            (unopened / "deployment.json").unlink()
+        else:
+            layout.write_json(unopened / "deployment.json", damaged)
+        with pytest.warns(RuntimeWarning, match=f"version 0001 goes on answering: {why}"):
+            assert (model.classify(pixels)["label"], model.version) == ("blue", "0001")
+        assert (model.classify(pixels)["label"], model.version) == ("blue", "0001")
     layout.point_to(root, "camera", root / "camera" / "versions" / "0002")
     assert (model.classify(pixels)["label"], model.version) == ("bleu", "0002")
     client.delete_deployment("camera")
@@ -1251,17 +1342,31 @@ def test_root_kills_nobody_that_an_account_names(tmp_path: Path, monkeypatch: py
 
 
 def test_a_file_that_is_damaged_stops_no_other_deployment(tmp_path: Path) -> None:
-    for name, text in (("camera", "{"), ("door", "[]"), ("gate", "{}"), ("yard", '{"port": 5002}')):
+    for name, text in (
+        ("camera", "{"),
+        ("door", "[]"),
+        ("gate", "{}"),
+        ("shed", "{}"),
+        ("yard", f'{{"port": {runner_module.FIRST_PORT}}}'),
+    ):
         version = tmp_path / name / "versions" / "0001"
         version.mkdir(parents=True)
         (version.parents[1] / "current").symlink_to(version)
-        for file in (version / "deployment.json", version.parents[1] / "service.json"):
+        for file in (version / "deployment.json", version / "state.json", version.parents[1] / "service.json"):
             file.write_text(text)
-    assert runner_module.free_port(tmp_path, "new", "127.0.0.1") != 5002
-    found = [runner_module.listed(tmp_path, name) for name in ("camera", "door")]
-    assert [each["name"] for each in found] == ["camera", "door"]
-    for name, each in zip(("camera", "door"), found, strict=True):
-        assert each["error"].startswith(f"{tmp_path / name / 'versions' / '0001' / 'deployment.json'}: ")
+    assert runner_module.free_port(tmp_path, "new", "127.0.0.1") != runner_module.FIRST_PORT
+    # What cannot be read is neither.
+    for file in (tmp_path / "shed" / "versions" / "0001" / "deployment.json", tmp_path / "shed" / "service.json"):
+        file.unlink()
+        file.mkdir()
+    assert runner_module.free_port(tmp_path, "new", "127.0.0.1") != runner_module.FIRST_PORT
+    names = ("camera", "door", "gate", "shed")
+    found = [runner_module.listed(tmp_path, name) for name in names]
+    assert [each["name"] for each in found] == list(names)
+    for name, each in zip(names, found, strict=True):
+        version = tmp_path / name / "versions" / "0001"
+        beginning = {"gate": f"{version}: KeyError", "shed": "[Errno 21] Is a directory"}
+        assert each["error"].startswith(beginning.get(name, f"{version / 'deployment.json'}: "))
     for name in ("camera", "door"):
         assert service.run_service(tmp_path, name) == 1
 
@@ -1325,8 +1430,6 @@ def test_cron_starts_it_where_there_is_no_systemd(
     with cron(tools, table):
         created = client.create_deployment("camera", versions[0])
         assert (created["service"]["starts_by"], created["service"]["note"]) == ("cron", "")
-    note = client.get_deployment("camera")["service"]["note"]
-    assert note.startswith("no cron runs here: start it, or let this ") is not boot._cron_runs()
     client.update_deployment("camera", versions[1])
     other, line = table.read_text().splitlines()
     assert other == "@daily backup"
@@ -1342,6 +1445,20 @@ def test_cron_starts_it_where_there_is_no_systemd(
     client.delete_deployment("camera")
     assert process.wait(timeout=60) == 0
     assert table.read_text() == "@daily backup\n"
+
+
+def test_a_daemon_of_cron_is_seen_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"cron-{os.getpid()}"
+    monkeypatch.setattr(boot, "CRON_DAEMONS", (name,))
+    assert not boot._cron_runs()
+    assert boot.note("cron", tmp_path, "camera").startswith("no cron runs here: start it, or let this ")
+    daemon = Path(shutil.copy(shutil.which("sleep") or "", tmp_path / name))
+    with subprocess.Popen([daemon, "600"]) as process:
+        try:
+            assert boot._cron_runs()
+            assert boot.note("cron", tmp_path, "camera") == ""
+        finally:
+            process.kill()
 
 
 def test_a_users_crontab_is_kept_byte_by_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
