@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from foxnas_mlflow.core.edgetpu import FITTING_LIBRARY
 from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError, MissingDependencyError
 from foxnas_mlflow.data.preprocess import Normalization, quantize
 
@@ -78,8 +79,7 @@ def load_delegate(delegate: str, load: Callable[..., Any] | None = None) -> Any:
         raise MissingDependencyError(
             "the delegate of this model cannot be loaded",
             received=name,
-            remedy="install its library (for an Edge TPU libedgetpu1-std, a build that matches the runtime), or use "
-            "the model for processors",
+            remedy=f"use the model for processors, or install its library (for an Edge TPU {FITTING_LIBRARY})",
         ) from error
     except ValueError as error:
         raise DeviceError(

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from foxnas_mlflow.core.edgetpu import FITTING_LIBRARY
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.devices._base import Completed, Connection
 
@@ -17,10 +18,7 @@ MISSING_OPERATOR = (
     "convert it with TensorFlow Lite's own operators alone (target_spec.supported_ops = [TFLITE_BUILTINS])"
 )
 
-EDGETPU_PAIRS = (
-    "install the libedgetpu there that is for its runtime: Google's libedgetpu1-std for tflite-runtime 2.5 to 2.11 "
-    "alone, for a newer one the build of https://github.com/feranick/libedgetpu for its release of TensorFlow"
-)
+EDGETPU_PAIRS = f"install there {FITTING_LIBRARY}"
 
 STICK = "look after the Edge TPU's power and cable: under load it draws more than a hub without a supply gives"
 

@@ -790,6 +790,7 @@ def _machine(
         DeviceError: If one does not answer, or lacks something; without the compiler that its Edge TPU needs; if
             boards that shall share the work are not alike.
     """
+    from foxnas_mlflow.core.edgetpu import FITTING_LIBRARY
     from foxnas_mlflow.core.errors import DeviceError
     from foxnas_mlflow.tflite import require_compiler
     from foxnas_mlflow.workflows._timers import check_device, open_device
@@ -807,7 +808,7 @@ def _machine(
             raise DeviceError(
                 f"the target {target.name} is measured on an Edge TPU",
                 received=f"none that answers on {address}",
-                remedy="plug it in and install libedgetpu1-std there, or give --device none for the cost model",
+                remedy=f"give --device none for the cost model, or plug it in and install there {FITTING_LIBRARY}",
             )
         kinds.add(f"{found.device}, {found.runtime}")
     # Several are compared when they are opened, and looked at for their meters.

@@ -509,7 +509,7 @@ def test_how_the_script_ended_is_told_in_one_line(completed: Completed, message:
             134,
             r"Edge TPU on local must not crash; received signal 6: F usb_driver.cc:1148\] transfer in failed; look",
         ),
-        (139, "library on local must be one for its runtime; received signal 11; install the libedgetpu"),
+        (139, "library on local must be one for its runtime; received signal 11; install there the libedgetpu"),
         (143, "was killed"),
     ],
 )
