@@ -4,9 +4,9 @@ A pipeline that is about to do a step writes the step's digest to a tag of its o
 with the same tag: it works only if it sees none. Two that write at once see each other and both step back for a
 while of random length; that both work cannot be, because the later of two writes comes before its own look.
 
-A claim ends with its run. A process of this host that is gone is known to be; of another host the heartbeat tells,
-a tag that changes every `BEAT_SECONDS`: one that stays the same for `DEAD_SECONDS` (of this host's clock: clocks
-are not compared) ends as KILLED, with its steps.
+A claim ends with its run. A process of this host that is gone is known to be; of another host, and of a process that
+the system hides, the heartbeat tells, a tag that changes every `BEAT_SECONDS`: one that stays the same for
+`DEAD_SECONDS` (of this host's clock: clocks are not compared) ends as KILLED, with its steps.
 
 | tag of a pipeline's run | meaning                                                |
 |-------------------------|--------------------------------------------------------|
@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead, is_here
+from foxnas_mlflow.tracking.process import PROCESS_TAG, is_dead
 from foxnas_mlflow.tracking.run import best_effort
 
 CLAIM_TAG = "foxnas.claim"
@@ -75,9 +75,8 @@ class Claims:
         return None
 
     def _is_dead(self, run: Run) -> bool:
-        identity = run.data.tags.get(PROCESS_TAG, "")
-        if is_here(identity):
-            return is_dead(identity)
+        if (dead := is_dead(run.data.tags.get(PROCESS_TAG, ""))) is not None:
+            return dead
         beat, now = run.data.tags.get(HEARTBEAT_TAG, ""), time.monotonic()
         before, since = self._beats.setdefault(run.info.run_id, (beat, now))
         if before != beat:

@@ -39,15 +39,13 @@ def _host() -> str:
     return f"{platform.node()} {hashlib.sha256(facts.encode()).hexdigest()[:12]}"
 
 
-def is_dead(identity: str) -> bool:
-    """Whether a process is known to have ended.
-
-    One on another host never is: nothing here can tell.
-    """
+def is_dead(identity: str) -> bool | None:
+    """Whether a process has ended; None where nothing here tells: of another host, or hidden."""
     if not is_here(identity):
-        return False
+        return None
     _, pid, start = identity.rsplit(" ", 2)
-    return _start(int(pid)) not in (start, "?")
+    now = _start(int(pid))
+    return None if now == "?" else now != start
 
 
 def _start(pid: int) -> str:

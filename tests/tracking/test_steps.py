@@ -296,18 +296,23 @@ def test_what_fails_is_gone_on_with_by_who_waited(tracking: str) -> None:
         claims.release()
 
 
-def test_a_claimant_on_another_host_is_taken_over_once_its_heart_stops(
-    tracking: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("of", ["on another host", "that is hidden"])
+def test_a_claimant_of_which_nothing_tells_is_taken_over_once_its_heart_stops(
+    tracking: str, monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
     from mlflow import MlflowClient
 
-    from foxnas_mlflow.tracking import claims, steps
+    from foxnas_mlflow.tracking import claims, process, steps
     from foxnas_mlflow.tracking.run import entry_run
 
+    identity = "elsewhere 7 8"
+    if "hidden" in of:
+        identity = f"{process_identity().rsplit(' ', 2)[0]} {os.getpid()} 1"
+        monkeypatch.setattr(process, "_start", lambda pid: "?")
     client, step = MlflowClient(), steps.Step("sample", {"seed": 0})
-    elsewhere = {"foxnas.process": "elsewhere 7 8", "foxnas.claim": step.digest, "foxnas.heartbeat": "-1"}
-    there = client.create_run("0", tags=elsewhere).info.run_id
-    tags = {"foxnas.process": "elsewhere 7 8", "mlflow.parentRunId": there, steps.DIGEST_TAG: step.digest}
+    claimed = {"foxnas.process": identity, "foxnas.claim": step.digest, "foxnas.heartbeat": "-1"}
+    there = client.create_run("0", tags=claimed).info.run_id
+    tags = {"foxnas.process": identity, "mlflow.parentRunId": there, steps.DIGEST_TAG: step.digest}
     begun = client.create_run("0", tags=tags).info.run_id
     n_beats, waits = 8, []
 
@@ -415,9 +420,10 @@ def test_who_may_not_see_a_process_does_not_take_it_for_dead(hidepid: int) -> No
     host = process_identity().rsplit(" ", 2)[0]
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    command = [*hide, sys.executable, "-c", HIDDEN, process_identity(), f"{host} {ended.pid} 1"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert said.stdout.strip() == "[False, True]", said.stderr
+    # This process, one that has ended, and one whose id this process has now.
+    asked = (process_identity(), f"{host} {ended.pid} 1", f"{host} {os.getpid()} 1")
+    said = subprocess.run([*hide, sys.executable, "-c", HIDDEN, *asked], capture_output=True, text=True, check=False)
+    assert said.stdout.strip() == "[None, True, None]", said.stderr
 
 
 @pytest.fixture
@@ -456,6 +462,21 @@ def test_a_pipeline_takes_the_versions_that_an_alias_and_latest_mean(begun: Any)
     identity = begun(target="rpi4", device="none", init=latest)._training()[1]
     register_mini_supernet()
     assert begun(target="rpi4", device="none", init=latest)._training()[1] == identity
+
+
+@pytest.mark.train
+@pytest.mark.tflite
+def test_the_run_of_a_pipeline_says_what_is_searched_for(begun: Any) -> None:
+    import mlflow
+
+    for values, objective, latency_ms in (
+        ({}, "accuracy", "auto"),
+        ({"min_accuracy": 50}, "latency_ms", ""),
+        ({"limits": "macs<=1e6"}, "accuracy", ""),
+    ):
+        run_id = begun(target="rpi4", device="none", **values)._run.run_id
+        params = mlflow.get_run(run_id).data.params
+        assert (params["cfg.objective"], params["cfg.latency_ms"]) == (objective, latency_ms)
 
 
 @pytest.mark.train
