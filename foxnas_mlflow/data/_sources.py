@@ -252,8 +252,9 @@ def pictures_of_list(path: Path) -> Pictures:
     """
     found = Pictures(path.parent)
     for number, row in _rows(path):
-        label = "" if row.get("label") is None else str(row["label"]).strip()
-        if not row.get("file") or not label:
+        # As it is written: names of classes are in the digests of lists that supernets were trained on.
+        label = "" if row.get("label") is None else str(row["label"])
+        if not row.get("file") or not label.strip():
             columns = "" if {"file", "label"} <= set(row) else f", whose columns are {', '.join(map(str, row))}"
             raise InvalidInputError(
                 "every line of a list needs a 'file' and a 'label'", received=f"line {number} of {path.name}{columns}"
