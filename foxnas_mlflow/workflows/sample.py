@@ -244,7 +244,8 @@ def _given_rows(
     """The rows to go on from.
 
     Raises:
-        InvalidInputError: If they are known to be of another supernet or target, or lack the energy that is asked for.
+        InvalidInputError: If they are known to be of another supernet or target, or have energy where the others shall
+            have none, or none where those shall have it.
     """
     import re
 
@@ -272,6 +273,12 @@ def _given_rows(
             "rows to go on from must have the energy that the others shall have",
             received=f"{source}, with latencies without {ENERGY}",
             remedy="begin without --resume, or go on without --energy",
+        )
+    if request.device and not request.energy and any(ENERGY in row.quantities for row in rows):
+        raise InvalidInputError(
+            "networks measured beside rows with energy must have it too",
+            received=f"{source}, with the column {ENERGY}",
+            remedy="give --energy too, or remove the column",
         )
     return rows
 

@@ -275,6 +275,10 @@ def test_energy_is_measured_fitted_and_limited(
     capsys.readouterr()
     assert main([*command, "--resume", str(tmp_path / "own.csv")]) == 2
     assert "rows to go on from must have the energy" in capsys.readouterr().err
+    # Nor are those with it of use beside networks that are measured without.
+    write_measurements(rows[:1], tmp_path / "own.csv")
+    assert main([*command[:-2], "--resume", str(tmp_path / "own.csv")]) == 2
+    assert "with the column energy_mj; give --energy too, or remove the column" in capsys.readouterr().err
     assert main(["sample", "--n-samples", "2", "--device", "none", "--energy", "auto"]) == 2
     assert "energy is measured on a device; received energy=auto with the cost model" in capsys.readouterr().err
 
