@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from numpy.typing import NDArray
 
 from foxnas_mlflow.core.errors import InvalidFormatError, InvalidInputError, InvalidMeasurementsError
 from foxnas_mlflow.core.measurements import Measurement, read_measurements
@@ -107,14 +110,14 @@ def open_supernet(uri: str, *, data: str = "", name: str = "foxnas") -> TrainedS
     return TrainedSupernet(uri, model, dataset)
 
 
-def open_subnet(uri: str) -> tuple[SubnetModel, str]:
+def open_subnet(uri: str) -> tuple[SubnetModel, Mapping[str, NDArray[Any]], str]:
     """Load a registered subnet that has weights.
 
     Args:
         uri: Model URI.
 
     Returns:
-        The subnet, and its URI with the version in place of an alias.
+        The subnet, its weights, and its URI with the version in place of an alias.
 
     Raises:
         InvalidInputError: If it is no URI, or the subnet has no weights.
@@ -139,7 +142,7 @@ def open_subnet(uri: str) -> tuple[SubnetModel, str]:
             received=f"{uri} (weights=none)",
             remedy="search again with --supernet, which gives the found network its weights",
         )
-    return model, uri
+    return model, model.weights, uri
 
 
 def open_predictors(source: str, target: str) -> tuple[PredictorSet, str]:

@@ -78,7 +78,7 @@ def run_finetune(
     from foxnas_mlflow.tracking.run import entry_run
 
     target = get_target(request.target) if request.target else None
-    model, uri = open_subnet(request.subnet)
+    model, shared_weights, uri = open_subnet(request.subnet)
     request = request.replace(subnet=uri)
     size = model.architecture.image_size
     dataset = images_of(
@@ -89,7 +89,14 @@ def run_finetune(
         progress_bar("finetune", "step") as show,
     ):
         return _finetuned(
-            run, request, target, model, dataset, checkpoint, lambda done, n, loss: show(done, n, f"loss {loss:.3f}")
+            run,
+            request,
+            target,
+            model,
+            shared_weights,
+            dataset,
+            checkpoint,
+            lambda done, n, loss: show(done, n, f"loss {loss:.3f}"),
         )
 
 
@@ -98,6 +105,7 @@ def _finetuned(
     request: FinetuneRequest,
     target: Target | None,
     model: SubnetModel,
+    shared_weights: Mapping[str, NDArray[Any]],
     dataset: ImageDataset,
     checkpoint: Path,
     progress: Callable[[int, int, float], None],
@@ -110,7 +118,6 @@ def _finetuned(
     from foxnas_mlflow.tracking.supernet import log_dataset
 
     subnet_uri, epochs, preset = request.subnet, request.epochs, get_preset(request.preset)
-    shared_weights = model.weights or {}
     preprocessing = model.preprocessing or dataset.preprocessing(model.architecture.image_size)
     log_dataset(run, dataset, context="training")
     network = build_network(model.space, model.architecture)

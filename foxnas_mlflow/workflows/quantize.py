@@ -116,7 +116,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
 
         # Before the conversion: an image that is not there shall cost no wait.
         compiler = find_compiler(request.compiler_image)
-    subnet, uri = open_subnet(request.subnet)
+    subnet, weights, uri = open_subnet(request.subnet)
     network = build_network(subnet.space, subnet.architecture)
     source = request.data or str(subnet.details.get("data", ""))
     if not source:
@@ -135,7 +135,7 @@ def run_quantize(request: QuantizeRequest, *, tags: Mapping[str, str] | None = N
 
         log_dataset(run, dataset, context="quantization")
         provenance = {"subnet": uri, "run_id": run.run_id, "data": source, "data_digest": dataset.digest, "seed": seed}
-        inputs = _Inputs(subnet, network, dataset, preprocessing, unknown, runtime, seed, provenance)
+        inputs = _Inputs(subnet, weights, network, dataset, preprocessing, unknown, runtime, seed, provenance)
         quantized = _quantize(request, inputs)
         edgetpu = _compile(run, quantized.conversion.data, compiler) if runtime == "edgetpu" else None
         logged = log_quantized(run, quantized, target=target, name=request.name, edgetpu=edgetpu)
@@ -194,12 +194,14 @@ class _Inputs:
     """What is converted, for what, and the images that it is converted and evaluated with.
 
     Attributes:
+        weights: Those of the subnet: arrays by parameter name.
         unknown: Images of none of the classes, (n, size, size, channels); None: none were given.
         seed: Seed of the calibration images.
         provenance: What the file tells of its origin.
     """
 
     subnet: SubnetModel
+    weights: Mapping[str, NDArray[Any]]
     network: Network
     dataset: ImageDataset
     preprocessing: Preprocessing
@@ -207,11 +209,6 @@ class _Inputs:
     runtime: Int8Runtime
     seed: int
     provenance: Mapping[str, Any]
-
-    @property
-    def weights(self) -> Mapping[str, NDArray[Any]]:
-        """Arrays by parameter name."""
-        return self.subnet.weights or {}
 
 
 def _quantize(request: QuantizeRequest, inputs: _Inputs) -> Quantized:
