@@ -64,11 +64,9 @@ def test_killed_pipelines_lose_no_measurement_and_end_with_the_same_result(
         if killed == KILLS:
             # A step of a killed pipeline is shown below the one that went on.
             assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id, name
-        # Nothing that was finished was done again, but what a busy machine spoiled.
+        # Nothing that was finished was done again.
         same = client.search_runs(["0"], f"tags.`foxnas.step_digest` = '{run.data.tags['foxnas.step_digest']}'")
-        finished = [r.info.run_id for r in same if r.info.status == "FINISHED"]
-        assert [run_id for run_id in finished if _holds(name, run_id)] in ([step["run_id"]], []), name
-        assert len(finished) == 1 or name in ("benchmark", "compare"), name
+        assert [r.info.status for r in same].count("FINISHED") == 1, name
 
     final = _rows(steps["sample"]["outputs"]["measurements"], cache.parents[1] / "final")
     assert set(rows) <= set(final)
@@ -206,13 +204,6 @@ def _rows(uri: str, directory: Path) -> list[Measurement]:
     return read_measurements(mlflow.artifacts.download_artifacts(uri, dst_path=str(directory)))
 
 
-def _holds(step: str, run_id: str) -> bool:
-    """Whether a finished step is not done again."""
-    outputs = json.loads(_text(run_id, "outputs.json"))
-    told = {"benchmark": outputs.get("valid"), "compare": "found_dominated" in outputs.get("metrics", ())}
-    return bool(told.get(step, True))
-
-
 def _text(run_id: str, path: str) -> str:
     import mlflow
 
@@ -243,11 +234,11 @@ def test_what_a_busy_machine_spoiled_is_measured_again(monkeypatch: pytest.Monke
     from foxnas_mlflow import MainRequest, SearchResult
     from foxnas_mlflow.workflows.main import _Pipeline
 
-    def holds(outputs: dict[str, Any], device: str = "local", n_compare: int = 5) -> list[bool]:
+    def holds(outputs: dict[str, Any], device: str = "local") -> list[bool]:
         told: list[bool] = []
         step = lambda *_, holds, **more: told.append(holds(outputs))  # noqa: E731
         monkeypatch.setattr(_Pipeline, "_step", step)
-        pipeline = _Pipeline(MainRequest(n_compare=n_compare), None, None, device, None, {})  # type: ignore[arg-type]
+        pipeline = _Pipeline(MainRequest(), None, None, device, None, {})  # type: ignore[arg-type]
         found = SearchResult(
             run_id="", model_uri="", model_uris=["models:/s/1"], predictors_uri="", architecture={}, latency_ms=9.0,
             limits="", confidence=0.95, metrics={},
@@ -258,6 +249,5 @@ def test_what_a_busy_machine_spoiled_is_measured_again(monkeypatch: pytest.Monke
 
     assert holds({"valid": True, "metrics": {"found_dominated": 0.0}}) == [True, True]
     assert holds({"valid": False, "metrics": {"accuracy_mean_error": 1.0}}) == [False, False]
-    # Without a device, or with nothing to compare with, no measurement could tell more.
+    # Without a device no measurement could tell more.
     assert holds({"valid": True, "metrics": {}}, device="") == [True, True]
-    assert holds({"valid": True, "metrics": {}}, n_compare=0) == [True, True]

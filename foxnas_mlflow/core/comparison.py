@@ -133,7 +133,7 @@ class Check:
     Attributes:
         beaten_by: The network that beats it on measured latency and, beyond noise, on accuracy, or None.
         sentence: What was checked, and what came out.
-        checked: Whether latencies were measured: without them nothing is known.
+        checked: Whether the latencies that were needed were measured: without them nothing is known.
         better: A network that is faster and no less accurate as measured, be it by chance: of networks that noise
             cannot tell apart the fastest is wanted. None where there is none.
         n_others: How many of those that it was compared with could have been found in its place.
@@ -189,6 +189,8 @@ def check_found(rows: Sequence[Comparison], answers: Sequence[bool], i: int = 0)
         i: The found network.
     """
     found, found_ms = rows[i], rows[i].trusted_latency_ms
+    if found_ms is not None and len(rows) == 1:
+        return Check(None, "No other network was compared with the found one.", True)
     valid = [
         (row, row.trusted_latency_ms, answer)
         for j, (row, answer) in enumerate(zip(rows, answers, strict=True))

@@ -604,7 +604,6 @@ class _Pipeline:
             name=main.name,
         )
         inputs, after = _inputs(request), ("supernet", "fit", "quantize")
-        alone = len(models) + main.n_compare < 2
         with self._kept("compare", inputs, after, "comparisons") as directory:
             return self._step(
                 "compare",
@@ -613,7 +612,7 @@ class _Pipeline:
                 after,
                 lambda _, tags: run_compare(request, directory=directory, tags=tags),
                 # Where latencies were not valid it told nothing.
-                holds=lambda outputs: not self._device or alone or "found_dominated" in outputs["metrics"],
+                holds=lambda outputs: not self._device or "found_dominated" in outputs["metrics"],
             )
 
     def _promote(self, model: str) -> PromoteResult:

@@ -85,6 +85,10 @@ def test_a_network_that_is_faster_and_beyond_noise_more_accurate_beats_the_found
     check = check_found([found, faster, rows[2]], [True, False, False])
     assert check.checked
     assert "No other network compared could have been found in its place" in check.sentence
+    # Of a front of one there is nothing that valid latencies could tell more of.
+    check = check_found([found], [True])
+    assert (check.checked, check.sentence) == (True, "No other network was compared with the found one.")
+    assert not check_found([dataclasses.replace(found, latency_valid=False)], [True]).checked
 
 
 def test_a_network_that_is_faster_and_as_accurate_within_noise_is_better_and_does_not_beat(
