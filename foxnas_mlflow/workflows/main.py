@@ -41,7 +41,7 @@ from foxnas_mlflow.workflows.finetune import FinetuneRequest, FinetuneResult, ru
 from foxnas_mlflow.workflows.fit import FitRequest, FitStepResult, run_fit
 from foxnas_mlflow.workflows.promote import PromoteRequest, PromoteResult, run_promote
 from foxnas_mlflow.workflows.quantize import QuantizeRequest, QuantizeResult, run_quantize
-from foxnas_mlflow.workflows.sample import SampleRequest, SampleResult, run_sample
+from foxnas_mlflow.workflows.sample import ENERGY, SampleRequest, SampleResult, run_sample
 from foxnas_mlflow.workflows.search import SearchRequest, SearchResult, run_search
 from foxnas_mlflow.workflows.supernet import SupernetRequest, SupernetResult, run_supernet
 
@@ -113,8 +113,18 @@ class MainRequest(GoalRequest, TrainingRequest, ExecutorRequest):
         super().check()
         asked = [limit.quantity for limit in parse_limits(self.limits)]
         for quantity in (*asked, *([] if self.objective in ("accuracy", KNEE) else [self.objective])):
+            if quantity == ENERGY and not self.energy:
+                raise InvalidInputError(
+                    "energy is limited where it is measured",
+                    received=f"{quantity} without energy",
+                    remedy="give --energy auto, or a command on the device that prints watts",
+                )
             # What it fits predictors of, beside accuracy.
-            check_quantity(quantity, ("latency_ms", "energy_mj") if self.energy else ("latency_ms",))
+            check_quantity(
+                quantity,
+                ("latency_ms", ENERGY),
+                remedy="choose one of these; one of your own is searched with foxnas fit and search",
+            )
         if self.stage.lower() not in ("staging", "production", "none"):
             raise InvalidInputError("stage must be Staging, Production or none", received=self.stage)
         # What is trained further takes these two from here.

@@ -49,12 +49,18 @@ def predicted_quantities(predictors: PredictorSet) -> tuple[str, ...]:
     return tuple(quantity for quantity in predictors.groups if quantity != "accuracy")
 
 
-def check_quantity(quantity: str, predicted: Sequence[str]) -> None:
+def check_quantity(
+    quantity: str,
+    predicted: Sequence[str],
+    *,
+    remedy: str = "measure it as a column of measurements.csv and fit predictors with it, or choose one of these",
+) -> None:
     """Refuse a quantity that is neither counted nor predicted.
 
     Args:
         quantity: What a limit or a goal is on.
         predicted: The quantities that there are, or will be, predictors of.
+        remedy: What to do about another one.
 
     Raises:
         InvalidInputError: It names the known quantities.
@@ -66,7 +72,7 @@ def check_quantity(quantity: str, predicted: Sequence[str]) -> None:
         raise InvalidInputError(
             f"the quantities that these predictors know, and those that are counted, are {known}",
             received=quantity,
-            remedy="measure it as a column of measurements.csv and fit predictors with it, or choose one of these",
+            remedy=remedy,
         )
 
 
