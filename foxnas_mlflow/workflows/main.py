@@ -254,7 +254,9 @@ def run_main(request: MainRequest) -> MainResult:
     # But what this training registers is the next "latest": it would begin again from each.
     models = {key: uri if named_latest(uri, own) else fixed_uri(uri) for key, uri in given.items()}
     request = request.replace(space=request.space or target.space, **models)
-    params = request.texts() | {"device": device, "latency_ms": request.texts()["latency_ms"] or "auto"}
+    params = request.texts() | {"device": device, "objective": request.goal}
+    if request.is_open:
+        params["latency_ms"] = "auto"
     with entry_run(stage="main", params=params, target=target.name) as run:
         common = {
             "data": dataset.digest,
