@@ -8,6 +8,7 @@ from foxnas_mlflow.data._datasets import (
     ImageSet,
     calibration_images,
     choose_by_class,
+    images_digest,
     load_dataset,
     prepared_batches,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "choose_by_class",
     "earlier_digests",
     "evaluate",
+    "images_digest",
     "load_dataset",
     "packed",
     "pictures_below",

@@ -556,6 +556,18 @@ def _runs(values: NDArray[np.int64], of: NDArray[np.int64]) -> tuple[list[int], 
     return distinct.tolist(), np.split(of, starts[1:])
 
 
+def images_digest(images: ImageSet) -> str:
+    """SHA-256 of images and their class indices, whatever order and names they have; files that broke do not count."""
+    if isinstance(images, FileImages):
+        images = images.unbroken()
+        contents = images.facts["content"][images.paths.rows]
+    else:
+        hashes = (hashlib.blake2b(images[i].tobytes(), digest_size=16).digest() for i in range(len(images)))
+        contents = np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)
+    rows = np.column_stack([contents, images.targets.astype(np.uint64)])
+    return hashlib.sha256(rows[np.lexsort(rows.T)].tobytes()).hexdigest()
+
+
 def prepared_batches(
     images: ImageSet, preprocessing: Preprocessing, index: NDArray[np.integer] | None = None, *, batch_size: int = 250
 ) -> Iterator[tuple[ImageArray, NDArray[np.int64]]]:

@@ -89,7 +89,7 @@ class Candidate:
         sealed: Whether its manifest is the one that the registry has; False: the registry has none.
         signature: What is wrong with its signature, or empty; None: no signature is asked for.
         unread: Runs that logged a latency of its model and may not be read by who asks.
-        data_digest: Digest of the images that its accuracy is of; empty where nothing tells.
+        evaluated_digest: Digest of the images that its accuracy is of; empty where nothing tells.
         labels: Its classes in the order of its outputs; none where nothing tells.
     """
 
@@ -106,7 +106,7 @@ class Candidate:
     sealed: bool = True
     signature: str | None = None
     unread: Sequence[str] = ()
-    data_digest: str = ""
+    evaluated_digest: str = ""
     labels: Sequence[str] = ()
 
     def suits(self, measured: Measured) -> bool:
@@ -307,7 +307,8 @@ def _holder(candidate: Candidate, holder: Candidate | None) -> Verdict:
         theirs, ours = (shortened(each.labels, 5) for each in (holder, candidate))
         text = f"not comparable. BEWARE: {who} answers {theirs}, this one {ours}: what reads its answers must know them"
         return Verdict("holder", True, text)
-    if "" not in (candidate.data_digest, holder.data_digest) and candidate.data_digest != holder.data_digest:
+    digests = {candidate.evaluated_digest, holder.evaluated_digest}
+    if "" not in digests and len(digests) > 1:
         return Verdict("holder", True, f"not comparable: {who} was evaluated on other images")
     # Whatever the holder's tags say it is for: milliseconds of one machine are compared.
     held = None if measured is None else holder.like(measured)

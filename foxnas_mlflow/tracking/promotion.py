@@ -406,7 +406,7 @@ def _with_images(candidate: Candidate, manifest: Manifest) -> Candidate:
     provenance = manifest.metadata.get("details", {}).get("provenance", {})
     return dataclasses.replace(
         candidate,
-        data_digest=str(provenance.get("data_digest", "")),
+        evaluated_digest=str(provenance.get("evaluated_digest", "")),
         labels=tuple(map(str, manifest.metadata.get("labels", ()))),
     )
 

@@ -216,7 +216,7 @@ def _quantize(request: QuantizeRequest, inputs: _Inputs) -> Quantized:
     import importlib.util
 
     from foxnas_mlflow.core.rejection import fit_rejection
-    from foxnas_mlflow.data import ImageSet, calibration_images, evaluate, prepared_batches
+    from foxnas_mlflow.data import ImageSet, calibration_images, evaluate, images_digest, prepared_batches
     from foxnas_mlflow.tflite import FloatModel, Int8Model, convert, layer_errors, quantization_loss
     from foxnas_mlflow.tracking.quantize import Quantized
 
@@ -270,6 +270,8 @@ def _quantize(request: QuantizeRequest, inputs: _Inputs) -> Quantized:
         unknown=None if inputs.unknown is None else int8.logits(inputs.unknown),
     )
     errors = layer_errors(network, weights, conversion.data, representative[:_TABLE_IMAGES])
+    # Without those that broke meanwhile.
+    provenance = {**inputs.provenance, "evaluated_digest": images_digest(dataset.val)}
     return Quantized(
         inputs.subnet,
         network,
@@ -279,7 +281,7 @@ def _quantize(request: QuantizeRequest, inputs: _Inputs) -> Quantized:
         loss,
         rejection,
         tuple(errors),
-        inputs.provenance,
+        provenance,
         before=repair,
         test=test,
     )

@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 
 from foxnas_mlflow.core.errors import InvalidInputError
-from foxnas_mlflow.data import Preprocessing, choose_by_class, load_dataset, packed, prepared_batches, unpacked
+from foxnas_mlflow.data import (
+    Preprocessing,
+    choose_by_class,
+    images_digest,
+    load_dataset,
+    packed,
+    prepared_batches,
+    unpacked,
+)
 from foxnas_mlflow.data._datasets import grouped_split, stratified_split
 
 image = pytest.importorskip("PIL.Image")
@@ -388,9 +396,40 @@ def test_a_list_as_programs_of_some_countries_and_people_write_it(tmp_path: Path
     lines = [f"all/{i}.png;{labels[i % 6]}" for i in range(12)]
     (tmp_path / "list.csv").write_text("\n".join(["file;label", *lines]), encoding="utf-8")
     dataset = load_dataset(str(tmp_path / "list.csv"))
-    # Spaces are nobody's meaning; of letters that is not known.
-    assert dataset.labels == ("Bee", "ape", "bee")
-    assert "classes whose names differ by case or spaces alone: 'Bee', 'bee'" in dataset.warnings()
+    # As they are written: digests of lists, and so supernets that were trained on them, know classes by that.
+    assert dataset.labels == (" bee", "Bee", "ape", "ape ", "bee")
+    for names in ("' bee', 'Bee', 'bee'", "'ape', 'ape '"):
+        assert f"classes whose names differ by case or spaces alone: {names}" in dataset.warnings()
+
+
+def test_images_are_known_by_their_contents_and_classes(tmp_path: Path) -> None:
+    for seed, place in enumerate(("train/ape", "train/bee", "val/ape", "val/bee")):
+        write_images(tmp_path / place, 40, seed=seed)
+
+    def now(**options: Any) -> tuple[str, str]:
+        dataset = load_dataset(str(tmp_path), **options)
+        return dataset.digest, images_digest(dataset.val)
+
+    first = now()
+    # The training images may change, and names.
+    write_images(tmp_path / "train" / "ape" / "more", 1, seed=4)
+    (tmp_path / "val/ape/0.png").rename(tmp_path / "val/ape/99.png")
+    assert now()[0] != first[0]
+    assert now()[1] == first[1]
+    chosen = [now(max_val=10, seed=seed) for seed in (0, 0, 1)]
+    assert len({digest for _, digest in chosen} | {first[1]}) == 3
+    # A picture whose class is another one.
+    (tmp_path / "val/ape/99.png").rename(tmp_path / "val/bee/99.png")
+    assert now()[1] != first[1]
+    dataset = load_dataset(str(tmp_path))
+    (tmp_path / "val/bee/99.png").write_bytes(b"broken")
+    for _ in prepared_batches(dataset.val, dataset.preprocessing(8)):
+        pass
+    without = images_digest(dataset.val)
+    (tmp_path / "val/bee/99.png").unlink()
+    assert without == now()[1]
+    digits = [load_dataset("digits", seed=seed) for seed in (0, 0, 1)]
+    assert len({images_digest(each.val) for each in digits}) == 2
 
 
 def test_a_class_whose_name_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -153,17 +153,19 @@ def test_only_better_on_both_keeps_the_stage(accuracy: float, latency: float, be
 
 def test_accuracies_on_other_images_or_of_other_classes_are_not_compared() -> None:
     def said(**holders: Any) -> str:
-        mine = dataclasses.replace(GOOD, data_digest="a1", labels=("A", "B"))
+        mine = dataclasses.replace(GOOD, evaluated_digest="a1", labels=("A", "B"))
         better = changed({ACCURACY: 98.0, LATENCY: 0.2}, version="1", **holders)
         verdict = judge(mine, better, max_latency_ms=60, max_accuracy_drop=1)[-1]
         return f"{verdict.word} {verdict.text}"
 
-    assert said(data_digest="b2", labels=("A", "B")) == "pass not comparable: version 1 was evaluated on other images"
-    assert said(data_digest="b2", labels=("0", "1", "2")) == (
+    assert (
+        said(evaluated_digest="b2", labels=("A", "B")) == "pass not comparable: version 1 was evaluated on other images"
+    )
+    assert said(evaluated_digest="b2", labels=("0", "1", "2")) == (
         "pass not comparable. BEWARE: version 1 answers 0, 1, 2, this one A, B: what reads its answers must know them"
     )
-    assert "BEWARE: version 1 answers B, A, this one A, B" in said(data_digest="a1", labels=("B", "A"))
-    assert said(data_digest="a1", labels=("A", "B")).startswith("FAIL beaten on both")
+    assert "BEWARE: version 1 answers B, A, this one A, B" in said(evaluated_digest="a1", labels=("B", "A"))
+    assert said(evaluated_digest="a1", labels=("A", "B")).startswith("FAIL beaten on both")
     # As releases before told nothing of either.
     assert said().startswith("FAIL beaten on both")
 

@@ -313,7 +313,7 @@ def test_the_holder_is_compared_whatever_its_tags_say(
     assert promote(NAME) == 0
     client = mlflow.MlflowClient()
     client.set_model_version_tag(NAME, "1", "target", "cpu")
-    client.set_model_version_tag(NAME, "1", "data_digest", "b2")
+    client.set_model_version_tag(NAME, "1", "evaluated_digest", "b2")
     log_measurement(
         str(model_id_of(client.get_model_version(NAME, "1"))),
         {"benchmark/latency_ms_p90": 900.0, "benchmark/valid": 1.0},
@@ -329,7 +329,8 @@ def test_the_holder_is_compared_whatever_its_tags_say(
 
 
 def of_images(digest: str) -> dict[str, object]:
-    return {"provenance": {"data_digest": digest}}
+    # However the images were called that it was trained on.
+    return {"provenance": {"data_digest": digest.upper(), "evaluated_digest": digest}}
 
 
 def test_no_rollback_to_files_that_were_changed(

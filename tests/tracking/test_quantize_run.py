@@ -15,7 +15,7 @@ import pytest
 
 from foxnas_mlflow.cli.main import main
 from foxnas_mlflow.core.space import SearchSpace, get_space
-from foxnas_mlflow.data import ImageDataset, load_dataset, prepared_batches
+from foxnas_mlflow.data import ImageDataset, images_digest, load_dataset, prepared_batches
 from foxnas_mlflow.data.preprocess import Normalization, Preprocessing
 from foxnas_mlflow.flavor import SubnetModel, TfliteModel, load_model, log_model
 from tests.edgetpu_stand_in import write_stand_in
@@ -183,6 +183,7 @@ def test_a_quantization_logs_what_the_contract_names(
     assert model.architecture == subnet.architecture
     assert content.metadata["provenance"]["run_id"] == run.info.run_id
     assert content.metadata["provenance"]["data_digest"] == digits.digest
+    assert model.details["provenance"]["evaluated_digest"] == images_digest(digits.val)
 
     # What is served answers as the bare interpreter does.
     served = mlflow.pyfunc.load_model("models:/foxnas-cpu/1").predict(images[:32])
