@@ -21,8 +21,8 @@ TRAINING = {"flip": False, "sampling": "balanced", "class_weights": [1.0] * 10}
 METRICS = ("eval/top1_max", "eval/top1_min", "eval/top1_random")
 
 
-def register_mini_supernet(name: str = "foxnas") -> str:
-    """Register a supernet of `MINI_SPACE` on the digits; its URI."""
+def register_mini_supernet(name: str = "foxnas", space: SearchSpace = MINI_SPACE) -> str:
+    """Register a supernet of a small space on the digits; its URI."""
     import torch
 
     from foxnas_mlflow.data import load_dataset
@@ -35,11 +35,11 @@ def register_mini_supernet(name: str = "foxnas") -> str:
     dataset = load_dataset("digits", seed=3, max_train=400)
     torch.manual_seed(0)
     model = SupernetModel(
-        MINI_SPACE,
-        Supernet(MINI_SPACE).numpy_weights(),
+        space,
+        Supernet(space).numpy_weights(),
         {"data": "digits", "data_digest": dataset.digest, "max_train": 400, "seed": 3} | TRAINING,
-        Preprocessing(16, 1, normalization=dataset.normalization),
+        Preprocessing(max(space.image_sizes), 1, normalization=dataset.normalization),
         dataset.labels,
     )
-    with entry_run(stage="supernet", params={}, space=MINI_SPACE.name) as run:
+    with entry_run(stage="supernet", params={}, space=space.name) as run:
         return log_supernet(run, model, dict.fromkeys(METRICS, 10.0), step=0, name=name)

@@ -115,7 +115,9 @@ def many_threads():
 def test_no_more_threads_than_a_container_has_processors(digits, tmp_path, monkeypatch, many_threads, asked) -> None:
     quota = tmp_path / "cpu.max"
     quota.write_text("100000 100000\n")
+    (tmp_path / "own").write_text("0::/\n")
     monkeypatch.setattr(processors, "CGROUPS", tmp_path)
+    monkeypatch.setattr(processors, "OWN_CGROUPS", tmp_path / "own")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if asked:
         monkeypatch.setenv("OMP_NUM_THREADS", str(many_threads))

@@ -11,6 +11,7 @@ import pytest
 
 from foxnas_mlflow.cli.main import main
 from tests.pipelines import SPACE, Running
+from tests.supernets import register_mini_supernet
 
 pytestmark = [pytest.mark.server, pytest.mark.train, pytest.mark.slow]
 
@@ -97,7 +98,12 @@ def test_an_interrupted_training_is_killed_and_goes_on_from_its_run(
 ) -> None:
     import mlflow
 
+    from foxnas_mlflow import get_space
+
+    # The same words go on: what it began with is not asked for again, nor refused.
+    begun_with = register_mini_supernet("other", get_space(space))
     command = ["supernet", "--data", "digits", "--space", space, "--max-train", "200", "--epochs", "3"]
+    command += ["--init", begun_with]
     running = Running(command)
     client = mlflow.MlflowClient()
     deadline = time.monotonic() + 120
@@ -107,8 +113,7 @@ def test_an_interrupted_training_is_killed_and_goes_on_from_its_run(
     status, said = running.interrupt(signum), "\n".join(running.lines)
     assert status == {signal.SIGTERM: 143, signal.SIGINT: 130}[signum], said
     assert "Traceback" not in said
-    (killed,) = client.search_runs(["0"])
-    assert killed.info.status == "KILLED"
+    (killed,) = client.search_runs(["0"], "attributes.status = 'KILLED'")
     assert f"Its checkpoint is kept: the same command with --resume {killed.info.run_id} goes on." in said
     if signum == signal.SIGINT:
         return
@@ -116,7 +121,7 @@ def test_an_interrupted_training_is_killed_and_goes_on_from_its_run(
     for path in (cache / "foxnas_mlflow" / "checkpoints").glob("*/*"):
         path.unlink()
     assert main([*command, "--resume", killed.info.run_id]) == 0
-    resumed = next(r for r in client.search_runs(["0"]) if r.info.run_id != killed.info.run_id)
+    (resumed,) = client.search_runs(["0"], "tags.`foxnas.resumed_at_step` != ''")
     assert int(resumed.data.tags["foxnas.resumed_at_step"]) > 0
     assert resumed.info.status == "FINISHED"
     capsys.readouterr()
@@ -224,7 +229,6 @@ def test_what_follows_a_supernet_is_its_sampling_whatever_it_is_called(tracking:
 
     from foxnas_mlflow import get_target
     from foxnas_mlflow.tracking.search import _with_weights
-    from tests.supernets import register_mini_supernet
 
     uri = register_mini_supernet("my net")
     version = mlflow.MlflowClient().get_model_version("my net-supernet", "1")
