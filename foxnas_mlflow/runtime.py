@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foxnas_mlflow.core.edgetpu import FITTING_LIBRARY
 from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError, MissingDependencyError
 from foxnas_mlflow.data.preprocess import Normalization, quantize
 
@@ -32,6 +31,12 @@ if TYPE_CHECKING:
 
 RUNTIMES = ("ai_edge_litert", "tflite_runtime")
 """Runtimes in order of preference; full tensorflow is never loaded to run a model."""
+
+FITTING_LIBRARY = (
+    "the libedgetpu that is for its runtime: Google's libedgetpu1-std for tflite-runtime 2.5 to 2.11 alone, for a "
+    "newer one the build of https://github.com/feranick/libedgetpu for its release of TensorFlow"
+)
+"""What a machine with an Edge TPU needs, for messages: another pair crashes."""
 
 EDGETPU_DELEGATE = "libedgetpu.so.1"
 _ON_PROCESSOR = "model_config={'delegate': ''}, for mlflow models serve in SERVING_MODEL_CONFIG"

@@ -31,12 +31,6 @@ FloatArray = NDArray[np.float64]
 EDGETPU_TERMS: tuple[str, ...] = ("array", "depthwise", "depthwise_out", "link")
 """Names of the cost terms, in the order of `edgetpu_terms`."""
 
-FITTING_LIBRARY = (
-    "the libedgetpu that is for its runtime: Google's libedgetpu1-std for tflite-runtime 2.5 to 2.11 alone, for a "
-    "newer one the build of https://github.com/feranick/libedgetpu for its release of TensorFlow"
-)
-"""What a machine with an Edge TPU needs, for messages: another pair crashes."""
-
 COMPILED_OPERATOR = "edgetpu-custom-op"
 """The operator of a compiled file that stands for everything that the Edge TPU runs."""
 

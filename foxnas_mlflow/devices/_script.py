@@ -8,9 +8,9 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foxnas_mlflow.core.edgetpu import FITTING_LIBRARY
 from foxnas_mlflow.core.errors import ConnectionLostError, DeviceError
 from foxnas_mlflow.devices._base import Completed, Connection
+from foxnas_mlflow.runtime import FITTING_LIBRARY
 
 USUAL_PACKAGES = "numpy ai-edge-litert"
 

@@ -801,8 +801,8 @@ def _machine(
         DeviceError: If one does not answer, or lacks something; without the compiler that its Edge TPU needs; if
             boards that shall share the work are not alike.
     """
-    from foxnas_mlflow.core.edgetpu import FITTING_LIBRARY
     from foxnas_mlflow.core.errors import DeviceError
+    from foxnas_mlflow.runtime import FITTING_LIBRARY
     from foxnas_mlflow.tflite import require_compiler
     from foxnas_mlflow.workflows._timers import check_device, open_device
 
