@@ -53,6 +53,9 @@ from foxnas_mlflow.deploy.worker import run_worker
 FIRST_PORT = 5001
 """Where a service listens that is not told: the first free port from here on, and always that one from then on."""
 
+PORTS_TRIED = 3
+"""Of those that were free, and are not any more when the service starts."""
+
 DEFAULT_SETTINGS = {"host": "127.0.0.1", "port": 0, "workers": 1, "account": ""}
 
 MAX_FAILURE_BYTES = 2**16
@@ -215,12 +218,12 @@ def switch(root: Path, name: str, version: Path, given: dict[str, Any]) -> None:
     if old is not None and settings["host"] != old["host"] and "port" not in given:
         # Beside 127.0.0.1, where it listens until the switch, nobody can listen at the same port of 0.0.0.0.
         settings["port"] = old["port"] if can_listen(settings["host"], old["port"]) else None
-    settings["port"] = settings["port"] or free_port(root, name, settings["host"])
     check_account(settings["account"], version)
     keep_runner(root / name)
     if old is None or not serving(root, name):
-        start(root, name, version, settings, old)
+        start_at_port(root, name, version, settings, old)
         return
+    settings["port"] = settings["port"] or free_port(root, name, settings["host"])
     if settings["account"] != old["account"]:
         raise RunnerError("account", f"{settings['account']}: a service that runs cannot change it; delete it first")
     ask(root, name, "prepare", version=str(version), settings=settings)
@@ -250,6 +253,19 @@ def keep_runner(place: Path) -> None:
             # A board that loses its power now must find a whole one.
             os.fsync(file.fileno())
         os.replace(str(fresh), str(kept))
+
+
+def start_at_port(root: Path, name: str, version: Path, settings: dict[str, Any], old: dict[str, Any] | None) -> None:
+    """Start a service at its port, or at the first free one, see `start`."""
+    for left in reversed(range(PORTS_TRIED)):
+        port = settings["port"] or free_port(root, name, settings["host"])
+        try:
+            start(root, name, version, {**settings, "port": port}, old)
+            return
+        except RunnerError as error:
+            # Whoever deploys elsewhere on this machine may have found it free too.
+            if settings["port"] or error.kind != "port" or not left:
+                raise
 
 
 def start(root: Path, name: str, version: Path, settings: dict[str, Any], old: dict[str, Any] | None) -> None:

@@ -660,6 +660,32 @@ def test_what_cannot_be_served_leaves_the_old_version_serving(
     assert len(workers_of(root / "camera")) == 2
 
 
+def test_a_port_that_is_taken_meanwhile_is_replaced_unless_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by who deploys elsewhere on this machine at the same time."""
+    tried: list[int] = []
+    (tmp_path / "camera").mkdir()
+
+    def start(root: Path, name: str, version: Path, settings: dict[str, Any], old: object) -> None:
+        tried.append(settings["port"])
+        if settings["port"] < 5003:
+            raise RunnerError("port", "in use")
+
+    monkeypatch.setattr(runner_module, "start", start)
+    monkeypatch.setattr(runner_module, "free_port", lambda *_: 5001 + len(tried))
+    switch(tmp_path, "camera", tmp_path, {"serve": True})
+    assert tried == [5001, 5002, 5003]
+    with pytest.raises(RunnerError, match="in use"):
+        switch(tmp_path, "camera", tmp_path, {"serve": True, "port": 5002})
+    assert tried == [5001, 5002, 5003, 5002]
+    # Not without end.
+    monkeypatch.setattr(runner_module, "free_port", lambda *_: 5000)
+    with pytest.raises(RunnerError, match="in use"):
+        switch(tmp_path, "camera", tmp_path, {"serve": True})
+    assert tried[4:] == [5000] * runner_module.PORTS_TRIED
+
+
 def test_an_address_that_is_not_the_boards_is_no_taken_port(
     versions: tuple[str, str], target: str, tmp_path: Path
 ) -> None:
