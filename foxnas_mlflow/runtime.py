@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidInputError, MissingDependencyError
+from foxnas_mlflow.core.places import Places
 from foxnas_mlflow.data.preprocess import Normalization, quantize
 
 if TYPE_CHECKING:
@@ -267,11 +268,10 @@ class ClassifierPool:
             Classifier, model, normalization, output, threads=threads, delegate=delegate
         )
         # The first one is opened now, so that a missing runtime or delegate shows when a model is
-        # loaded and not at its first request. Last in, first out keeps a warm one busy: another is
-        # opened, in the place of a None, where none is free.
+        # loaded and not at its first request.
         first = self._open()
         self.input_shape = first.input_shape
-        self._free: queue.LifoQueue[Classifier | None] = queue.LifoQueue()
+        self._free: queue.LifoQueue[Classifier | None] = Places()
         for each in (*[None] * (size - 1), first):
             self._free.put(each)
 

@@ -161,6 +161,26 @@ def test_a_pool_finds_a_stick_again_that_was_unplugged(
     assert answer() == before
 
 
+def test_a_place_that_cannot_be_filled_keeps_nobody_from_who_is_idle(
+    probe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = ClassifierPool(probe, NORMALIZATION, "logits", size=2)
+    lent = pool.lend()
+    warm = lent.__enter__()
+
+    def fails() -> None:
+        # Meanwhile the other one is given back.
+        lent.__exit__(None, None, None)
+        raise DeviceError("a stick must answer")
+
+    monkeypatch.setattr(pool, "_open", fails)
+    with pytest.raises(DeviceError), pool.lend():
+        pytest.fail("there was another one")
+    for _ in range(2):
+        with pool.lend() as classifier:
+            assert classifier is warm
+
+
 def test_threads_share_a_pool_and_get_the_answers_of_one(probe: Path, rng: np.random.Generator) -> None:
     images = rng.integers(0, 256, (8, 128, 128, 3), dtype=np.uint8)
     expected = Int8Model(probe, normalization=NORMALIZATION).logits(images)

@@ -65,6 +65,7 @@ _ERRORS: Mapping[str, tuple[str, str]] = {
         "the service on {uri} must start and answer; what was served before still is",
         "look at its log there: ROOT/NAME/run/log, or journalctl",
     ),
+    "settings": ("what {uri} has written of how it serves must be whole", "delete the deployment, and create it again"),
     "system": ("{uri} refused", "check rights and free space there (df -h)"),
 }
 """Rule and remedy of every error that the runner names."""

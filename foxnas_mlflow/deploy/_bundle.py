@@ -26,6 +26,7 @@ SMOKE_IMAGES = 3
 _SHIPPED = (
     "_version.py",
     "core/errors.py",
+    "core/places.py",
     "core/redaction.py",
     "core/rejection.py",
     "data/preprocess.py",

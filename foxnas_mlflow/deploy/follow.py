@@ -24,7 +24,7 @@ TAG = "foxnas.deployment."
 _REFUSALS = ("account", "bad_model", "missing", "numpy", "old_python", "service", "unit", "worker", "wrong_answer")
 """What a runner refuses again at the next look; the rest passes, as a full disk does."""
 
-_PASSING = ("accelerator", "busy", "port", "system")
+_PASSING = ("accelerator", "busy", "port", "settings", "system")
 """What passes when somebody does something, and is told meanwhile, as is a board that does not answer."""
 
 _NO_ALIAS = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")

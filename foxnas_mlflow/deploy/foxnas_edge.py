@@ -26,7 +26,7 @@ from foxnas_mlflow.core.errors import DeviceError, InvalidFormatError, InvalidIn
 from foxnas_mlflow.core.rejection import Rejection
 from foxnas_mlflow.data.preprocess import MAX_PIXELS, Preprocessing
 from foxnas_mlflow.data.received import checked_pixels, received_image
-from foxnas_mlflow.deploy.layout import RunnerError, current, read_json
+from foxnas_mlflow.deploy.layout import RunnerError, current, kind_of, read_json
 from foxnas_mlflow.runtime import Classifier, float_level
 
 if TYPE_CHECKING:
@@ -205,8 +205,9 @@ class Model:
                 try:
                     self._opened, self._version = self._open_active()
                 except Exception as error:
-                    # Whatever is wrong with it: also its description, of which nothing was compared.
-                    self._refused = active
+                    # Whatever is wrong with it: also its description, of which nothing was compared. Memory may be
+                    # there at the next call.
+                    self._refused = () if kind_of(error) == "busy" else active
                     why = str(error) if isinstance(error, RunnerError) else f"{type(error).__name__}: {error}"
                     warnings.warn(f"version {self.version} goes on answering: {why}", RuntimeWarning, stacklevel=2)
             (row,) = self._version.classify([image], top_k=top_k)

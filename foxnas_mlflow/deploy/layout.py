@@ -33,6 +33,8 @@ STALE_SECONDS = 3600.0
 
 DEFAULT_ROOT = "~/.foxnas/deployments"
 
+DEFAULT_SETTINGS = {"host": "127.0.0.1", "port": 0, "workers": 1, "account": ""}
+
 SCARCE = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Of a machine that has no memory, process or descriptor left at the moment."""
 
@@ -212,6 +214,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RunnerError("damaged", f"{path}: it must be an object")
     return value
+
+
+def read_settings(root: Path, name: str) -> dict[str, Any]:
+    """How a deployment is served, with everything that `DEFAULT_SETTINGS` has.
+
+    Raises:
+        RunnerError: If its file is damaged.
+        FileNotFoundError: If it is not served.
+    """
+    file = root / name / "service.json"
+    try:
+        settings = read_json(file)
+    except RunnerError as error:
+        raise RunnerError("settings", str(error)) from error
+    missing = [key for key in DEFAULT_SETTINGS if key not in settings]
+    if missing:
+        raise RunnerError("settings", f"{file} without {', '.join(missing)}")
+    return settings
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 
 from foxnas_mlflow.deploy import boot
 from foxnas_mlflow.deploy.layout import (
+    DEFAULT_SETTINGS,
     RunnerError,
     check_files,
     current,
@@ -44,6 +45,7 @@ from foxnas_mlflow.deploy.layout import (
     open_to_read,
     point_to,
     read_json,
+    read_settings,
     remove_stale,
     write_json,
 )
@@ -55,8 +57,6 @@ FIRST_PORT = 5001
 
 PORTS_TRIED = 3
 """Of those that were free, and are not any more when the service starts."""
-
-DEFAULT_SETTINGS = {"host": "127.0.0.1", "port": 0, "workers": 1, "account": ""}
 
 MAX_FAILURE_BYTES = 2**16
 CONTROL_SECONDS = 240.0
@@ -207,7 +207,7 @@ def switch(root: Path, name: str, version: Path, given: dict[str, Any]) -> None:
     """
     place = root / name
     file = place / "service.json"
-    old = read_json(file) if file.exists() else None
+    old = read_settings(root, name) if file.exists() else None
     if not given.get("serve", old is not None):
         if old is not None:
             stop(root, name)
@@ -533,10 +533,9 @@ def described(root: Path, name: str, active: Path) -> dict[str, Any]:
 
 def describe_service(root: Path, name: str) -> dict[str, Any] | None:
     """How a deployment is served; None: it is not."""
-    file = root / name / "service.json"
-    if not file.exists():
+    if not (root / name / "service.json").exists():
         return None
-    settings = read_json(file)
+    settings = read_settings(root, name)
     said = serving(root, name)
     kind = settings.get("boot", "nothing")
     return {

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from foxnas_mlflow.core.places import Places
 from foxnas_mlflow.deploy.boot import MAX_LOG_BYTES
 from foxnas_mlflow.deploy.layout import (
     SCARCE,
@@ -48,6 +49,7 @@ from foxnas_mlflow.deploy.layout import (
     log,
     make_run,
     read_json,
+    read_settings,
     write_json,
 )
 from foxnas_mlflow.deploy.worker import RefusedError, problem, receive, send
@@ -207,7 +209,7 @@ class Generation:
         self._changed = threading.Condition()
         self._tending = threading.Lock()
         # None is the place of a worker that died.
-        self._free: queue.LifoQueue[Worker | None] = queue.LifoQueue()
+        self._free: queue.LifoQueue[Worker | None] = Places()
         self._workers: set[Worker] = set()
         try:
             for _ in range(size):
@@ -368,7 +370,7 @@ class Metrics:
             if time.monotonic() > began + UPLOAD_SECONDS + (mine + n_bytes) / 2**16:
                 raise RefusedError(408, f"a body must come in {UPLOAD_SECONDS:g} s, and a second for each 64 KiB")
             with self._lock:
-                if mine + n_bytes > SMALL_BYTES and self._held + n_bytes > MAX_HELD_BYTES:
+                if n_bytes and mine + n_bytes > SMALL_BYTES and self._held + n_bytes > MAX_HELD_BYTES:
                     raise RefusedError(503, f"{MAX_HELD_BYTES} bytes of requests wait already; send this later")
                 self._held += n_bytes
                 mine += n_bytes
@@ -800,7 +802,7 @@ class Service:
         # Since when each waits for a request; infinity: it has asked, or is not to be closed.
         self.connections: dict[socket.socket, float] = {}
         self.metrics = Metrics()
-        self.settings = read_json(self._place / "service.json")
+        self.settings = read_settings(root, name)
         # Paths of sockets are short: they are made where the service is.
         os.chdir(str(self._place / "run" / "own"))
         self._listener = self._bound(self.settings)
@@ -939,7 +941,7 @@ class Service:
             if version == self.active.version or version.name == self._refused[0]:
                 return
             try:
-                self._prepare(version, read_json(self._place / "service.json"))
+                self._prepare(version, read_settings(self._root, self._name))
             except Exception as error:
                 self._refused = (version.name, str(error))
                 raise
@@ -1036,8 +1038,10 @@ def shorten_log(run: Path) -> None:
 def run_service(root: Path, name: str) -> int:
     """Serve a deployment until it is stopped; at once 0 if another process does already."""
     run = root / name / "run"
+    # Also where it ends at every start, and is started again.
+    shorten_log(run)
     try:
-        settings = read_json(root / name / "service.json")
+        settings = read_settings(root, name)
         own = make_run(root, name, settings["account"])
     except (RunnerError, OSError) as error:
         log(f"error: {error}")
@@ -1047,8 +1051,6 @@ def run_service(root: Path, name: str) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return 0
-    # Also where it ends at every start, and is started again.
-    shorten_log(run)
     # Who cannot open it cannot hold it either.
     os.fchmod(lock, 0o600)
     os.ftruncate(lock, 0)

@@ -237,7 +237,8 @@ class SshConnection(Connection):
             return user, options
         try:
             return [*user, *system], read(config=[*user, *system])
-        except self._asyncssh.ConfigParseError as error:
+        # Also one that is not UTF-8.
+        except ValueError as error:
             _log.warning("%s is left out, which asyncssh cannot read: %s", SYSTEM_CONFIG, error)
             return user, options
 

@@ -359,6 +359,12 @@ def test_a_damaged_version_is_replaced_and_hides_nothing_when_it_was(
         deployed = board.get_deployment("camera")
         assert (deployed["version"], deployed["previous"]) == (f"{int(number) + 1:04d}", None)
     assert follower.look().state == "same"
+    # How it is served is not in what a deployment brings: nothing is copied for it.
+    for text in ("{", '{"port": 5001}'):
+        (place.parent / "service.json").write_text(text)
+        found = follower.look()
+        assert (found.state, sorted(path.name for path in place.iterdir())) == ("away", ["0003", "0004"])
+        assert "delete the deployment, and create it again" in found.words
 
 
 def test_a_board_that_is_off_is_told_but_not_against_what_it_has(versions: tuple[str, str]) -> None:

@@ -232,10 +232,12 @@ def test_system_wide_files_are_followed(
         (home / ".ssh" / "config").write_text(user_s)
         assert says_hello("ssh://board")
     # A user cannot mend what the system's owner wrote for ssh alone.
-    (system / "ssh_config").write_text("Match canonical nothing\n")
     (home / ".ssh" / "config").write_text((system / "10.conf").read_text())
-    assert says_hello("ssh://board")
-    assert f"{system / 'ssh_config'} is left out, which asyncssh cannot read" in caplog.text
+    for content in (b"Match canonical nothing\n", b"# B\xfcro\n"):
+        (system / "ssh_config").write_bytes(content)
+        caplog.clear()
+        assert says_hello("ssh://board")
+        assert f"{system / 'ssh_config'} is left out, which asyncssh cannot read" in caplog.text
 
 
 def test_a_proxy_command_is_expanded_once(server: Server, home: Path, system: Path, tmp_path: Path) -> None:
