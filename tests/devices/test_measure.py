@@ -591,6 +591,6 @@ def test_litert_times_the_same() -> None:
     fastest = np.full(2, np.inf)
     for turn in in_turns(write_probe(build_network(CPU_SPACE, network)), turns=12, runs=100):
         fastest = np.minimum(fastest, turn[:, 1])
-        if abs(fastest[0] / fastest[1] - 1) < 0.02:
+        if abs(fastest[0] / fastest[1] - 1) < 0.05:
             break
-    assert 0.95 < fastest[0] / fastest[1] < 1.05
+    assert 0.9 < fastest[0] / fastest[1] < 1.1

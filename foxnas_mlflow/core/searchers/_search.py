@@ -389,7 +389,13 @@ def search_each(
         predictors: Predictors of the target.
         latencies_ms: Latency limits in milliseconds.
         limits: Further limits, the same for all.
-        objective, min_accuracy, confidence, image_sizes, algorithm, evaluations, seed: As for `search`.
+        objective: As for `search`, and so are all that follow.
+        min_accuracy: Least accuracy in percent.
+        confidence: Probability in [0.5, 1) that a network meets its limits together.
+        image_sizes: Image sizes in pixels.
+        algorithm: Name of a searcher, or one.
+        evaluations: Budget of each search.
+        seed: Seed of each.
 
     Raises:
         InvalidInputError: If there are no latencies, one is there twice, or an argument breaks a rule.
