@@ -68,12 +68,12 @@ def facts(benchmark: Mapping[str, Any], more: Mapping[str, str] | None = None) -
         rows.append(("emulated", "yes: these times say nothing of real hardware"))
     sustained, energy = benchmark.get("sustained_p90_ms"), benchmark.get("energy_mj")
     if sustained is not None:
-        rows.append(("p90 of the last minute under load", f"{sustained:.4g} ms"))
+        rows.append(("p90 at the end of the load", f"{sustained:.4g} ms"))
     if energy is not None:
         error, meter = benchmark["energy_error_mj"], benchmark["power_meter"]
         rows.append(("energy of one inference", f"{energy:.4g} ± {error:.2g} mJ ({meter})"))
     if sustained is not None or energy is not None:
-        rows.append(("throttled then", _KNOWN[benchmark.get("throttled_under_load")]))
+        rows.append(("throttled meanwhile", _KNOWN[benchmark.get("throttled_under_load")]))
     return table(("benchmark", ""), rows)
 
 

@@ -272,7 +272,7 @@ def _summary(benchmark: Benchmark, model: MeasuredModel, target: Target, run_id:
     if benchmark.sustained_p90_ms is not None or benchmark.energy_mj is not None:
         words = known.get(benchmark.throttled_under_load, "unknown: the machine cannot tell")
         told = ", as it will be under such a load: the benchmark stays valid" if benchmark.throttled_under_load else ""
-        rows.append(("throttled then", words + told))
+        rows.append(("", f"throttled meanwhile: {words}{told}"))
     if benchmark.governor not in ("", "performance"):
         rows.append(("governor", f"{benchmark.governor}; steadier with performance"))
     rows.append(("run", f"{run_id}: {BENCHMARK_FILE}{', ' + BENCHMARK_PAGE if has_page(benchmark) else ''}"))

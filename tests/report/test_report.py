@@ -187,7 +187,7 @@ def test_a_load_is_drawn_with_what_the_board_tells_meanwhile(tmp_path: Path) -> 
     assert '"name": "clock"' not in page
     assert "The machine does not tell its clock." in page
     shown = cells(page)
-    assert shown[shown.index("throttled then") + 1] == "yes"
+    assert shown[shown.index("throttled meanwhile") + 1] == "yes"
     assert shown[shown.index("throttled") + 1] == "no"
 
 
