@@ -439,7 +439,7 @@ def test_a_log_without_a_journal_is_bounded(deployed: tuple[Any, dict[str, Any],
 def test_a_log_of_starts_that_fail_is_bounded_too(tmp_path: Path) -> None:
     run = tmp_path / "camera" / "run"
     run.mkdir(parents=True)
-    layout.write_json(tmp_path / "camera" / "service.json", {"account": "", "host": "127.0.0.1", "port": 0})
+    layout.write_json(tmp_path / "camera" / "service.json", layout.DEFAULT_SETTINGS)
     (run / "log").write_bytes(bytes(boot.MAX_LOG_BYTES + 1))
     code = """
 import pathlib, sys
@@ -915,7 +915,7 @@ worker.run_worker(Path(sys.argv[2]), connection.detach())
         service.Worker(worker_of(tmp_path, code), sys.executable)
     assert error.value.kind == "busy"
     (tmp_path / "camera").mkdir()
-    layout.write_json(tmp_path / "camera" / "service.json", {"account": ""})
+    layout.write_json(tmp_path / "camera" / "service.json", layout.DEFAULT_SETTINGS)
     code = """
 import sys
 from pathlib import Path
