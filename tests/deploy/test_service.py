@@ -1481,6 +1481,10 @@ def test_a_daemon_of_cron_is_seen_while_it_runs(tmp_path: Path, monkeypatch: pyt
     daemon = Path(shutil.copy(shutil.which("sleep") or "", tmp_path / name))
     with subprocess.Popen([daemon, "600"]) as process:
         try:
+            # It is started a moment before it has its name.
+            deadline = time.monotonic() + 60
+            while Path(f"/proc/{process.pid}/comm").read_text() != f"{name}\n" and time.monotonic() < deadline:
+                time.sleep(0.01)
             assert boot._cron_runs()
             assert boot.note("cron", tmp_path, "camera") == ""
         finally:
