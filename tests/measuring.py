@@ -6,6 +6,7 @@ latency is a matter of the file's size, so that what is chosen by it is the same
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -64,31 +65,17 @@ def make_up(patch: pytest.MonkeyPatch) -> None:
     from foxnas_mlflow.testing import FakeBoard
 
     def measure(
-        connection: Connection,
-        model: str | Path | bytes,
-        *,
-        threads: int = 1,
-        runs: int = 200,
-        warmup: int = 10,
-        edgetpu: bool = False,
-        expected: _measure.Outputs | None = None,
-        max_output_levels: float = 1.0,
-        **values: Any,
+        connection: Connection, model: str | Path | bytes, *, expected: _measure.Outputs | None = None, **values: Any
     ) -> _benchmark.Benchmark:
-        data = _measure.read_model(model)
         # One a measurement: the runs of a file are the same in every process.
-        board = FakeBoard(lambda model: len(model) / 1e5)
-        answer = board._answer(data, runs) | {"device": "a made-up board", "emulated": False}
-        return _benchmark.summarize(
-            answer,
+        with FakeBoard(lambda content: len(content) / 1e5) as board:
+            made = _measure.measure(board, model, **values)
+        return dataclasses.replace(
+            made,
             connection=connection.uri,
-            threads=threads,
-            runs=runs,
-            warmup=warmup,
-            attempts=1,
-            edgetpu=edgetpu,
+            device="a made-up board",
+            emulated=False,
             output_difference=None if expected is None else 0.0,
-            max_output_levels=max_output_levels,
         )
 
     patch.setattr("foxnas_mlflow.devices.measure", measure)
