@@ -249,7 +249,7 @@ def run_main(request: MainRequest) -> MainResult:
     kinds += ["edgetpu"] if target.runtime == "edgetpu" and device else []
     registered = {registered_name(request.name, kind, target.name): kind for kind in kinds}
     # An alias or "latest" may mean another version when the same command goes on.
-    given = {key: getattr(request, key) for key in _MODELS}
+    given = {"init": request.init, "teacher": request.teacher}
     own = registered_name(request.name, "supernet")
     # But what this training registers is the next "latest": it would begin again from each.
     models = {key: uri if named_latest(uri, own) else fixed_uri(uri) for key, uri in given.items()}

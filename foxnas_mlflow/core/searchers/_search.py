@@ -285,7 +285,6 @@ def pose_each(
         InfeasibleConstraintError: If the knee is asked for and no network meets the limits.
     """
     check_latencies(latencies_ms, objective)
-    each = [parse_limits(limits, latency_ms=latency_ms) for latency_ms in latencies_ms]
     first = pose(
         predictors,
         latencies_ms[0],
@@ -295,7 +294,8 @@ def pose_each(
         confidence=confidence,
         image_sizes=image_sizes,
     )
-    return (first, *(dataclasses.replace(first, limits=asked) for asked in each[1:]))
+    others = (parse_limits(limits, latency_ms=latency_ms) for latency_ms in latencies_ms[1:])
+    return (first, *(dataclasses.replace(first, limits=asked) for asked in others))
 
 
 def check_latencies(latencies_ms: Sequence[float | None], objective: str) -> None:
