@@ -8,16 +8,15 @@ from typing import Any
 
 from markupsafe import Markup
 
-from foxnas_mlflow.report._page import axes_layout, fill, plot, table, write_page
+from foxnas_mlflow.report._page import BLUE, GREEN, ORANGE, RED, axes_layout, fill, plot, table, write_page
 
-_BLUE, _GREEN, _RED, _ORANGE = "#1f5fa8", "#2a9d8f", "#c0392b", "#c77d1a"
 _LONGEST = 2.0
 """Runs longer than so many medians are left out of the histogram."""
 
 _DRAWN = {
-    "latency (ms)": (("p50_ms", "median", _BLUE), ("p90_ms", "p90", _RED)),
-    "temperature (C)": (("temperature_c", "temperature", _ORANGE),),
-    "clock (MHz)": (("frequency_mhz", "clock", _GREEN),),
+    "latency (ms)": (("p50_ms", "median", BLUE), ("p90_ms", "p90", RED)),
+    "temperature (C)": (("temperature_c", "temperature", ORANGE),),
+    "clock (MHz)": (("frequency_mhz", "clock", GREEN),),
 }
 """What is drawn below each other against the seconds: by axis the key of a window, name and colour of each line."""
 
@@ -85,7 +84,7 @@ def single_runs(benchmark: Mapping[str, Any]) -> Markup:
     slower = len(benchmark["samples_ms"]) - len(samples)
     note = fill("<p>{} runs of more than {:.3g} ms are not drawn.</p>", slower, longest) if slower else ""
     figure = {
-        "data": [{"type": "histogram", "x": samples, "marker": {"color": _BLUE}, "name": "runs"}],
+        "data": [{"type": "histogram", "x": samples, "marker": {"color": BLUE}, "name": "runs"}],
         "layout": axes_layout("latency of one run (ms)", "runs"),
     }
     return plot("runs", figure, 260) + note

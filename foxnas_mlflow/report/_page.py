@@ -15,6 +15,9 @@ from foxnas_mlflow._version import __version__
 from foxnas_mlflow.core.errors import import_or_raise
 from foxnas_mlflow.core.redaction import redacted
 
+BLUE, GREEN, ORANGE, RED = "#1f5fa8", "#2a9d8f", "#c77d1a", "#c0392b"
+"""Colours of what is drawn."""
+
 
 def write_page(path: Path, *, title: str, lead: str, sections: Sequence[tuple[str, str]]) -> None:
     """Write a page that needs nothing but itself.

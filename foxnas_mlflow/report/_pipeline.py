@@ -19,10 +19,10 @@ from foxnas_mlflow.core.rejection import confidence_words
 from foxnas_mlflow.core.searchers import Front
 from foxnas_mlflow.core.targets import Target
 from foxnas_mlflow.report._benchmark import facts, single_runs, under_load
-from foxnas_mlflow.report._page import axes_layout, fill, link, plot, scatter, table, write_page
+from foxnas_mlflow.report._page import BLUE, GREEN, RED, axes_layout, fill, link, plot, scatter, table, write_page
 from foxnas_mlflow.report._search import network_drawing
 
-_BLUE, _GREY, _GREEN, _RED = "#1f5fa8", "#b9bec7", "#2a9d8f", "#c0392b"
+_GREY = "#b9bec7"
 _SERIES = {"eval/top1_max": "largest subnet", "eval/top1_random": "random subnets", "eval/top1_min": "smallest subnet"}
 _MOST_CLASSES = 20
 """Classes that the page lists."""
@@ -237,8 +237,8 @@ def _identity(pairs: Sequence[tuple[float, float]], n_found: int, what: str) -> 
     ends = [low - margin, high + margin]
     data = [
         {"x": ends, "y": ends, "mode": "lines", "name": "equal", "line": {"color": _GREY, "dash": "dash", "width": 1}},
-        scatter(values[n_found:, 0], values[n_found:, 1], "front", _BLUE, 8),
-        scatter(values[:n_found, 0], values[:n_found, 1], "found", _RED, 11),
+        scatter(values[n_found:, 0], values[n_found:, 1], "front", BLUE, 8),
+        scatter(values[:n_found, 0], values[:n_found, 1], "found", RED, 11),
     ]
     return {"data": data, "layout": axes_layout(f"predicted {what}", f"real {what}")}
 
@@ -250,9 +250,9 @@ def _front_figure(page: PipelinePage) -> dict[str, Any]:
     accuracies = [*front.accuracy, *(m.accuracy for m in rows if m.accuracy is not None), *(a for _, a in real)]
     data = [
         scatter([m.latency_ms for m in rows], [m.accuracy for m in rows], "samples", _GREY, 5),
-        scatter(front.latency_ms, front.accuracy, "front, predicted", _BLUE, 4),
-        scatter([x for x, _ in real[n_found:]], [y for _, y in real[n_found:]], "front, real", _GREEN, 9),
-        scatter([x for x, _ in real[:n_found]], [y for _, y in real[:n_found]], "found, real", _RED, 13),
+        scatter(front.latency_ms, front.accuracy, "front, predicted", BLUE, 4),
+        scatter([x for x, _ in real[n_found:]], [y for _, y in real[n_found:]], "front, real", GREEN, 9),
+        scatter([x for x, _ in real[:n_found]], [y for _, y in real[:n_found]], "found, real", RED, 13),
     ]
     limits = [network["limit_ms"] for network in page.networks if network["limit_ms"] is not None]
     for limit in limits:
@@ -262,7 +262,7 @@ def _front_figure(page: PipelinePage) -> dict[str, Any]:
                 "y": [float(min(accuracies)), float(max(accuracies))],
                 "mode": "lines",
                 "name": f"limit {limit:.4g} ms",
-                "line": {"color": _RED, "dash": "dash", "width": 1},
+                "line": {"color": RED, "dash": "dash", "width": 1},
             }
         )
     data[3]["marker"]["symbol"] = "star"

@@ -31,7 +31,7 @@ from foxnas_mlflow.core.searchers import (
     value_edits,
 )
 from foxnas_mlflow.core.targets import Target
-from foxnas_mlflow.report._page import axes_layout, fill, plot, scatter, table, write_page
+from foxnas_mlflow.report._page import BLUE, GREEN, ORANGE, RED, axes_layout, fill, plot, scatter, table, write_page
 
 _TERM_NAMES = {
     "pw": "dense convolutions",
@@ -50,8 +50,8 @@ _TERM_NAMES = {
     "gates": "starts of squeeze-excite gates",
     "const": "fixed overhead",
 }
-_SIZE_COLOURS = ("#1f5fa8", "#2a9d8f", "#7b5ea7", "#c77d1a", "#8a8f98")
-_COLOURS = {"annealing": "#1f5fa8", "annealing-unguided": "#7fb0e0", "evolution": "#c77d1a", "random": "#8a8f98"}
+_SIZE_COLOURS = (BLUE, GREEN, "#7b5ea7", ORANGE, "#8a8f98")
+_COLOURS = {"annealing": BLUE, "annealing-unguided": "#7fb0e0", "evolution": ORANGE, "random": "#8a8f98"}
 
 
 def write_search_report(
@@ -166,7 +166,7 @@ def write_searches_report(
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
     networks = table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
     front = outcomes[0].front
-    stars = scatter([o.latency_ms for o in outcomes], [o.accuracy for o in outcomes], "found", "#c0392b", 13)
+    stars = scatter([o.latency_ms for o in outcomes], [o.accuracy for o in outcomes], "found", RED, 13)
     stars["marker"]["symbol"] = "star"
     data = [*_front_lines(front), stars]
     figure = {"data": data, "layout": axes_layout("predicted latency (ms)", "predicted accuracy (top-1, %)")}
@@ -411,7 +411,7 @@ def _front_figure(
             },
             "mode": "markers",
             "name": "found",
-            "marker": {"size": 13, "symbol": "star", "color": "#c0392b"},
+            "marker": {"size": 13, "symbol": "star", "color": RED},
         }
     )
     limit = outcome.latency_limit_ms
@@ -422,7 +422,7 @@ def _front_figure(
                 "y": [low, high],
                 "mode": "lines",
                 "name": f"limit {limit:g} ms",
-                "line": {"color": "#c0392b", "dash": "dash", "width": 1},
+                "line": {"color": RED, "dash": "dash", "width": 1},
             }
         )
     return {"data": data, "layout": axes_layout("predicted latency (ms)", "predicted accuracy (top-1, %)")}
@@ -457,7 +457,7 @@ def _trace_figure(outcome: SearchOutcome, comparisons: Sequence[SearchResult]) -
             "y": [top, top],
             "mode": "lines",
             "name": "exact optimum",
-            "line": {"color": "#c0392b", "dash": "dash", "width": 1},
+            "line": {"color": RED, "dash": "dash", "width": 1},
         }
     )
     layout = axes_layout("evaluations of the predictors", "best predicted accuracy (%)")
@@ -476,7 +476,7 @@ def _shares_figure(shares: Mapping[str, float]) -> dict[str, Any]:
             "x": [value for _, value in items],
             "y": [_TERM_NAMES[name] for name, _ in items],
             "text": [f"{_ms(value)} ms" for _, value in items],
-            "marker": {"color": "#1f5fa8"},
+            "marker": {"color": BLUE},
         }
     ]
     layout = axes_layout("predicted milliseconds", "")
